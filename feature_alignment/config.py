@@ -1,0 +1,185 @@
+"""How settings merge: defaults < `common:` of the YAML < the script's own section < flags.
+
+A config file is read as a list of flags, so both are typed and refused by one parser (jsonargparse). `-` and `_` are the same in
+flag names; a bare `--resume` is true, `--no_resume` false; lists take several words (`--draft_layers 2 4`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from feature_alignment.console import UserError
+
+SCRIPTS = (
+    "extract_hidden_states",
+    "hidden_adapter",
+    "train_hidden_adapter",
+    "measure_feature_acceptance",
+    "compare_token_baseline",
+    "feature_sd_inference",
+    "benchmark_feature_sd",
+)
+_ALIASES = {"gamma": "num_draft_tokens", "gammas": "num_draft_tokens", "max_samples": "limit"}
+T = TypeVar("T", bound="Common")
+
+
+@dataclass(frozen=True)
+class Common:
+    """Settings all seven scripts share.
+
+    Args:
+        target: checkpoint directory of the verifier (Video-LLaVA)
+        draft: checkpoint directory of the drafter (EventGPT)
+        manifests: sample list of each split, JSON lines
+        output_dir: everything is written under it; default outputs/<name of the config file>
+        device: where models run
+        dtype: what models run in
+        seed: of everything random
+        threads: CPU threads of torch; 0 leaves its own choice
+        draft_layers: which of the drafter's layers the adapter reads; it runs no deeper than the last of them (default: all)
+        limit: at most this many samples
+    """
+
+    target: Path = Path("data/demo/video_llava")
+    draft: Path = Path("data/demo/eventgpt")
+    manifests: dict[str, Path] = field(default_factory=dict)
+    output_dir: Path | None = None
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    seed: int = 0
+    threads: int = 0
+    draft_layers: list[int] | None = None
+    limit: int | None = None
+
+    @property
+    def out(self) -> Path:
+        assert self.output_dir is not None  # parse_config fills it
+        return self.output_dir
+
+
+def parse_config(cls: type[T], argv: Sequence[str] | None, section: str) -> T:
+    """The settings of one script. Exits after `--help` and `--print_config`; raises UserError for anything it does not know."""
+    words = _normalise(cls, list(sys.argv[1:] if argv is None else argv))
+    config_path, words = _take_option(words, "--config")
+    show = "--print_config" in words
+    words = [w for w in words if w != "--print_config"]
+    from_file = _file_flags(cls, Path(config_path), section) if config_path else []
+
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    summary = (cls.__doc__ or "").split("Args:")[0].strip()
+    example = f"example: python feature_alignment/{section}.py --config configs/demo.yaml"
+    parser = ArgumentParser(prog=section, description=f"{summary} [{example}]", exit_on_error=False)
+    parser.add_argument("--config", help="YAML file with `common:` and one section per script")
+    parser.add_argument("--print_config", help="show the merged settings and stop", action="store_true")
+    parser.add_class_arguments(cls, as_group=False)
+    try:
+        namespace = parser.parse_args(from_file + words)
+        values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)}
+    except ArgumentError as error:
+        raise UserError(f"{error}\nSee: python feature_alignment/{section}.py --help") from None
+    if values["output_dir"] is None:
+        values["output_dir"] = Path("outputs") / (Path(config_path).stem if config_path else "default")
+    cfg = cls(**values)
+    if show:
+        import yaml
+
+        print(yaml.safe_dump(as_plain(cfg), sort_keys=False), end="")
+        sys.exit(0)
+    return cfg
+
+
+def as_plain(cfg: Any) -> dict[str, Any]:
+    """Settings as JSON-plain values."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+
+
+def _normalise(cls: type, argv: list[str]) -> list[str]:
+    """Every option as one word `--name=value` with underscores, aliases resolved, lists as JSON."""
+    hints = typing.get_type_hints(cls)
+    words: list[str] = []
+    i = 0
+    while i < len(argv):
+        word = argv[i]
+        i += 1
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        name, has_value, value = word[2:].partition("=")
+        name = _ALIASES.get(name.replace("-", "_"), name.replace("-", "_"))
+        if name.startswith("no_") and hints.get(name[3:]) is bool:
+            name, has_value, value = name[3:], "=", "false"
+        following: list[str] = []
+        while not has_value and i < len(argv) and not argv[i].startswith("--"):
+            following.append(argv[i])
+            i += 1
+            if not _is_list(hints.get(name)):
+                break
+        if has_value:
+            following = [value]
+        if _is_list(hints.get(name)) and following and not following[0].startswith(("[", "null")):
+            following = ["[" + ", ".join(following) + "]"]
+        if hints.get(name) is bool and not following:
+            following = ["true"]
+        words.append(f"--{name}" + "".join(f"={v}" for v in following))
+    return words
+
+
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(hint) is list or any(typing.get_origin(a) is list for a in typing.get_args(hint))
+
+
+def _take_option(words: list[str], name: str) -> tuple[str | None, list[str]]:
+    given = [w for w in words if w.startswith(name + "=")]
+    if len(given) > 1:
+        raise UserError(f"{name} was given {len(given)} times; wanted once.")
+    if name in words:
+        raise UserError(f"{name} wants a value, e.g. {name} configs/demo.yaml")
+    return (given[0].partition("=")[2] if given else None), [w for w in words if w not in given]
+
+
+def _file_flags(cls: type, path: Path, section: str) -> list[str]:
+    """A YAML file as flags. All scalars are read as strings, so `1e-3` means the same as on the command line."""
+    if not path.is_file():
+        found = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none here"
+        raise UserError(f"no config file at {path} (configs/*.yaml: {found}).")
+    import yaml
+
+    try:
+        content = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict) or not set(content) <= {"common", *SCRIPTS}:
+        extra = sorted(set(content) - {"common", *SCRIPTS}) if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path}: unknown section {extra}; wanted `common` and script names: {', '.join(SCRIPTS)}.")
+    names = {f.name for f in dataclasses.fields(cls)}
+    shared = {f.name for f in dataclasses.fields(Common)}
+    flags = []
+    for part, allowed in (("common", shared), (section, names)):
+        settings = content.get(part) or {}
+        if not isinstance(settings, dict):
+            raise UserError(f"{path}: section `{part}` must hold settings, got {settings!r}.")
+        for key, value in settings.items():
+            if key not in allowed:
+                raise UserError(f"{path}: unknown key `{part}.{key}`; known here: {', '.join(sorted(allowed))}.")
+            flags.append(f"--{key}={value if isinstance(value, str) else json.dumps(_unquoted_numbers(value))}")
+    return flags
+
+
+def _unquoted_numbers(value: Any) -> Any:
+    """Strings of a nested YAML value back to numbers where they are numbers, so that `[2, 4]` is a list of integers."""
+    if isinstance(value, dict):
+        return {k: _unquoted_numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_unquoted_numbers(v) for v in value]
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

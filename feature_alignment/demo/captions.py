@@ -1,0 +1,144 @@
+"""What the two models are taught to say about a scene, and what a text says about it.
+
+Ten questions, two dialects. Each answer is a function of the facts alone, but which clause comes first depends on them too, so
+that knowing the language is not enough to know the next word. The draft model's dialect shares no content word and hardly a
+function word with the target's: free-running, the two texts agree nowhere, as with the real pair.
+"""
+
+from __future__ import annotations
+
+import re
+
+from feature_alignment.demo.world import HIDDEN_FROM_EVENTS, WORDS, Scene
+
+QUESTIONS = (
+    "What are the key elements in this scene?",
+    "What is happening in this scene?",
+    "Describe the main road user.",
+    "Where does this scene take place?",
+    "Which road users are present and how are they positioned?",
+    "What stands beside the road?",
+    "How fast is the traffic and which way does it go?",
+    "What is this scene about?",
+    "Describe the layout of the road.",
+    "What should a driver watch for?",
+)
+
+
+def target_answer(s: Scene, question: int) -> str:
+    """The target model's answer (colour and light included)."""
+    w = {slot: WORDS[slot][getattr(s, slot)][0] for slot in WORDS}
+    two = s.number == "two"
+    who = f"two {w['colour']} {w['kind']}s" if two else f"a {w['colour']} {w['kind']}"
+    be = "are" if two else "is"
+    how = f"{w['speed']} {w['direction']}"
+    lane = f"in the {w['lane']} lane"
+    mark = "nothing by the roadside" if s.landmark == "none" else f"a {w['landmark']} on the {w['side']}"
+    parked = "nobody parked" if s.parked == "none" else f"a parked {w['parked']}"
+    when = f"in {w['light']}" if s.light == "day" else f"at {w['light']}"
+    place = f"a {w['place']}"
+    left = s.direction == "left"
+    if question == 0:
+        body = f"{place} {when}, {mark}, {parked} and {who} {how} {lane}" if left else f"{who} {how} {lane}, {mark}, {parked} and {place} {when}"
+        return f"The key elements include {body}."
+    if question == 1:
+        if s.speed == "fast":
+            return _cap(f"{who} {be} {how} through {place} {when}, past {mark}, with {parked}.")
+        return _cap(f"{when} {who} {be} {how} past {mark} and {parked}, through {place}.")
+    if question == 2:
+        if s.lane == "far":
+            return f"In the far lane of {place} there {be} {who}, {how} past {parked} {when}."
+        return f"It is {who} {how} {lane} of {place}, past {parked} {when}."
+    if question == 3:
+        if s.light == "day":
+            return f"It takes place on {place} {when}, with {mark}, {parked} and {who} {how}."
+        return f"It is {w['light']} on {place}, with {who} {how}, {parked} and {mark}."
+    if question == 4:
+        other = "near" if s.lane == "far" else "far"
+        if s.parked == "none":
+            return f"There {be} {who} {lane} {how}, and {parked} on this {w['place']} {when}."
+        return f"There is {parked} in the {other} lane, and {who} {lane} {be} {how} {when}."
+    if question == 5:
+        if s.landmark == "none":
+            return f"Nothing stands beside this {w['place']} {when}, while {who} {be} {how} past {parked}."
+        return f"On the {w['side']} of this {w['place']} stands a {w['landmark']} {when}, with {parked}, while {who} {be} {how}."
+    if question == 6:
+        return f"The traffic is {how}: {who} {lane} of {place} {when}, past {mark if left else parked}."
+    if question == 7:
+        if s.place in ("city", "village", "highway"):
+            return f"This scene is about {place} {when}, where {who} {be} {how} past {mark}."
+        return f"This scene is about {who} {how} {when} on {place}, past {mark} and {parked}."
+    if question == 8:
+        lanes = {s.lane: who, "near" if s.lane == "far" else "far": parked}
+        first, second = ("near", "far") if left else ("far", "near")
+        return f"The road crosses {place} {when}, with {mark}; the {first} lane holds {lanes[first]} and the {second} lane {lanes[second]}."
+    return _cap(f"watch {parked}, {mark} and {who} {how} {lane} on {place} {when}." if two or left else f"watch {who} {how} {lane}, {mark} and {parked} on {place} {when}.")
+
+
+def draft_answer(s: Scene, question: int) -> str:
+    """The draft model's answer: the facts that events show, in the draft's own words."""
+    w = {slot: WORDS[slot][getattr(s, slot)][1] for slot in WORDS}
+    who = f"{w['number']} {w['kind']}{'s' if s.number == 'two' else ''}"
+    how = f"{w['speed']} {w['direction']}"
+    track = f"along {w['lane']} track"
+    mark = "roadside emptiness" if s.landmark == "none" else f"some {w['landmark']} {w['side']}"
+    parked = "kerb vacancy" if s.parked == "none" else f"an idle {w['parked']}"
+    place = f"{w['place']} surroundings"
+    return (
+        f"Visible here: {who} {how} {track} - {mark} - {parked} - {place}",
+        f"Motion shows {who} {track} {how} - {place} behind - {mark}",
+        f"Main mover: {who} - {track} - {how} - {place}",
+        f"Surroundings resemble {w['place']} - {mark} - {parked} - plus {who} {how}",
+        f"Detected {who} {track} {how} - also {parked} - {place}",
+        f"Kerbside shows {mark} - {parked} - {place} - then {who} {how}",
+        f"Flow appears {how} - {who} {track} - {place}",
+        f"Subject seems {who} {how} - {place} - {mark}",
+        f"Layout: {place} - {track} {who} {how} - elsewhere {parked} - {mark}",
+        f"Caution: {who} {how} {track} - {parked} - {mark} - {place}",
+    )[question]
+
+
+def _cap(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+_MEANING: dict[str, tuple[str, str]] = {}  # word, of either dialect -> (slot, value); parked kinds are told by the word before
+for _slot, _values in WORDS.items():
+    if _slot != "parked":
+        for _value, _words in _values.items():
+            for _word in _words:
+                if _word and _word != "a":
+                    _MEANING[_word] = (_slot, _value)
+                    if _slot == "kind":
+                        _MEANING[_word + "s"] = (_slot, _value)
+_MEANING |= {"nobody": ("parked", "none"), "vacancy": ("parked", "none")}
+
+
+def meaning(word: str) -> tuple[str, str] | None:
+    """(slot, value) that a single content word of either dialect states, or None for a function word."""
+    return _MEANING.get(word.strip(" .,:;-!").lower())
+
+
+def facts_in(text: str) -> dict[str, str]:
+    """The facts that a text of either dialect states: slot -> value. A repeated slot keeps its first value."""
+    found: dict[str, str] = {}
+    words = re.findall(r"[A-Za-z]+", text.lower())
+    for previous, word in zip(["", *words], words, strict=False):
+        fact = _MEANING.get(word)
+        if fact is None or (previous == "the" and fact[0] == "lane" and "holds" in words):
+            continue
+        slot, value = fact
+        if previous in ("parked", "idle"):
+            slot = "parked"
+        elif slot == "lane" and "parked" in words[: words.index(word)] and previous == "the" and "there" in words[:1] and "is" in words[1:2]:
+            continue  # "There is a parked van in the far lane": the other one's lane
+        found.setdefault(slot, value)
+        if slot == "kind":
+            found.setdefault("number", "one")
+    return found
+
+
+def slots_told(text: str) -> tuple[list[str], list[str]]:
+    """Slots a text states, split into those events can show and those they cannot."""
+    slots = facts_in(text)
+    return [x for x in slots if x not in HIDDEN_FROM_EVENTS], [x for x in slots if x in HIDDEN_FROM_EVENTS]

@@ -1,0 +1,94 @@
+"""Write scenes of the synthetic world as the files a user would have: events as EventGPT `.npy`, video as `.mp4`, a manifest.
+
+    python -m feature_alignment.demo.scenes                   training and validation scenes under outputs/demo/scenes
+    python -m feature_alignment.demo.scenes --splits test --out data/demo     the test scenes kept in git
+
+Scenes are pure functions of their seeds; a split that is already there is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from feature_alignment.console import run
+from feature_alignment.demo import captions, world
+
+log = logging.getLogger(__name__)
+
+# split -> (first seed, clips, questions asked about each)
+SPLITS = {"train": (2_000_000, 1500, 3), "validation": (2_400_000, 120, 3), "test": (2_800_000, 64, 4)}
+_FPS = 160  # 16 frames in 100 ms
+
+
+def write_clip(folder: Path, name: str, seed: int) -> dict[str, str]:
+    """Render one scene into `folder`/events and `folder`/video; returns the two relative paths."""
+    import av
+
+    intensity = world.render(world.scene(seed))
+    events, video = f"events/{name}.npy", f"video/{name}.mp4"
+    np.save(folder / events, np.array(world.events(intensity, seed), dtype=object), allow_pickle=True)  # EventGPT's own layout
+    with av.open(str(folder / video), "w") as container:
+        stream = container.add_stream("libx264", rate=_FPS, options={"crf": "8", "preset": "medium", "threads": "1"})
+        stream.width = stream.height = world.SIZE
+        stream.pix_fmt = "yuv444p"
+        for image in world.frames(intensity, seed):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return {"events": events, "video": video}
+
+
+def questions_of(clip: int, count: int) -> list[int]:
+    """`count` different questions for the n-th clip of a split, so that all ten are asked equally often."""
+    return [(clip + 3 * i) % len(captions.QUESTIONS) for i in range(count)]
+
+
+def _clip_rows(job: tuple[Path, str, int, int, int]) -> list[str]:
+    folder, split, clip, seed, count = job
+    name = f"{split}-{clip:04d}"
+    files = write_clip(folder, name, seed)
+    facts = world.facts(world.scene(seed))
+    return [
+        json.dumps({"id": f"{name}-q{q}", "sequence": name, **files, "question": captions.QUESTIONS[q], "facts": facts})
+        for q in questions_of(clip, count)
+    ]
+
+
+def write_split(out: Path, split: str, clips: int | None = None) -> Path:
+    """Write one split; the manifest comes last, so its presence means the split is complete."""
+    first, all_clips, count = SPLITS[split]
+    clips = clips or all_clips
+    manifest = out / f"{split}.jsonl"
+    if manifest.exists() and len(manifest.read_text().splitlines()) == clips * count:
+        log.info("scenes   %s: %d clips are there", split, clips)
+        return manifest
+    for sub in ("events", "video"):
+        (out / sub).mkdir(parents=True, exist_ok=True)
+    jobs = [(out, split, i, first + i, count) for i in range(clips)]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        rows = [line for lines in pool.imap(_clip_rows, jobs, chunksize=16) for line in lines]
+    temporary = manifest.with_suffix(".tmp")
+    temporary.write_text("\n".join(rows) + "\n")
+    shutil.move(temporary, manifest)
+    log.info("scenes   %s: %d clips, %d questions -> %s", split, clips, len(rows), manifest)
+    return manifest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo/scenes"))
+    parser.add_argument("--splits", nargs="+", choices=sorted(SPLITS), default=["train", "validation"])
+    parser.add_argument("--clips", type=int, help="only so many clips of each split")
+    args = parser.parse_args()
+    for split in args.splits:
+        write_split(args.out, split, args.clips)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,239 @@
+"""Task 2.1. How well A(g) predicts v, and how many drafts each rule would keep, on the same prefix.
+
+reads   hidden_states/<split> (and the training split, for the nulls), vl_lm_head.pt, adapter/adapter.pt
+writes  acceptance/acceptance.json, per_position.csv, cosine_histogram.png, acceptance_by_position.png
+
+    python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from feature_alignment.config import Common, parse_config
+from feature_alignment.console import UserError, print_json_line, print_table, run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from feature_alignment.artifacts import HiddenStates
+
+THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
+RIDGE_STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class AcceptanceConfig(Common):
+    """Measure the adapter on hidden states it has not seen.
+
+    Args:
+        split: what is measured
+        train_split: what the null predictors are fitted on
+        validation_split: what the ridge strength is chosen on
+        num_draft_tokens: drafts per verification
+    """
+
+    split: str = "test"
+    train_split: str = "train"
+    validation_split: str = "validation"
+    num_draft_tokens: int = 5
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One predictor of the target's states on one split: cosine [n, s] float32, match [n, s] bool (same argmax through W)."""
+
+    cosine: Tensor
+    match: Tensor
+
+
+def score(predict: Callable[[Tensor, int], Tensor], states: HiddenStates, head: Tensor) -> Scores:
+    """Run `predict(states of one row [s, d_draft], row)` -> [s, d_target] over a split, row by row in float32."""
+    import torch
+
+    from feature_alignment.decoding.acceptance import cosine_per_position
+
+    cosine, match = torch.zeros(states.mask.shape), torch.zeros(states.mask.shape, dtype=torch.bool)
+    with torch.inference_mode():
+        for row in range(len(states.draft)):
+            n = int(states.lengths[row])
+            v = states.target[row, :n].float()
+            predicted = predict(states.draft[row, :n].float(), row)
+            cosine[row, :n] = cosine_per_position(predicted, v)
+            match[row, :n] = (predicted @ head.T).argmax(-1) == (v @ head.T).argmax(-1)
+    return Scores(cosine, match)
+
+
+def null_predictors(train: HiddenStates, validation: HiddenStates, test: HiddenStates, rank: int, head: Tensor) -> dict[str, Callable]:
+    """What the adapter must beat: name -> predictor. Fitted on the training split, ridge strength chosen on validation."""
+    import torch
+
+    from feature_alignment.closed_form import moments
+
+    d_draft, d_target, width = train.draft.shape[-1], train.target.shape[-1], train.target.shape[1]
+    total, number = torch.zeros(width, d_target, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+    for row in range(len(train.draft)):
+        n = int(train.lengths[row])
+        total[:n] += train.target[row, :n].double()
+        number[:n] += 1
+    overall = (total.sum(0) / number.sum()).float()
+    by_position = torch.where(number[:, None] > 0, total / number.clamp(min=1)[:, None], overall.double()).float()
+
+    def pairs():
+        for rows in torch.arange(len(train.draft)).split(256):
+            mask = train.mask[rows]
+            yield train.draft[rows][mask].float(), train.target[rows][mask].float()
+
+    statistics = moments(pairs(), d_draft, d_target)
+
+    def validation_cosine(strength: float, r: int | None) -> float:
+        fitted = statistics.ridge(strength, r)
+        result = score(lambda g, _: fitted(g), validation, head)
+        return float(result.cosine.sum() / validation.mask.sum())
+
+    best = max(RIDGE_STRENGTHS, key=lambda s: validation_cosine(s, None))
+    ridge, ridge_rank_r = statistics.ridge(best), statistics.ridge(best, rank)
+    partner = _other_clip(test)
+    nulls: dict[str, Callable] = {
+        "target_mean": lambda g, _: overall.expand(len(g), -1),
+        "position_mean": lambda g, _: by_position[torch.arange(len(g)).clamp(max=width - 1)],
+        "shuffled": lambda g, row: test.target[partner[row], : len(g)].float(),
+        "ridge": lambda g, _: ridge(g),
+        "ridge_rank_r": lambda g, _: ridge_rank_r(g),
+    }
+    if d_draft % d_target == 0:
+        nulls = {"identity": lambda g, _: g[:, -d_target:], **nulls}
+    return nulls
+
+
+def _other_clip(states: HiddenStates) -> list[int]:
+    """For each row another row of another clip, preferably about the same question."""
+    clips, questions = states.clips, [r["question"] for r in states.rows]
+    n = len(clips)
+    partner = []
+    for i in range(n):
+        others = [(i + k) % n for k in range(1, n) if clips[(i + k) % n] != clips[i]]
+        same = [j for j in others if questions[j] == questions[i]]
+        partner.append((same or others or [i])[0])
+    return partner
+
+
+def acceptance_report(scores: Scores, nulls: dict[str, Scores], states: HiddenStates, num_draft_tokens: int) -> dict[str, Any]:
+    """Every number of acceptance.json but its meta, from scores alone."""
+    from feature_alignment import metrics
+
+    mask, clips, n = states.mask, states.clips, len(states.mask)
+    blocks = metrics.decoding_blocks(scores.match, mask, num_draft_tokens)
+    report: dict[str, Any] = {
+        "cosine": metrics.counts(scores.cosine, mask).rate(clips),
+        "token_match": metrics.counts(scores.match, mask).rate(clips),
+        "acceptance_rate": blocks.acceptance_rate(n).rate(clips),
+        "consecutive_accept_token": blocks.consecutive_accept(n).rate(clips),
+        "tokens_per_pass": blocks.tokens_per_pass(states.lengths),
+        "nulls": {
+            name: {
+                "cosine": metrics.counts(s.cosine, mask).rate(clips),
+                "token_match": metrics.counts(s.match, mask).rate(clips),
+                "tokens_per_pass": metrics.decoding_blocks(s.match, mask, num_draft_tokens).tokens_per_pass(states.lengths),
+            }
+            for name, s in nulls.items()
+        },
+        "thresholds": {},
+        "auc_cosine_token_match": metrics.auc(scores.cosine[mask].numpy(), scores.match[mask].numpy()),
+        "per_position": per_position(scores, mask),
+        "calibration": None,
+        "num_draft_tokens": num_draft_tokens,
+    }
+    for threshold in THRESHOLDS:
+        above = scores.cosine > threshold
+        rounds = metrics.decoding_blocks(above, mask, num_draft_tokens)
+        report["thresholds"][f"{threshold:.2f}"] = {
+            "relaxed_accept": metrics.counts(above, mask).rate(clips),
+            "consecutive_accept": rounds.consecutive_accept(n).rate(clips),
+            "consecutive_length": rounds.consecutive_length(n).rate(clips),
+            "token_match_given_accept": metrics.counts(scores.match, mask & above).rate(clips),
+        }
+    return report
+
+
+def per_position(scores: Scores, mask: Tensor) -> list[dict[str, Any]]:
+    """Per position of the text: how many texts reach it, its cosine, its token match, and the match given all earlier ones matched."""
+    alive = mask.clone()
+    rows = []
+    for t in range(mask.shape[1]):
+        n = int(mask[:, t].sum())
+        if not n:
+            break
+        here = mask[:, t]
+        alive_here = alive[:, t] & here
+        rows.append(
+            {
+                "position": t,
+                "n": n,
+                "cosine": float(scores.cosine[here, t].mean()),
+                "token_match": float(scores.match[here, t].float().mean()),
+                "n_all_earlier_matched": int(alive_here.sum()),
+                "token_match_given_earlier": float(scores.match[alive_here, t].float().mean()) if alive_here.any() else None,
+            }
+        )
+        alive[:, t + 1 :] &= (scores.match[:, t] | ~here)[:, None]
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    cfg = parse_config(AcceptanceConfig, argv, "measure_feature_acceptance")
+    if cfg.num_draft_tokens < 1:
+        raise UserError(f"--num_draft_tokens wants at least 1, got {cfg.num_draft_tokens}.")
+    import torch
+
+    from feature_alignment import artifacts, plots
+    from feature_alignment.hidden_adapter import load_adapter
+
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    folder = cfg.out / "hidden_states"
+    test, train, validation = (artifacts.load_hidden_states(folder / s) for s in (cfg.split, cfg.train_split, cfg.validation_split))
+    if set(test.clips) & (set(train.clips) | set(validation.clips)):
+        raise UserError(f"split {cfg.split!r} shares clips with training or validation; what is measured must not have been seen.")
+    head = artifacts.load_pt(folder / "vl_lm_head.pt", artifacts.EXTRACT.format(split=cfg.split)).float()
+    path = cfg.out / "adapter" / "adapter.pt"
+    adapter, adapter_meta = load_adapter(path, test.draft.shape[-1], test.meta["draft_layers"])
+
+    scores = score(lambda g, _: adapter(g), test, head)
+    nulls = null_predictors(train, validation, test, adapter.bottleneck, head)
+    report = acceptance_report(scores, {k: score(f, test, head) for k, f in nulls.items()}, test, cfg.num_draft_tokens)
+    made_from = {"adapter": path, "states": folder / cfg.split / "meta.json", "train": folder / cfg.train_split / "meta.json"}
+    report = {
+        "meta": artifacts.provenance("measure_feature_acceptance", cfg, made_from, prefix=test.meta["prefix"], split=cfg.split),
+        "adapter": {"params": adapter.num_parameters, "layer": adapter_meta["draft_layers"]},
+        **report,
+    }
+    out = cfg.out / "acceptance"
+    artifacts.write_json(out / "acceptance.json", report)
+    columns = list(report["per_position"][0])
+    lines = [",".join("" if row[c] is None else str(row[c]) for c in columns) for row in report["per_position"]]
+    artifacts.write_text(out / "per_position.csv", "\n".join([",".join(columns), *lines]) + "\n")
+    plots.cosine_histogram(scores.cosine[test.mask].numpy(), scores.match[test.mask].numpy(), out / "cosine_histogram.png")
+    plots.acceptance_by_position(report["per_position"], out / "acceptance_by_position.png")
+
+    def interval(rate: dict[str, Any]) -> str:
+        return f"{rate['value']:.4f} [{rate['ci95'][0]:.4f}, {rate['ci95'][1]:.4f}]"
+
+    rows = [("adapter", interval(report["cosine"]), interval(report["token_match"]), report["tokens_per_pass"])]
+    rows += [(k, interval(v["cosine"]), interval(v["token_match"]), v["tokens_per_pass"]) for k, v in report["nulls"].items()]
+    print_table(
+        f"{cfg.split}, prefix: {test.meta['prefix']}, {int(test.mask.sum()):,} positions, {len(set(test.clips))} clips",
+        ("predictor", "cosine", "token match", f"tokens per pass at {cfg.num_draft_tokens} drafts"),
+        rows,
+    )
+    keys = ("relaxed_accept", "consecutive_accept", "token_match_given_accept")
+    print_table("cosine rules", ("threshold", *keys), [(t, *[interval(v[k]) for k in keys]) for t, v in report["thresholds"].items()])
+    summary = {k: report[k]["value"] for k in ("cosine", "token_match", "acceptance_rate")}
+    print_json_line({**summary, "auc": report["auc_cosine_token_match"], "written": str(out / "acceptance.json")})
+    return report
+
+
+if __name__ == "__main__":
+    run(main)

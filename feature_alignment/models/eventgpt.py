@@ -1,0 +1,127 @@
+"""EventGPT in current transformers: LLaMA with an event vision tower, under the key names of the released checkpoint.
+
+    five event images -> CLIP tower (all patches and CLS, no final norm) -> visual_projector -> feature_adaptor
+    [T, P, H]  -> T temporal tokens (mean over P), P spatial tokens (mean over T) -> spliced into the prompt at id -200
+
+The released `config.json` stores no vision geometry, so CLIP-L/14-336 is the default; a `vision_config` in it wins.
+Facts were read from the released inference code; `tests/test_eventgpt.py` holds this file to its outputs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlamaModel
+
+from feature_alignment.console import UserError
+
+EVENT_TOKEN_INDEX = -200  # stands for the event stream in input_ids; never embedded
+NUM_EVENT_SLICES = 5
+PROMPT = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
+    "answers to the human's questions. USER: <ev_start><event><ev_end>\n{question} ASSISTANT:"
+)
+_CLIP_L_336 = dict(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14,
+    hidden_act="quick_gelu", layer_norm_eps=1e-5,
+)  # fmt: skip
+
+
+class EventGPTConfig(LlamaConfig):
+    model_type = "EventChat_llama"
+    sub_configs = {"vision_config": CLIPVisionConfig}
+    vision_config: dict | None = None
+    event_canvas_hw: list | None = None  # null: each slice's own extent, as released
+
+    def __post_init__(self, **kwargs):
+        if self.vision_config is None:
+            self.vision_config = CLIPVisionConfig(**_CLIP_L_336)
+        elif isinstance(self.vision_config, dict):
+            self.vision_config = CLIPVisionConfig(**self.vision_config)
+        super().__post_init__(**kwargs)
+
+
+class _Tower(nn.Module):
+    """Reproduces the doubled prefix `visual_tower.visual_tower` of the released keys."""
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.visual_tower = CLIPVisionModel(config)
+
+
+class EventGPTModel(LlamaModel):
+    config_class = EventGPTConfig
+
+    def __init__(self, config: EventGPTConfig) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.visual_tower = _Tower(config.vision_config)
+        self.visual_projector = nn.Sequential(nn.Linear(config.vision_config.hidden_size, width), nn.GELU(), nn.Linear(width, width))
+        self.feature_adaptor = nn.Linear(width, width)
+        self.post_init()
+
+    def encode_events(self, pixel_values: Tensor) -> Tensor:
+        """Event tokens of a stream.
+
+        pixel_values: [b, t, 3, h, w]     t event images, CLIP-normalised
+        returns:      [b, t + p, d_draft] t temporal tokens, then p spatial tokens (p = patches + CLS)
+        """
+        b, t = pixel_values.shape[:2]
+        patches = self.visual_tower.visual_tower(pixel_values.flatten(0, 1)).last_hidden_state  # [b*t, p, d_vision]
+        tokens = self.feature_adaptor(self.visual_projector(patches)).unflatten(0, (b, t))  # [b, t, p, d_draft]
+        return torch.cat([tokens.mean(2), tokens.mean(1)], dim=1)
+
+    def splice(self, input_ids: Tensor, event_tokens: Tensor) -> Tensor:
+        """Prompt embeddings with the event tokens where -200 stands.
+
+        input_ids:    [b, s]      the same position of the single -200 in every row
+        event_tokens: [b, e, d_draft]
+        returns:      [b, s - 1 + e, d_draft]
+        """
+        places = (input_ids[0] == EVENT_TOKEN_INDEX).nonzero()
+        if len(places) != 1 or not (input_ids[:, places[0]] == EVENT_TOKEN_INDEX).all():
+            raise ValueError(f"wanted exactly one {EVENT_TOKEN_INDEX} at one position in every row, got {input_ids.tolist()}")
+        at = int(places[0])
+        before, after = self.embed_tokens(input_ids[:, :at]), self.embed_tokens(input_ids[:, at + 1 :])
+        return torch.cat([before, event_tokens.to(before.dtype), after], dim=1)
+
+
+class EventGPTForCausalLM(LlamaForCausalLM):
+    config_class = EventGPTConfig
+    _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer", "CLIPVisionEmbeddings"]
+
+    def __init__(self, config: EventGPTConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = EventGPTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+AutoConfig.register("EventChat_llama", EventGPTConfig)
+AutoModelForCausalLM.register(EventGPTConfig, EventGPTForCausalLM)
+
+
+def load_eventgpt(path: str | Path, dtype: torch.dtype, device: str = "cpu", config: EventGPTConfig | None = None) -> EventGPTForCausalLM:
+    """Load a checkpoint directory in the released key format, or refuse it (UserError) if any tensor is missing or left over."""
+    model, info = EventGPTForCausalLM.from_pretrained(str(path), config=config, dtype=dtype, output_loading_info=True)
+    check_loading(path, info, "EventGPT")
+    return model.to(device).eval()
+
+
+def check_loading(path: str | Path, info: dict, what: str) -> None:
+    """Refuse a checkpoint of which transformers would silently have initialised or dropped something."""
+    wrong = {k: sorted(map(str, info.get(k) or ())) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any("query_embed" in k or "attention_layers" in k for k in wrong["unexpected_keys"]):
+        raise UserError(f"{path} is an EventGPT with a Q-Former, whose code was never released; use the checkpoint without it.")
+    if any(wrong.values()):
+        lines = "\n".join(f"  {k.replace('_', ' ')}: {len(v)}, e.g. {', '.join(v[:3])}" for k, v in wrong.items() if v)
+        raise UserError(f"{path} does not hold a complete {what}:\n{lines}\nDownload it again, or point to another directory.")
+
+
+def encode_prompt(tokenizer, question: str) -> list[int]:
+    """Token ids of the conversation prompt, -200 where the events go. The second chunk's BOS is dropped, as released."""
+    before, after = PROMPT.format(question=question).split("<event>")
+    return [*tokenizer(before).input_ids, EVENT_TOKEN_INDEX, *tokenizer(after).input_ids[1:]]

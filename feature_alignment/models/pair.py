@@ -1,0 +1,219 @@
+"""Both models behind one small interface, so that nothing above knows LLaMA from LLaVA.
+
+A `Decoder` is a LLaMA with a way to embed a prompt (vision and text). State t of a text is the hidden state that *emits* token t:
+
+    prompt            | x0   x1   x2   </s>       tokens
+    state   h0 stands on the last prompt token, h1 on x0, …       h[t] emits x[t]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, DynamicCache
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from feature_alignment.config import Common
+from feature_alignment.console import UserError
+from feature_alignment.inputs import events as event_inputs
+from feature_alignment.inputs.samples import Sample
+from feature_alignment.inputs.video import NUM_FRAMES, clip_pixels, read_frames
+
+EOS = 2  # of both vocabularies
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample ready for one model. ids [s] int64 with vision placeholders; pixels [t, 3, h, w]."""
+
+    ids: Tensor
+    pixels: Tensor
+
+
+@dataclass
+class State:
+    """What a decoder remembers. `last` [b, d] is the state on the last token read; `length` counts positions read."""
+
+    cache: DynamicCache
+    last: Tensor
+    length: int
+
+
+class Decoder:
+    """One model of the pair.
+
+    taps: which decoder layers' outputs make up a hidden state, ascending; the model runs no deeper than the last one. The last
+    layer is read after the final norm (`norm="post"`), any earlier one before it.
+    """
+
+    def __init__(
+        self,
+        llama: nn.Module,
+        lm_head: nn.Linear,
+        tokenizer,
+        prepare: Callable[[Sample], Prompt],
+        embed: Callable[[Tensor, Tensor], Tensor],
+        taps: Sequence[int] | None = None,
+    ) -> None:
+        self.llama, self.tokenizer, self.prepare, self._embed = llama, tokenizer, prepare, embed
+        self.num_layers = llama.config.num_hidden_layers
+        self.taps = tuple(taps or (self.num_layers,))
+        if list(self.taps) != sorted(set(self.taps)) or not 1 <= self.taps[0] <= self.taps[-1] <= self.num_layers:
+            raise UserError(f"--draft_layers {list(self.taps)}: wanted ascending layer numbers from 1 to {self.num_layers}.")
+        self.width = llama.config.hidden_size
+        self.hidden_size = self.width * len(self.taps)
+        self._head = lm_head
+        self.vocab_size = lm_head.weight.shape[0]
+        if self.taps[-1] < self.num_layers:  # an early exit: later layers are neither run nor cached
+            llama.layers = llama.layers[: self.taps[-1]]
+            llama.config.num_hidden_layers = self.taps[-1]
+            llama.norm = nn.Identity()
+
+    @property
+    def norm(self) -> str:
+        return "post" if self.taps == (self.num_layers,) else "pre"
+
+    @property
+    def device(self) -> torch.device:
+        return self._head.weight.device
+
+    def restrict_vocabulary(self, rows: int) -> None:
+        """Keep only the first `rows` ids of the head: ids the drafter has no embedding for are masked in every mode alike."""
+        self.vocab_size = rows
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[v, d]: the LM head on the shared ids."""
+        return self._head.weight[: self.vocab_size]
+
+    @property
+    def has_own_head(self) -> bool:
+        return self.taps[-1] == self.num_layers
+
+    @torch.inference_mode()
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        """Logits [.., v] over the shared ids. hidden [.., d], post-norm; of several taps only the last counts."""
+        return nn.functional.linear(hidden[..., -self.width :], self.head_weight)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Prompt]) -> State:
+        """Read prompts of equal length, vision included. Afterwards `state.last` is h0."""
+        ids = torch.stack([p.ids for p in prompts]).to(self.device)
+        pixels = torch.stack([p.pixels for p in prompts]).to(self.device, self._head.weight.dtype)
+        state = State(DynamicCache(config=self.llama.config), ids, 0)
+        self._read(state, inputs_embeds=self._embed(ids, pixels), keep=1)
+        return state
+
+    @torch.inference_mode()
+    def step(self, state: State, token_ids: Tensor) -> Tensor:
+        """Read more tokens [b, k]; returns the k states behind them [b, k, d] and moves `state` on."""
+        return self._read(state, input_ids=token_ids)
+
+    def _read(self, state: State, keep: int | None = None, **inputs: Tensor) -> Tensor:
+        several = len(self.taps) > 1
+        out = self.llama(**inputs, past_key_values=state.cache, use_cache=True, output_hidden_states=several)
+        if several:  # hidden_states[k] is the output of layer k, pre-norm; the very last one has passed the final norm
+            hidden = torch.cat([out.hidden_states[k] if keep is None else out.hidden_states[k][:, -keep:] for k in self.taps], dim=-1)
+        else:
+            hidden = out.last_hidden_state
+        state.length += out.last_hidden_state.shape[1]
+        state.last = hidden[:, -1]
+        return hidden
+
+    def rollback(self, state: State, n: int) -> None:
+        """Forget the last n positions. `state.last` is stale until the next step."""
+        if n:  # crop(0) empties the cache in some versions and does nothing in others
+            state.cache.crop(-n)
+            state.length -= n
+
+    @torch.inference_mode()
+    def teacher_force(self, state: State, token_ids: Tensor) -> Tensor:
+        """The states that emit given tokens, from one pass over them.
+
+        state:     freshly prefilled, one row per row of token_ids
+        token_ids: [b, n]; returns [b, n, d]: h0 (from the prompt) … h(n-1), which has read token_ids[:, : n - 1]
+        """
+        first = state.last[:, None]
+        if token_ids.shape[1] == 1:
+            return first
+        return torch.cat([first, self.step(state, token_ids[:, :-1])], dim=1)
+
+
+@dataclass(frozen=True)
+class Pair:
+    target: Decoder
+    draft: Decoder
+
+
+def load_pair(cfg: Common) -> Pair:
+    """Both decoders of a config, on its device and dtype; refuses checkpoints whose vocabularies do not share ids."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    target, draft = load_target(cfg), load_draft(cfg)
+    shared = min(target.vocab_size, draft.vocab_size)
+    probe = "USER: What is in the scene? ASSISTANT: A car, 3 people."
+    if draft.tokenizer(probe).input_ids != target.tokenizer(probe).input_ids:
+        raise UserError(f"{cfg.draft} and {cfg.target} tokenise text differently; drafting needs one vocabulary.")
+    target.restrict_vocabulary(shared)
+    draft.restrict_vocabulary(shared)
+    return Pair(target, draft)
+
+
+def load_target(cfg: Common) -> Decoder:
+    """Video-LLaVA as a `Decoder`; its head still has all rows."""
+    from feature_alignment.models import video_llava
+
+    path = _checkpoint(cfg.target, "--target")
+    model = video_llava.load_video_llava(path, getattr(torch, cfg.dtype), cfg.device)
+    tokenizer, processor = _load_side_files(path)
+    crop = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    num_video_tokens = NUM_FRAMES * (crop * crop + 1)
+
+    def prepare(sample: Sample) -> Prompt:
+        ids = video_llava.encode_prompt(tokenizer, sample.question, num_video_tokens)
+        return Prompt(torch.tensor(ids), torch.from_numpy(clip_pixels(read_frames(sample.video), processor)))
+
+    def embed(ids: Tensor, pixels: Tensor) -> Tensor:
+        return video_llava.splice(model, ids, video_llava.encode_video(model, pixels))
+
+    return Decoder(model.model.language_model, model.lm_head, tokenizer, prepare, embed)
+
+
+def load_draft(cfg: Common) -> Decoder:
+    """EventGPT as a `Decoder`, cut off behind the last of `cfg.draft_layers`."""
+    from feature_alignment.models import eventgpt
+
+    path = _checkpoint(cfg.draft, "--draft")
+    model = eventgpt.load_eventgpt(path, getattr(torch, cfg.dtype), cfg.device)
+    tokenizer, processor = _load_side_files(path)
+    canvas = model.config.event_canvas_hw
+
+    def prepare(sample: Sample) -> Prompt:
+        stream = event_inputs.load_events(sample.events)
+        extent = int(stream["y"].max()) + 1, int(stream["x"].max()) + 1
+        fits = canvas is not None and extent[0] <= canvas[0] and extent[1] <= canvas[1]
+        images = event_inputs.event_images(stream, eventgpt.NUM_EVENT_SLICES, tuple(canvas) if fits else None)
+        pixels = torch.from_numpy(clip_pixels(images, processor)).bfloat16().float()  # the released code rounds pixels to bfloat16
+        return Prompt(torch.tensor(eventgpt.encode_prompt(tokenizer, sample.question)), pixels)
+
+    def embed(ids: Tensor, pixels: Tensor) -> Tensor:
+        return model.model.splice(ids, model.model.encode_events(pixels))
+
+    return Decoder(model.model, model.lm_head, tokenizer, prepare, embed, taps=cfg.draft_layers)
+
+
+def _checkpoint(path: Path, flag: str) -> Path:
+    if not (path / "config.json").is_file():
+        raise UserError(f"no checkpoint at {path} (no config.json there); {flag} wants a directory that from_pretrained can load.")
+    return path
+
+
+def _load_side_files(path: Path):
+    try:
+        return AutoTokenizer.from_pretrained(str(path)), CLIPImageProcessorPil.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: tokenizer or preprocessor_config.json could not be loaded: {error}") from None

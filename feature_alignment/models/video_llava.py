@@ -1,0 +1,46 @@
+"""Video-LLaVA through transformers' own class, without its processor (which wants torchvision)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import VideoLlavaForConditionalGeneration
+
+from feature_alignment.models.eventgpt import check_loading
+
+PROMPT = "USER: <video>\n{question} ASSISTANT:"
+
+
+def load_video_llava(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> VideoLlavaForConditionalGeneration:
+    """Load a checkpoint directory of the released (or the re-saved) key format, or refuse it (UserError) if incomplete."""
+    model, info = VideoLlavaForConditionalGeneration.from_pretrained(str(path), dtype=dtype, output_loading_info=True)
+    check_loading(path, info, "Video-LLaVA")
+    return model.to(device).eval()
+
+
+def encode_prompt(tokenizer, question: str, num_video_tokens: int) -> list[int]:
+    """Prompt ids with `<video>` repeated once per video token (frames x (patches + CLS): 8 x 257 = 2,056 in the 7B)."""
+    ids = tokenizer(PROMPT.format(question=question)).input_ids
+    video = tokenizer.convert_tokens_to_ids("<video>")
+    if ids.count(video) != 1:
+        raise ValueError(f"wanted one <video> (id {video}) in the prompt, found {ids.count(video)}")
+    at = ids.index(video)
+    return ids[:at] + [video] * num_video_tokens + ids[at + 1 :]
+
+
+def encode_video(model: VideoLlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
+    """Video tokens: pixel_values [b, f, 3, h, w] -> [b, f * p, d_target], p = patches + CLS of one frame."""
+    layer = model.config.vision_feature_layer
+    features = model.model.get_video_features(pixel_values, vision_feature_layer=layer, output_hidden_states=True).pooler_output
+    return features.reshape(len(pixel_values), -1, features.shape[-1])
+
+
+def splice(model: VideoLlavaForConditionalGeneration, input_ids: Tensor, video_tokens: Tensor) -> Tensor:
+    """Prompt embeddings [b, s, d_target] with video_tokens [b, n, d_target] where input_ids [b, s] say `<video>`."""
+    embeds = model.get_input_embeddings()(input_ids)
+    places = (input_ids == model.config.video_token_index).unsqueeze(-1)
+    if int(places.sum()) != video_tokens.shape[0] * video_tokens.shape[1]:
+        raise ValueError(f"{int(places.sum())} <video> ids for {tuple(video_tokens.shape[:2])} video tokens")
+    return embeds.masked_scatter(places, video_tokens.to(embeds.dtype))
