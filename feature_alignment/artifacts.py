@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import mmap
 import os
 import platform
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from feature_alignment.config import Common, as_plain
-from feature_alignment.console import UserError
+from feature_alignment.console import UserError, finite
 
 SCHEMA = 1
 EXTRACT = "python feature_alignment/extract_hidden_states.py --config configs/demo.yaml --split {split}"
@@ -51,15 +50,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """JSON with `inf` and `nan` as null, so that every reader accepts it."""
-    write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_text(path, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, make_it: str) -> Any:
@@ -112,8 +103,7 @@ def provenance(script: str, cfg: Common, made_from: dict[str, Path], **facts: An
         "made_by": script,
         "argv": sys.argv[1:],
         "config": as_plain(cfg),
-        "config_hash": config_hash(as_plain(cfg)),
-        "made_from": {name: file_hash(path) for name, path in made_from.items() if path.exists()},
+        **_identity(cfg, made_from),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
@@ -121,6 +111,22 @@ def provenance(script: str, cfg: Common, made_from: dict[str, Path], **facts: An
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **facts,
     }
+
+
+def _identity(cfg: Common, made_from: dict[str, Path]) -> dict[str, Any]:
+    settings = {k: v for k, v in as_plain(cfg).items() if k != "resume"}
+    hashes = {name: file_hash(path) for name, path in made_from.items() if path.exists()}
+    return {"config_hash": config_hash(settings), "made_from": hashes}
+
+
+def reusable(path: Path, cfg: Common, made_from: dict[str, Path]) -> dict[str, Any] | None:
+    """The JSON at `path` if `--resume` is on and it was made with these settings from these very files, else None."""
+    if not (cfg.resume and path.is_file()):
+        return None
+    content = read_json(path, f"rm {path}")
+    meta = content.get("meta", content)
+    same = all(meta.get(key) == value for key, value in _identity(cfg, made_from).items())
+    return content if same else None
 
 
 def _git_commit() -> str | None:
@@ -157,6 +163,11 @@ class HiddenStates:
     def positions(self) -> tuple[Tensor, Tensor]:
         """All real positions of both models, flat: [p, d_draft], [p, d_target], float32."""
         return self.draft[self.mask].float(), self.target[self.mask].float()
+
+    @property
+    def ended(self) -> Tensor:
+        """[n] bool: texts that end with EOS, not at the length limit."""
+        return self.token_ids[torch.arange(len(self.lengths)), self.lengths - 1] == 2
 
     @property
     def clips(self) -> list[str]:

@@ -35,8 +35,8 @@ class Common:
     """Settings all seven scripts share.
 
     Args:
-        target: checkpoint directory of the verifier (Video-LLaVA)
-        draft: checkpoint directory of the drafter (EventGPT)
+        target_id: checkpoint directory of the verifier (Video-LLaVA)
+        draft_id: checkpoint directory of the drafter (EventGPT)
         manifests: sample list of each split, JSON lines
         output_dir: everything is written under it; default outputs/<name of the config file>
         device: where models run
@@ -45,10 +45,11 @@ class Common:
         threads: CPU threads of torch; 0 leaves its own choice
         draft_layers: which of the drafter's layers the adapter reads; it runs no deeper than the last of them (default: all)
         limit: at most this many samples
+        resume: reuse what is complete and was made from the same inputs, continue what was stopped; --no_resume starts over
     """
 
-    target: Path = Path("data/demo/video_llava")
-    draft: Path = Path("data/demo/eventgpt")
+    target_id: Path = Path("data/demo/video_llava")
+    draft_id: Path = Path("data/demo/eventgpt")
     manifests: dict[str, Path] = field(default_factory=dict)
     output_dir: Path | None = None
     device: str = "cpu"
@@ -57,6 +58,7 @@ class Common:
     threads: int = 0
     draft_layers: list[int] | None = None
     limit: int | None = None
+    resume: bool = True
 
     @property
     def out(self) -> Path:
@@ -79,7 +81,10 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str) -> T:
     parser = ArgumentParser(prog=section, description=f"{summary} [{example}]", exit_on_error=False)
     parser.add_argument("--config", help="YAML file with `common:` and one section per script")
     parser.add_argument("--print_config", help="show the merged settings and stop", action="store_true")
-    parser.add_class_arguments(cls, as_group=False)
+    hints, helps = typing.get_type_hints(cls), _field_helps(cls)
+    for f in dataclasses.fields(cls):
+        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+        parser.add_argument(f"--{f.name}", type=hints[f.name], default=default, help=helps[f.name])
     try:
         namespace = parser.parse_args(from_file + words)
         values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)}
@@ -99,6 +104,21 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str) -> T:
 def as_plain(cfg: Any) -> dict[str, Any]:
     """Settings as JSON-plain values."""
     return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+
+
+def _field_helps(cls: type) -> dict[str, str]:
+    """Help of every field, from the `Args:` of the class and its bases."""
+    helps: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        lines = (base.__doc__ or "").partition("Args:")[2].splitlines()
+        name = ""
+        for line in lines:
+            head, colon, text = line.strip().partition(": ")
+            if colon and line.startswith("        ") and not line.startswith("         "):
+                name, helps[head] = head, text
+            elif name and line.strip():
+                helps[name] += " " + line.strip()
+    return {f.name: helps[f.name] for f in dataclasses.fields(cls)}
 
 
 def _normalise(cls: type, argv: list[str]) -> list[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -55,6 +57,23 @@ def _cell(value: object) -> str:
     return str(value)
 
 
+def rate_text(rate: dict[str, Any], digits: int = 4, scale: float = 1.0, unit: str = "") -> str:
+    """`value unit [lo, hi]` of {"value", "ci95"}; a dash for what was not measured, no interval where there is none."""
+    numbers = [None if x is None or x != x else f"{scale * x:.{digits}f}" for x in (rate["value"], *rate["ci95"])]
+    if numbers[0] is None:
+        return "-"
+    return f"{numbers[0]}{unit}" + ("" if None in numbers else f" [{numbers[1]}, {numbers[2]}]")
+
+
 def print_json_line(summary: dict) -> None:
     """The last line on stdout: one JSON object for whoever reads the script by machine."""
-    print(json.dumps(summary, allow_nan=False, separators=(", ", ": ")))
+    print(json.dumps(finite(summary), allow_nan=False, separators=(", ", ": ")))
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with `inf` and `nan` as null: strict JSON has neither."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -38,7 +38,6 @@ class ExtractConfig(Common):
         max_new_tokens: longest answer, EOS included
         batch_size: prompts of equal length that are read at once
         store_dtype: what the files hold
-        resume: continue a run that was stopped, skip one that is complete
     """
 
     split: str = "train"
@@ -46,7 +45,6 @@ class ExtractConfig(Common):
     max_new_tokens: int = 64
     batch_size: int = 32
     store_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    resume: bool = True
 
 
 def generate_batch(model: Decoder, state: State, max_new_tokens: int) -> list[list[int]]:
@@ -130,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     samples = read_samples(cfg.manifests, cfg.split, cfg.limit)
     out = cfg.out / "hidden_states" / cfg.split
     settings = {k: v for k, v in as_plain(cfg).items() if k not in ("resume", "output_dir", "threads", "batch_size")}
-    settings["checkpoints"] = [artifacts.file_hash(p) for p in (cfg.target, cfg.draft) if p.is_dir()]
+    settings["checkpoints"] = [artifacts.file_hash(p) for p in (cfg.target_id, cfg.draft_id) if p.is_dir()]
     settings["manifest"] = artifacts.file_hash(cfg.manifests[cfg.split])
     if cfg.resume and (out / "meta.json").is_file():
         meta = artifacts.read_json(out / "meta.json", "rm -r " + str(out))
@@ -147,14 +145,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     positions = sum(len(r["vl_tokens"] if cfg.prefix != "drafter" else r["egpt_tokens"]) for r in writer.rows.values())
     meta = artifacts.provenance(
-        "extract_hidden_states", cfg, {"target": cfg.target, "draft": cfg.draft, "manifest": cfg.manifests[cfg.split]},
+        "extract_hidden_states", cfg, {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]},
         settings=settings, prefix=cfg.prefix, rows=len(samples), positions=positions, draft_layers=list(pair.draft.taps),
         draft_norm=pair.draft.norm, target_norm="post", hidden_size_draft=sizes["draft"], hidden_size_target=sizes["target"],
         dtype=cfg.store_dtype,
     )  # fmt: skip
     artifacts.save_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", pair.target.head_weight.detach().cpu().clone())
     keys = ("egpt_tokens", "egpt_text", "vl_tokens", "vl_text")
-    results = [{"sample_id": r["id"], "query": r["question"], **{k: r[k] for k in keys}} for _, r in sorted(writer.rows.items())]
+    results = [{"sample_id": r["id"], "sequence": r["sequence"], "query": r["question"], **{k: r[k] for k in keys}} for _, r in sorted(writer.rows.items())]
     artifacts.write_json(cfg.out / "token_pairs" / f"{cfg.split}.json", {"meta": meta, "results": results})
     writer.finish(meta)
     print_table(

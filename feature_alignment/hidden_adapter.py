@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class AdapterConfig(Common):
     hidden_size: int = 4096
     num_taps: int = 1
     bottleneck: int = 256
-    tokens: list[int] = None  # type: ignore[assignment]
+    tokens: list[int] = field(default_factory=lambda: [1, 6])
     repeats: int = 200
 
 
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     width = adapter.d_draft
     dtype = getattr(torch, cfg.dtype)
     rows = []
-    for n in cfg.tokens or [1, 6]:
+    for n in cfg.tokens:
         flops = 2 * n * adapter.bottleneck * (adapter.d_draft + adapter.d_target)
         rows.append((n, forward_ms(adapter, n, width, cfg.repeats, cfg.device, dtype), flops))
     weight_bytes = adapter.num_parameters * dtype.itemsize

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from feature_alignment.config import Common, parse_config
-from feature_alignment.console import UserError, print_json_line, print_table, run
+from feature_alignment.console import UserError, print_json_line, print_table, rate_text, run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +125,7 @@ def acceptance_report(scores: Scores, nulls: dict[str, Scores], states: HiddenSt
     from feature_alignment import metrics
 
     mask, clips, n = states.mask, states.clips, len(states.mask)
-    blocks = metrics.decoding_blocks(scores.match, mask, num_draft_tokens)
+    blocks = metrics.decoding_blocks(scores.match, mask, num_draft_tokens, states.ended)
     report: dict[str, Any] = {
         "cosine": metrics.counts(scores.cosine, mask).rate(clips),
         "token_match": metrics.counts(scores.match, mask).rate(clips),
@@ -136,7 +136,7 @@ def acceptance_report(scores: Scores, nulls: dict[str, Scores], states: HiddenSt
             name: {
                 "cosine": metrics.counts(s.cosine, mask).rate(clips),
                 "token_match": metrics.counts(s.match, mask).rate(clips),
-                "tokens_per_pass": metrics.decoding_blocks(s.match, mask, num_draft_tokens).tokens_per_pass(states.lengths),
+                "tokens_per_pass": metrics.decoding_blocks(s.match, mask, num_draft_tokens, states.ended).tokens_per_pass(states.lengths),
             }
             for name, s in nulls.items()
         },
@@ -148,7 +148,7 @@ def acceptance_report(scores: Scores, nulls: dict[str, Scores], states: HiddenSt
     }
     for threshold in THRESHOLDS:
         above = scores.cosine > threshold
-        rounds = metrics.decoding_blocks(above, mask, num_draft_tokens)
+        rounds = metrics.decoding_blocks(above, mask, num_draft_tokens, states.ended)
         report["thresholds"][f"{threshold:.2f}"] = {
             "relaxed_accept": metrics.counts(above, mask).rate(clips),
             "consecutive_accept": rounds.consecutive_accept(n).rate(clips),
@@ -218,18 +218,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     plots.cosine_histogram(scores.cosine[test.mask].numpy(), scores.match[test.mask].numpy(), out / "cosine_histogram.png")
     plots.acceptance_by_position(report["per_position"], out / "acceptance_by_position.png")
 
-    def interval(rate: dict[str, Any]) -> str:
-        return f"{rate['value']:.4f} [{rate['ci95'][0]:.4f}, {rate['ci95'][1]:.4f}]"
-
-    rows = [("adapter", interval(report["cosine"]), interval(report["token_match"]), report["tokens_per_pass"])]
-    rows += [(k, interval(v["cosine"]), interval(v["token_match"]), v["tokens_per_pass"]) for k, v in report["nulls"].items()]
+    rows = [("adapter", rate_text(report["cosine"]), rate_text(report["token_match"]), report["tokens_per_pass"])]
+    rows += [(k, rate_text(v["cosine"]), rate_text(v["token_match"]), v["tokens_per_pass"]) for k, v in report["nulls"].items()]
     print_table(
         f"{cfg.split}, prefix: {test.meta['prefix']}, {int(test.mask.sum()):,} positions, {len(set(test.clips))} clips",
         ("predictor", "cosine", "token match", f"tokens per pass at {cfg.num_draft_tokens} drafts"),
         rows,
     )
     keys = ("relaxed_accept", "consecutive_accept", "token_match_given_accept")
-    print_table("cosine rules", ("threshold", *keys), [(t, *[interval(v[k]) for k in keys]) for t, v in report["thresholds"].items()])
+    print_table("cosine rules", ("threshold", *keys), [(t, *[rate_text(v[k]) for k in keys]) for t, v in report["thresholds"].items()])
     summary = {k: report[k]["value"] for k in ("cosine", "token_match", "acceptance_rate")}
     print_json_line({**summary, "auc": report["auc_cosine_token_match"], "written": str(out / "acceptance.json")})
     return report

@@ -73,7 +73,7 @@ class Blocks:
     """The rounds decoding would form, read off one teacher-forced pass (semantics: the trace identity).
 
     rows, starts: [r] which text, and the position of the round's first draft
-    offered:      [r] drafts that count: num_draft_tokens, fewer at the end of a text
+    offered:      [r] drafts that count: num_draft_tokens, fewer at the end of a text, none for the last token of one cut off
     accepted:     [r] leading drafts kept
     """
 
@@ -93,26 +93,28 @@ class Blocks:
 
     def consecutive_length(self, n: int) -> Counts:
         """num_accepted per round, per row."""
-        return Counts(np.bincount(self.rows, self.accepted, n), np.bincount(self.rows, minlength=n).astype(float))
+        return Counts(np.bincount(self.rows, self.accepted, n), np.bincount(self.rows, self.offered > 0, n))
 
     def tokens_per_pass(self, lengths: Tensor) -> float:
         """Emitted tokens after the first of each text / verifications. A text that ends with its first token needs none."""
         return float((lengths - 1).clamp(min=0).sum()) / max(1, len(self.rows))
 
 
-def decoding_blocks(bits: Tensor, mask: Tensor, num_draft_tokens: int) -> Blocks:
+def decoding_blocks(bits: Tensor, mask: Tensor, num_draft_tokens: int, ended: Tensor | None = None) -> Blocks:
     """Form the rounds: position 0 comes from the target's prefill, a round at t keeps min(g, run of ones from t), and its extra
     token takes the place behind them.
 
     bits: [n, s] bool  draft kept at this position, given everything before it is the target's own text
     mask: [n, s] bool  real positions, EOS included
+    ended: [n] bool    texts that end with EOS (default all). One cut off at the length limit gets its last token without a draft,
+                       because every round also emits a token of the target's own
     """
     runs, lengths = run_from(bits, mask), mask.sum(1)
     out: list[tuple[int, int, int, int]] = []
     for row in range(len(bits)):
         t, n = 1, int(lengths[row])
         while t < n:
-            offered = min(num_draft_tokens, n - t)
+            offered = min(num_draft_tokens, n - t - (0 if ended is None or bool(ended[row]) else 1))
             kept = min(offered, int(runs[row, t]))
             out.append((row, t, offered, kept))
             t += kept + 1

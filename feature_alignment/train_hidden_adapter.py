@@ -196,28 +196,36 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     head_path = cfg.out / "hidden_states" / "vl_lm_head.pt"
     head = artifacts.load_pt(head_path, artifacts.EXTRACT.format(split=cfg.train_split))
 
+    out = cfg.out / "adapter"
+    made_from = {k: f / "meta.json" for k, f in folders.items()} | {"vl_lm_head": head_path}
+    meta = artifacts.reusable(out / "meta.json", cfg, made_from) if (out / "adapter.pt").is_file() else None
+    if meta is not None:
+        _show(meta, out, reused=True)
+        return meta
     start = time.time()
     adapter, history = train(states["train"], states["validation"], head, cfg)
     best = min(history, key=lambda h: h["validation_loss"])
+    on_validation = lambda h: {k.removeprefix("validation_"): v for k, v in h.items() if k.startswith("validation_")}  # noqa: E731
     meta = artifacts.provenance(
-        "train_hidden_adapter", cfg, {k: f / "meta.json" for k, f in folders.items()} | {"vl_lm_head": head_path},
+        "train_hidden_adapter", cfg, made_from,
         geometry=adapter.geometry, parameters=adapter.num_parameters, draft_layers=a["draft_layers"], prefix=a["prefix"],
-        best_epoch=best["epoch"], validation={k.removeprefix("validation_"): v for k, v in best.items() if k.startswith("validation_")},
+        best_epoch=best["epoch"], validation=on_validation(best), untrained=on_validation(history[0]),
         seconds=time.time() - start,
     )  # fmt: skip
-    out = cfg.out / "adapter"
     artifacts.write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in history))
     plot_curves(history, out / "training_curves.png")
     artifacts.save_pt(out / "adapter.pt", {"meta": meta, "state_dict": {k: v.cpu() for k, v in adapter.state_dict().items()}})
     artifacts.write_json(out / "meta.json", meta)
-    columns = ("loss", "mse", "cosine", "kl", "token_match")
-    print_table(
-        f"adapter of {adapter.num_parameters:,} parameters, validation ({int(states['validation'].lengths.sum()):,} positions)",
-        ("epoch", *columns),
-        [[h["epoch"], *[h[f"validation_{c}"] for c in columns]] for h in (history[0], best)],
-    )
-    print_json_line({"parameters": adapter.num_parameters, **{k: best[f"validation_{k}"] for k in columns}, "written": str(out / "adapter.pt")})
+    _show(meta, out, reused=False)
     return meta
+
+
+def _show(meta: dict[str, Any], out: Path, reused: bool) -> None:
+    columns = ("loss", "mse", "cosine", "kl", "token_match")
+    rows = [["untrained", *[meta["untrained"][c] for c in columns]], [f"epoch {meta['best_epoch']}", *[meta["validation"][c] for c in columns]]]
+    print_table(f"adapter of {meta['parameters']:,} parameters, on validation", ("", *columns), rows)
+    scores = {k: round(v, 5) for k, v in meta["validation"].items()}
+    print_json_line({"parameters": meta["parameters"], **scores, "reused": reused, "written": str(out / "adapter.pt")})
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ PREFILL_STAGES = ("target_prefill", "draft_prefill")
 
 @dataclass
 class Round:
-    """One verification: what was proposed, what was kept (and at which cosine), and the target's own token after it."""
+    """One verification: what was proposed, what the target would have said there, what was kept (and at which cosine), and the
+    target's own token after it."""
 
     proposed: list[int]
+    target_says: list[int]
     kept: list[bool]
     cosine: list[float] | None
     extra_token: int | None
@@ -144,6 +146,7 @@ def speculate(
         rounds.append(
             Round(
                 proposed=draft.token_ids.tolist(),
+                target_says=says[:g].tolist(),
                 kept=kept_list,
                 cosine=None if cosine is None else cosine.tolist(),
                 extra_token=extra if ended == len(new) else None,

@@ -327,7 +327,7 @@ def frames(intensity: np.ndarray, seed: int) -> np.ndarray:
 
 
 def events(intensity: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """What the event camera records, in EventGPT's layout: x, y uint16, p uint8 (1 = brighter), t uint32 microseconds, sorted.
+    """What the event camera records, in EventGPT's layout: x, y, p (1 = brighter) uint8, t uint32 microseconds, sorted.
 
     Contrast-threshold model: log-intensity is linear between two images; a pixel fires each time it has moved by CONTRAST from
     the level of its last event. A few background events per clip keep an empty sensor from being perfectly silent.
@@ -356,4 +356,4 @@ def events(intensity: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     t = np.concatenate(ts)
     order = np.argsort(t, kind="stable")
     pick = lambda parts, dtype: np.concatenate(parts)[order].astype(dtype)  # noqa: E731
-    return {"x": pick(xs, np.uint16), "y": pick(ys, np.uint16), "p": pick(ps, np.uint8), "t": t[order].astype(np.uint32)}
+    return {"x": pick(xs, np.uint8), "y": pick(ys, np.uint8), "p": pick(ps, np.uint8), "t": t[order].astype(np.uint32)}

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers.utils import logging
 
 from feature_alignment.console import UserError
 
@@ -106,19 +107,24 @@ AutoModelForCausalLM.register(EventGPTConfig, EventGPTForCausalLM)
 
 def load_eventgpt(path: str | Path, dtype: torch.dtype, device: str = "cpu", config: EventGPTConfig | None = None) -> EventGPTForCausalLM:
     """Load a checkpoint directory in the released key format, or refuse it (UserError) if any tensor is missing or left over."""
-    model, info = EventGPTForCausalLM.from_pretrained(str(path), config=config, dtype=dtype, output_loading_info=True)
-    check_loading(path, info, "EventGPT")
-    return model.to(device).eval()
+    return load_complete(EventGPTForCausalLM, path, "EventGPT", dtype=dtype, config=config).to(device).eval()
 
 
-def check_loading(path: str | Path, info: dict, what: str) -> None:
-    """Refuse a checkpoint of which transformers would silently have initialised or dropped something."""
+def load_complete(cls: type[PreTrainedModel], path: str | Path, what: str, **options):
+    """`from_pretrained` that refuses (UserError) a checkpoint of which transformers would silently initialise or drop a tensor."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = cls.from_pretrained(str(path), output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except Exception as error:  # damaged JSON or weights raise errors of many libraries
+        raise UserError(f"{path} could not be loaded as {what}: {str(error).strip().splitlines()[0][:200]}") from None
     wrong = {k: sorted(map(str, info.get(k) or ())) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any("query_embed" in k or "attention_layers" in k for k in wrong["unexpected_keys"]):
         raise UserError(f"{path} is an EventGPT with a Q-Former, whose code was never released; use the checkpoint without it.")
     if any(wrong.values()):
         lines = "\n".join(f"  {k.replace('_', ' ')}: {len(v)}, e.g. {', '.join(v[:3])}" for k, v in wrong.items() if v)
         raise UserError(f"{path} does not hold a complete {what}:\n{lines}\nDownload it again, or point to another directory.")
+    return model
 
 
 def encode_prompt(tokenizer, question: str) -> list[int]:

@@ -157,7 +157,7 @@ def load_pair(cfg: Common) -> Pair:
     shared = min(target.vocab_size, draft.vocab_size)
     probe = "USER: What is in the scene? ASSISTANT: A car, 3 people."
     if draft.tokenizer(probe).input_ids != target.tokenizer(probe).input_ids:
-        raise UserError(f"{cfg.draft} and {cfg.target} tokenise text differently; drafting needs one vocabulary.")
+        raise UserError(f"{cfg.draft_id} and {cfg.target_id} tokenise text differently; drafting needs one vocabulary.")
     target.restrict_vocabulary(shared)
     draft.restrict_vocabulary(shared)
     return Pair(target, draft)
@@ -167,7 +167,7 @@ def load_target(cfg: Common) -> Decoder:
     """Video-LLaVA as a `Decoder`; its head still has all rows."""
     from feature_alignment.models import video_llava
 
-    path = _checkpoint(cfg.target, "--target")
+    path = _checkpoint(cfg.target_id, "--target_id")
     model = video_llava.load_video_llava(path, getattr(torch, cfg.dtype), cfg.device)
     tokenizer, processor = _load_side_files(path)
     crop = model.config.vision_config.image_size // model.config.vision_config.patch_size
@@ -187,7 +187,7 @@ def load_draft(cfg: Common) -> Decoder:
     """EventGPT as a `Decoder`, cut off behind the last of `cfg.draft_layers`."""
     from feature_alignment.models import eventgpt
 
-    path = _checkpoint(cfg.draft, "--draft")
+    path = _checkpoint(cfg.draft_id, "--draft_id")
     model = eventgpt.load_eventgpt(path, getattr(torch, cfg.dtype), cfg.device)
     tokenizer, processor = _load_side_files(path)
     canvas = model.config.event_canvas_hw

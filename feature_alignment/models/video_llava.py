@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 from transformers import VideoLlavaForConditionalGeneration
 
-from feature_alignment.models.eventgpt import check_loading
+from feature_alignment.models.eventgpt import load_complete
 
 PROMPT = "USER: <video>\n{question} ASSISTANT:"
 
 
 def load_video_llava(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> VideoLlavaForConditionalGeneration:
     """Load a checkpoint directory of the released (or the re-saved) key format, or refuse it (UserError) if incomplete."""
-    model, info = VideoLlavaForConditionalGeneration.from_pretrained(str(path), dtype=dtype, output_loading_info=True)
-    check_loading(path, info, "Video-LLaVA")
-    return model.to(device).eval()
+    return load_complete(VideoLlavaForConditionalGeneration, path, "Video-LLaVA", dtype=dtype).to(device).eval()
 
 
 def encode_prompt(tokenizer, question: str, num_video_tokens: int) -> list[int]:

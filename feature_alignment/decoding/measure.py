@@ -1,0 +1,169 @@
+"""Measuring speed: what one step costs, and how long methods take on the same prompts in one process.
+
+Ratios are sums over sums, intervals resample clips, methods take turns on every prompt so that drift hits all alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from feature_alignment.decoding.engine import Generation
+from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.inputs.samples import Sample
+from feature_alignment.metrics import Counts
+from feature_alignment.models.pair import Decoder, Prompt
+
+VERIFIED = (1, 2, 4, 6, 8, 16, 32)
+
+
+@dataclass
+class Timed:
+    """All runs of one method: generations[prompt][repeat]."""
+
+    generations: list[list[Generation]] = field(default_factory=list)
+
+    def per_prompt(self, what: Callable[[Generation], float]) -> np.ndarray:
+        """Median over repeats, per prompt."""
+        return np.array([statistics.median(what(g) for g in runs) for runs in self.generations])
+
+    @property
+    def texts(self) -> list[list[int]]:
+        return [runs[0].token_ids for runs in self.generations]
+
+
+def run_in_turns(methods: dict[str, Callable[[int], Generation]], num_prompts: int, repeats: int, warmup: int, progress: Callable) -> dict[str, Timed]:
+    """Every method on every prompt, `repeats` times, the order rotating; the first `warmup` prompts are run once before."""
+    for i in range(min(warmup, num_prompts)):
+        for method in methods.values():
+            method(i)
+    timed = {name: Timed([[] for _ in range(num_prompts)]) for name in methods}
+    names = list(methods)
+    for i in progress(range(num_prompts)):
+        for repeat in range(repeats):
+            turn = (i + repeat) % len(names)
+            for name in names[turn:] + names[:turn]:
+                timed[name].generations[i].append(methods[name](i))
+    return timed
+
+
+def speedup(baseline: Timed, method: Timed, clips: Sequence[str], what: Callable[[Generation], float]) -> dict[str, Any]:
+    """Σ baseline ms / Σ method ms with its interval, P50 and P95 of the per-prompt ratio, and the share of slower prompts."""
+    a, b = baseline.per_prompt(what), method.per_prompt(what)
+    ratios = a / b
+    return Counts(a, b).rate(clips) | {
+        "p50": float(np.percentile(ratios, 50)),
+        "p05": float(np.percentile(ratios, 5)),
+        "p95": float(np.percentile(ratios, 95)),
+        "share_slower": float((ratios < 1).mean()),
+    }
+
+
+@torch.inference_mode()
+def step_ms(model: Decoder, prompt: Prompt, num_tokens: int, repeats: int = 40) -> float:
+    """Median milliseconds of one forward pass over `num_tokens` new tokens behind a prompt; the cache is rolled back untimed."""
+    watch = Stopwatch(model.device)
+    state = model.prefill([prompt])
+    ids = torch.full((1, num_tokens), 5, device=model.device)
+    times = []
+    for i in range(repeats + 5):
+        start = watch.now()
+        model.step(state, ids)
+        end = watch.now()
+        model.rollback(state, num_tokens)
+        if i >= 5:
+            times.append(end - start)
+    return statistics.median(times)
+
+
+@torch.inference_mode()
+def costs(target: Decoder, draft: Decoder, adapter: nn.Module, target_prompt: Prompt, draft_prompt: Prompt) -> dict[str, Any]:
+    """What each part of a round costs: milliseconds, c = (draft step + adapter + head) / target step, v(k) in target steps."""
+    watch = Stopwatch(target.device)
+    steps = {k: step_ms(target, target_prompt, k) for k in VERIFIED}
+    state = torch.randn(1, draft.hidden_size, device=target.device, dtype=target.head_weight.dtype)
+
+    def median_ms(call: Callable[[], object]) -> float:
+        times = []
+        for i in range(210):
+            start = watch.now()
+            call()
+            if i >= 10:
+                times.append(watch.now() - start)
+        return statistics.median(times)
+
+    aligned = adapter(state)
+    t_adapter, t_head = median_ms(lambda: adapter(state)), median_ms(lambda: target.lm_head(aligned).argmax(-1))
+    t_draft = step_ms(draft, draft_prompt, 1)
+    return {
+        "t_draft_ms": t_draft,
+        "t_adapter_ms": t_adapter,
+        "t_head_ms": t_head,
+        "t_target_ms": steps[1],
+        "c": (t_draft + t_adapter + t_head) / steps[1],
+        "v": {str(k): ms / steps[1] for k, ms in steps.items()},
+    }
+
+
+def verification_cost(cost: dict[str, Any], num_tokens: int) -> float:
+    """v(num_tokens), linear between the measured points."""
+    points = sorted((int(k), v) for k, v in cost["v"].items())
+    return float(np.interp(num_tokens, [k for k, _ in points], [v for _, v in points]))
+
+
+@torch.inference_mode()
+def fidelity(target: Decoder, prompts: Sequence[Prompt], samples: Sequence[Sample], texts: Timed, plain: Timed) -> dict[str, Any]:
+    """How a method's texts differ from the target's own: exact match, token agreement, log-likelihood, true facts, kept drafts.
+
+    token_agreement: same token at the same place, over the longer text; log_likelihood: the target's mean log-probability of an
+    emitted token; kept_differently: kept drafts the target would not have said, as synonyms or errors by the world's dictionary
+    """
+    clips = [s.sequence for s in samples]
+    pairs = list(zip(texts.texts, plain.texts, strict=True))
+    ones = np.ones(len(pairs))
+    report: dict[str, Any] = {
+        "exact_match": Counts(np.array([float(a == b) for a, b in pairs]), ones).rate(clips),
+        "token_agreement": Counts(
+            np.array([float(sum(x == y for x, y in zip(a, b, strict=False))) for a, b in pairs]),
+            np.array([float(max(len(a), len(b))) for a, b in pairs]),
+        ).rate(clips),
+    }
+    likelihood = []
+    for prompt, (tokens, _) in zip(prompts, pairs, strict=True):
+        ids = torch.tensor([tokens], device=target.device)
+        log_p = target.lm_head(target.teacher_force(target.prefill([prompt]), ids)).float().log_softmax(-1)
+        likelihood.append(float(log_p.gather(-1, ids[..., None]).sum()))
+    report["log_likelihood"] = Counts(np.array(likelihood), np.array([float(len(a)) for a, _ in pairs])).rate(clips)
+    if all(s.facts for s in samples):
+        report |= _judged_by_the_world(target, samples, texts)
+    return report
+
+
+def _judged_by_the_world(target: Decoder, samples: Sequence[Sample], texts: Timed) -> dict[str, Any]:
+    """True facts per slot kind, and kept drafts that differ from the target's token; only the demo world knows these."""
+    from feature_alignment.demo.captions import facts_in, meaning
+    from feature_alignment.demo.world import HIDDEN_FROM_EVENTS
+
+    decode = target.tokenizer.decode
+    true, told = {k: np.zeros(len(samples)) for k in ("visible", "hidden")}, {k: np.zeros(len(samples)) for k in ("visible", "hidden")}
+    kinds = {"kept": 0, "same": 0, "synonym": 0, "error": 0}
+    for i, sample in enumerate(samples):
+        for slot, value in facts_in(decode(texts.texts[i], skip_special_tokens=True)).items():
+            kind = "hidden" if slot in HIDDEN_FROM_EVENTS else "visible"
+            told[kind][i] += 1
+            true[kind][i] += sample.facts.get(slot) == value
+        for r in texts.generations[i][0].rounds:
+            for drafted, said, kept in zip(r.proposed, r.target_says, r.kept, strict=True):
+                if kept:
+                    kinds["kept"] += 1
+                    fact = meaning(decode([drafted]))
+                    same_fact = fact is not None and fact == meaning(decode([said]))
+                    kinds["same" if drafted == said else "synonym" if same_fact else "error"] += 1
+    clips = [s.sequence for s in samples]
+    return {f"true_facts_{k}": Counts(true[k], told[k]).rate(clips) for k in true} | {"kept_drafts": kinds}

@@ -1,0 +1,77 @@
+"""Drafters that look at no picture and cost nothing: what D + A must beat, verified in the same way.
+
+Fitted on training texts only. `template` says the most frequent token of each position of answers to this question, `ngram` the most
+frequent token after the last few (longest known context first).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from feature_alignment.decoding.proposers import Draft
+from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.models.pair import Prompt
+
+Text = tuple[str, Sequence[int]]  # question, token ids up to EOS
+
+
+class Template:
+    """argmax over training answers of P(token | question, position)."""
+
+    def __init__(self, texts: Iterable[Text]) -> None:
+        table: dict[tuple[str, int], Counter[int]] = defaultdict(Counter)
+        for question, tokens in texts:
+            for t, token in enumerate(tokens):
+                table[question, t][token] += 1
+                table["", t][token] += 1  # for questions never seen
+        self._best = {key: count.most_common(1)[0][0] for key, count in table.items()}
+
+    def next_token(self, question: str, prefix: Sequence[int]) -> int:
+        return self._best.get((question, len(prefix)), self._best.get(("", len(prefix)), 2))
+
+
+class NGram:
+    """argmax of P(token | question, last n - 1 tokens), backing off to shorter contexts, then to any question."""
+
+    def __init__(self, texts: Iterable[Text], n: int = 5) -> None:
+        self._n = n
+        table: dict[tuple[str, tuple[int, ...]], Counter[int]] = defaultdict(Counter)
+        for question, tokens in texts:
+            for t, token in enumerate(tokens):
+                for size in range(min(n - 1, t) + 1):
+                    context = tuple(tokens[t - size : t])
+                    table[question, context][token] += 1
+                    table["", context][token] += 1
+        self._best = {key: count.most_common(1)[0][0] for key, count in table.items()}
+
+    def next_token(self, question: str, prefix: Sequence[int]) -> int:
+        for size in range(min(self._n - 1, len(prefix)), -1, -1):
+            context = tuple(prefix[len(prefix) - size :])
+            for who in (question, ""):
+                if (who, context) in self._best:
+                    return self._best[who, context]
+        return 2
+
+
+NULL_DRAFTERS = {"template": Template, "ngram": NGram}
+
+
+class TableProposer:
+    """A null drafter in the decoding loop. `question` is set by the caller for each prompt: tables know no pictures."""
+
+    def __init__(self, table: Template | NGram) -> None:
+        self._table = table
+        self.question = ""
+
+    def start(self, prompt: Prompt, watch: Stopwatch) -> None:
+        pass
+
+    def propose(self, emitted: Sequence[int], num_tokens: int, watch: Stopwatch) -> Draft:
+        text = list(emitted)
+        with watch("draft"):
+            for _ in range(num_tokens):
+                text.append(self._table.next_token(self.question, text))
+        return Draft(torch.tensor(text[len(emitted) :]), None)

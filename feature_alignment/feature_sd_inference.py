@@ -1,0 +1,151 @@
+"""Task 3.1. Answer one question: EventGPT drafts from the events, Video-LLaVA verifies on the frames.
+
+reads   both checkpoints, adapter/adapter.pt, one sample of a manifest or --events, --video and --question
+writes  sd/<sample id>.json: text, token ids, every round with its drafts, what was kept, cosine, extra token, milliseconds
+
+    python feature_alignment/feature_sd_inference.py --config configs/demo.yaml
+    python feature_alignment/feature_sd_inference.py --config configs/demo.yaml --events e.npy --video v.mp4 --question "…"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from feature_alignment.config import Common, parse_config
+from feature_alignment.console import UserError, print_json_line, print_table, run
+
+if TYPE_CHECKING:
+    from feature_alignment.decoding.engine import Generation
+    from feature_alignment.decoding.proposers import ModelProposer
+    from feature_alignment.inputs.samples import Sample
+    from feature_alignment.models.pair import Decoder, Pair
+
+
+@dataclass(frozen=True)
+class InferenceConfig(Common):
+    """Decode one answer speculatively and show every round.
+
+    Args:
+        split: manifest the sample is taken from
+        sample: id of the sample; default the first one
+        events: an EventGPT .npy instead of a sample's events
+        video: a video file or a folder of frames instead of a sample's video
+        question: the question about them
+        draft: drafts are the drafter's own tokens, or read from its aligned states through the target's head
+        accept: token is lossless; feature and relaxed keep drafts by cosine
+        threshold: cosine above which feature and relaxed keep a draft
+        num_draft_tokens: drafts per verification
+        max_new_tokens: longest answer, EOS included
+    """
+
+    split: str = "test"
+    sample: str | None = None
+    events: Path | None = None
+    video: Path | None = None
+    question: str | None = None
+    draft: Literal["own", "aligned"] = "aligned"
+    accept: Literal["token", "feature", "relaxed"] = "token"
+    threshold: float = 0.9
+    num_draft_tokens: int = 5
+    max_new_tokens: int = 64
+
+
+def choose_sample(cfg: InferenceConfig) -> Sample:
+    """The sample to answer: from the three flags if any is given, else from the manifest."""
+    from feature_alignment.inputs.samples import Sample, read_samples
+
+    given = {"--events": cfg.events, "--video": cfg.video, "--question": cfg.question}
+    if any(given.values()):
+        missing = [k for k, v in given.items() if not v]
+        if missing:
+            raise UserError(f"{', '.join(missing)} missing: --events, --video and --question belong together.")
+        return Sample(id=f"{cfg.video.stem}--{cfg.events.stem}", sequence="user", question=cfg.question, events=cfg.events, video=cfg.video)
+    samples = read_samples(cfg.manifests, cfg.split)
+    if cfg.sample is None:
+        return samples[0]
+    found = [s for s in samples if s.id == cfg.sample]
+    if not found:
+        raise UserError(f"no sample {cfg.sample!r} in {cfg.manifests[cfg.split]}; its ids go from {samples[0].id} to {samples[-1].id}.")
+    return found[0]
+
+
+def make_proposer(pair: Pair, source: str, adapter: Any | None) -> ModelProposer:
+    """The drafter as a proposer; `aligned` reads drafts from adapted states through the target's head."""
+    from feature_alignment.decoding.proposers import ModelProposer
+
+    if source == "own" and not pair.draft.has_own_head:
+        raise UserError(f"own drafts need all {pair.draft.num_layers} layers of the drafter; pass --draft_layers {pair.draft.num_layers}, or --draft aligned.")  # fmt: skip
+    return ModelProposer(pair.draft, adapter, pair.target.lm_head if source == "aligned" else None)
+
+
+def print_trace(generation: Generation, tokenizer: Any) -> None:
+    """One line per round: kept drafts plain, rejected ones in parentheses, the target's own token in brackets."""
+    rows = []
+    for i, r in enumerate(generation.rounds):
+        words = [(tokenizer.decode([t]) if k else f"({tokenizer.decode([t])})") for t, k in zip(r.proposed, r.kept, strict=True)]
+        words += [f"[{tokenizer.decode([r.extra_token])}]"] if r.extra_token is not None else []
+        rows.append((" ".join(words), f"{i + 1}", f"{r.num_accepted}/{len(r.proposed)}", round(sum(r.ms.values()), 2)))
+    print_table("rounds: kept (rejected) [target's own]", ("drafts", "round", "kept", "ms"), rows)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    cfg = parse_config(InferenceConfig, argv, "feature_sd_inference")
+    if min(cfg.num_draft_tokens, cfg.max_new_tokens) < 1:
+        raise UserError("--num_draft_tokens and --max_new_tokens want at least 1.")
+    sample = choose_sample(cfg)
+    from feature_alignment import artifacts
+    from feature_alignment.decoding.engine import greedy, speculate
+    from feature_alignment.hidden_adapter import load_adapter
+    from feature_alignment.models.pair import load_pair
+
+    pair = load_pair(cfg)
+    path = cfg.out / "adapter" / "adapter.pt"
+    adapter = None
+    if cfg.draft == "aligned" or cfg.accept != "token":
+        adapter = load_adapter(path, pair.draft.hidden_size, pair.draft.taps)[0].to(pair.target.device, pair.target.head_weight.dtype)
+    proposer = make_proposer(pair, cfg.draft, adapter)
+    prompt, draft_prompt = pair.target.prepare(sample), pair.draft.prepare(sample)
+    rule = {"accept": cfg.accept, "threshold": cfg.threshold, "num_draft_tokens": cfg.num_draft_tokens}
+    for _ in range(2):  # the first run warms up
+        plain = greedy(pair.target, prompt, cfg.max_new_tokens)
+        generation = speculate(pair.target, proposer, prompt, draft_prompt, **rule, max_new_tokens=cfg.max_new_tokens)
+
+    text = _text(pair.target, generation.token_ids)
+    result = {
+        "meta": artifacts.provenance("feature_sd_inference", cfg, {"target": cfg.target_id, "draft": cfg.draft_id, "adapter": path}),
+        "sample": {"id": sample.id, "question": sample.question, "events": str(sample.events), "video": str(sample.video)},
+        "text": text,
+        **generation.as_dict(),
+        "plain_text": _text(pair.target, plain.token_ids),
+        "plain_ms": plain.total_ms,
+        "exact_match": generation.token_ids == plain.token_ids,
+    }
+    out = cfg.out / "sd" / f"{sample.id}.json"
+    artifacts.write_json(out, result)
+    print(f"question  {sample.question}\nanswer    {text}")
+    if not result["exact_match"]:
+        print(f"plain     {result['plain_text']}")
+    print_trace(generation, pair.target.tokenizer)
+    print_json_line(
+        {
+            "text": text,
+            "exact_match": result["exact_match"],
+            "tokens": len(generation.token_ids),
+            "tokens_per_pass": round(generation.tokens_per_pass, 3) if generation.passes else None,
+            "ms": round(generation.total_ms, 2),
+            "plain_ms": round(plain.total_ms, 2),
+            "written": str(out),
+        }
+    )
+    return result
+
+
+def _text(target: Decoder, token_ids: list[int]) -> str:
+    return target.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Set-up and the main job on the embedded pair: from event streams and videos to the target table. Run it again to reuse what is complete.
+# Another pair:  bash run_all.sh configs/eventgpt_videollava_7b.yaml
+set -euo pipefail
+cd "$(dirname "$0")"
+source ./setup.sh
+config=${1:-configs/demo.yaml}
+step() { printf '\n== %s\n' "$*" >&2; python "$@"; }
+
+[ "$config" = configs/demo.yaml ] && step -m feature_alignment.demo.scenes
+for split in train validation test; do
+  step feature_alignment/extract_hidden_states.py --config "$config" --split "$split"   # Task 1.1
+done
+step feature_alignment/hidden_adapter.py --config "$config"                             # Task 1.2
+step feature_alignment/train_hidden_adapter.py --config "$config"                       # Task 1.3
+step feature_alignment/measure_feature_acceptance.py --config "$config"                 # Task 2.1
+step feature_alignment/compare_token_baseline.py --config "$config"                     # Task 2.2
+step feature_alignment/feature_sd_inference.py --config "$config"                       # Task 3.1
+step feature_alignment/benchmark_feature_sd.py --config "$config"                       # Tasks 3.2 and 3.3

@@ -1,0 +1,94 @@
+"""Tiny real models: the real classes, random weights, milliseconds to run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from feature_alignment.models.pair import Decoder, Prompt
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "fixtures"
+VOCAB = 64
+
+
+def needs(path: Path):
+    return pytest.mark.skipif(not path.exists(), reason=f"fixture {path.name} is not here")
+
+
+def tiny_llama(seed: int, layers: int = 2) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def noisy_copy(model: LlamaForCausalLM, noise: float, seed: int = 9) -> LlamaForCausalLM:
+    """A drafter that agrees with `model` always (0), sometimes (0.02) or hardly ever (1)."""
+    torch.manual_seed(seed)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += noise * torch.randn_like(parameter) * parameter.std()
+    return other
+
+
+def as_decoder(model: LlamaForCausalLM, taps=None) -> Decoder:
+    """A text-only decoder: the prompt's pixels are ignored, everything behind the embedding is what the real pair runs."""
+    model = copy.deepcopy(model)
+    return Decoder(model.model, model.lm_head, None, None, lambda ids, pixels: model.model.embed_tokens(ids), taps)
+
+
+def prompt_of(*ids: int) -> Prompt:
+    return Prompt(torch.tensor(ids), torch.zeros(1))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """A folder with a tiny random pair in the released formats, a few clips of every split, and a config that ties them together."""
+    from feature_alignment.demo import build_pair, scenes
+
+    root = tmp_path_factory.mktemp("run")
+    small = {"WIDTH": 32, "LAYERS": 3, "HEADS": 2, "INTERMEDIATE": 48}
+    vision = {**build_pair.VISION, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in small.items():
+            patch.setattr(build_pair, name, value)
+        patch.setattr(build_pair, "VISION", vision)
+        for seed, who in enumerate(("target", "draft")):
+            torch.manual_seed(seed)
+            model = build_pair.new_model(who)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter *= 4 if parameter.ndim > 1 else 1  # far from ties, and saying various things
+            torch.save(model.state_dict(), root / f"{who}.pt")
+            build_pair.save(who, root, root / "pair")
+    for split, clips in (("train", 6), ("validation", 3), ("test", 4)):
+        scenes.write_split(root / "scenes", split, clips)
+    config = {
+        "common": {
+            "target_id": str(root / "pair" / "video_llava"),
+            "draft_id": str(root / "pair" / "eventgpt"),
+            "manifests": {s: str(root / "scenes" / f"{s}.jsonl") for s in ("train", "validation", "test")},
+            "output_dir": str(root / "out"),
+            "threads": 1,
+        },
+        "extract_hidden_states": {"max_new_tokens": 12, "batch_size": 4, "store_dtype": "float32"},
+        "train_hidden_adapter": {"num_epochs": 2, "batch_size": 4},
+        "feature_sd_inference": {"max_new_tokens": 12},
+        "benchmark_feature_sd": {"max_new_tokens": 12, "limit": 4, "repeats": 1, "warmup": 1, "num_draft_tokens": [2, 3]},
+    }
+    (root / "tiny.yaml").write_text(json.dumps(config))
+    return root

@@ -1,0 +1,105 @@
+"""Settings: defaults < common < section < flags; everything unknown is refused with its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from feature_alignment.config import SCRIPTS, Common, parse_config
+from feature_alignment.console import UserError
+
+
+@dataclass(frozen=True)
+class Settings(Common):
+    """Do it.
+
+    Args:
+        lr: step size
+        num_draft_tokens: drafts
+    """
+
+    lr: float = 1e-3
+    num_draft_tokens: list[int] = field(default_factory=lambda: [5])
+
+
+def parse(*argv):
+    return parse_config(Settings, argv, "train_hidden_adapter")
+
+
+def test_order_of_precedence(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("common: {seed: 1, threads: 2, draft_layers: [2, 4]}\ntrain_hidden_adapter: {lr: 3e-4}\n")
+    assert parse().lr == 1e-3
+    cfg = parse("--config", str(path), "--threads", "7")
+    assert (cfg.seed, cfg.threads, cfg.lr, cfg.draft_layers) == (1, 7, 3e-4, [2, 4])
+    assert cfg.output_dir == Path("outputs/mine")
+
+
+def test_both_spellings_lists_and_aliases():
+    cfg = parse("--draft-layers", "1", "3", "--gamma", "4", "--max_samples=9", "--no-resume")
+    assert (cfg.draft_layers, cfg.num_draft_tokens, cfg.limit, cfg.resume) == ([1, 3], [4], 9, False)
+    assert parse("--resume").resume is True and parse("--draft_layers", "null").draft_layers is None
+
+
+@pytest.mark.parametrize(
+    "argv", [["--lrr", "1"], ["--lr", "fast"], ["--threads", "2.5"], ["--dtype", "float8"], ["--resume", "maybe"], ["stray"], ["--config"]]
+)
+def test_unknown_and_mistyped_flags_are_refused(argv):
+    with pytest.raises(UserError):
+        parse(*argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("common: {lrr: 1}", "common.lrr"),
+        ("train_hidden_adapter: {lrr: 1}", "train_hidden_adapter.lrr"),
+        ("training: {lr: 1}", "training"),
+        ("train_hidden_adapter: {lr: fast}", "lr"),
+        ("a: [", "not valid YAML"),
+        ("common: 5", "must hold settings"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse("--config", str(path))
+    with pytest.raises(UserError, match="no config file"):
+        parse("--config", str(tmp_path / "absent.yaml"))
+
+
+def config_class(script):
+    module = import_module(f"feature_alignment.{script}")
+    (cls,) = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and isinstance(c, type) and issubclass(c, Common) and c is not Common]
+    return cls
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_file_fits_every_script(script, path):
+    cfg = parse_config(config_class(script), ["--config", str(path)], script)
+    assert set(cfg.manifests) == {"train", "validation", "test"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_every_flag_without_importing_torch(script):
+    code = f"import sys; sys.argv = ['x', '--help']; import runpy; runpy.run_path('feature_alignment/{script}.py', run_name='__main__')"
+    probe = f"import sys, atexit; atexit.register(lambda: print('TORCH' if 'torch' in sys.modules else 'LIGHT')); {code}"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "LIGHT" in done.stdout, done.stderr
+    for field_ in dataclasses.fields(config_class(script)):
+        assert f"--{field_.name}" in done.stdout
+
+
+@pytest.mark.parametrize("argv", [["--lrr", "1"], ["--config", "absent.yaml"], ["--limit", "x"]])
+def test_a_users_mistake_is_one_message_and_exit_code_2(argv):
+    done = subprocess.run([sys.executable, "feature_alignment/train_hidden_adapter.py", *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr and not done.stdout

@@ -1,0 +1,160 @@
+"""Lossless is proven, not assumed; accepted counts are checked against an oracle that has no caches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
+
+from feature_alignment.decoding.acceptance import kept_drafts
+from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.null_drafters import NGram, TableProposer, Template
+from feature_alignment.decoding.proposers import ModelProposer
+from feature_alignment.hidden_adapter import HiddenAdapter
+from feature_alignment.models.pair import EOS
+
+PROMPTS = [(1, 5, 9, 13), (1, 40, 3), (1, 7, 7, 7, 20, 33)]
+DRAFT_PROMPT = (1, 11, 12)
+MAX = 30
+
+
+def small_adapter(seed: int = 3, scale: float = 0.05) -> HiddenAdapter:
+    torch.manual_seed(seed)
+    adapter = HiddenAdapter(32, 32, 8)
+    torch.nn.init.normal_(adapter.up.weight, std=scale)
+    return adapter.eval()
+
+
+def proposer_for(source: str, draft_model, target, adapter):
+    if source in ("own", "aligned"):
+        return ModelProposer(as_decoder(draft_model), adapter, target.lm_head if source == "aligned" else None)
+    texts = [("", greedy(target, prompt_of(*p), MAX).token_ids) for p in PROMPTS[1:]]
+    return TableProposer((Template if source == "template" else NGram)(texts))
+
+
+@pytest.mark.parametrize("source", ["own", "aligned", "template", "ngram"])
+@pytest.mark.parametrize("noise", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("gamma", [1, 2, 4, 7])
+def test_token_acceptance_is_plain_greedy(source, noise, gamma):
+    model = tiny_llama(0)
+    target = as_decoder(model)
+    proposer = proposer_for(source, noisy_copy(model, noise), target, small_adapter())
+    for prompt in PROMPTS:
+        plain = greedy(target, prompt_of(*prompt), MAX)
+        # the drafter is given the same prompt, so that a noiseless copy agrees with the target
+        got = speculate(target, proposer, prompt_of(*prompt), prompt_of(*prompt), num_draft_tokens=gamma, max_new_tokens=MAX)
+        assert got.token_ids == plain.token_ids
+        assert 1 + sum(r.num_accepted for r in got.rounds) + (got.passes - sum(r.extra_token is None for r in got.rounds)) == len(got.token_ids)
+
+
+def full_states(model, tokens):
+    return model.model(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
+
+
+@torch.inference_mode()
+def oracle(target, draft, adapter, source, accept, threshold, gamma, prompt, draft_prompt, limit):
+    """The same decoding from its definition, recomputing everything from scratch at every token. Returns tokens and kept counts."""
+    says = lambda text: int(target.lm_head(full_states(target, [*prompt, *text])[-1]).argmax())  # noqa: E731
+    emitted, accepted = [says([])], []
+    while emitted[-1] != EOS and len(emitted) < limit:
+        drafts, expected = [], []
+        for _ in range(min(gamma, limit - len(emitted) - 1)):
+            g = full_states(draft, [*draft_prompt, *emitted, *drafts])[-1]
+            expected.append(adapter(g))
+            drafts.append(int((target.lm_head(expected[-1]) if source == "aligned" else draft.lm_head(g)).argmax()))
+        if not drafts:
+            emitted.append(says(emitted))
+            continue
+        v = full_states(target, [*prompt, *emitted, *drafts])[-len(drafts) - 1 :]
+        wanted = target.lm_head(v).argmax(-1).tolist()
+        cosine = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(expected, v, strict=False)]
+        keep = [d == w for d, w in zip(drafts, wanted, strict=False)] if accept == "token" else [c > threshold for c in cosine]
+        if accept == "relaxed":
+            new = [d if k else w for d, w, k in zip(drafts, wanted, keep, strict=False)]
+            new.append(says([*emitted, *new]))
+        else:
+            n = keep.index(False) if False in keep else len(keep)
+            keep = [i < n for i in range(len(keep))]
+            new = [*drafts[:n], wanted[n]]
+        end = new.index(EOS) + 1 if EOS in new else len(new)
+        emitted += new[:end]
+        accepted.append(sum(k for i, k in enumerate(keep) if i < end))
+    return emitted, accepted
+
+
+@pytest.mark.parametrize("accept", ["token", "feature", "relaxed"])
+@pytest.mark.parametrize("source", ["own", "aligned"])
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize("seed", range(4))
+def test_caches_change_nothing(accept, source, noise, seed):
+    model, adapter = tiny_llama(seed), small_adapter(seed)
+    other, target = noisy_copy(model, noise, seed), as_decoder(model)
+    gamma, threshold = 1 + seed, 0.8 + 0.03 * seed
+    proposer = ModelProposer(as_decoder(other), adapter, target.lm_head if source == "aligned" else None)
+    for prompt in PROMPTS:
+        got = speculate(
+            target, proposer, prompt_of(*prompt), prompt_of(*DRAFT_PROMPT), accept=accept, threshold=threshold, num_draft_tokens=gamma, max_new_tokens=20
+        )  # fmt: skip
+        tokens, accepted = oracle(model, other, adapter, source, accept, threshold, gamma, prompt, DRAFT_PROMPT, 20)
+        assert got.token_ids == tokens
+        assert [r.num_accepted for r in got.rounds] == accepted
+
+
+def test_a_drafter_equal_to_the_target_is_always_accepted():
+    model = tiny_llama(0)
+    target = as_decoder(model)
+    proposer = ModelProposer(as_decoder(model), None, None)
+    got = speculate(target, proposer, prompt_of(*PROMPTS[0]), prompt_of(*PROMPTS[0]), num_draft_tokens=4, max_new_tokens=21)
+    assert all(all(r.kept) for r in got.rounds)
+    assert got.tokens_per_pass == 5.0
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 6, 11])
+def test_max_new_tokens_is_exact(limit):
+    model = tiny_llama(1)
+    target = as_decoder(model)
+    plain = greedy(target, prompt_of(*PROMPTS[0]), limit)
+    for accept in ("token", "feature", "relaxed"):
+        proposer = ModelProposer(as_decoder(model), small_adapter(), target.lm_head)
+        got = speculate(
+            target, proposer, prompt_of(*PROMPTS[0]), prompt_of(*PROMPTS[0]), accept=accept, num_draft_tokens=4, max_new_tokens=limit
+        )
+        assert len(got.token_ids) == len(plain.token_ids)
+
+
+@pytest.mark.parametrize("gamma", [2, 5, 9])
+def test_eos_inside_a_block_ends_the_text(gamma):
+    model = tiny_llama(2)
+    with torch.no_grad():  # make EOS what the model says after a few tokens
+        plain = greedy(as_decoder(model), prompt_of(*PROMPTS[0]), 12).token_ids
+        model.lm_head.weight[EOS] = model.lm_head.weight[plain[5]] * 1.01
+    target = as_decoder(model)
+    plain = greedy(target, prompt_of(*PROMPTS[0]), MAX)
+    assert plain.token_ids[-1] == EOS and len(plain.token_ids) < MAX and plain.token_ids.count(EOS) == 1
+    proposer = ModelProposer(as_decoder(model), None, None)
+    got = speculate(target, proposer, prompt_of(*PROMPTS[0]), prompt_of(*PROMPTS[0]), num_draft_tokens=gamma, max_new_tokens=MAX)
+    assert got.token_ids == plain.token_ids
+
+
+def test_rules_keep_what_they_say():
+    drafts, wanted = torch.tensor([4, 5, 6, 7]), torch.tensor([4, 9, 6, 7])
+    cosine = torch.tensor([0.95, 0.2, 0.9, 0.91])
+    assert kept_drafts("token", drafts, wanted, None, 0.9).tolist() == [True, False, False, False]
+    assert kept_drafts("feature", drafts, wanted, cosine, 0.9).tolist() == [True, False, False, False]
+    assert kept_drafts("relaxed", drafts, wanted, cosine, 0.9).tolist() == [True, False, False, True]  # 0.9 is not above 0.9
+    with pytest.raises(ValueError, match="gives none"):
+        kept_drafts("feature", drafts, wanted, None, 0.9)
+
+
+@pytest.mark.parametrize("taps", [[1], [2], [1, 3], [1, 2, 3], [3]])
+def test_taps_are_the_layers_they_say(taps):
+    model = tiny_llama(4, layers=3)
+    decoder = as_decoder(model, taps)
+    ids = [1, 8, 9, 10, 11, 12]
+    everything = model.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+    state = decoder.prefill([prompt_of(*ids[:3])])
+    hidden = torch.cat([state.last[:, None], decoder.step(state, torch.tensor([ids[3:]]))], dim=1)[0]
+    want = torch.cat([everything[k][0, 2:] for k in taps], dim=-1)  # hidden_states[3] of 3 layers has passed the final norm
+    torch.testing.assert_close(hidden, want, atol=1e-5, rtol=1e-4)
+    assert len(state.cache.layers) == max(taps)
+    assert decoder.norm == ("post" if taps == [3] else "pre")

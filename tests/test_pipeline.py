@@ -1,0 +1,151 @@
+"""All seven mains in order on a tiny random pair and real files; then what they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from feature_alignment import artifacts
+from feature_alignment.config import SCRIPTS
+from feature_alignment.console import UserError
+
+
+def main_of(script):
+    from importlib import import_module
+
+    return import_module(f"feature_alignment.{script}").main
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_run):
+    config = ["--config", str(tiny_run / "tiny.yaml")]
+    for split in ("train", "validation", "test"):
+        main_of("extract_hidden_states")([*config, "--split", split])
+    for script in SCRIPTS[1:]:
+        main_of(script)(config)
+    return tiny_run
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_hidden_states_fit_their_tokens(finished):
+    states = artifacts.load_hidden_states(finished / "out" / "hidden_states" / "test")
+    head = torch.load(finished / "out" / "hidden_states" / "vl_lm_head.pt", weights_only=True)
+    assert states.draft.shape[:2] == states.target.shape[:2] == (16, 12) and states.meta["prefix"] == "verifier"
+    said = (states.target.float() @ head.float().T).argmax(-1)
+    assert torch.equal(said[states.mask], states.token_ids[states.mask])  # v[t] emits token t
+    assert [r["vl_tokens"] for r in states.rows] == [states.token_ids[i, : states.lengths[i]].tolist() for i in range(16)]
+    assert read(finished / "out" / "token_pairs" / "test.json")["results"][0]["query"] == states.rows[0]["question"]
+
+
+def test_the_best_epoch_is_what_is_kept(finished):
+    history = [json.loads(line) for line in (finished / "out" / "adapter" / "history.jsonl").read_text().splitlines()]
+    meta = read(finished / "out" / "adapter" / "meta.json")
+    best = min(history, key=lambda h: h["validation_loss"])
+    assert meta["best_epoch"] == best["epoch"] and meta["validation"]["cosine"] == best["validation_cosine"]
+    assert len(history) == 3 and history[0]["epoch"] == 0
+
+
+def test_acceptance_json_keeps_its_contract(finished):
+    report = read(finished / "out" / "acceptance" / "acceptance.json")
+    assert {"meta", "adapter", "cosine", "token_match", "acceptance_rate", "nulls", "thresholds", "auc_cosine_token_match", "per_position", "calibration", "num_draft_tokens"} <= set(report)  # fmt: skip
+    assert set(report["nulls"]) == {"identity", "target_mean", "position_mean", "shuffled", "ridge", "ridge_rank_r"}
+    assert set(report["thresholds"]) == {"0.80", "0.85", "0.90", "0.95"}
+    for rates in report["thresholds"].values():
+        assert set(rates) == {"relaxed_accept", "consecutive_accept", "consecutive_length", "token_match_given_accept"}
+    assert set(report["cosine"]) == {"value", "count", "total", "ci95"}
+
+
+def test_benchmark_json_keeps_its_contract(finished):
+    report = read(finished / "out" / "benchmark" / "benchmark.json")
+    assert {"meta", "baselines", "rows", "cost", "break_even", "targets"} <= set(report)
+    for row in report["rows"]:
+        assert {"draft", "accept", "threshold", "num_draft_tokens", "draft_layers", "speedup", "decode_speedup", "tokens_per_pass", "acceptance_rate", "exact_match", "fidelity", "ms", "modelled_speedup", "corrected_speedup"} <= set(row)  # fmt: skip
+        if row["accept"] == "token":
+            assert row["exact_match"] == 1.0
+            assert row["fidelity"]["token_agreement"]["value"] == 1.0
+    assert len(report["targets"]) == 6 and {"t_draft_ms", "t_adapter_ms", "t_target_ms", "c", "v"} <= set(report["cost"])
+
+
+def test_comparison_json_keeps_its_contract(finished):
+    report = read(finished / "out" / "token_baseline" / "comparison.json")
+    assert {"token_level", "feature_level", "aligned_token_level", "nulls", "rows"} <= set(report)
+    assert {"consecutive_accept", "position_match", "mean_prefix", "params", "overhead_ms"} <= set(report["token_level"])
+
+
+def test_a_second_run_reuses_everything(finished, capsys):
+    config = ["--config", str(finished / "tiny.yaml")]
+    for script, args in (("extract_hidden_states", ["--split", "train"]), ("train_hidden_adapter", []), ("benchmark_feature_sd", [])):
+        main_of(script)([*config, *args])
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["reused"] is True
+
+
+@pytest.mark.parametrize("extra", [["--draft", "own"], ["--accept", "feature", "--threshold", "0.5"], ["--accept", "relaxed"], ["--gamma", "1"]])
+def test_inference_in_every_mode(finished, extra):
+    result = main_of("feature_sd_inference")(["--config", str(finished / "tiny.yaml"), *extra])
+    assert result["exact_match"] or "--accept" in extra
+
+
+@pytest.mark.parametrize("prefix", ["drafter", "own"])
+def test_other_prefixes_say_so(finished, tmp_path, prefix):
+    config = ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path), "--split", "test", "--prefix", prefix]
+    assert main_of("extract_hidden_states")(config)["prefix"] == prefix
+    states = artifacts.load_hidden_states(tmp_path / "hidden_states" / "test")
+    if prefix == "drafter":
+        assert states.token_ids[0, : states.lengths[0]].tolist() == states.rows[0]["egpt_tokens"]
+
+
+def test_early_exit_runs_end_to_end(finished, tmp_path):
+    config = ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path), "--draft_layers", "1", "2"]
+    for split in ("train", "validation", "test"):
+        meta = main_of("extract_hidden_states")([*config, "--split", split])
+    assert (meta["draft_layers"], meta["draft_norm"], meta["hidden_size_draft"]) == ([1, 2], "pre", 64)
+    main_of("train_hidden_adapter")(config)
+    assert main_of("feature_sd_inference")(config)["exact_match"]
+    with pytest.raises(UserError, match=r"own drafts need all 3 layers"):
+        main_of("feature_sd_inference")([*config, "--draft", "own"])
+    with pytest.raises(UserError, match=r"--draft_layers 1 2"):  # the full-depth run's adapter path, another depth's states
+        shutil.copytree(tmp_path / "adapter", tmp_path / "other" / "adapter")
+        main_of("feature_sd_inference")([*config[:2], "--output_dir", str(tmp_path / "other"), "--draft_layers", "2", "3"])
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "message"),
+    [
+        ("extract_hidden_states", ["--split", "holdout"], "no manifest for split 'holdout'"),
+        ("extract_hidden_states", ["--target_id", "absent"], "no checkpoint at absent"),
+        ("extract_hidden_states", ["--draft_layers", "9"], "from 1 to 3"),
+        ("extract_hidden_states", ["--limit", "0"], "at least 1"),
+        ("train_hidden_adapter", ["--validation_split", "train"], "share clips"),
+        ("train_hidden_adapter", ["--output_dir", "absent"], r"extract_hidden_states\.py"),
+        ("train_hidden_adapter", ["--num_epochs", "0"], "at least 1"),
+        ("measure_feature_acceptance", ["--split", "train"], "shares clips"),
+        ("measure_feature_acceptance", ["--output_dir", "absent"], r"extract_hidden_states\.py"),
+        ("compare_token_baseline", ["--token_pairs", "absent.json"], r"absent\.json is not there"),
+        ("feature_sd_inference", ["--sample", "nobody"], "no sample 'nobody'"),
+        ("feature_sd_inference", ["--question", "Why?"], "belong together"),
+        ("feature_sd_inference", ["--num_draft_tokens", "0"], "at least 1"),
+        ("hidden_adapter", ["--bottleneck", "0"], "must be positive"),
+        ("benchmark_feature_sd", ["--repeats", "0"], "at least 1"),
+    ],
+)
+def test_mistakes_are_named_and_leave_nothing(finished, script, argv, message):
+    before = sorted(str(p) for p in (finished / "out").rglob("*"))
+    with pytest.raises(UserError, match=message):
+        main_of(script)(["--config", str(finished / "tiny.yaml"), *argv])
+    assert sorted(str(p) for p in (finished / "out").rglob("*")) == before
+
+
+def test_a_script_can_be_started_both_ways(finished):
+    for start in (["feature_alignment/feature_sd_inference.py"], ["-m", "feature_alignment.feature_sd_inference"]):
+        command = [sys.executable, *start, "--config", str(finished / "tiny.yaml")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout.splitlines()[-1])["exact_match"] is True

@@ -1,0 +1,81 @@
+"""Frames: exactly those wanted, from whatever container."""
+
+from __future__ import annotations
+
+import av
+import numpy as np
+import pytest
+from conftest import SHARED, needs
+from PIL import Image
+
+from feature_alignment.console import UserError
+from feature_alignment.inputs.video import read_frames, sample_indices
+
+
+def numbered(i: int, size: int = 64) -> np.ndarray:
+    """A frame that carries its number in eight big black or white blocks."""
+    bits = np.array([(i >> b) & 1 for b in range(16)]).reshape(4, 4) * 255
+    return np.kron(bits, np.ones((size // 4, size // 4))).astype(np.uint8)[..., None].repeat(3, 2)
+
+
+def number_of(frame: np.ndarray) -> int:
+    step = frame.shape[0] // 4
+    bits = frame[step // 2 :: step, step // 2 :: step, 0].reshape(-1) > 127
+    return sum(int(bit) << b for b, bit in enumerate(bits))
+
+
+def write_video(path, codec, frames, pts=None):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for k, i in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(numbered(i), format="rgb24")
+            if pts is not None:
+                frame.pts = pts[k]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(("codec", "suffix"), [("libx264", "mp4"), ("mpeg4", "mp4"), ("libx264", "mkv")])
+def test_the_eight_frames_are_the_ones_wanted(tmp_path, codec, suffix):
+    write_video(tmp_path / f"v.{suffix}", codec, range(300))
+    frames = read_frames(tmp_path / f"v.{suffix}")
+    assert [number_of(f) for f in frames] == [0, 42, 85, 128, 170, 213, 256, 299] == sample_indices(300)
+
+
+def test_a_variable_frame_rate_changes_nothing(tmp_path):
+    pts = np.cumsum(np.random.default_rng(0).integers(1, 9, 90)).tolist()
+    write_video(tmp_path / "v.mp4", "libx264", range(90), pts)
+    assert [number_of(f) for f in read_frames(tmp_path / "v.mp4")] == sample_indices(90)
+
+
+def test_fewer_frames_than_wanted_are_repeated(tmp_path):
+    write_video(tmp_path / "v.mp4", "libx264", range(5))
+    assert [number_of(f) for f in read_frames(tmp_path / "v.mp4")] == [0, 0, 1, 1, 2, 2, 3, 4]
+
+
+def test_a_folder_of_images_is_sorted_by_number(tmp_path):
+    for i in range(12):
+        Image.fromarray(numbered(i)).save(tmp_path / f"{i}.png")
+    assert [number_of(f) for f in read_frames(tmp_path)] == sample_indices(12)
+
+
+@needs(SHARED)
+def test_a_real_gif():
+    assert read_frames(SHARED / "video" / "dadao_slomo.gif").shape == (8, 480, 640, 3)
+
+
+def test_bad_videos_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no video at"):
+        read_frames(tmp_path / "absent.mp4")
+    (tmp_path / "junk.mp4").write_bytes(b"junk" * 100)
+    with pytest.raises(UserError, match="could not be decoded"):
+        read_frames(tmp_path / "junk.mp4")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images"):
+        read_frames(tmp_path / "empty")
+    write_video(tmp_path / "v.mp4", "libx264", range(60))
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "v.mp4").read_bytes()[:-400])
+    with pytest.raises(UserError, match=r"cut\.mp4"):
+        read_frames(tmp_path / "cut.mp4")
