@@ -190,7 +190,9 @@ def load_hidden_states(directory: Path) -> HiddenStates:
         raise UserError(f"the files in {directory} do not fit each other: {shapes}. Make them again:\n  {command}")
     for who, tensor, width in (("egpt", draft, "hidden_size_draft"), ("vl", target, "hidden_size_target")):
         if tensor.shape[-1] != meta[width]:
-            raise UserError(f"{directory}/{who}_hidden_states.pt is {tensor.shape[-1]} wide, its meta.json says {meta[width]}: files swapped?")
+            raise UserError(
+                f"{directory}/{who}_hidden_states.pt is {tensor.shape[-1]} wide, its meta.json says {meta[width]}: files swapped?"
+            )
     return HiddenStates(draft, target, **{k: positions[k] for k in ("token_ids", "mask", "lengths")}, rows=rows, meta=meta)
 
 
@@ -214,7 +216,14 @@ class HiddenStatesWriter:
             with torch.serialization.skip_data():
                 for k, tensor in empty.items():
                     torch.save(tensor, self._part / self._FILES[k])
-                torch.save({"token_ids": torch.empty(rows, width, dtype=torch.int64), "mask": torch.empty(rows, width, dtype=torch.bool), "lengths": torch.empty(rows, dtype=torch.int64)}, self._part / "positions.pt")  # fmt: skip
+                torch.save(
+                    {
+                        "token_ids": torch.empty(rows, width, dtype=torch.int64),
+                        "mask": torch.empty(rows, width, dtype=torch.bool),
+                        "lengths": torch.empty(rows, dtype=torch.int64),
+                    },
+                    self._part / "positions.pt",
+                )
             self._progress.write_text(stamp + "\n")
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             self._tensors = {k: torch.load(self._part / self._FILES[k], mmap=True, weights_only=True) for k in sizes}

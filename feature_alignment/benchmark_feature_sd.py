@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_alignment.config import Common, parse_config
-from feature_alignment.console import UserError, print_json_line, print_table, run
+from feature_alignment.console import UserError, print_json_line, run
 
 if TYPE_CHECKING:
     from feature_alignment.decoding.engine import Generation
@@ -115,7 +115,9 @@ def acceptance_of(timed: Timed, clips: Sequence[str], accept: str) -> dict[str, 
     return Counts(np.array(kept), np.array(reached)).rate(clips)
 
 
-def targets(acceptance: dict[str, Any], adapter: Any, wide: Any, overhead: tuple[float, float], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def targets(
+    acceptance: dict[str, Any], adapter: Any, wide: Any, overhead: tuple[float, float], rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """The six targets, each met only if its whole interval is on the right side."""
     at = acceptance["thresholds"]["0.90"]
     lossless = max((r for r in rows if r["draft"] == "aligned" and r["accept"] == "token"), key=lambda r: r["speedup"]["value"])
@@ -126,13 +128,37 @@ def targets(acceptance: dict[str, Any], adapter: Any, wide: Any, overhead: tuple
         return {"metric": name, "target": f"> {goal}", "measured": rate["value"], "ci95": rate["ci95"], "met": bool(met), "note": note}
 
     return [
-        {"metric": "adapter_params", "target": "< 5,000,000", "measured": adapter.num_parameters, "ci95": None, "met": max(adapter.num_parameters, wide.num_parameters) < 5_000_000, "note": f"{wide.num_parameters:,} by the same recipe at width 4096"},
-        {"metric": "adapter_overhead_ms", "target": "< 0.5", "measured": overhead[0], "ci95": None, "met": max(overhead) < 0.5, "note": f"{overhead[1]:.3f} at width 4096; median per drafted token on this device"},
+        {
+            "metric": "adapter_params",
+            "target": "< 5,000,000",
+            "measured": adapter.num_parameters,
+            "ci95": None,
+            "met": max(adapter.num_parameters, wide.num_parameters) < 5_000_000,
+            "note": f"{wide.num_parameters:,} by the same recipe at width 4096",
+        },
+        {
+            "metric": "adapter_overhead_ms",
+            "target": "< 0.5",
+            "measured": overhead[0],
+            "ci95": None,
+            "met": max(overhead) < 0.5,
+            "note": f"{overhead[1]:.3f} at width 4096; median per drafted token on this device",
+        },
         over("cosine", 0.9, acceptance["cosine"], "test positions, same prefix"),
-        over("consecutive_accept", 0.30, at["consecutive_accept"], f"cosine > 0.90; the token rule: {acceptance['consecutive_accept_token']['value']:.3f}"),
+        over(
+            "consecutive_accept",
+            0.30,
+            at["consecutive_accept"],
+            f"cosine > 0.90; the token rule: {acceptance['consecutive_accept_token']['value']:.3f}",
+        ),
         over("relaxed_accept", 0.50, at["relaxed_accept"], "cosine > 0.90"),
-        over("speedup", GOAL, lossless["speedup"], f"end to end, lossless, {lossless['num_draft_tokens']} drafts; decoding alone {lossless['decode_speedup']['value']:.2f}"),
-    ]  # fmt: skip
+        over(
+            "speedup",
+            GOAL,
+            lossless["speedup"],
+            f"end to end, lossless, {lossless['num_draft_tokens']} drafts; decoding alone {lossless['decode_speedup']['value']:.2f}",
+        ),
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -156,7 +182,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     pairs_path = cfg.out / "token_pairs" / f"{cfg.train_split}.json"
     acceptance = artifacts.read_json(acceptance_path, "python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml")
     out = cfg.out / "benchmark"
-    made_from = {"target": cfg.target_id, "draft": cfg.draft_id, "adapter": adapter_path, "acceptance": acceptance_path, "texts": pairs_path}
+    made_from = {
+        "target": cfg.target_id,
+        "draft": cfg.draft_id,
+        "adapter": adapter_path,
+        "acceptance": acceptance_path,
+        "texts": pairs_path,
+    }
     result = artifacts.reusable(out / "benchmark.json", cfg, made_from)
     if result is not None:
         _show(result, out, reused=True)
@@ -204,8 +236,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "decode_speedup": measure.speedup(plain, runs, clips, lambda g: g.decode_ms),
             "tokens_per_pass": emitted / max(1, sum(g[0].passes for g in runs.generations)),
             "acceptance_rate": acceptance_of(runs, clips, mode.accept),
-            "ms": {stage: float(runs.per_prompt(lambda g, s=stage: g.ms.get(s, 0.0)).mean()) for stage in sorted({s for g in runs.generations for s in g[0].ms})},
-        }  # fmt: skip
+            "ms": {
+                stage: float(runs.per_prompt(lambda g, s=stage: g.ms.get(s, 0.0)).mean())
+                for stage in sorted({s for g in runs.generations for s in g[0].ms})
+            },
+        }
         row["fidelity"] = measure.fidelity(pair.target, [p for p, _ in prompts], samples, runs, plain)
         row["exact_match"] = row["fidelity"]["exact_match"]["value"]
         row |= model_row(mode, row, runs, cost) if mode.draft == "aligned" else {"modelled_speedup": None, "corrected_speedup": None}
@@ -228,14 +263,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     result = {
         "meta": artifacts.provenance(
-            "benchmark_feature_sd", cfg, made_from, device=cfg.device, dtype=cfg.dtype,
+            "benchmark_feature_sd",
+            cfg,
+            made_from,
+            device=cfg.device,
+            dtype=cfg.dtype,
         ),
         "baselines": [baseline],
         "rows": rows,
         "cost": cost,
-        "break_even": {str(g): {"1.0": break_even(g * per_draft, g), str(GOAL): break_even(g * per_draft, g, GOAL)} for g in cfg.num_draft_tokens},
+        "break_even": {
+            str(g): {"1.0": break_even(g * per_draft, g), str(GOAL): break_even(g * per_draft, g, GOAL)} for g in cfg.num_draft_tokens
+        },
         "targets": targets(acceptance, adapter, wide, overhead, rows),
-    }  # fmt: skip
+    }
     artifacts.write_json(out / "benchmark.json", result)
     report.write_benchmark_report(result, out)
     _show(result, out, reused=False)

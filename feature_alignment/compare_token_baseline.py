@@ -129,10 +129,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     acceptance_path = cfg.out / "acceptance" / "acceptance.json"
     train_path = cfg.out / "token_pairs" / f"{cfg.train_split}.json"
     if cfg.token_pairs is None:
-        acceptance = artifacts.read_json(acceptance_path, "python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml")
+        acceptance = artifacts.read_json(
+            acceptance_path, "python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml"
+        )
         made_from |= {"acceptance": acceptance_path, "train_token_pairs": train_path}
         at = acceptance["thresholds"]["0.90"]
-        report["feature_level"] = {"consecutive": at["consecutive_accept"], "relaxed": at["relaxed_accept"], "threshold": 0.9, "params": acceptance["adapter"]["params"]}  # fmt: skip
+        report["feature_level"] = {
+            "consecutive": at["consecutive_accept"],
+            "relaxed": at["relaxed_accept"],
+            "threshold": 0.9,
+            "params": acceptance["adapter"]["params"],
+        }
         report["aligned_token_level"] = {k: acceptance[k] for k in ("token_match", "acceptance_rate", "tokens_per_pass")}
         report["aligned_token_level"]["consecutive_accept"] = acceptance["consecutive_accept_token"]
         report["nulls"] = null_drafter_reports(read_token_pairs(train_path), rows, cfg.num_draft_tokens)
@@ -142,7 +149,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             ("aligned states, cosine > 0.90: relaxed acceptance", percent(at["relaxed_accept"])),
             ("of those kept, target says the same token", percent(at["token_match_given_accept"])),
         ]
-        table += [(f"null drafter {k}, token rule: consecutive acceptance", percent(v["consecutive_accept"])) for k, v in report["nulls"].items()]
+        table += [
+            (f"null drafter {k}, token rule: consecutive acceptance", percent(v["consecutive_accept"])) for k, v in report["nulls"].items()
+        ]
     report["rows"] = [{"what": what, "value": value} for what, value in table]
     report = {"meta": artifacts.provenance("compare_token_baseline", cfg, made_from), **report}
     out = cfg.out / "token_baseline"

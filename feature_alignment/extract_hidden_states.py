@@ -47,24 +47,6 @@ class ExtractConfig(Common):
     store_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
 
-def generate_batch(model: Decoder, state: State, max_new_tokens: int) -> list[list[int]]:
-    """Greedy answers of a prefilled batch, each up to and including its EOS. Leaves `state` as it was after the prefill."""
-    import torch
-
-    from feature_alignment.models.pair import EOS
-
-    first, length = state.last, state.length
-    tokens = [model.lm_head(state.last).argmax(-1)]
-    ended = tokens[0] == EOS
-    while len(tokens) < max_new_tokens and not ended.all():
-        tokens.append(model.lm_head(model.step(state, tokens[-1][:, None])[:, -1]).argmax(-1))
-        ended |= tokens[-1] == EOS
-    model.rollback(state, state.length - length)
-    state.last = first
-    rows = torch.stack(tokens, 1).tolist()
-    return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
-
-
 def force_batch(model: Decoder, state: State, answers: Sequence[Sequence[int]]) -> Tensor:
     """States [b, s, d] that emit the given answers; positions behind an answer's end are meaningless."""
     import torch
@@ -74,7 +56,9 @@ def force_batch(model: Decoder, state: State, answers: Sequence[Sequence[int]]) 
     return model.teacher_force(state, ids)
 
 
-def batches(samples: Sequence[Sample], todo: Sequence[int], pair: Pair, size: int) -> Iterator[tuple[list[int], list[Prompt], list[Prompt]]]:
+def batches(
+    samples: Sequence[Sample], todo: Sequence[int], pair: Pair, size: int
+) -> Iterator[tuple[list[int], list[Prompt], list[Prompt]]]:
     """Rows whose prompts are equally long for both models, `size` at a time: no padding, so no position is ever shifted."""
     waiting: dict[tuple[int, int], list[tuple[int, Prompt, Prompt]]] = {}
     for row in todo:
@@ -97,9 +81,9 @@ def extract(pair: Pair, speaker: Decoder, samples: Sequence[Sample], cfg: Extrac
     with tqdm(total=len(samples), initial=len(samples) - len(todo), desc=f"extract {cfg.split}", unit="row", disable=None) as bar:
         for rows, target_prompts, draft_prompts in batches(samples, todo, pair, cfg.batch_size):
             target_state, draft_state = pair.target.prefill(target_prompts), pair.draft.prefill(draft_prompts)
-            says = generate_batch(pair.target, target_state, cfg.max_new_tokens)
+            says = pair.target.generate(target_state, cfg.max_new_tokens)
             speaker_state = draft_state if speaker is pair.draft else speaker.prefill(draft_prompts)
-            drafter_says = generate_batch(speaker, speaker_state, cfg.max_new_tokens)
+            drafter_says = speaker.generate(speaker_state, cfg.max_new_tokens)
             if cfg.prefix == "own":  # paired by index, up to the shorter text
                 lengths = [min(len(a), len(b)) for a, b in zip(says, drafter_says, strict=True)]
                 read = [says, drafter_says]
@@ -145,14 +129,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     positions = sum(len(r["vl_tokens"] if cfg.prefix != "drafter" else r["egpt_tokens"]) for r in writer.rows.values())
     meta = artifacts.provenance(
-        "extract_hidden_states", cfg, {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]},
-        settings=settings, prefix=cfg.prefix, rows=len(samples), positions=positions, draft_layers=list(pair.draft.taps),
-        draft_norm=pair.draft.norm, target_norm="post", hidden_size_draft=sizes["draft"], hidden_size_target=sizes["target"],
+        "extract_hidden_states",
+        cfg,
+        {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]},
+        settings=settings,
+        prefix=cfg.prefix,
+        rows=len(samples),
+        positions=positions,
+        draft_layers=list(pair.draft.taps),
+        draft_norm=pair.draft.norm,
+        target_norm="post",
+        hidden_size_draft=sizes["draft"],
+        hidden_size_target=sizes["target"],
         dtype=cfg.store_dtype,
-    )  # fmt: skip
+    )
     artifacts.save_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", pair.target.head_weight.detach().cpu().clone())
     keys = ("egpt_tokens", "egpt_text", "vl_tokens", "vl_text")
-    results = [{"sample_id": r["id"], "sequence": r["sequence"], "query": r["question"], **{k: r[k] for k in keys}} for _, r in sorted(writer.rows.items())]
+    results = [
+        {"sample_id": r["id"], "sequence": r["sequence"], "query": r["question"], **{k: r[k] for k in keys}}
+        for _, r in sorted(writer.rows.items())
+    ]
     artifacts.write_json(cfg.out / "token_pairs" / f"{cfg.split}.json", {"meta": meta, "results": results})
     writer.finish(meta)
     print_table(

@@ -77,7 +77,10 @@ def make_proposer(pair: Pair, source: str, adapter: Any | None) -> ModelProposer
     from feature_alignment.decoding.proposers import ModelProposer
 
     if source == "own" and not pair.draft.has_own_head:
-        raise UserError(f"own drafts need all {pair.draft.num_layers} layers of the drafter; pass --draft_layers {pair.draft.num_layers}, or --draft aligned.")  # fmt: skip
+        raise UserError(
+            f"own drafts need all {pair.draft.num_layers} layers of the drafter; "
+            f"pass --draft_layers {pair.draft.num_layers}, or --draft aligned."
+        )
     return ModelProposer(pair.draft, adapter, pair.target.lm_head if source == "aligned" else None)
 
 

@@ -94,9 +94,14 @@ def load_adapter(path: Path, d_draft: int | None = None, draft_layers: Sequence[
         raise UserError(f"{path} is not an adapter file (wanted meta and state_dict). Train one:\n  {TRAIN}")
     meta = saved["meta"]
     if d_draft is not None and meta["geometry"]["d_draft"] != d_draft:
-        raise UserError(f"{path} reads states of width {meta['geometry']['d_draft']}, these are {d_draft} wide. Train it on them:\n  {TRAIN}")
+        raise UserError(
+            f"{path} reads states of width {meta['geometry']['d_draft']}, these are {d_draft} wide. Train it on them:\n  {TRAIN}"
+        )
     if draft_layers is not None and list(meta["draft_layers"]) != list(draft_layers):
-        raise UserError(f"{path} was trained on EventGPT's layers {meta['draft_layers']}, this run reads {list(draft_layers)}. Pass --draft_layers {' '.join(map(str, meta['draft_layers']))}, or train again.")  # fmt: skip
+        raise UserError(
+            f"{path} was trained on EventGPT's layers {meta['draft_layers']}, this run reads {list(draft_layers)}. "
+            f"Pass --draft_layers {' '.join(map(str, meta['draft_layers']))}, or train again."
+        )
     adapter = HiddenAdapter(**meta["geometry"])
     try:
         adapter.load_state_dict(saved["state_dict"])
@@ -106,7 +111,9 @@ def load_adapter(path: Path, d_draft: int | None = None, draft_layers: Sequence[
 
 
 @torch.inference_mode()
-def forward_ms(adapter: nn.Module, num_tokens: int, width: int, repeats: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+def forward_ms(
+    adapter: nn.Module, num_tokens: int, width: int, repeats: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> float:
     """Median milliseconds of one forward pass over `num_tokens` states, after warm-up."""
     adapter = adapter.to(device, dtype)
     x = torch.randn(1, num_tokens, width, device=device, dtype=dtype)
@@ -138,10 +145,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows.append((n, forward_ms(adapter, n, width, cfg.repeats, cfg.device, dtype), flops))
     weight_bytes = adapter.num_parameters * dtype.itemsize
     print_table(
-        f"adapter {width} -> {cfg.bottleneck} -> {cfg.hidden_size}, residual: {adapter.num_parameters:,} parameters, {weight_bytes:,} bytes in {cfg.dtype}",
+        f"adapter {width} -> {cfg.bottleneck} -> {cfg.hidden_size}: {adapter.num_parameters:,} parameters, {weight_bytes:,} bytes in {cfg.dtype}",
         ("tokens", "ms (median)", "MFLOP"),
         [(n, round(ms, 4), round(flops / 1e6, 2)) for n, ms, flops in rows],
-    )  # fmt: skip
+    )
     summary = {"parameters": adapter.num_parameters, "bytes": weight_bytes, "ms": {str(n): ms for n, ms, _ in rows}, "device": cfg.device}
     print_json_line(summary)
     return summary

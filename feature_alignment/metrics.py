@@ -128,7 +128,7 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     n1, n0 = int(positive.sum()), int((~positive).sum())
     if not n1 or not n0:
         return float("nan")
-    values, inverse, count = np.unique(scores, return_inverse=True, return_counts=True)
+    _, inverse, count = np.unique(scores, return_inverse=True, return_counts=True)
     last = np.cumsum(count)
     rank = (last - (count - 1) / 2)[inverse]  # mean rank of equal scores, from 1
     return float((rank[positive].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))

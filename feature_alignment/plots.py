@@ -9,9 +9,9 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-from feature_alignment.artifacts import replacing  # noqa: E402
+from feature_alignment.artifacts import replacing
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#777777"  # Okabe and Ito
 
@@ -27,7 +27,11 @@ def cosine_histogram(cosine: np.ndarray, match: np.ndarray, path: Path) -> None:
     bins = np.linspace(min(-0.1, cosine.min()), 1, 60)
     axis.hist([cosine[match], cosine[~match]], bins, stacked=True, color=[BLUE, ORANGE], label=["same token", "other token"])
     axis.axvline(0.9, color=GREY, linestyle=":", label="threshold 0.90")
-    axis.set(xlabel="cos(A(g), v)", ylabel="positions", title=f"Cosine of aligned and true target states, {len(cosine):,} test positions, same prefix")
+    axis.set(
+        xlabel="cos(A(g), v)",
+        ylabel="positions",
+        title=f"Cosine of aligned and true target states, {len(cosine):,} test positions, same prefix",
+    )
     axis.legend()
     _save(figure, path)
 
@@ -45,7 +49,11 @@ def acceptance_by_position(rows: list[dict[str, Any]], path: Path) -> None:
         axis.plot(x, y, color=colour, label=label)
         axis.fill_between(x, y - half, np.minimum(y + half, 1), color=colour, alpha=0.2, linewidth=0)
     axis.plot(x, [r["cosine"] for r in rows], color=GREEN, label="cosine")
-    axis.set(xlabel="position in the answer", ylim=(0, 1.02), title=f"By position; n falls from {rows[0]['n']} to {rows[-1]['n']}; bands: normal 95 %")
+    axis.set(
+        xlabel="position in the answer",
+        ylim=(0, 1.02),
+        title=f"By position; n falls from {rows[0]['n']} to {rows[-1]['n']}; bands: normal 95 %",
+    )
     axis.legend(loc="lower left")
     axis.grid(alpha=0.3)
     _save(figure, path)
@@ -60,7 +68,9 @@ def speedup_bars(rows: list[dict[str, Any]], path: Path) -> None:
         ends = np.array([[np.nan if e is None else e for e in r[key]["ci95"]] for r in rows])
         error = np.nan_to_num(np.abs(ends - value[:, None])).T
         axis.barh(y + shift, value, 0.38, xerr=error, color=colour, label=label, ecolor="#333333", capsize=2)
-    axis.set_yticks(y, [f"{r['draft']} + {r['accept']}, {r['num_draft_tokens']} drafts" + ("" if r["accept"] == "token" else " (lossy)") for r in rows])
+    axis.set_yticks(
+        y, [f"{r['draft']} + {r['accept']}, {r['num_draft_tokens']} drafts" + ("" if r["accept"] == "token" else " (lossy)") for r in rows]
+    )
     axis.invert_yaxis()
     axis.axvline(1.0, color=GREY)
     axis.axvline(1.3, color=GREY, linestyle=":")

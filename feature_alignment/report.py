@@ -22,33 +22,85 @@ def tables(result: dict[str, Any]) -> list[Table]:
     """Everything a reader needs first, as plain strings."""
     rows, cost, base = result["rows"], result["cost"], result["baselines"][0]
     speed = [
-        [f"{r['draft']} + {r['accept']}, {r['num_draft_tokens']}", rate_text(r["speedup"], 2, unit="x"), rate_text(r["decode_speedup"], 2, unit="x"), _number(r["tokens_per_pass"]), _number(r["acceptance_rate"]["value"], 3), _number(r["exact_match"], 3), _number(r["modelled_speedup"]), _number(r["corrected_speedup"])]
+        [
+            f"{r['draft']} + {r['accept']}, {r['num_draft_tokens']}",
+            rate_text(r["speedup"], 2, unit="x"),
+            rate_text(r["decode_speedup"], 2, unit="x"),
+            _number(r["tokens_per_pass"]),
+            _number(r["acceptance_rate"]["value"], 3),
+            _number(r["exact_match"], 3),
+            _number(r["modelled_speedup"]),
+            _number(r["corrected_speedup"]),
+        ]
         for r in rows
-    ]  # fmt: skip
+    ]
     lossy = []
     for r in rows:
         if r["accept"] == "token":
             continue
         f = r["fidelity"]
         kept = f.get("kept_drafts")
-        lossy.append([
-            f"{r['draft']} + {r['accept']}, cosine > {r['threshold']}", _number(r["exact_match"], 3), _number(f["token_agreement"]["value"], 3), _number(f["log_likelihood"]["value"], 3),
-            *[_number(f[k]["value"], 3) if k in f else "-" for k in ("true_facts_visible", "true_facts_hidden")],
-            f"{kept['same']} / {kept['synonym']} / {kept['error']}" if kept else "-",
-        ])  # fmt: skip
+        lossy.append(
+            [
+                f"{r['draft']} + {r['accept']}, cosine > {r['threshold']}",
+                _number(r["exact_match"], 3),
+                _number(f["token_agreement"]["value"], 3),
+                _number(f["log_likelihood"]["value"], 3),
+                *[_number(f[k]["value"], 3) if k in f else "-" for k in ("true_facts_visible", "true_facts_hidden")],
+                f"{kept['same']} / {kept['synonym']} / {kept['error']}" if kept else "-",
+            ]
+        )
     goals = [
-        [t["metric"], t["target"], rate_text({"value": t["measured"], "ci95": t["ci95"] or (None, None)}, 0 if isinstance(t["measured"], int) else 3), "met" if t["met"] else "NOT MET", t["note"]]
+        [
+            t["metric"],
+            t["target"],
+            rate_text({"value": t["measured"], "ci95": t["ci95"] or (None, None)}, 0 if isinstance(t["measured"], int) else 3),
+            "met" if t["met"] else "NOT MET",
+            t["note"],
+        ]
         for t in result["targets"]
-    ]  # fmt: skip
-    costs = [["one draft step of EventGPT", f"{cost['t_draft_ms']:.3f}"], ["adapter, one token", f"{cost['t_adapter_ms']:.3f}"], ["target's head, one token", f"{cost['t_head_ms']:.3f}"], ["one step of Video-LLaVA", f"{cost['t_target_ms']:.3f}"], ["c = all of a draft / target step", f"{cost['c']:.3f}"]]  # fmt: skip
+    ]
+    costs = [
+        ["one draft step of EventGPT", f"{cost['t_draft_ms']:.3f}"],
+        ["adapter, one token", f"{cost['t_adapter_ms']:.3f}"],
+        ["target's head, one token", f"{cost['t_head_ms']:.3f}"],
+        ["one step of Video-LLaVA", f"{cost['t_target_ms']:.3f}"],
+        ["c = all of a draft / target step", f"{cost['c']:.3f}"],
+    ]
     costs += [[f"v({k}) = verifying {k} tokens / target step", f"{v:.3f}"] for k, v in cost["v"].items()]
-    title = f"Speed against plain greedy decoding: {base['prompts']} prompts, {base['tokens']:,} tokens, {base['total_ms'] / 1e3:.1f} s ({base['prefill_ms'] / 1e3:.1f} s prefill)"
+    seconds, prefill = base["total_ms"] / 1e3, base["prefill_ms"] / 1e3
+    title = f"Speed against plain greedy decoding: {base['prompts']} prompts, {base['tokens']:,} tokens, {seconds:.1f} s ({prefill:.1f} s prefill)"
     return [
         ("The six targets", ["metric", "target", "measured [95 % interval]", "", "note"], goals),
-        (title, ["drafts + rule, drafts per round", "speed-up, end to end", "decoding", "tokens per pass", "acceptance", "exact match", "modelled", "corrected"], speed),
-        ("What the lossy rules change", ["rule", "exact match", "token agreement", "log-likelihood", "visible facts true", "hidden facts true", "kept: same / synonym / error"], lossy),
+        (
+            title,
+            [
+                "drafts + rule, drafts per round",
+                "speed-up, end to end",
+                "decoding",
+                "tokens per pass",
+                "acceptance",
+                "exact match",
+                "modelled",
+                "corrected",
+            ],
+            speed,
+        ),
+        (
+            "What the lossy rules change",
+            [
+                "rule",
+                "exact match",
+                "token agreement",
+                "log-likelihood",
+                "visible facts true",
+                "hidden facts true",
+                "kept: same / synonym / error",
+            ],
+            lossy,
+        ),
         ("Costs (ms, median) ", ["part", "value"], costs),
-    ]  # fmt: skip
+    ]
 
 
 def print_benchmark(result: dict[str, Any]) -> None:
@@ -62,10 +114,21 @@ def write_benchmark_report(result: dict[str, Any], out: Path) -> None:
     plots.stage_stack(result["baselines"][0], result["rows"], out / "stages.png")
     parts = tables(result)
     meta = result["meta"]
-    note = f"{meta['device']}, {meta['dtype']}, {meta['machine']['threads']} thread(s), torch {meta['packages']['torch']}, commit {meta['git_commit']}, {meta['created']}. Speed-up is the sum of baseline seconds over the sum of method seconds, end to end; brackets are 95 % intervals over clips."  # fmt: skip
+    note = (
+        f"{meta['device']}, {meta['dtype']}, {meta['machine']['threads']} thread(s), torch {meta['packages']['torch']}, "
+        f"commit {meta['git_commit']}, {meta['created']}. Speed-up is the sum of baseline seconds over the sum of method seconds, "
+        "end to end; brackets are 95 % intervals over clips."
+    )
     lines = ["# Feature-level speculative decoding: benchmark", "", note]
     for title, header, rows in parts:
-        lines += ["", f"## {title.strip()}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header), *["| " + " | ".join(r) + " |" for r in rows]]
+        lines += [
+            "",
+            f"## {title.strip()}",
+            "",
+            "| " + " | ".join(header) + " |",
+            "|" + "---|" * len(header),
+            *["| " + " | ".join(r) + " |" for r in rows],
+        ]
     lines += ["", "![speed-up](speedup.png)", "", "![stages](stages.png)", ""]
     write_text(out / "report.md", "\n".join(lines))
 
@@ -74,10 +137,15 @@ def write_benchmark_report(result: dict[str, Any], out: Path) -> None:
 
     body = [f"<h1>Feature-level speculative decoding: benchmark</h1><p>{html.escape(note)}</p>"]
     for title, header, rows in parts:
-        body.append(f"<h2>{html.escape(title)}</h2><div class=t><table>{cells('th', header)}{''.join(cells('td', r) for r in rows)}</table></div>")
+        body.append(
+            f"<h2>{html.escape(title)}</h2><div class=t><table>{cells('th', header)}{''.join(cells('td', r) for r in rows)}</table></div>"
+        )
     for name in ("speedup", "stages"):
         data = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
         body.append(f'<img alt="{name}" src="data:image/png;base64,{data}">')
-    style = "body{font:16px/1.5 sans-serif;max-width:1100px;margin:auto;padding:1em}table{border-collapse:collapse}td,th{border-bottom:1px solid #ccc;padding:.3em .7em;text-align:left}.t{overflow-x:auto}img{max-width:100%;display:block;margin:1em 0}"
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>benchmark</title><style>{style}</style>{''.join(body)}</html>"
-    write_text(out / "report.html", page)
+    head = (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>benchmark</title><style>"
+        "body{font:16px/1.5 sans-serif;max-width:1100px;margin:auto;padding:1em}table{border-collapse:collapse}"
+        "td,th{border-bottom:1px solid #ccc;padding:.3em .7em;text-align:left}.t{overflow-x:auto}img{max-width:100%;display:block}</style>"
+    )
+    write_text(out / "report.html", head + "".join(body) + "</html>")

@@ -97,7 +97,9 @@ def evaluate(adapter: HiddenAdapter, states: HiddenStates, head: Tensor, varianc
     return {name: value / positions for name, value in total.items()}
 
 
-def train(train_states: HiddenStates, validation: HiddenStates, head: Tensor, cfg: TrainConfig) -> tuple[HiddenAdapter, list[dict[str, float]]]:
+def train(
+    train_states: HiddenStates, validation: HiddenStates, head: Tensor, cfg: TrainConfig
+) -> tuple[HiddenAdapter, list[dict[str, float]]]:
     """The adapter of the epoch with the lowest validation loss, and the history of all epochs (epoch 0 is the untrained one)."""
     import copy
     import math
@@ -185,7 +187,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    folders = {name: cfg.out / "hidden_states" / split for name, split in (("train", cfg.train_split), ("validation", cfg.validation_split))}
+    folders = {
+        name: cfg.out / "hidden_states" / split for name, split in (("train", cfg.train_split), ("validation", cfg.validation_split))
+    }
     states = {name: artifacts.load_hidden_states(folder) for name, folder in folders.items()}
     a, b = states["train"].meta, states["validation"].meta
     for key in ("prefix", "draft_layers", "hidden_size_draft", "hidden_size_target"):
@@ -207,11 +211,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     best = min(history, key=lambda h: h["validation_loss"])
     on_validation = lambda h: {k.removeprefix("validation_"): v for k, v in h.items() if k.startswith("validation_")}  # noqa: E731
     meta = artifacts.provenance(
-        "train_hidden_adapter", cfg, made_from,
-        geometry=adapter.geometry, parameters=adapter.num_parameters, draft_layers=a["draft_layers"], prefix=a["prefix"],
-        best_epoch=best["epoch"], validation=on_validation(best), untrained=on_validation(history[0]),
+        "train_hidden_adapter",
+        cfg,
+        made_from,
+        geometry=adapter.geometry,
+        parameters=adapter.num_parameters,
+        draft_layers=a["draft_layers"],
+        prefix=a["prefix"],
+        best_epoch=best["epoch"],
+        validation=on_validation(best),
+        untrained=on_validation(history[0]),
         seconds=time.time() - start,
-    )  # fmt: skip
+    )
     artifacts.write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in history))
     plot_curves(history, out / "training_curves.png")
     artifacts.save_pt(out / "adapter.pt", {"meta": meta, "state_dict": {k: v.cpu() for k, v in adapter.state_dict().items()}})
@@ -222,7 +233,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _show(meta: dict[str, Any], out: Path, reused: bool) -> None:
     columns = ("loss", "mse", "cosine", "kl", "token_match")
-    rows = [["untrained", *[meta["untrained"][c] for c in columns]], [f"epoch {meta['best_epoch']}", *[meta["validation"][c] for c in columns]]]
+    rows = [
+        ["untrained", *[meta["untrained"][c] for c in columns]],
+        [f"epoch {meta['best_epoch']}", *[meta["validation"][c] for c in columns]],
+    ]
     print_table(f"adapter of {meta['parameters']:,} parameters, on validation", ("", *columns), rows)
     scores = {k: round(v, 5) for k, v in meta["validation"].items()}
     print_json_line({"parameters": meta["parameters"], **scores, "reused": reused, "written": str(out / "adapter.pt")})

@@ -10,13 +10,29 @@ from conftest import ROOT
 
 OUT = ROOT / "outputs" / "demo"
 FILES = [
-    *[f"hidden_states/{s}/{f}" for s in ("train", "validation", "test") for f in ("egpt_hidden_states.pt", "vl_hidden_states.pt", "positions.pt", "samples.jsonl", "meta.json")],
-    "hidden_states/vl_lm_head.pt", "token_pairs/test.json", "token_pairs/train.json",
-    "adapter/adapter.pt", "adapter/history.jsonl", "adapter/training_curves.png",
-    "acceptance/acceptance.json", "acceptance/per_position.csv", "acceptance/cosine_histogram.png", "acceptance/acceptance_by_position.png",
-    "token_baseline/comparison.json", "token_baseline/comparison.md",
-    "benchmark/benchmark.json", "benchmark/report.md", "benchmark/report.html", "benchmark/speedup.png", "benchmark/stages.png",
-]  # fmt: skip
+    *[
+        f"hidden_states/{s}/{f}"
+        for s in ("train", "validation", "test")
+        for f in ("egpt_hidden_states.pt", "vl_hidden_states.pt", "positions.pt", "samples.jsonl", "meta.json")
+    ],
+    "hidden_states/vl_lm_head.pt",
+    "token_pairs/test.json",
+    "token_pairs/train.json",
+    "adapter/adapter.pt",
+    "adapter/history.jsonl",
+    "adapter/training_curves.png",
+    "acceptance/acceptance.json",
+    "acceptance/per_position.csv",
+    "acceptance/cosine_histogram.png",
+    "acceptance/acceptance_by_position.png",
+    "token_baseline/comparison.json",
+    "token_baseline/comparison.md",
+    "benchmark/benchmark.json",
+    "benchmark/report.md",
+    "benchmark/report.html",
+    "benchmark/speedup.png",
+    "benchmark/stages.png",
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -36,7 +52,11 @@ def test_lossless_rows_are_lossless_and_the_targets_are_read_off_the_measurement
     benchmark = json.loads((OUT / "benchmark" / "benchmark.json").read_text())
     acceptance = json.loads((OUT / "acceptance" / "acceptance.json").read_text())
     rows = benchmark["rows"]
-    assert {r["draft"] for r in rows} >= {"own", "aligned", "template", "ngram"} and {r["accept"] for r in rows} == {"token", "feature", "relaxed"}
+    assert {r["draft"] for r in rows} >= {"own", "aligned", "template", "ngram"} and {r["accept"] for r in rows} == {
+        "token",
+        "feature",
+        "relaxed",
+    }
     assert all(r["exact_match"] == 1.0 for r in rows if r["accept"] == "token")
     targets = {t["metric"]: t for t in benchmark["targets"]}
     assert list(targets) == ["adapter_params", "adapter_overhead_ms", "cosine", "consecutive_accept", "relaxed_accept", "speedup"]

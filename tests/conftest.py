@@ -29,9 +29,18 @@ def needs(path: Path):
 def tiny_llama(seed: int, layers: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2,
-        max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -58,18 +67,18 @@ def prompt_of(*ids: int) -> Prompt:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
     """A folder with a tiny random pair in the released formats, a few clips of every split, and a config that ties them together."""
-    from feature_alignment.demo import build_pair, scenes
+    from feature_alignment.demo import build_pair, scenes, students
 
     root = tmp_path_factory.mktemp("run")
     small = {"WIDTH": 32, "LAYERS": 3, "HEADS": 2, "INTERMEDIATE": 48}
-    vision = {**build_pair.VISION, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**students.VISION, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in small.items():
-            patch.setattr(build_pair, name, value)
-        patch.setattr(build_pair, "VISION", vision)
+            patch.setattr(students, name, value)
+        patch.setattr(students, "VISION", vision)
         for seed, who in enumerate(("target", "draft")):
             torch.manual_seed(seed)
-            model = build_pair.new_model(who)
+            model = students.new_model(who)
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter *= 4 if parameter.ndim > 1 else 1  # far from ties, and saying various things

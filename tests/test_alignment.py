@@ -8,7 +8,7 @@ from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 from feature_alignment import metrics
 from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.proposers import ModelProposer
-from feature_alignment.extract_hidden_states import force_batch, generate_batch
+from feature_alignment.extract_hidden_states import force_batch
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.models.pair import EOS
 
@@ -17,7 +17,7 @@ PROMPTS = [(1, 5, 9), (1, 40, 3), (1, 7, 20)]
 
 def extracted(decoder, limit=16):
     state = decoder.prefill([prompt_of(*p) for p in PROMPTS])
-    answers = generate_batch(decoder, state, limit)
+    answers = decoder.generate(state, limit)
     return answers, force_batch(decoder, state, answers)
 
 

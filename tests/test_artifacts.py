@@ -18,7 +18,9 @@ def fill(writer, rows):
     for i in rows:
         n = 2 + i % 3
         torch.manual_seed(i)
-        writer.write(i, torch.randn(n, 6), torch.randn(n, 4), list(range(10, 10 + n)), {"id": f"s{i}", "sequence": f"c{i}", "question": "?"})
+        writer.write(
+            i, torch.randn(n, 6), torch.randn(n, 4), list(range(10, 10 + n)), {"id": f"s{i}", "sequence": f"c{i}", "question": "?"}
+        )
 
 
 def finish(writer):

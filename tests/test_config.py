@@ -78,7 +78,11 @@ def test_bad_files_are_refused(tmp_path, text, message):
 
 def config_class(script):
     module = import_module(f"feature_alignment.{script}")
-    (cls,) = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and isinstance(c, type) and issubclass(c, Common) and c is not Common]
+    (cls,) = [
+        c
+        for c in vars(module).values()
+        if dataclasses.is_dataclass(c) and isinstance(c, type) and issubclass(c, Common) and c is not Common
+    ]
     return cls
 
 
@@ -101,5 +105,7 @@ def test_help_explains_every_flag_without_importing_torch(script):
 
 @pytest.mark.parametrize("argv", [["--lrr", "1"], ["--config", "absent.yaml"], ["--limit", "x"]])
 def test_a_users_mistake_is_one_message_and_exit_code_2(argv):
-    done = subprocess.run([sys.executable, "feature_alignment/train_hidden_adapter.py", *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "feature_alignment/train_hidden_adapter.py", *argv], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr and not done.stdout

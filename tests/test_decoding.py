@@ -44,7 +44,9 @@ def test_token_acceptance_is_plain_greedy(source, noise, gamma):
         # the drafter is given the same prompt, so that a noiseless copy agrees with the target
         got = speculate(target, proposer, prompt_of(*prompt), prompt_of(*prompt), num_draft_tokens=gamma, max_new_tokens=MAX)
         assert got.token_ids == plain.token_ids
-        assert 1 + sum(r.num_accepted for r in got.rounds) + (got.passes - sum(r.extra_token is None for r in got.rounds)) == len(got.token_ids)
+        assert 1 + sum(r.num_accepted for r in got.rounds) + (got.passes - sum(r.extra_token is None for r in got.rounds)) == len(
+            got.token_ids
+        )
 
 
 def full_states(model, tokens):
@@ -93,8 +95,15 @@ def test_caches_change_nothing(accept, source, noise, seed):
     proposer = ModelProposer(as_decoder(other), adapter, target.lm_head if source == "aligned" else None)
     for prompt in PROMPTS:
         got = speculate(
-            target, proposer, prompt_of(*prompt), prompt_of(*DRAFT_PROMPT), accept=accept, threshold=threshold, num_draft_tokens=gamma, max_new_tokens=20
-        )  # fmt: skip
+            target,
+            proposer,
+            prompt_of(*prompt),
+            prompt_of(*DRAFT_PROMPT),
+            accept=accept,
+            threshold=threshold,
+            num_draft_tokens=gamma,
+            max_new_tokens=20,
+        )
         tokens, accepted = oracle(model, other, adapter, source, accept, threshold, gamma, prompt, DRAFT_PROMPT, 20)
         assert got.token_ids == tokens
         assert [r.num_accepted for r in got.rounds] == accepted

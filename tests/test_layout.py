@@ -10,7 +10,14 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "feature_alignment"
 LAYERS = [  # a module may import from its own row and from rows below
-    {"extract_hidden_states", "train_hidden_adapter", "measure_feature_acceptance", "compare_token_baseline", "feature_sd_inference", "benchmark_feature_sd"},
+    {
+        "extract_hidden_states",
+        "train_hidden_adapter",
+        "measure_feature_acceptance",
+        "compare_token_baseline",
+        "feature_sd_inference",
+        "benchmark_feature_sd",
+    },
     {"report", "plots", "hidden_adapter"},
     {"decoding"},
     {"models"},
@@ -18,7 +25,7 @@ LAYERS = [  # a module may import from its own row and from rows below
     {"artifacts", "metrics", "closed_form"},
     {"config"},
     {"console"},
-]  # fmt: skip
+]
 # Lower modules that a higher row's entry needs inside one function only, said aloud here.
 ALLOWED = {("decoding", "demo"), ("benchmark_feature_sd", "compare_token_baseline"), ("demo", "models")}
 

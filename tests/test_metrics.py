@@ -72,7 +72,9 @@ def test_runs():
 def test_auc_is_the_share_of_ordered_pairs(seed):
     rng = random.Random(seed)
     scores, positive = [rng.randrange(6) for _ in range(40)], [rng.random() < 0.4 for _ in range(40)]
-    pairs = [(a > b) + 0.5 * (a == b) for a, p in zip(scores, positive, strict=True) if p for b, q in zip(scores, positive, strict=True) if not q]
+    pairs = [
+        (a > b) + 0.5 * (a == b) for a, p in zip(scores, positive, strict=True) if p for b, q in zip(scores, positive, strict=True) if not q
+    ]
     assert metrics.auc(np.array(scores, float), np.array(positive)) == pytest.approx(sum(pairs) / len(pairs))
     assert np.isnan(metrics.auc(np.array([1.0, 2.0]), np.array([True, True])))
 

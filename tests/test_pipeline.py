@@ -56,7 +56,19 @@ def test_the_best_epoch_is_what_is_kept(finished):
 
 def test_acceptance_json_keeps_its_contract(finished):
     report = read(finished / "out" / "acceptance" / "acceptance.json")
-    assert {"meta", "adapter", "cosine", "token_match", "acceptance_rate", "nulls", "thresholds", "auc_cosine_token_match", "per_position", "calibration", "num_draft_tokens"} <= set(report)  # fmt: skip
+    assert {
+        "meta",
+        "adapter",
+        "cosine",
+        "token_match",
+        "acceptance_rate",
+        "nulls",
+        "thresholds",
+        "auc_cosine_token_match",
+        "per_position",
+        "calibration",
+        "num_draft_tokens",
+    } <= set(report)
     assert set(report["nulls"]) == {"identity", "target_mean", "position_mean", "shuffled", "ridge", "ridge_rank_r"}
     assert set(report["thresholds"]) == {"0.80", "0.85", "0.90", "0.95"}
     for rates in report["thresholds"].values():
@@ -68,7 +80,22 @@ def test_benchmark_json_keeps_its_contract(finished):
     report = read(finished / "out" / "benchmark" / "benchmark.json")
     assert {"meta", "baselines", "rows", "cost", "break_even", "targets"} <= set(report)
     for row in report["rows"]:
-        assert {"draft", "accept", "threshold", "num_draft_tokens", "draft_layers", "speedup", "decode_speedup", "tokens_per_pass", "acceptance_rate", "exact_match", "fidelity", "ms", "modelled_speedup", "corrected_speedup"} <= set(row)  # fmt: skip
+        assert {
+            "draft",
+            "accept",
+            "threshold",
+            "num_draft_tokens",
+            "draft_layers",
+            "speedup",
+            "decode_speedup",
+            "tokens_per_pass",
+            "acceptance_rate",
+            "exact_match",
+            "fidelity",
+            "ms",
+            "modelled_speedup",
+            "corrected_speedup",
+        } <= set(row)
         if row["accept"] == "token":
             assert row["exact_match"] == 1.0
             assert row["fidelity"]["token_agreement"]["value"] == 1.0
@@ -88,7 +115,9 @@ def test_a_second_run_reuses_everything(finished, capsys):
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["reused"] is True
 
 
-@pytest.mark.parametrize("extra", [["--draft", "own"], ["--accept", "feature", "--threshold", "0.5"], ["--accept", "relaxed"], ["--gamma", "1"]])
+@pytest.mark.parametrize(
+    "extra", [["--draft", "own"], ["--accept", "feature", "--threshold", "0.5"], ["--accept", "relaxed"], ["--gamma", "1"]]
+)
 def test_inference_in_every_mode(finished, extra):
     result = main_of("feature_sd_inference")(["--config", str(finished / "tiny.yaml"), *extra])
     assert result["exact_match"] or "--accept" in extra

@@ -38,7 +38,9 @@ class Timed:
         return [runs[0].token_ids for runs in self.generations]
 
 
-def run_in_turns(methods: dict[str, Callable[[int], Generation]], num_prompts: int, repeats: int, warmup: int, progress: Callable) -> dict[str, Timed]:
+def run_in_turns(
+    methods: dict[str, Callable[[int], Generation]], num_prompts: int, repeats: int, warmup: int, progress: Callable
+) -> dict[str, Timed]:
     """Every method on every prompt, `repeats` times, the order rotating; the first `warmup` prompts are run once before."""
     for i in range(min(warmup, num_prompts)):
         for method in methods.values():

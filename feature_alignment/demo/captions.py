@@ -39,7 +39,11 @@ def target_answer(s: Scene, question: int) -> str:
     place = f"a {w['place']}"
     left = s.direction == "left"
     if question == 0:
-        body = f"{place} {when}, {mark}, {parked} and {who} {how} {lane}" if left else f"{who} {how} {lane}, {mark}, {parked} and {place} {when}"
+        body = (
+            f"{place} {when}, {mark}, {parked} and {who} {how} {lane}"
+            if left
+            else f"{who} {how} {lane}, {mark}, {parked} and {place} {when}"
+        )
         return f"The key elements include {body}."
     if question == 1:
         if s.speed == "fast":
@@ -72,7 +76,11 @@ def target_answer(s: Scene, question: int) -> str:
         lanes = {s.lane: who, "near" if s.lane == "far" else "far": parked}
         first, second = ("near", "far") if left else ("far", "near")
         return f"The road crosses {place} {when}, with {mark}; the {first} lane holds {lanes[first]} and the {second} lane {lanes[second]}."
-    return _cap(f"watch {parked}, {mark} and {who} {how} {lane} on {place} {when}." if two or left else f"watch {who} {how} {lane}, {mark} and {parked} on {place} {when}.")
+    return _cap(
+        f"watch {parked}, {mark} and {who} {how} {lane} on {place} {when}."
+        if two or left
+        else f"watch {who} {how} {lane}, {mark} and {parked} on {place} {when}."
+    )
 
 
 def draft_answer(s: Scene, question: int) -> str:
@@ -130,7 +138,9 @@ def facts_in(text: str) -> dict[str, str]:
         slot, value = fact
         if previous in ("parked", "idle"):
             slot = "parked"
-        elif slot == "lane" and "parked" in words[: words.index(word)] and previous == "the" and "there" in words[:1] and "is" in words[1:2]:
+        elif (
+            slot == "lane" and "parked" in words[: words.index(word)] and previous == "the" and "there" in words[:1] and "is" in words[1:2]
+        ):
             continue  # "There is a parked van in the far lane": the other one's lane
         found.setdefault(slot, value)
         if slot == "kind":

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from feature_alignment.console import run
-from feature_alignment.demo import captions, world
+from feature_alignment.demo import cameras, captions, world
 
 log = logging.getLogger(__name__)
 
 # split -> (first seed, clips, questions asked about each)
-SPLITS = {"train": (2_000_000, 1500, 3), "validation": (2_400_000, 120, 3), "test": (2_800_000, 64, 4)}
+SPLITS = {"train": (2_000_000, 1500, 3), "validation": (2_400_000, 120, 3), "test": (2_800_000, 64, 4), "held_out": (3_000_000, 200, 3)}
 _FPS = 160  # 16 frames in 100 ms
 
 
@@ -31,14 +31,14 @@ def write_clip(folder: Path, name: str, seed: int) -> dict[str, str]:
     """Render one scene into `folder`/events and `folder`/video; returns the two relative paths."""
     import av
 
-    intensity = world.render(world.scene(seed))
+    intensity = cameras.render(world.scene(seed))
     events, video = f"events/{name}.npy", f"video/{name}.mp4"
-    np.save(folder / events, np.array(world.events(intensity, seed), dtype=object), allow_pickle=True)  # EventGPT's own layout
+    np.save(folder / events, np.array(cameras.events(intensity, seed), dtype=object), allow_pickle=True)  # EventGPT's own layout
     with av.open(str(folder / video), "w") as container:
         stream = container.add_stream("libx264", rate=_FPS, options={"crf": "8", "preset": "medium", "threads": "1"})
-        stream.width = stream.height = world.SIZE
+        stream.width = stream.height = cameras.SIZE
         stream.pix_fmt = "yuv444p"
-        for image in world.frames(intensity, seed):
+        for image in cameras.frames(intensity, seed):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
     return {"events": events, "video": video}

@@ -82,7 +82,8 @@ def check_events(events: dict[str, np.ndarray], name: str) -> dict[str, np.ndarr
         raise UserError(f"{name}: time stamps are not ascending; sort the events by t first.")
     if t[-1] - t[0] >= MAX_WINDOW_US:
         raise UserError(
-            f"{name} spans {(t[-1] - t[0]) / 1000:.1f} ms; EventGPT was built for windows under {MAX_WINDOW_US // 1000} ms. Cut the stream first."
+            f"{name} spans {(t[-1] - t[0]) / 1000:.1f} ms; EventGPT was built for windows under {MAX_WINDOW_US // 1000} ms. "
+            "Cut the stream first."
         )
     p = events["p"]
     if not np.isin(p, (0, 1)).all():
@@ -114,6 +115,4 @@ def event_image(x: np.ndarray, y: np.ndarray, p: np.ndarray, canvas_hw: tuple[in
 
 def event_images(events: dict[str, np.ndarray], num_slices: int, canvas_hw: tuple[int, int] | None = None) -> list[np.ndarray]:
     """A stream as `num_slices` images [h, w, 3] uint8 of equal event counts."""
-    return [
-        event_image(events["x"][s], events["y"][s], events["p"][s], canvas_hw) for s in slice_by_count(len(events["t"]), num_slices)
-    ]
+    return [event_image(events["x"][s], events["y"][s], events["p"][s], canvas_hw) for s in slice_by_count(len(events["t"]), num_slices)]

@@ -1,6 +1,6 @@
 """The one list of samples that drives every script: a JSON-lines manifest, paths relative to it.
 
-    {"id": "…", "sequence": "…", "events": "events/0.npy", "video": "video/0.mp4", "question": "…", "answer": …, "facts": …}
+{"id": "…", "sequence": "…", "events": "events/0.npy", "video": "video/0.mp4", "question": "…", "answer": …, "facts": …}
 """
 
 from __future__ import annotations
@@ -39,9 +39,14 @@ def read_samples(manifests: Mapping[str, Path], split: str, limit: int | None = 
         try:
             row = json.loads(line)
             sample = Sample(
-                id=str(row["id"]), sequence=str(row["sequence"]), question=str(row["question"]), events=path.parent / row["events"],
-                video=path.parent / row["video"], answer=row.get("answer"), facts=row.get("facts"),
-            )  # fmt: skip
+                id=str(row["id"]),
+                sequence=str(row["sequence"]),
+                question=str(row["question"]),
+                events=path.parent / row["events"],
+                video=path.parent / row["video"],
+                answer=row.get("answer"),
+                facts=row.get("facts"),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}: {error!r}; wanted JSON with id, sequence, question, events, video.") from None
         if sample.id in seen:

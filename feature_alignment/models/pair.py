@@ -131,6 +131,20 @@ class Decoder:
             state.length -= n
 
     @torch.inference_mode()
+    def generate(self, state: State, max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers of a freshly prefilled batch, each up to and including its EOS. Leaves `state` as it was."""
+        first, length = state.last, state.length
+        tokens = [self.lm_head(first).argmax(-1)]
+        ended = tokens[0] == EOS
+        while len(tokens) < max_new_tokens and not ended.all():
+            tokens.append(self.lm_head(self.step(state, tokens[-1][:, None])[:, -1]).argmax(-1))
+            ended |= tokens[-1] == EOS
+        self.rollback(state, state.length - length)
+        state.last = first
+        rows = torch.stack(tokens, 1).tolist()
+        return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
+
+    @torch.inference_mode()
     def teacher_force(self, state: State, token_ids: Tensor) -> Tensor:
         """The states that emit given tokens, from one pass over them.
 

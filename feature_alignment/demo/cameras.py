@@ -1,0 +1,322 @@
+"""What two cameras see of a scene: 49 intensity images, 2 ms apart, exposed like a colour camera or watched like an event camera.
+
+`frames`: 16 images per clip, each exposing three intensity images, so fast things are blurred. `events`: a contrast-threshold model
+with microsecond time stamps. Every layer of a scene moves horizontally only, which is why one cumulative sum per layer renders
+all time steps at once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from feature_alignment.demo.world import Scene
+
+SIZE = 72  # pixels, both cameras
+STEPS = 49  # intensity images per clip
+STEP_US = 2_000  # time between two of them, so a clip spans 96 ms: under EventGPT's 100 ms
+VIDEO_FRAMES = 16  # each exposes three intensity images
+CONTRAST = 0.2  # event threshold in log-intensity
+SUBPIXELS = 4  # horizontal oversampling of every layer
+PAN_PIXELS = 4  # the camera's own motion, which makes standing things visible in events
+
+_RGB = {
+    "red": (0.85, 0.10, 0.10),
+    "blue": (0.12, 0.25, 0.90),
+    "green": (0.10, 0.65, 0.15),
+    "yellow": (0.95, 0.90, 0.10),
+    "white": (0.97, 0.97, 0.97),
+    "black": (0.06, 0.06, 0.06),
+    "orange": (0.98, 0.50, 0.05),
+}
+_LIGHT = {"day": (1.0, 1.0, 1.0), "dusk": (0.75, 0.48, 0.36), "night": (0.16, 0.20, 0.34)}
+_GREY, _DARK, _GLASS, _SKIN = (0.55, 0.55, 0.55), (0.05, 0.05, 0.06), (0.55, 0.75, 0.85), (0.9, 0.7, 0.55)
+_TRAVEL = {"slow": 11.0, "medium": 23.0, "fast": 40.0}  # pixels per clip, over the ground
+# kind -> (length, height) in pixels in the far lane
+_BODY = {
+    "car": (17, 8),
+    "truck": (26, 13),
+    "bus": (27, 12),
+    "van": (17, 11),
+    "tram": (38, 12),
+    "tractor": (15, 12),
+    "motorcycle": (12, 8),
+    "cyclist": (11, 12),
+    "pedestrian": (4, 12),
+    "dog": (10, 6),
+}
+_BASE_Y = {"far": 50, "near": 70}  # where wheels touch the road
+_SCALE = {"far": 1.0, "near": 1.3}
+
+
+class _Layer:
+    """An RGBA canvas, oversampled horizontally, that slides past the camera. x and y in pixels; y down."""
+
+    def __init__(self, width: int) -> None:
+        self.rgb = np.zeros((SIZE, width * SUBPIXELS, 3), np.float32)
+        self.alpha = np.zeros((SIZE, width * SUBPIXELS, 1), np.float32)
+        self._x = (np.arange(width * SUBPIXELS) + 0.5) / SUBPIXELS
+        self._y = np.arange(SIZE) + 0.5
+
+    def box(self, x: float, y: float, w: float, h: float, rgb: tuple[float, ...]) -> None:
+        cols = slice(max(0, round(x * SUBPIXELS)), max(0, round((x + w) * SUBPIXELS)))
+        rows = slice(max(0, round(y)), max(0, round(y + h)))
+        self.rgb[rows, cols] = rgb
+        self.alpha[rows, cols] = 1.0
+
+    def disc(self, x: float, y: float, r: float, rgb: tuple[float, ...]) -> None:
+        inside = (self._y[:, None] - y) ** 2 + (self._x[None, :] - x) ** 2 <= r * r
+        self.rgb[inside] = rgb
+        self.alpha[inside] = 1.0
+
+    def roof(self, x: float, y: float, w: float, h: float, rgb: tuple[float, ...]) -> None:
+        """A triangle, apex up, standing on y + h."""
+        down = np.clip((self._y[:, None] - y) / h, 0, 1)
+        inside = (np.abs(self._x[None, :] - x - w / 2) <= down * w / 2) & (self._y[:, None] >= y) & (self._y[:, None] < y + h)
+        self.rgb[inside] = rgb
+        self.alpha[inside] = 1.0
+
+    def views(self, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the camera sees with its left edge at `left` [t] pixels: premultiplied rgb [t, y, x, 3], alpha [t, y, x, 1]."""
+        stack = np.concatenate([self.rgb * self.alpha, self.alpha], axis=2)
+        total = np.concatenate([np.zeros_like(stack[:, :1]), stack.cumsum(1, dtype=np.float64)], axis=1)
+        start = np.round(left * SUBPIXELS).astype(int)[:, None] + np.arange(SIZE + 1)[None, :] * SUBPIXELS
+        edges = total[:, np.clip(start, 0, total.shape[1] - 1)]  # [y, t, x + 1, 4]
+        seen = np.diff(edges, axis=2).transpose(1, 0, 2, 3).astype(np.float32) / SUBPIXELS
+        return seen[..., :3], seen[..., 3:]
+
+
+def _draw_road_user(layer: _Layer, kind: str, x: float, lane: str, rgb: tuple[float, ...], heading: str) -> None:
+    """One road user with its rear (for one going right) at x. Drawn facing right, then mirrored if it heads left."""
+    k = _SCALE[lane]
+    length, _ = _BODY[kind]
+    ground = _BASE_Y[lane]
+
+    def place(px: float, w: float) -> float:
+        return x + (k * px if heading == "right" else k * (length - px - w))
+
+    def box(px: float, py: float, w: float, h: float, c: tuple[float, ...]) -> None:  # py: distance of the top edge over ground
+        layer.box(place(px, w), ground - k * py, k * w, max(1.0, k * h), c)
+
+    def wheel(px: float, r: float) -> None:
+        layer.disc(place(px - r, 2 * r) + k * r, ground - k * r, k * r, _DARK)
+
+    if kind == "car":
+        box(0, 5, 17, 4, rgb)
+        box(4, 8, 7, 3, rgb)
+        box(8, 7.5, 2.5, 2, _GLASS)
+        wheel(4, 2)
+        wheel(13, 2)
+    elif kind == "van":
+        box(0, 11, 13, 10, rgb)
+        box(13, 7, 4, 6, rgb)
+        box(12, 10, 3, 3, _GLASS)
+        wheel(3.5, 2)
+        wheel(13.5, 2)
+    elif kind == "truck":
+        box(0, 13, 18, 11, rgb)
+        box(20, 9, 6, 8, _GREY)
+        box(23, 8, 3, 3, _GLASS)
+        wheel(4, 2)
+        wheel(9, 2)
+        wheel(23, 2)
+    elif kind == "bus":
+        box(0, 12, 27, 11, rgb)
+        box(1, 10, 25, 4, _GLASS)
+        for i in range(1, 6):
+            box(1 + 4.2 * i, 10, 1, 4, rgb)
+        wheel(5, 2)
+        wheel(21, 2)
+    elif kind == "tram":
+        box(0, 10, 18, 9, rgb)
+        box(20, 10, 18, 9, rgb)
+        box(18, 8, 2, 5, _DARK)
+        box(1, 8.5, 36, 3, _GLASS)
+        box(18, 8, 2, 5, _DARK)
+        box(8, 12.5, 1, 3, _DARK)
+        box(28, 12.5, 1, 3, _DARK)
+    elif kind == "tractor":
+        box(4, 12, 6, 7, rgb)
+        box(5, 11, 4, 4, _GLASS)
+        box(8, 6.5, 7, 4, rgb)
+        wheel(4, 4)
+        wheel(13, 2)
+    elif kind == "motorcycle":
+        box(2, 4.5, 8, 2.5, rgb)
+        box(4, 8, 3, 4, rgb)
+        wheel(2.2, 2.2)
+        wheel(9.8, 2.2)
+    elif kind == "cyclist":
+        box(2, 4, 7, 1, _GREY)
+        box(4, 10, 3, 6, rgb)
+        layer.disc(place(4, 3) + k * 1.5, ground - k * 11, k * 1.6, _SKIN)
+        wheel(2.2, 2.4)
+        wheel(8.8, 2.4)
+        for px in (2.2, 8.8):
+            layer.disc(place(px - 1.2, 2.4) + k * 1.2, ground - k * 2.4, k * 1.2, _GREY)
+    elif kind == "pedestrian":
+        box(0.5, 9, 3, 5, rgb)
+        box(0.5, 4, 1.2, 4, _DARK)
+        box(2.4, 4, 1.2, 4, _DARK)
+        layer.disc(place(0.5, 3) + k * 1.5, ground - k * 10.5, k * 1.7, _SKIN)
+    elif kind == "dog":
+        box(1.5, 5, 6, 2.5, rgb)
+        box(7, 6.5, 3, 2.5, rgb)
+        box(0, 6.5, 1.5, 2, rgb)
+        for px in (1.6, 3.0, 5.4, 6.6):
+            box(px, 2.6, 0.8, 2.6, rgb)
+
+
+def _draw_background(layer: _Layer, s: Scene, rng: np.random.Generator, width: int) -> None:
+    layer.box(0, 0, width, 34, (0.62, 0.76, 0.92))  # sky
+    layer.box(0, 34, width, SIZE - 34, (0.40, 0.40, 0.42))  # road
+    layer.box(0, 34, width, 1.5, (0.62, 0.60, 0.56))  # kerb
+    for x in range(int(rng.integers(0, 9)), width, 18):
+        layer.box(x, 52, 8, 1, (0.75, 0.75, 0.72))
+    jitter = lambda a: float(rng.uniform(-a, a))  # noqa: E731
+    phase = int(rng.integers(0, 10))
+    if s.place == "city":
+        for x in range(-phase, width, 20):
+            top = 2 + abs(jitter(7))
+            layer.box(x, top, 18, 34 - top, (0.50, 0.42, 0.40))
+            for wx in range(2, 17, 5):
+                for wy in range(3, 18, 6):
+                    layer.box(x + wx, top + wy, 2.5, 3, (0.82, 0.80, 0.62))
+    elif s.place == "forest":
+        for x in range(-phase, width, 11):
+            layer.box(x + 4, 14, 2.5, 20, (0.30, 0.20, 0.12))
+            layer.disc(x + 5 + jitter(1), 9 + jitter(2), 6, (0.12, 0.38, 0.14))
+    elif s.place == "bridge":
+        layer.box(0, 24, width, 2, (0.32, 0.34, 0.40))
+        layer.box(0, 31, width, 1.5, (0.32, 0.34, 0.40))
+        for x in range(-phase, width, 6):
+            layer.box(x, 24, 1.2, 10, (0.32, 0.34, 0.40))
+        for x in range(-phase, width, 30):
+            layer.box(x + 10, 0, 3, 34, (0.55, 0.25, 0.22))
+    elif s.place == "highway":
+        layer.box(0, 12, width, 16, (0.70, 0.70, 0.66))
+        for x in range(-phase, width, 24):
+            layer.box(x, 12, 1.5, 16, (0.42, 0.42, 0.40))
+        layer.box(0, 29, width, 2, (0.85, 0.86, 0.88))
+    elif s.place == "village":
+        for x in range(-phase, width, 26):
+            top = 16 + jitter(2)
+            layer.box(x + 2, top, 18, 34 - top, (0.86, 0.80, 0.68))
+            layer.roof(x, top - 11, 22, 11, (0.62, 0.24, 0.18))
+            layer.box(x + 9, 25, 4, 9, (0.35, 0.22, 0.14))
+    else:  # farm
+        layer.box(0, 22, width, 12, (0.56, 0.66, 0.30))
+        for x in range(-phase, width, 40):
+            layer.disc(x + 12, 27, 4, (0.80, 0.70, 0.34))
+        for x in range(-phase, width, 15):
+            layer.box(x, 27, 1.5, 7, (0.36, 0.26, 0.18))
+
+
+def _draw_landmark(layer: _Layer, kind: str, x: float) -> None:
+    if kind == "signal":
+        layer.box(x - 0.5, 19, 1.5, 17, _DARK)
+        layer.box(x - 3, 8, 6, 13, _DARK)
+        for y, rgb in ((10.5, (1, 0.1, 0.1)), (14.5, (1, 0.8, 0.1)), (18.5, (0.1, 0.9, 0.2))):
+            layer.disc(x, y, 1.5, rgb)
+    elif kind == "sign":
+        layer.box(x - 0.5, 18, 1.5, 18, (0.25, 0.25, 0.25))
+        layer.roof(x - 6, 8, 12, 11, (0.95, 0.95, 0.95))
+        layer.roof(x - 3, 12, 6, 6, (0.8, 0.1, 0.1))
+    elif kind == "bench":
+        layer.box(x - 8, 25, 16, 2, (0.20, 0.10, 0.04))
+        layer.box(x - 8, 29, 16, 2.5, (0.20, 0.10, 0.04))
+        layer.box(x - 7, 29, 2, 7, _DARK)
+        layer.box(x + 5, 29, 2, 7, _DARK)
+    elif kind == "lamp":
+        layer.box(x - 0.8, 3, 2, 33, (0.12, 0.12, 0.14))
+        layer.box(x, 3, 9, 1.6, (0.12, 0.12, 0.14))
+        layer.box(x + 6, 4, 4, 3, (1.0, 1.0, 0.75))
+    elif kind == "mailbox":
+        layer.box(x - 1, 27, 2, 9, _DARK)
+        layer.box(x - 5, 18, 10, 10, (0.98, 0.98, 0.98))
+        layer.box(x - 4, 21, 8, 2, _DARK)
+
+
+def render(s: Scene) -> np.ndarray:
+    """Intensity images of a scene: float32 [49, 72, 72, 3], linear in [0, 1], 2 ms apart."""
+    rng = np.random.default_rng([s.seed, 1])
+    t = np.linspace(0.0, 1.0, STEPS)
+    pan = PAN_PIXELS * t
+    width = SIZE + PAN_PIXELS + 2
+    back = _Layer(width)
+    _draw_background(back, s, rng, width)
+    if s.landmark != "none":
+        _draw_landmark(back, s.landmark, (18 if s.side == "left" else 58) + float(rng.uniform(-4, 4)))
+    image, _ = back.views(pan)
+
+    def overlay(layer: _Layer, left: np.ndarray) -> None:
+        nonlocal image
+        rgb, alpha = layer.views(left)
+        image = image * (1 - alpha) + rgb
+
+    if s.parked != "none":
+        lane = "near" if s.lane == "far" else "far"
+        room = SIZE - 4 - _SCALE[lane] * _BODY[s.parked][0]
+        layer = _Layer(width)
+        colour = _RGB[sorted(_RGB)[int(rng.integers(len(_RGB)))]]
+        _draw_road_user(layer, s.parked, float(rng.uniform(6, room)), lane, colour, ("left", "right")[int(rng.integers(2))])
+        overlay(layer, pan)
+
+    travel = _TRAVEL[s.speed] * float(rng.uniform(0.9, 1.1))
+    length = _SCALE[s.lane] * _BODY[s.kind][0]
+    centre = SIZE / 2 + float(rng.uniform(-5, 5))  # where it is at half time
+    margin = 80
+    layer = _Layer(SIZE + 2 * margin)
+    for i in range(2 if s.number == "two" else 1):
+        _draw_road_user(layer, s.kind, margin - i * (length + 6), s.lane, _RGB[s.colour], s.direction)
+    if s.number == "two":
+        centre += (length + 6) / 2
+    sign = 1.0 if s.direction == "right" else -1.0
+    rear = centre - length / 2 + (sign * travel - PAN_PIXELS) * (t - 0.5)
+    overlay(layer, margin - rear)
+    image = image * np.asarray(_LIGHT[s.light], np.float32)
+    return np.clip(image, 0.0, 1.0, out=image)
+
+
+def frames(intensity: np.ndarray, seed: int) -> np.ndarray:
+    """What the colour camera records: uint8 [16, 72, 72, 3]; each frame exposes three intensity images, with sensor noise."""
+    exposed = intensity[: VIDEO_FRAMES * 3].reshape(VIDEO_FRAMES, 3, SIZE, SIZE, 3).mean(1)
+    noise = np.random.default_rng([seed, 2]).normal(0.0, 0.008, exposed.shape)
+    return np.clip(np.sqrt(exposed) * 255 + noise * 255, 0, 255).astype(np.uint8)  # square root: a camera's gamma
+
+
+def events(intensity: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """What the event camera records, in EventGPT's layout: x, y, p (1 = brighter) uint8, t uint32 microseconds, sorted.
+
+    Contrast-threshold model: log-intensity is linear between two images; a pixel fires each time it has moved by CONTRAST from
+    the level of its last event. A few background events per clip keep an empty sensor from being perfectly silent.
+    """
+    rng = np.random.default_rng([seed, 3])
+    log_i = np.log(intensity @ np.asarray([0.299, 0.587, 0.114], np.float32) + 2e-3)
+    level = log_i[0] + rng.uniform(-0.5, 0.5, log_i[0].shape) * CONTRAST  # the last event was some time before the clip
+    xs, ys, ps, ts = [], [], [], []
+    for step in range(1, len(log_i)):
+        before, after = log_i[step - 1], log_i[step]
+        count = np.floor(np.abs(after - level) / CONTRAST).astype(np.int64)
+        y, x = np.nonzero(count)
+        if not len(y):
+            continue
+        n, sign = count[y, x], np.sign(after - level)[y, x]
+        pixel = np.repeat(np.arange(len(n)), n)
+        k = np.arange(len(pixel)) - np.repeat(np.cumsum(n) - n, n) + 1  # 1..n within each pixel
+        crossing = level[y, x][pixel] + k * sign[pixel] * CONTRAST
+        slope = (after - before)[y, x][pixel]
+        fraction = np.clip((crossing - before[y, x][pixel]) / np.where(slope == 0, 1, slope), 0, 1)
+        xs.append(x[pixel])
+        ys.append(y[pixel])
+        ps.append(sign[pixel] > 0)
+        ts.append((step - 1 + fraction) * STEP_US)
+        level[y, x] += n * sign * CONTRAST
+    noise = 40
+    xs.append(rng.integers(0, SIZE, noise))
+    ys.append(rng.integers(0, SIZE, noise))
+    ps.append(rng.integers(0, 2, noise))
+    ts.append(rng.uniform(0, (STEPS - 1) * STEP_US, noise))
+    t = np.concatenate(ts)
+    order = np.argsort(t, kind="stable")
+    pick = lambda parts, dtype: np.concatenate(parts)[order].astype(dtype)  # noqa: E731
+    return {"x": pick(xs, np.uint8), "y": pick(ys, np.uint8), "p": pick(ps, np.uint8), "t": t[order].astype(np.uint32)}
