@@ -73,8 +73,11 @@ class HiddenAdapter(nn.Module):
 
     def forward(self, g: Tensor) -> Tensor:
         """g [.., d_draft] -> [.., d_target], the target state expected at the same prefix."""
-        change = self.up(F.gelu(self.down(g)))
-        return g[..., -self.d_target :] + change if self.residual else change
+        return g[..., -self.d_target :] + self.change(g) if self.residual else self.change(g)
+
+    def change(self, g: Tensor) -> Tensor:
+        """What the bottleneck adds: [.., d_draft] -> [.., d_target]."""
+        return self.up(F.gelu(self.down(g)))
 
     @property
     def num_parameters(self) -> int:

@@ -48,7 +48,7 @@ class TrainConfig(Common):
     validation_split: str = "validation"
     bottleneck: int = 256
     num_epochs: int = 20
-    batch_size: int = 32
+    batch_size: int = 16
     lr: float = 1e-3
     weight_decay: float = 0.01
     mse_weight: float = 1.0
@@ -61,15 +61,19 @@ def losses(predicted: Tensor, target: Tensor, head: Tensor, variance: float, cfg
 
     predicted, target: [p, d_target]; head: W [v, d_target]
     """
+    import torch
     from torch.nn import functional as F
 
     mse = F.mse_loss(predicted, target) / variance
     cosine = F.cosine_similarity(predicted, target, dim=-1).mean()
-    said, wanted = predicted @ head.T, target @ head.T
-    kl = F.kl_div(F.log_softmax(said, -1), F.log_softmax(wanted, -1), log_target=True, reduction="batchmean")
-    match = (said.argmax(-1) == wanted.argmax(-1)).float().mean()
-    loss = cfg.mse_weight * mse + cfg.cosine_weight * (1 - cosine) + cfg.kl_weight * kl
-    return loss, {"loss": loss, "mse": mse, "cosine": cosine, "kl": kl, "token_match": match}
+    parts = {"mse": mse, "cosine": cosine}
+    loss = cfg.mse_weight * mse + cfg.cosine_weight * (1 - cosine)
+    if cfg.kl_weight or not torch.is_grad_enabled():  # the head is most of the cost: only where it is learnt from or reported
+        said, wanted = predicted @ head.T, target @ head.T
+        kl = F.kl_div(F.log_softmax(said, -1), F.log_softmax(wanted, -1), log_target=True, reduction="batchmean")
+        parts |= {"kl": kl, "token_match": (said.argmax(-1) == wanted.argmax(-1)).float().mean()}
+        loss = loss + cfg.kl_weight * kl
+    return loss, {"loss": loss, **parts}
 
 
 def row_batches(states: HiddenStates, size: int, device: str, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -97,11 +101,39 @@ def evaluate(adapter: HiddenAdapter, states: HiddenStates, head: Tensor, varianc
     return {name: value / positions for name, value in total.items()}
 
 
+@dataclass(frozen=True)
+class Scale:
+    """The scales of both spaces. Channels of a residual stream differ in size by orders of magnitude, so the bottleneck learns on
+    standardised states; `folded` puts the scales into its weights, and what is saved is the plain adapter.
+    """
+
+    mean: Tensor  # [d_draft]
+    std: Tensor  # [d_draft]
+    std_target: Tensor  # [d_target]
+
+    def predict(self, adapter: HiddenAdapter, g: Tensor) -> Tensor:
+        change = adapter.change((g - self.mean) / self.std) * self.std_target
+        return g[..., -adapter.d_target :] + change if adapter.residual else change
+
+    def folded(self, adapter: HiddenAdapter) -> HiddenAdapter:
+        """A new adapter that gives on raw states what `predict` gives."""
+        import copy
+
+        import torch
+
+        plain = copy.deepcopy(adapter)
+        with torch.no_grad():
+            plain.down.weight /= self.std
+            plain.down.bias -= plain.down.weight @ self.mean
+            plain.up.weight *= self.std_target[:, None]
+            plain.up.bias *= self.std_target
+        return plain
+
+
 def train(
     train_states: HiddenStates, validation: HiddenStates, head: Tensor, cfg: TrainConfig
 ) -> tuple[HiddenAdapter, list[dict[str, float]]]:
     """The adapter of the epoch with the lowest validation loss, and the history of all epochs (epoch 0 is the untrained one)."""
-    import copy
     import math
 
     import torch
@@ -113,21 +145,19 @@ def train(
     generator = torch.Generator().manual_seed(cfg.seed)
     head = head.float().to(cfg.device)
     sample_g, sample_v = next(row_batches(train_states, 512, cfg.device, torch.Generator().manual_seed(0)))
+    scale = Scale(sample_g.mean(0), sample_g.std(0).clamp(min=1e-4), sample_v.std(0).clamp(min=1e-4))
     variance = float(sample_v.var(0).mean())
     adapter = HiddenAdapter(train_states.draft.shape[-1], train_states.target.shape[-1], cfg.bottleneck).to(cfg.device)
-    with torch.no_grad():  # residual-stream channels differ in scale by orders of magnitude: start with each heard equally
-        adapter.down.weight /= sample_g.std(0).clamp(min=1e-3)
-        adapter.down.bias -= adapter.down.weight @ sample_g.mean(0)
     optimiser = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     steps_per_epoch = math.ceil(len(train_states.draft) / cfg.batch_size)
     steps, step = cfg.num_epochs * steps_per_epoch, 0
 
     def record(epoch: int, seen: dict[str, float]) -> dict[str, float]:
-        scores = evaluate(adapter, validation, head, variance, cfg)
+        scores = evaluate(scale.folded(adapter), validation, head, variance, cfg)
         return {"epoch": epoch, **{f"train_{k}": v for k, v in seen.items()}, **{f"validation_{k}": v for k, v in scores.items()}}
 
     history = [record(0, {})]
-    best, best_loss = copy.deepcopy(adapter.state_dict()), history[0]["validation_loss"]
+    best, best_loss = scale.folded(adapter), history[0]["validation_loss"]
     with tqdm(total=steps, desc="train", unit="step", disable=None) as bar:
         for epoch in range(1, cfg.num_epochs + 1):
             seen: dict[str, float] = {}
@@ -135,7 +165,7 @@ def train(
                 for group in optimiser.param_groups:
                     warm = min(1.0, (step + 1) / max(1, steps // 20))
                     group["lr"] = cfg.lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-                loss, parts = losses(adapter(g), v, head, variance, cfg)
+                loss, parts = losses(scale.predict(adapter, g), v, head, variance, cfg)
                 if not torch.isfinite(loss):
                     raise UserError(f"the loss became {float(loss)} in epoch {epoch}, step {step}; try a lower --lr (now {cfg.lr}).")
                 optimiser.zero_grad()
@@ -149,9 +179,8 @@ def train(
             history.append(record(epoch, seen))
             bar.set_postfix({k: f"{history[-1][f'validation_{k}']:.4f}" for k in ("loss", "cosine", "token_match")})
             if history[-1]["validation_loss"] < best_loss:
-                best, best_loss = copy.deepcopy(adapter.state_dict()), history[-1]["validation_loss"]
-    adapter.load_state_dict(best)
-    return adapter.eval(), history
+                best, best_loss = scale.folded(adapter), history[-1]["validation_loss"]
+    return best.eval(), history
 
 
 def plot_curves(history: list[dict[str, float]], path: Path) -> None:
@@ -167,7 +196,8 @@ def plot_curves(history: list[dict[str, float]], path: Path) -> None:
     for axis, name in zip(axes, ("loss", "cosine", "token_match"), strict=True):
         for part, style in (("train", "--"), ("validation", "-")):
             points = [(h["epoch"], h[f"{part}_{name}"]) for h in history if f"{part}_{name}" in h]
-            axis.plot(*zip(*points, strict=True), style, label=part)
+            if points:  # the plain recipe does not look at tokens while training
+                axis.plot(*zip(*points, strict=True), style, label=part)
         axis.set(xlabel="epoch", title=name.replace("_", " "))
         axis.grid(alpha=0.3)
     axes[0].legend()

@@ -16,7 +16,9 @@ import math
 import multiprocessing
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -92,22 +94,49 @@ def _inherit(student: Student, base: Path) -> None:
     student.model.lm_head.load_state_dict({"weight": state["lm_head"]["weight"][:rows]})
 
 
-def train_one(who: str, work: Path, vision_steps: int, caption_steps: int, batch: int) -> None:
-    """Vision tower, then captions, of one model; leaves `<work>/<who>.pt` (weights only)."""
+@dataclass(frozen=True)
+class Round:
+    """One round of training of one model: its tower through the slots, then its answers.
+
+    places: what the slot head is told about a token's place. Told every token's, the tower need not put places into its tokens, and
+    the decoder of the target, whose 296 tokens are hard to count, never learns sides and lanes: hence its second round.
+    """
+
+    places: Literal["token", "frame"]
+    vision_steps: int
+    vision_lr: float
+    caption_steps: int
+    caption_lr: float
+
+
+ROUNDS = {
+    "target": [Round("token", 1600, 1.5e-3, 900, 1e-3), Round("frame", 500, 7e-4, 650, 7e-4)],
+    "draft": [Round("token", 1600, 1.5e-3, 900, 1e-3)],
+}
+VISION_BATCH, CAPTION_BATCH, QUESTIONS_PER_SCENE = 32, 12, 6
+
+
+def train_one(who: str, work: Path) -> None:
+    """All rounds of one model; leaves `<work>/<who>.pt` (weights only)."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", filename=work / f"{who}.log", filemode="a")
     torch.set_num_threads(1)
     torch.manual_seed(1 if who == "target" else 2)
-    rng = random.Random(who)
     images = np.load(work / ("frames.npy" if who == "target" else "event_images.npy"), mmap_mode="r")
     student = Student(who, tokenizers()[who])
     _inherit(student, work / "base.pt")
-    head = SlotHead(student.vision(images[:1]).shape[1])
-    seen_modules = [
-        m
-        for name, m in student.model.model.named_children()
-        if name in ("visual_tower", "visual_projector", "feature_adaptor", "video_tower", "multi_modal_projector")
-    ]
-    order = [i for epoch in range(200) for i in random.Random(epoch).sample(range(len(images)), len(images))]
+    for number, plan in enumerate(ROUNDS[who]):
+        train_round(student, images, plan, seed=number)
+        torch.save(student.model.state_dict(), work / f"{who}.pt")
+
+
+def train_round(student: Student, images: np.ndarray, plan: Round, seed: int) -> None:
+    """One round, in place. images: uint8 [scenes, t, h, w, 3], scene i rendered from seed PAIR_SEED + i."""
+    who, rng = student.who, random.Random(f"{student.who} {seed}")
+    num_tokens = student.vision(images[:1]).shape[1]
+    head = SlotHead(num_tokens, num_tokens if plan.places == "token" else images.shape[1])
+    parts = ("visual_tower", "visual_projector", "feature_adaptor", "video_tower", "multi_modal_projector")
+    seeing = [module for name, module in student.model.model.named_children() if name in parts]
+    order = [i for epoch in range(200) for i in random.Random(f"{seed} {epoch}").sample(range(len(images)), len(images))]
     cursor = 0
 
     def draw(n: int) -> tuple[np.ndarray, list[int]]:
@@ -117,26 +146,20 @@ def train_one(who: str, work: Path, vision_steps: int, caption_steps: int, batch
         return np.stack([images[i] for i in rows]), [PAIR_SEED + i for i in rows]
 
     def vision_step(_: int):
-        pictures, seeds = draw(32)
+        pictures, seeds = draw(VISION_BATCH)
         loss, right = head.loss(student.vision(pictures), seeds, who)
         return loss, " ".join(f"{k}={v:.2f}" for k, v in right.items())
 
-    _steps(f"{who} vision", vision_steps, 1.5e-3, [*seen_modules, head], vision_step)
-
     def caption_step(_: int):
-        pictures, seeds = draw(batch)
+        pictures, seeds = draw(CAPTION_BATCH)
         vision = student.vision(pictures)
         slots, right = head.loss(vision, seeds, who)
-        words = student.caption_loss(vision, seeds, [rng.sample(range(10), 6) for _ in seeds])
+        words = student.caption_loss(vision, seeds, [rng.sample(range(10), QUESTIONS_PER_SCENE) for _ in seeds])
         text = student.text_loss(rng, 12)
-        return (
-            words + 0.1 * slots + 0.2 * text,
-            f"words {float(words.detach()):.4f} text {float(text.detach()):.3f} slots {np.mean(list(right.values())):.3f}",
-        )
+        return words + 0.1 * slots + 0.2 * text, f"words {float(words.detach()):.4f} slots {np.mean(list(right.values())):.3f}"
 
-    modules = [*seen_modules, head, student.llama, student.model.lm_head]
-    _steps(f"{who} captions", caption_steps, 1e-3, modules, caption_step)
-    torch.save(student.model.state_dict(), work / f"{who}.pt")
+    _steps(f"{who} vision", plan.vision_steps, plan.vision_lr, [*seeing, head], vision_step)
+    _steps(f"{who} captions", plan.caption_steps, plan.caption_lr, [*seeing, head, student.llama, student.model.lm_head], caption_step)
 
 
 def save(who: str, work: Path, out: Path) -> None:
@@ -199,9 +222,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/build_pair"), help="scenes and intermediate weights")
     parser.add_argument("--num_scenes", type=int, default=12_000)
     parser.add_argument("--base_steps", type=int, default=400)
-    parser.add_argument("--vision_steps", type=int, default=1600)
-    parser.add_argument("--caption_steps", type=int, default=900)
-    parser.add_argument("--batch", type=int, default=12, help="scenes per step, six questions each")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -217,7 +237,7 @@ def main() -> None:
         np.save(args.work / "frames.npy", np.stack([f for f, _ in made]))
     if base.pid:
         base.join()
-    both = [pool.Process(target=train_one, args=(w, args.work, args.vision_steps, args.caption_steps, args.batch)) for w in DIALECTS]
+    both = [pool.Process(target=train_one, args=(w, args.work)) for w in DIALECTS]
     for process in both:
         process.start()
     for process in both:

@@ -201,18 +201,23 @@ class Student:
 
 
 class SlotHead(nn.Module):
-    """Reads every slot off the vision tokens by attention; exists only while training."""
+    """Reads every slot off the vision tokens by attention; exists only while training.
 
-    def __init__(self, num_tokens: int) -> None:
+    num_places: how many positions it tells apart: all tokens, or only whole frames (then where a thing is within a frame must be
+    in the tokens themselves, where the decoder can find it)
+    """
+
+    def __init__(self, num_tokens: int, num_places: int) -> None:
         super().__init__()
-        self.position = nn.Parameter(torch.randn(num_tokens, WIDTH) * 0.5)
+        self.tokens_per_place = num_tokens // num_places
+        self.position = nn.Parameter(torch.randn(num_places, WIDTH) * 0.5)
         self.query = nn.Parameter(torch.randn(len(SLOTS), WIDTH) * 0.5)
         self.norm, self.attend = nn.LayerNorm(WIDTH), nn.MultiheadAttention(WIDTH, 4, batch_first=True)
         self.mix = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
         self.out = nn.ModuleList(nn.Linear(WIDTH, len(values)) for values in SLOTS.values())
 
     def forward(self, vision: Tensor) -> list[Tensor]:
-        keys = self.norm(vision) + self.position
+        keys = self.norm(vision) + self.position.repeat_interleave(self.tokens_per_place, 0)
         pooled, _ = self.attend(self.query.expand(len(vision), -1, -1), keys, keys, need_weights=False)
         pooled = pooled + self.mix(pooled)
         return [layer(pooled[:, i]) for i, layer in enumerate(self.out)]
