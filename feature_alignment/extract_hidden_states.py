@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from feature_alignment.artifacts import Answers
     from feature_alignment.hidden_states_writer import HiddenStatesWriter
     from feature_alignment.inputs.samples import Sample
-    from feature_alignment.models.pair import Decoder, Pair, State
+    from feature_alignment.models.pair import Decoder, Pair
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class ExtractConfig(Common):
             an earlier, misleading measurement)
         max_new_tokens: longest answer, EOS included
         max_positions: keep only the first so many states of each answer (default: all)
-        batch_size: prompts of equal length that are read at once
+        batch_size: rows that are read at once
         store_dtype: what the files hold
         separate_layers: store each of draft_layers in a file of its own, egpt_hidden_states.layer02.pt, …, instead of side by side
         answers: token pairs file whose answers are read instead of generated (default: this output_dir's own, where it fits)
@@ -68,15 +68,6 @@ class ExtractConfig(Common):
     merge: bool = False
 
 
-def force_batch(model: Decoder, state: State, answers: Sequence[Sequence[int]]) -> Tensor:
-    """States [b, s, d] that emit the given answers; positions behind an answer's end are meaningless."""
-    import torch
-
-    width = max(map(len, answers))
-    ids = torch.tensor([[*a, *[0] * (width - len(a))] for a in answers], device=model.device)
-    return model.teacher_force(state, ids)
-
-
 def extract(
     pair: Pair,
     speaker: Decoder,
@@ -88,7 +79,7 @@ def extract(
     place: dict[int, int],
     first: bool = True,
 ) -> None:
-    """Fill `writer` with every batch of the windows `mine` that it does not have in full.
+    """Fill `writer` with every batch of `mine` that it does not have in full; a batch is done whole, as its floats depend on it.
 
     speaker: the drafter at full depth: its own text needs its own head
     answers: both models' texts where they are known; None generates them
@@ -97,44 +88,34 @@ def extract(
     """
     from tqdm import tqdm
 
-    from feature_alignment.models.batches import ClipReader, batches
+    from feature_alignment.models.batches import ClipBatch
 
-    target_clips, draft_clips = ClipReader(pair.target), ClipReader(pair.draft)
-    mine = [w for w in mine if any(place[row] not in writer.done for row in w)]
-    todo, began = sum(place[row] not in writer.done for w in mine for row in w), time.perf_counter()
-    with tqdm(total=todo, desc=f"extract {cfg.split}", unit="row", disable=None if first else True) as bar:
-        for window in mine:
-            for rows in batches(pair, samples, window, cfg.batch_size):
-                missing = sum(place[row] not in writer.done for row in rows)
-                if not missing:
-                    continue  # a batch is redone whole: its floats depend on all of it
-                asked = [samples[row] for row in rows]
-                target_state, draft_inputs = target_clips.prefill(asked), draft_clips.inputs(asked)
-                draft_state = pair.draft.prefill_encoded(*draft_inputs)
-                if answers:
-                    says, drafter_says = ([list(answers[s.id][who]) for s in asked] for who in (0, 1))
-                else:
-                    says = pair.target.generate(target_state, cfg.max_new_tokens)
-                    speaker_state = draft_state if speaker is pair.draft else speaker.prefill_encoded(*draft_inputs)
-                    drafter_says = speaker.generate(speaker_state, cfg.max_new_tokens)
-                texts = {"verifier": (says, says), "drafter": (drafter_says, drafter_says), "own": (says, drafter_says)}[cfg.prefix]
-                read = [[text[: cfg.max_positions] for text in texts_of_one] for texts_of_one in texts]
-                target_hidden = force_batch(pair.target, target_state, read[0]).cpu()
-                draft_hidden = force_batch(pair.draft, draft_state, read[1]).cpu()
-                for i, (row, sample) in enumerate(zip(rows, asked, strict=True)):
-                    n = min(len(read[0][i]), len(read[1][i]))  # `own` is paired by index, up to the shorter text
-                    about = {"id": sample.id, "sequence": sample.sequence, "question": sample.question, "facts": sample.facts}
-                    for who, decoder, tokens in (("vl", pair.target, says[i]), ("egpt", pair.draft, drafter_says[i])):
-                        about |= {f"{who}_tokens": tokens, f"{who}_text": decoder.tokenizer.decode(tokens, skip_special_tokens=True)}
-                    states = {**draft_files(pair.draft, draft_hidden[i, :n], cfg), "vl_hidden_states.pt": target_hidden[i, :n]}
-                    writer.write(place[row], states, read[0][i][:n], about)
-                writer.commit()
-                bar.update(missing)
-                if began and first:
-                    rate = len(rows) / (time.perf_counter() - began)
-                    log.info("extract  %s: %.1f rows/s in the first batch, about %.0f s for all", cfg.split, rate, todo / rate)
-                    began = 0.0
-            target_clips.forget(), draft_clips.forget()
+    todo = [rows for rows in mine if any(place[row] not in writer.done for row in rows)]
+    total, began = sum(map(len, todo)), time.perf_counter()
+    with tqdm(total=total, desc=f"extract {cfg.split}", unit="row", disable=None if first else True) as bar:
+        for n, rows in enumerate(todo):
+            asked = [samples[row] for row in rows]
+            target, draft = ClipBatch(pair.target, asked), ClipBatch(pair.draft, asked)
+            if answers:
+                vl, egpt = ([list(answers[s.id][who]) for s in asked] for who in (0, 1))
+            else:
+                vl = target.generate(cfg.max_new_tokens)
+                egpt = (draft if speaker is pair.draft else ClipBatch(speaker, asked)).generate(cfg.max_new_tokens)
+            texts = {"verifier": (vl, vl), "drafter": (egpt, egpt), "own": (vl, egpt)}[cfg.prefix]
+            target_reads, draft_reads = ([answer[: cfg.max_positions] for answer in text] for text in texts)
+            states = zip(rows, asked, target.states(target_reads), draft.states(draft_reads), target_reads, vl, egpt, strict=True)
+            for row, sample, v, g, read, vl_tokens, egpt_tokens in states:
+                length = min(len(v), len(g))  # `own` is paired by index, up to the shorter text
+                about = {"id": sample.id, "sequence": sample.sequence, "question": sample.question, "facts": sample.facts}
+                for who, decoder, tokens in (("vl", pair.target, vl_tokens), ("egpt", pair.draft, egpt_tokens)):
+                    about |= {f"{who}_tokens": tokens, f"{who}_text": decoder.tokenizer.decode(tokens, skip_special_tokens=True)}
+                kept = {**draft_files(pair.draft, g[:length], cfg), "vl_hidden_states.pt": v[:length]}
+                writer.write(place[row], kept, read[:length], about)
+            writer.commit()
+            bar.update(len(rows))
+            if n == 0 and first:
+                seconds = (time.perf_counter() - began) / len(rows) * total
+                log.info("extract  %s: about %.0f s for %d rows, judging by the first batch", cfg.split, seconds, total)
 
 
 def draft_files(draft: Decoder, hidden: Tensor, cfg: ExtractConfig) -> dict[str, Tensor]:
@@ -178,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment import artifacts
     from feature_alignment import hidden_states_writer as files
     from feature_alignment.inputs.samples import read_samples
-    from feature_alignment.models.batches import windows
+    from feature_alignment.models.batches import batches
     from feature_alignment.models.pair import load_draft, load_pair
     from feature_alignment.processes import processes
 
@@ -201,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     speaker = pair.draft
     if not (answers or pair.draft.has_own_head):
         speaker = load_draft(dataclasses.replace(cfg, device=device, draft_layers=None))
-    parts = windows(samples, cfg.batch_size)[shard - 1 :: shards]
+    parts = batches(samples, cfg.batch_size)[shard - 1 :: shards]
     place = {row: i for i, row in enumerate(row for part in parts for row in part)}
     width, dtype = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens), getattr(torch, cfg.store_dtype)
     sizes = {name: states.shape[-1] for name, states in draft_files(pair.draft, torch.empty(0, pair.draft.hidden_size), cfg).items()}

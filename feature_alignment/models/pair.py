@@ -122,7 +122,7 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill_encoded(self, ids: Tensor, vision: Tensor) -> State:
-        """`prefill` of ids [b, s] for clips whose vision tokens [b, e, d] are there already."""
+        """`prefill` of ids [b, s] for clips whose vision tokens [b, e, d] are there already; ids may end before the question."""
         ids = ids.to(self.device)
         state = State(DynamicCache(config=self.llama.config), ids, 0)
         self._read(state, inputs_embeds=self._splice(ids, vision), keep=1)
@@ -143,6 +143,15 @@ class Decoder:
         state.length += out.last_hidden_state.shape[1]
         state.last = hidden[:, -1]
         return hidden
+
+    @torch.inference_mode()
+    def branch(self, state: State, rows: Sequence[int]) -> State:
+        """A state of its own for each of `rows` of `state`, repeats allowed, so that several texts go on from one beginning."""
+        index = torch.tensor(rows, device=self.device)
+        cache = DynamicCache(config=self.llama.config)
+        for number, layer in enumerate(state.cache.layers):
+            cache.update(layer.keys[index], layer.values[index], number)
+        return State(cache, state.last[index], state.length)
 
     def rollback(self, state: State, n: int) -> None:
         """Forget the last n positions. `state.last` is stale until the next step."""
