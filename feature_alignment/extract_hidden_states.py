@@ -168,13 +168,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     out = cfg.out / "hidden_states" / (files.shard_name(cfg.split, shard, shards) if cfg.shard else cfg.split)
     token_pairs = None if cfg.shard else cfg.out / "token_pairs" / f"{cfg.split}.json"
     rank, world, device, wait = processes(cfg.device)
-    if rank == 0:
-        files.claim(out, settings, cfg.resume)
-    wait()
-    if not files.unfinished(out).is_dir():
+    if cfg.resume and files.complete(out, settings):
         return report(cfg, out, reused=True, first=rank == 0)
     if cfg.merge:
-        files.merge_shards(out, settings, {s.id: row for row, s in enumerate(samples)}, token_pairs)
+        files.merge_shards(out, settings, {s.id: row for row, s in enumerate(samples)}, token_pairs, cfg.resume)
         return report(cfg, out, reused=False)
 
     answers = known_answers(cfg, settings, [s.id for s in samples])
@@ -187,11 +184,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     width, dtype = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens), getattr(torch, cfg.store_dtype)
     sizes = {name: states.shape[-1] for name, states in draft_files(pair.draft, torch.empty(0, pair.draft.hidden_size), cfg).items()}
     sizes |= {"vl_hidden_states.pt": pair.target.hidden_size}
+    if cfg.resume:
+        files.refuse_changes(out, settings)
+    wait()  # everyone has looked before anything changes
     if rank == 0:
+        missing = len(place) - (len(files.rows_done(out)) if cfg.resume else 0)
+        at_most = missing * files.row_bytes(width, sizes, dtype)
+        log.info("extract  %s: %d of %d rows to do, at most %.4g MB", cfg.split, missing, len(place), at_most / 1e6)
+        files.check_room(cfg.out, at_most)
+        files.begin(out, settings, cfg.resume)
         writer = files.HiddenStatesWriter(out, len(place), width, sizes, dtype)
-        at_most = (len(place) - len(writer.done)) * files.row_bytes(width, sizes, dtype)
-        log.info("extract  %s: %d rows, %d done, at most %.3g MB more", cfg.split, len(place), len(writer.done), at_most / 1e6)
-        files.check_room(files.unfinished(out), at_most)
     wait()
     if rank:
         writer = files.HiddenStatesWriter(out, len(place), width, sizes, dtype, rank)

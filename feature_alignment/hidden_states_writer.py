@@ -25,41 +25,68 @@ from torch import Tensor
 from feature_alignment.artifacts import read_json, write_json, write_token_pairs
 from feature_alignment.console import UserError
 
+ANEW = "the same command with --no_resume"
+
 
 def unfinished(directory: Path) -> Path:
     """Where a run is filled in before it gets its final name."""
     return directory.with_name(directory.name + ".unfinished")
 
 
-def claim(directory: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """The meta of the complete run in `directory`, or None: go on in (or begin) its unfinished folder.
+def complete(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The meta of the complete run in `directory`, if these settings made it."""
+    if unfinished(directory).is_dir() or not (directory / "meta.json").is_file():
+        return None
+    meta = read_json(directory / "meta.json", ANEW)
+    if _changed(meta.get("settings", {}), settings):
+        return None
+    _sweep(directory)
+    return meta
 
-    raises: UserError, naming what changed, where a complete or unfinished run was made with other settings. `resume=False` throws an
-            unfinished run away; a complete one stays until the new one takes its place.
-    """
-    part = unfinished(directory)
-    if not resume:
-        shutil.rmtree(part, ignore_errors=True)
-    elif part.is_dir() and not (part / "settings.json").is_file():  # killed before anything was written
-        shutil.rmtree(part)
-    for folder, name in ((part, "settings.json"), (directory, "meta.json")):
-        if resume and (folder / name).is_file():
-            content = read_json(folder / name, "the same command with --no_resume")
-            old = content if folder == part else content.get("settings", {})
-            changed = [k for k in sorted({*old, *settings}) if (old.get(k) or None) != (settings.get(k) or None)]
+
+def refuse_changes(directory: Path, settings: dict[str, Any]) -> None:
+    """raises UserError, naming what changed, where a complete or unfinished run in `directory` was made with other settings"""
+    for path in (unfinished(directory) / "settings.json", directory / "meta.json"):
+        if path.is_file():
+            content = read_json(path, ANEW)
+            changed = _changed(content if path.name == "settings.json" else content.get("settings", {}), settings)
             if changed:
-                lines = "\n".join(f"  {k}: {old.get(k)} → {settings.get(k)}" for k in changed)
                 raise UserError(
-                    f"{folder} was made with other settings (then → now):\n{lines}\n"
+                    f"{path.parent} was made with other settings (then → now):\n{changed}\n"
                     "Give the old values, keep both with another --output_dir, or make it anew with --no_resume (the old rows are lost)."
                 )
-            if folder == directory:
-                _sweep(directory)
-                return content
-            break
-    part.mkdir(parents=True, exist_ok=True)
-    write_json(part / "settings.json", settings)
-    return None
+            return  # an unfinished run is there to replace the complete one
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
+    keys = [k for k in sorted({*old, *new}) if (old.get(k) or None) != (new.get(k) or None)]  # a setting that came later was off
+    return "\n".join(f"  {k}: {old.get(k)} → {new.get(k)}" for k in keys)
+
+
+def begin(directory: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Make the unfinished folder, or keep the one that is there. `resume=False` throws its rows away; a complete run stays until
+    the new one takes its place."""
+    part = unfinished(directory)
+    if not (resume and (part / "settings.json").is_file()):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        write_json(part / "settings.json", settings)
+
+
+def rows_done(directory: Path) -> set[int]:
+    """Rows that an unfinished run has noted."""
+    return {row for row, *_ in _notes(unfinished(directory))}
+
+
+def _notes(part: Path) -> Iterator[tuple[int, Path, int]]:
+    """Every noted row with its progress file and the byte its note begins at; a note cut off by a kill does not count."""
+    for path in sorted(part.glob("progress-*.txt")):
+        at = 0
+        with path.open("rb") as stream:
+            for line in stream:
+                if line.endswith(b"\n"):
+                    yield json.loads(line)["row"], path, at
+                at += len(line)
 
 
 def _sweep(directory: Path) -> None:
@@ -80,7 +107,7 @@ def storage_offset(path: Path) -> int:
 
 def check_room(directory: Path, needed_bytes: int) -> None:
     """raises UserError if the disk that holds `directory` has less room than that"""
-    free = shutil.disk_usage(directory).free
+    free = shutil.disk_usage(next(p for p in (directory.absolute(), *directory.absolute().parents) if p.is_dir())).free
     if needed_bytes > free:
         raise UserError(
             f"{directory} may need {needed_bytes:,} bytes, its disk has {free:,} free. Make room, give an --output_dir on another disk, "
@@ -94,7 +121,7 @@ def row_bytes(width: int, sizes: Mapping[str, int], dtype: torch.dtype) -> int:
 
 
 class HiddenStatesWriter:
-    """The unfinished folder of one run, opened by one of the processes that fill it. Make it after `claim`.
+    """The unfinished folder of one run, opened by one of the processes that fill it. Make it after `begin`.
 
     sizes: file name -> width of its states; each file holds [rows, width, size], zero where no text is
     rank:  this process's number. Rank 0 must be made first and be the only one to `finish`
@@ -113,7 +140,7 @@ class HiddenStatesWriter:
         self._files = {name: os.open(self.part / name, os.O_RDWR) for name in sizes}
         self._offsets = {name: storage_offset(self.part / name) for name in sizes}
         self._progress = self._open_progress(self.part / f"progress-{rank}.txt")
-        self.done = {row for row, *_ in self._noted()}
+        self.done = rows_done(directory)
         self._waiting: list[str] = []
 
     def _open_progress(self, path: Path) -> int:
@@ -125,16 +152,6 @@ class HiddenStatesWriter:
         content = path.read_bytes()
         os.ftruncate(stream, content.rfind(b"\n") + 1)  # a line cut off by a kill
         return stream
-
-    def _noted(self) -> Iterator[tuple[int, Path, int]]:
-        """Every noted row with the progress file and the byte its note begins at; a note cut off by a kill does not count."""
-        for path in sorted(self.part.glob("progress-*.txt")):
-            at = 0
-            with path.open("rb") as stream:
-                for line in stream:
-                    if line.endswith(b"\n"):
-                        yield json.loads(line)["row"], path, at
-                    at += len(line)
 
     def write(self, row: int, states: Mapping[str, Tensor], token_ids: Sequence[int], about: dict[str, Any]) -> None:
         """Store one row; it counts from the next `commit` on.
@@ -179,7 +196,7 @@ class HiddenStatesWriter:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """What was said about every row, in their order, one at a time; `read` is the text the states stand on."""
-        where = {row: (path, at) for row, path, at in self._noted()}
+        where = {row: (path, at) for row, path, at in _notes(self.part)}
         streams = {path: path.open("rb") for path, _ in set(where.values())}
         for row in range(self._shape[0]):
             path, at = where[row]
@@ -220,8 +237,8 @@ def shard_name(split: str, shard: int, shards: int) -> str:
     return f"{split}.shard-{shard}-of-{shards}"
 
 
-def merge_shards(directory: Path, settings: dict[str, Any], places: Mapping[str, int], token_pairs: Path) -> None:
-    """Put the shards that lie beside a claimed `directory` together, as if one machine had done all. A killed merge goes on.
+def merge_shards(directory: Path, settings: dict[str, Any], places: Mapping[str, int], token_pairs: Path, resume: bool) -> None:
+    """Put the shards that lie beside `directory` together, as if one machine had done all. A killed merge goes on.
 
     settings: of the whole run; places: sample id -> row
     raises:   UserError if shards are missing, unfinished, or of other settings
@@ -231,21 +248,22 @@ def merge_shards(directory: Path, settings: dict[str, Any], places: Mapping[str,
     shards = int(found[0].parent.name.rpartition("-")[2]) if found else 1
     wanted = [directory.with_name(shard_name(directory.name, i + 1, shards)) for i in range(shards)]
     if missing := [folder.name for folder in wanted if folder not in metas]:
-        shutil.rmtree(unfinished(directory))
         raise UserError(f"{directory.parent} lacks {', '.join(missing)} (complete, not .unfinished). Run or copy every shard first.")
     head = directory.parent / "vl_lm_head.pt"
     for i, folder in enumerate(wanted):
         theirs, ours = metas[folder]["settings"], {**settings, "shard": f"{i + 1}/{shards}"}
         changed = [f"{k}: {theirs.get(k)} there, {ours[k]} now" for k in ours if theirs.get(k) != ours[k]]
         if changed or not head.is_file():
-            shutil.rmtree(unfinished(directory))
             what = "\n  ".join(changed) or f"{head} is not there: copy it from any of the machines"
             raise UserError(f"{folder} cannot be merged:\n  {what}")
     first = torch.load(wanted[0] / "vl_hidden_states.pt", mmap=True, weights_only=True)
     names = sorted(p.name for p in wanted[0].glob("*_hidden_states*.pt"))
     sizes = {name: torch.load(wanted[0] / name, mmap=True, weights_only=True).shape[-1] for name in names}
+    check_room(directory.parent, (len(places) - len(rows_done(directory))) * row_bytes(first.shape[1], sizes, first.dtype))
+    if resume:
+        refuse_changes(directory, settings)
+    begin(directory, settings, resume)
     writer = HiddenStatesWriter(directory, len(places), first.shape[1], sizes, first.dtype)
-    check_room(writer.part, (len(places) - len(writer.done)) * row_bytes(first.shape[1], sizes, first.dtype))
     for folder in wanted:
         positions = torch.load(folder / "positions.pt", weights_only=True)
         with (folder / "samples.jsonl").open() as stream:

@@ -10,7 +10,7 @@ import torch
 from feature_alignment import artifacts
 from feature_alignment.config import Common
 from feature_alignment.console import UserError
-from feature_alignment.hidden_states_writer import HiddenStatesWriter, check_room, claim
+from feature_alignment.hidden_states_writer import HiddenStatesWriter, begin, check_room, complete, refuse_changes
 
 DRAFT, TARGET = "egpt_hidden_states.pt", "vl_hidden_states.pt"
 META = {"draft_layers": [3], "hidden_size_draft": 6, "hidden_size_target": 4}
@@ -27,7 +27,9 @@ def fill(writer, rows):
 
 
 def open_writer(path, settings=None, rows=5, resume=True, rank=0):
-    claim(path, settings or {"a": 1}, resume)
+    if resume:
+        refuse_changes(path, settings or {"a": 1})
+    begin(path, settings or {"a": 1}, resume)
     return HiddenStatesWriter(path, rows, 5, {DRAFT: 6, TARGET: 4}, torch.float32, rank)
 
 
@@ -92,22 +94,22 @@ def test_a_run_somebody_else_is_writing_is_left_alone(tmp_path):
         open_writer(tmp_path / "a")
 
 
-@pytest.mark.parametrize("complete", [False, True])
-def test_other_settings_are_refused_by_name(tmp_path, complete):
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_other_settings_are_refused_by_name(tmp_path, is_complete):
     writer = open_writer(tmp_path / "a", {"a": 1, "b": None})
     fill(writer, range(5))
-    if complete:
+    if is_complete:
         writer.finish(META | {"settings": {"a": 1, "b": None}})
     else:
         writer.close()
     with pytest.raises(UserError, match=r"(?s)a: 1 → 2.*--output_dir.*--no_resume"):
         open_writer(tmp_path / "a", {"a": 2})
-    assert (tmp_path / "a").is_dir() == complete
+    assert (tmp_path / "a").is_dir() == is_complete
     again = open_writer(tmp_path / "a", {"a": 2}, resume=False)
-    assert again.done == set() and (tmp_path / "a").is_dir() == complete  # the old one stays until the new one is there
+    assert again.done == set() and (tmp_path / "a").is_dir() == is_complete  # the old one stays until the new one is there
     fill(again, range(5))
     again.finish(META | {"settings": {"a": 2}})
-    assert claim(tmp_path / "a", {"a": 2}, resume=True)["settings"] == {"a": 2}
+    assert complete(tmp_path / "a", {"a": 2})["settings"] == {"a": 2} and not complete(tmp_path / "a", {"a": 1})
 
 
 def test_a_run_killed_between_its_last_two_steps_is_complete(tmp_path):
@@ -115,7 +117,7 @@ def test_a_run_killed_between_its_last_two_steps_is_complete(tmp_path):
     fill(writer, range(5))
     writer.finish(META | {"settings": {"a": 1}})
     (tmp_path / "a" / "progress-0.txt").write_text("")
-    assert claim(tmp_path / "a", {"a": 1}, resume=True) and not (tmp_path / "a" / "progress-0.txt").exists()
+    assert complete(tmp_path / "a", {"a": 1}) and not (tmp_path / "a" / "progress-0.txt").exists()
 
 
 def test_states_that_are_not_finite_stop_the_run(tmp_path):
@@ -129,7 +131,7 @@ def test_a_full_disk_is_seen_before_the_work(tmp_path):
 
 
 def test_one_of_several_layers_is_read(tmp_path):
-    claim(tmp_path / "a", {}, resume=True)
+    begin(tmp_path / "a", {}, resume=True)
     names = {artifacts.layer_file(k): 6 for k in (2, 4)}
     writer = HiddenStatesWriter(tmp_path / "a", 1, 5, names | {TARGET: 4}, torch.float32)
     states = {artifacts.layer_file(k): torch.full((2, 6), float(k)) for k in (2, 4)}
