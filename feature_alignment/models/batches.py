@@ -15,9 +15,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from feature_alignment.inputs.samples import Sample
-from feature_alignment.models.pair import Decoder, State
+from feature_alignment.models.pair import EOS, Decoder, State
 
 
 def batches(samples: Sequence[Sample], size: int) -> list[range]:
@@ -49,29 +51,65 @@ class ClipBatch:
         self._state = model.prefill_encoded(prompts[0][:shared].expand(len(clips), -1), vision)
 
     def generate(self, max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers, each up to and including its EOS; questions of equal length go together."""
+        """Greedy answers, each up to and including its EOS; questions of equal length go together, and leave when they are done."""
         groups: dict[int, list[int]] = {}
         for row, tail in enumerate(self._tails):
             groups.setdefault(len(tail), []).append(row)
-        answers: dict[int, list[int]] = {}
-        for rows in groups.values():
-            state = self._branch(rows)
+        answers: list[list[int]] = [[] for _ in self._tails]
+        for length, rows in groups.items():
+            state = branch(self._state, [self._clip_of[row] for row in rows], length + max_new_tokens)
             self.model.step(state, self._tensor([self._tails[row] for row in rows]))
-            answers |= zip(rows, self.model.generate(state, max_new_tokens), strict=True)
-        return [answers[row] for row in range(len(self._tails))]
+            while True:
+                tokens = self.model.lm_head(state.last).argmax(-1)
+                for row, token in zip(rows, tokens.tolist(), strict=True):
+                    answers[row].append(token)
+                going = [i for i, row in enumerate(rows) if answers[row][-1] != EOS and len(answers[row]) < max_new_tokens]
+                if not going:
+                    break
+                if len(going) < len(rows):
+                    state, rows, tokens = branch(state, going, max_new_tokens), [rows[i] for i in going], tokens[going]
+                self.model.step(state, tokens[:, None])
+        return answers
 
     def states(self, answers: Sequence[Sequence[int]]) -> list[Tensor]:
         """The states [n, d] that emit the given answers of n tokens each, from one pass."""
         tails = [[*tail, *answer[:-1]] for tail, answer in zip(self._tails, answers, strict=True)]
-        hidden = self.model.step(self._branch(range(len(tails))), self._tensor(tails)).cpu()
+        state = branch(self._state, self._clip_of, max(map(len, tails)))
+        hidden = self.model.step(state, self._tensor(tails)).cpu()
         return [hidden[i, len(tail) - len(answer) : len(tail)] for i, (tail, answer) in enumerate(zip(tails, answers, strict=True))]
-
-    def _branch(self, rows: Sequence[int]) -> State:
-        return self.model.branch(self._state, [self._clip_of[row] for row in rows])
 
     def _tensor(self, tails: Sequence[Sequence[int]]) -> Tensor:
         width = max(map(len, tails))
         return torch.tensor([[*tail, *[0] * (width - len(tail))] for tail in tails], device=self.model.device)
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values in buffers with room to grow: a token is put behind the others, which need not be copied for it."""
+
+    @torch.inference_mode()
+    def __init__(self, layer: DynamicLayer, rows: Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        b, heads, self._length, d = len(rows), *layer.keys.shape[1:]
+        self._buffers = [old.new_empty(b, heads, self._length + room, d) for old in (layer.keys, layer.values)]
+        for new, old in zip(self._buffers, (layer.keys, layer.values), strict=True):
+            new[:, :, : self._length] = old[rows]
+        self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        begin, self._length = self._length, self._length + key_states.shape[-2]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, begin : self._length] = states
+        self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
+        return self.keys, self.values
+
+
+def branch(state: State, rows: Sequence[int], room: int) -> State:
+    """A state of its own for each of `rows` of `state`, repeats allowed, so that several texts of up to `room` tokens go on from it."""
+    index = torch.tensor(rows, device=state.last.device)
+    cache = DynamicCache()
+    cache.layers = [_RoomyLayer(layer, index, room) for layer in state.cache.layers]
+    return State(cache, state.last[index], state.length)
 
 
 def _common_prefix(prompts: Sequence[Tensor]) -> int:

@@ -144,15 +144,6 @@ class Decoder:
         state.last = hidden[:, -1]
         return hidden
 
-    @torch.inference_mode()
-    def branch(self, state: State, rows: Sequence[int]) -> State:
-        """A state of its own for each of `rows` of `state`, repeats allowed, so that several texts go on from one beginning."""
-        index = torch.tensor(rows, device=self.device)
-        cache = DynamicCache(config=self.llama.config)
-        for number, layer in enumerate(state.cache.layers):
-            cache.update(layer.keys[index], layer.values[index], number)
-        return State(cache, state.last[index], state.length)
-
     def rollback(self, state: State, n: int) -> None:
         """Forget the last n positions. `state.last` is stale until the next step."""
         if n:  # crop(0) empties the cache in some versions and does nothing in others
