@@ -4,7 +4,7 @@
                                                        | question b | answer b, longer |      one pass over all these tails
     clip 2 | vision and the words before the question | question a | answer a |
 
-Tails are padded behind their ends only, where nothing real looks, so no position is shifted and no mask is needed.
+Tails are padded behind their ends only, where nothing real looks, so no position is shifted and that pass needs no mask.
 A plan depends on the samples alone, never on what is done or who does it: a float may change in its last bit with its batch, so a
 resumed run, or one of many processes, is bit-identical only if its batches are.
 """
@@ -50,26 +50,29 @@ class ClipBatch:
         vision = torch.cat([model.encode_vision(model.read_pixels(s)[None]) for s in clips.values()])
         self._state = model.prefill_encoded(prompts[0][:shared].expand(len(clips), -1), vision)
 
+    @torch.inference_mode()
     def generate(self, max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers, each up to and including its EOS; questions of equal length go together, and leave when they are done."""
-        groups: dict[int, list[int]] = {}
-        for row, tail in enumerate(self._tails):
-            groups.setdefault(len(tail), []).append(row)
-        answers: list[list[int]] = [[] for _ in self._tails]
-        for length, rows in groups.items():
-            state = branch(self._state, [self._clip_of[row] for row in rows], length + max_new_tokens)
-            self.model.step(state, self._tensor([self._tails[row] for row in rows]))
-            while True:
-                tokens = self.model.lm_head(state.last).argmax(-1)
-                for row, token in zip(rows, tokens.tolist(), strict=True):
-                    answers[row].append(token)
-                going = [i for i, row in enumerate(rows) if answers[row][-1] != EOS and len(answers[row]) < max_new_tokens]
-                if not going:
-                    break
-                if len(going) < len(rows):
-                    state, rows, tokens = branch(state, going, max_new_tokens), [rows[i] for i in going], tokens[going]
-                self.model.step(state, tokens[:, None])
-        return answers
+        """Greedy answers, each up to and including its EOS. A row leaves the batch when it is done."""
+        ids, rows = self._tensor(self._tails), list(range(len(self._tails)))
+        ends = torch.tensor([len(tail) for tail in self._tails], device=ids.device)[:, None]
+        state = branch(self._state, self._clip_of, ids.shape[1] + max_new_tokens)
+        place = state.length + ends  # [b, 1] position of the next token; shorter questions have padding between it and their end
+        seen = torch.cat([ids.new_ones(len(rows), state.length), torch.arange(ids.shape[1], device=ids.device) < ends], dim=1)
+        state.last = self.model.step(state, ids)[torch.arange(len(rows)), ends[:, 0] - 1]
+        answers: list[list[int]] = [[] for _ in rows]
+        while True:
+            tokens = self.model.lm_head(state.last).argmax(-1)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                answers[row].append(token)
+            going = [i for i, row in enumerate(rows) if answers[row][-1] != EOS and len(answers[row]) < max_new_tokens]
+            if not going:
+                return answers
+            if len(going) < len(rows):
+                state, rows, tokens = branch(state, going, max_new_tokens), [rows[i] for i in going], tokens[going]
+                place, seen = place[going], seen[going]
+            seen = torch.cat([seen, seen.new_ones(len(rows), 1)], dim=1)
+            self.model.step(state, tokens[:, None], position_ids=place, attention_mask=seen)
+            place = place + 1
 
     def states(self, answers: Sequence[Sequence[int]]) -> list[Tensor]:
         """The states [n, d] that emit the given answers of n tokens each, from one pass."""

@@ -129,9 +129,12 @@ class Decoder:
         return state
 
     @torch.inference_mode()
-    def step(self, state: State, token_ids: Tensor) -> Tensor:
-        """Read more tokens [b, k]; returns the k states behind them [b, k, d] and moves `state` on."""
-        return self._read(state, input_ids=token_ids)
+    def step(self, state: State, token_ids: Tensor, **where: Tensor) -> Tensor:
+        """Read more tokens [b, k]; returns the k states behind them [b, k, d] and moves `state` on.
+
+        where: position_ids [b, k] and attention_mask [b, length + k], if the rows' texts are not equally long
+        """
+        return self._read(state, input_ids=token_ids, **where)
 
     def _read(self, state: State, keep: int | None = None, **inputs: Tensor) -> Tensor:
         several = len(self.taps) > 1
