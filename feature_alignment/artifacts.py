@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -144,7 +144,7 @@ def _git_commit() -> str | None:
 class HiddenStates:
     """One split of paired hidden states, memory-mapped.
 
-    draft:     [n, s, d_draft]   EventGPT's states (its tapped layers side by side), zero where padded
+    draft:     [n, s, d_draft]   EventGPT's states (its tapped layers side by side, or the one asked for), zero where padded
     target:    [n, s, d_target]  Video-LLaVA's, post-norm
     token_ids: [n, s] int64      the tokens both models read; state t *emits* token t
     mask:      [n, s] bool       real positions, EOS included
@@ -175,11 +175,30 @@ class HiddenStates:
         return [row["sequence"] for row in self.rows]
 
 
-def load_hidden_states(directory: Path) -> HiddenStates:
-    """Read what `HiddenStatesWriter` wrote; refuses an incomplete directory or files that do not fit each other."""
+def layer_file(layer: int) -> str:
+    """Where one of several separately stored draft layers lies."""
+    return f"egpt_hidden_states.layer{layer:02d}.pt"
+
+
+def load_hidden_states(directory: Path, layer: int | None = None) -> HiddenStates:
+    """One split of a complete extraction; refuses an incomplete directory or files that do not fit each other.
+
+    layer: which draft layer, where they were stored apart (`--separate_layers`); `meta` then speaks of this layer alone
+    """
     command = EXTRACT.format(split=directory.name)
     meta = read_json(directory / "meta.json", command)
-    draft, target = (load_pt(directory / f"{who}_hidden_states.pt", command) for who in ("egpt", "vl"))
+    name, layers = "egpt_hidden_states.pt", meta["draft_layers"]
+    if meta.get("separate_layers"):
+        if layer not in layers:
+            raise UserError(
+                f"{directory} holds EventGPT's layers {layers} apart; wanted one of them, got {layer}: --draft_layers {layers[-1]}"
+            )
+        name = layer_file(layer)
+        norm, width = meta["draft_norms"][str(layer)], meta["hidden_size_draft"] // len(layers)
+        meta = {**meta, "draft_layers": [layer], "draft_norm": norm, "hidden_size_draft": width}
+    elif layer not in (None, *(layers if len(layers) == 1 else ())):
+        raise UserError(f"{directory} holds EventGPT's layers {layers} as one state, not layer {layer}. Extract it with --separate_layers.")
+    draft, target = (load_pt(directory / file, command) for file in (name, "vl_hidden_states.pt"))
     positions = load_pt(directory / "positions.pt", command)
     try:
         rows = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
@@ -188,78 +207,50 @@ def load_hidden_states(directory: Path) -> HiddenStates:
     shapes = {"egpt": tuple(draft.shape), "vl": tuple(target.shape), "token_ids": tuple(positions["token_ids"].shape), "rows": len(rows)}
     if draft.ndim != 3 or draft.shape[:2] != target.shape[:2] or draft.shape[:2] != positions["token_ids"].shape or len(rows) != len(draft):
         raise UserError(f"the files in {directory} do not fit each other: {shapes}. Make them again:\n  {command}")
-    for who, tensor, width in (("egpt", draft, "hidden_size_draft"), ("vl", target, "hidden_size_target")):
+    for file, tensor, width in ((name, draft, "hidden_size_draft"), ("vl_hidden_states.pt", target, "hidden_size_target")):
         if tensor.shape[-1] != meta[width]:
-            raise UserError(
-                f"{directory}/{who}_hidden_states.pt is {tensor.shape[-1]} wide, its meta.json says {meta[width]}: files swapped?"
-            )
+            raise UserError(f"{directory}/{file} is {tensor.shape[-1]} wide, its meta.json says {meta[width]}: files swapped?")
     return HiddenStates(draft, target, **{k: positions[k] for k in ("token_ids", "mask", "lengths")}, rows=rows, meta=meta)
 
 
-class HiddenStatesWriter:
-    """Hidden-state files preallocated sparse and filled in place, so memory stays flat at any number of rows.
+# ------------------------------------------------------------------------------------------------------- answers of both models
 
-    Rows done are noted in `progress.txt`; `finish` gives the files their final names. A later run with the same settings
-    continues (`done`); other settings start over.
+
+def write_token_pairs(path: Path, meta: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
+    """{meta, results: [{sample_id, sequence, query, and of both models the tokens and the text of its own answer}]}, row by row."""
+    keys = ("egpt_tokens", "egpt_text", "vl_tokens", "vl_text")
+    with replacing(path) as temporary, temporary.open("w") as stream:
+        stream.write('{"meta": ' + json.dumps(finite(meta), allow_nan=False) + ',\n"results": [')
+        for i, r in enumerate(rows):
+            result = {"sample_id": r["id"], "sequence": r["sequence"], "query": r["question"], **{k: r[k] for k in keys}}
+            stream.write(",\n" * bool(i) + json.dumps(result))
+        stream.write("]}\n")
+
+
+Answers = dict[str, tuple[array, array]]  # sample id -> Video-LLaVA's tokens, EventGPT's tokens
+
+
+def load_answers(path: Path, settings: dict[str, Any], sample_ids: Sequence[str]) -> Answers:
+    """Both models' own answers from a token pairs file.
+
+    settings: of the run that wants them; a file that says it was made by other models, clips or limits is refused
+    raises:   UserError if they do not fit, or a sample has none
     """
-
-    _FILES = {"draft": "egpt_hidden_states.pt", "target": "vl_hidden_states.pt"}
-
-    def __init__(self, directory: Path, settings: dict[str, Any], rows: int, width: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
-        self.directory, self._part = directory, directory / "unfinished"
-        self._progress = self._part / "progress.txt"
-        stamp = config_hash({**settings, "rows": rows, "width": width, "sizes": sizes, "dtype": str(dtype)})
-        if not (self._progress.is_file() and self._progress.read_text().startswith(stamp + "\n")):
-            self._part.mkdir(parents=True, exist_ok=True)
-            self._progress.unlink(missing_ok=True)
-            empty = {k: torch.empty(rows, width, d, dtype=dtype) for k, d in sizes.items()}
-            with torch.serialization.skip_data():
-                for k, tensor in empty.items():
-                    torch.save(tensor, self._part / self._FILES[k])
-                torch.save(
-                    {
-                        "token_ids": torch.empty(rows, width, dtype=torch.int64),
-                        "mask": torch.empty(rows, width, dtype=torch.bool),
-                        "lengths": torch.empty(rows, dtype=torch.int64),
-                    },
-                    self._part / "positions.pt",
-                )
-            self._progress.write_text(stamp + "\n")
-        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            self._tensors = {k: torch.load(self._part / self._FILES[k], mmap=True, weights_only=True) for k in sizes}
-            self._positions = torch.load(self._part / "positions.pt", mmap=True, weights_only=True)
-        lines = self._progress.read_text().splitlines()[1:]
-        self.rows: dict[int, dict[str, Any]] = {}
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # the line being written when the run was killed
-            self.rows[row.pop("row")] = row
-
-    @property
-    def done(self) -> set[int]:
-        return set(self.rows)
-
-    def write(self, row: int, draft: Tensor, target: Tensor, token_ids: Sequence[int], about: dict[str, Any]) -> None:
-        """Store one row. draft [n, d_draft], target [n, d_target], token_ids n; raises UserError on non-finite states."""
-        n = len(token_ids)
-        for name, states in (("draft", draft), ("target", target)):
-            if not torch.isfinite(states).all():
-                raise UserError(f"sample {about['id']}: the {name} model gave non-finite hidden states; check its dtype and inputs.")
-            self._tensors[name][row, :n] = states[:n].to(self._tensors[name].dtype)
-        self._positions["token_ids"][row, :n] = torch.as_tensor(token_ids)
-        self._positions["mask"][row, :n] = True
-        self._positions["lengths"][row] = n
-        with self._progress.open("a") as stream:
-            stream.write(json.dumps({"row": row, **about}) + "\n")
-        self.rows[row] = about
-
-    def finish(self, meta: dict[str, Any]) -> None:
-        lines = "".join(json.dumps(self.rows[i]) + "\n" for i in range(len(self.rows)))
-        for name in (*self._FILES.values(), "positions.pt"):
-            os.replace(self._part / name, self.directory / name)
-        write_text(self.directory / "samples.jsonl", lines)
-        write_json(self.directory / "meta.json", meta)
-        self._progress.unlink()
-        self._part.rmdir()
+    content = read_json(path, "leave --answers out, and they are generated")
+    made = content.get("meta", {}).get("settings", {})
+    wrong = [k for k in ("target", "draft", "manifest", "dtype", "max_new_tokens") if k in made and made[k] != settings[k]]
+    if wrong:
+        lines = "".join(f"\n  {k}: {made[k]} there, {settings[k]} now" for k in wrong)
+        raise UserError(f"{path} holds answers of another run:{lines}\nLeave --answers out to generate them.")
+    try:
+        found = {str(r["sample_id"]): (array("i", r["vl_tokens"]), array("i", r["egpt_tokens"])) for r in content["results"]}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: {error!r}; wanted results with sample_id, vl_tokens, egpt_tokens.") from None
+    answers = {i: found[i] for i in sample_ids if i in found and all(1 <= len(a) <= settings["max_new_tokens"] for a in found[i])}
+    if len(answers) < len(sample_ids):
+        without = next(i for i in sample_ids if i not in answers)
+        raise UserError(
+            f"{path} has answers of 1 to {settings['max_new_tokens']} tokens for {len(answers)} of {len(sample_ids)} samples, "
+            f"none for {without!r}. Leave --answers out to generate them."
+        )
+    return answers

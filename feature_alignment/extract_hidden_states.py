@@ -8,23 +8,34 @@ reads   a manifest of clips and questions, both checkpoints
 writes  hidden_states/<split>/{egpt,vl}_hidden_states.pt, positions.pt, samples.jsonl; token_pairs/<split>.json; vl_lm_head.pt
 
     python feature_alignment/extract_hidden_states.py --config configs/demo.yaml --split train
+    torchrun --nproc_per_node 2 feature_alignment/extract_hidden_states.py --config configs/demo.yaml --split train
+
+A killed run goes on where it was. Machines without a common disk take `--shard 1/3`, `2/3`, `3/3`; then copy their folders under
+hidden_states/ into one and run the command with `--merge`. All ways give the same bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import logging
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from feature_alignment.config import Common, as_plain, parse_config
-from feature_alignment.console import print_json_line, print_table, run
+from feature_alignment.console import UserError, print_json_line, print_table, run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from feature_alignment.artifacts import Answers
+    from feature_alignment.hidden_states_writer import HiddenStatesWriter
     from feature_alignment.inputs.samples import Sample
-    from feature_alignment.models.pair import Decoder, Pair, Prompt, State
+    from feature_alignment.models.pair import Decoder, Pair
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,69 +47,109 @@ class ExtractConfig(Common):
         prefix: whose text both models read: the verifier's own greedy answer, the drafter's, or each its own (only to reproduce
             an earlier, misleading measurement)
         max_new_tokens: longest answer, EOS included
-        batch_size: prompts of equal length that are read at once
+        max_positions: keep only the first so many states of each answer (default: all)
+        batch_size: rows that are read at once
         store_dtype: what the files hold
+        separate_layers: store each of draft_layers in a file of its own, egpt_hidden_states.layer02.pt, …, instead of side by side
+        answers: token pairs file whose answers are read instead of generated (default: this output_dir's own, where it fits)
+        shard: only the i-th of n parts, e.g. 2/3
+        merge: put all shards of the split together
     """
 
     split: str = "train"
     prefix: Literal["verifier", "drafter", "own"] = "verifier"
     max_new_tokens: int = 64
+    max_positions: int | None = None
     batch_size: int = 32
     store_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    separate_layers: bool = False
+    answers: Path | None = None
+    shard: str | None = None
+    merge: bool = False
 
 
-def force_batch(model: Decoder, state: State, answers: Sequence[Sequence[int]]) -> Tensor:
-    """States [b, s, d] that emit the given answers; positions behind an answer's end are meaningless."""
-    import torch
+def extract(
+    pair: Pair,
+    speaker: Decoder,
+    samples: Sequence[Sample],
+    mine: Sequence[range],
+    cfg: ExtractConfig,
+    writer: HiddenStatesWriter,
+    answers: Answers | None,
+    place: dict[int, int],
+    first: bool = True,
+) -> None:
+    """Fill `writer` with every batch of `mine` that it does not have in full; a batch is done whole, as its floats depend on it.
 
-    width = max(map(len, answers))
-    ids = torch.tensor([[*a, *[0] * (width - len(a))] for a in answers], device=model.device)
-    return model.teacher_force(state, ids)
-
-
-def batches(
-    samples: Sequence[Sample], todo: Sequence[int], pair: Pair, size: int
-) -> Iterator[tuple[list[int], list[Prompt], list[Prompt]]]:
-    """Rows whose prompts are equally long for both models, `size` at a time: no padding, so no position is ever shifted."""
-    waiting: dict[tuple[int, int], list[tuple[int, Prompt, Prompt]]] = {}
-    for row in todo:
-        target, draft = pair.target.prepare(samples[row]), pair.draft.prepare(samples[row])
-        group = waiting.setdefault((len(target.ids), len(draft.ids)), [])
-        group.append((row, target, draft))
-        if len(group) == size:
-            yield tuple(map(list, zip(*group, strict=True)))
-            group.clear()
-    for group in waiting.values():
-        if group:
-            yield tuple(map(list, zip(*group, strict=True)))
-
-
-def extract(pair: Pair, speaker: Decoder, samples: Sequence[Sample], cfg: ExtractConfig, writer: Any) -> None:
-    """Fill `writer` with every row it does not have yet. `speaker` is the drafter at full depth: its own text needs its own head."""
+    speaker: the drafter at full depth: its own text needs its own head
+    answers: both models' texts where they are known; None generates them
+    place:   row of `samples` -> row of the files
+    first:   whether this process may speak
+    """
     from tqdm import tqdm
 
-    todo = [i for i in range(len(samples)) if i not in writer.done]
-    with tqdm(total=len(samples), initial=len(samples) - len(todo), desc=f"extract {cfg.split}", unit="row", disable=None) as bar:
-        for rows, target_prompts, draft_prompts in batches(samples, todo, pair, cfg.batch_size):
-            target_state, draft_state = pair.target.prefill(target_prompts), pair.draft.prefill(draft_prompts)
-            says = pair.target.generate(target_state, cfg.max_new_tokens)
-            speaker_state = draft_state if speaker is pair.draft else speaker.prefill(draft_prompts)
-            drafter_says = speaker.generate(speaker_state, cfg.max_new_tokens)
-            if cfg.prefix == "own":  # paired by index, up to the shorter text
-                lengths = [min(len(a), len(b)) for a, b in zip(says, drafter_says, strict=True)]
-                read = [says, drafter_says]
+    from feature_alignment.models.batches import ClipBatch
+
+    todo = [rows for rows in mine if any(place[row] not in writer.done for row in rows)]
+    total, began = sum(map(len, todo)), time.perf_counter()
+    with tqdm(total=total, desc=f"extract {cfg.split}", unit="row", disable=None if first else True) as bar:
+        for n, rows in enumerate(todo):
+            asked = [samples[row] for row in rows]
+            target, draft = ClipBatch(pair.target, asked), ClipBatch(pair.draft, asked)
+            if answers:
+                vl, egpt = ([list(answers[s.id][who]) for s in asked] for who in (0, 1))
             else:
-                text = says if cfg.prefix == "verifier" else drafter_says
-                lengths, read = [len(a) for a in text], [text, text]
-            target_hidden = force_batch(pair.target, target_state, read[0])
-            draft_hidden = force_batch(pair.draft, draft_state, read[1])
-            for i, row in enumerate(rows):
-                sample, n = samples[row], lengths[i]
+                vl = target.generate(cfg.max_new_tokens)
+                egpt = (draft if speaker is pair.draft else ClipBatch(speaker, asked)).generate(cfg.max_new_tokens)
+            texts = {"verifier": (vl, vl), "drafter": (egpt, egpt), "own": (vl, egpt)}[cfg.prefix]
+            target_reads, draft_reads = ([answer[: cfg.max_positions] for answer in text] for text in texts)
+            states = zip(rows, asked, target.states(target_reads), draft.states(draft_reads), target_reads, vl, egpt, strict=True)
+            for row, sample, v, g, read, vl_tokens, egpt_tokens in states:
+                length = min(len(v), len(g))  # `own` is paired by index, up to the shorter text
                 about = {"id": sample.id, "sequence": sample.sequence, "question": sample.question, "facts": sample.facts}
-                about |= {"vl_tokens": says[i], "vl_text": pair.target.tokenizer.decode(says[i], skip_special_tokens=True)}
-                about |= {"egpt_tokens": drafter_says[i], "egpt_text": speaker.tokenizer.decode(drafter_says[i], skip_special_tokens=True)}
-                writer.write(row, draft_hidden[i].cpu(), target_hidden[i].cpu(), read[0][i][:n], about)
+                for who, decoder, tokens in (("vl", pair.target, vl_tokens), ("egpt", pair.draft, egpt_tokens)):
+                    about |= {f"{who}_tokens": tokens, f"{who}_text": decoder.tokenizer.decode(tokens, skip_special_tokens=True)}
+                kept = {**draft_files(pair.draft, g[:length], cfg), "vl_hidden_states.pt": v[:length]}
+                writer.write(place[row], kept, read[:length], about)
+            writer.commit()
             bar.update(len(rows))
+            if n == 0 and first:
+                seconds = (time.perf_counter() - began) / len(rows) * total
+                log.info("extract  %s: about %.0f s for %d rows, judging by the first batch", cfg.split, seconds, total)
+
+
+def draft_files(draft: Decoder, hidden: Tensor, cfg: ExtractConfig) -> dict[str, Tensor]:
+    """File name -> the drafter's states [s, d] that go into it, from its tapped layers side by side [s, d * taps]."""
+    from feature_alignment.artifacts import layer_file
+
+    if not cfg.separate_layers:
+        return {"egpt_hidden_states.pt": hidden}
+    return {layer_file(k): part for k, part in zip(draft.taps, hidden.split(draft.width, dim=-1), strict=True)}
+
+
+def settings_of(cfg: ExtractConfig) -> dict[str, Any]:
+    """What decides the bytes of a run: files by their content, never by their place."""
+    from feature_alignment.artifacts import file_hash
+
+    paths = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split], "answers": cfg.answers}
+    elsewhere = ("target_id", "draft_id", "manifests", "answers", "resume", "output_dir", "threads", "seed", "merge")
+    settings = {k: v for k, v in as_plain(cfg).items() if k not in elsewhere}
+    return settings | {k: file_hash(p) if p and p.exists() else None for k, p in paths.items()}
+
+
+def known_answers(cfg: ExtractConfig, settings: dict[str, Any], sample_ids: Sequence[str]) -> Answers | None:
+    """Answers to read instead of generating them: those asked for, or what an earlier run of the same models left here."""
+    from feature_alignment.artifacts import load_answers
+
+    if cfg.answers:
+        return load_answers(cfg.answers, settings, sample_ids)
+    path = cfg.out / "token_pairs" / f"{cfg.split}.json"
+    if not (cfg.resume and path.is_file()):
+        return None
+    try:
+        return load_answers(path, settings, sample_ids)
+    except UserError:
+        return None  # of other models or clips: they will be replaced
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -106,60 +157,106 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     import torch
 
     from feature_alignment import artifacts
+    from feature_alignment import hidden_states_writer as files
     from feature_alignment.inputs.samples import read_samples
+    from feature_alignment.models.batches import batches
     from feature_alignment.models.pair import load_draft, load_pair
+    from feature_alignment.processes import processes
 
-    samples = read_samples(cfg.manifests, cfg.split, cfg.limit)
-    out = cfg.out / "hidden_states" / cfg.split
-    settings = {k: v for k, v in as_plain(cfg).items() if k not in ("resume", "output_dir", "threads", "batch_size")}
-    settings["checkpoints"] = [artifacts.file_hash(p) for p in (cfg.target_id, cfg.draft_id) if p.is_dir()]
-    settings["manifest"] = artifacts.file_hash(cfg.manifests[cfg.split])
-    if cfg.resume and (out / "meta.json").is_file():
-        meta = artifacts.read_json(out / "meta.json", "rm -r " + str(out))
-        if meta.get("settings") == settings:
-            print_json_line({"split": cfg.split, "rows": meta["rows"], "positions": meta["positions"], "reused": True, "written": str(out)})
-            return meta
-    pair = load_pair(cfg)
-    speaker = pair.draft if pair.draft.has_own_head else load_draft(dataclasses.replace(cfg, draft_layers=None))
-    sizes = {"draft": pair.draft.hidden_size, "target": pair.target.hidden_size}
-    dtype = getattr(torch, cfg.store_dtype)
-    (out / "meta.json").unlink(missing_ok=True)  # from here on an older complete run no longer counts as one
-    writer = artifacts.HiddenStatesWriter(out, settings, len(samples), cfg.max_new_tokens, sizes, dtype)
-    extract(pair, speaker, samples, cfg, writer)
+    shard, shards = parse_shard(cfg)
+    samples, settings = read_samples(cfg.manifests, cfg.split, cfg.limit), settings_of(cfg)
+    out = cfg.out / "hidden_states" / (files.shard_name(cfg.split, shard, shards) if cfg.shard else cfg.split)
+    token_pairs = None if cfg.shard else cfg.out / "token_pairs" / f"{cfg.split}.json"
+    rank, world, device, wait = processes(cfg.device)
+    if cfg.resume and files.complete(out, settings):
+        return report(cfg, out, reused=True, first=rank == 0)
+    if cfg.merge:
+        files.merge_shards(out, settings, {s.id: row for row, s in enumerate(samples)}, token_pairs, cfg.resume)
+        return report(cfg, out, reused=False)
 
-    positions = sum(len(r["vl_tokens"] if cfg.prefix != "drafter" else r["egpt_tokens"]) for r in writer.rows.values())
-    meta = artifacts.provenance(
+    answers = known_answers(cfg, settings, [s.id for s in samples])
+    pair = load_pair(dataclasses.replace(cfg, device=device))
+    speaker = pair.draft
+    if not (answers or pair.draft.has_own_head):
+        speaker = load_draft(dataclasses.replace(cfg, device=device, draft_layers=None))
+    parts = batches(samples, cfg.batch_size)[shard - 1 :: shards]
+    place = {row: i for i, row in enumerate(row for part in parts for row in part)}
+    width, dtype = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens), getattr(torch, cfg.store_dtype)
+    sizes = {name: states.shape[-1] for name, states in draft_files(pair.draft, torch.empty(0, pair.draft.hidden_size), cfg).items()}
+    sizes |= {"vl_hidden_states.pt": pair.target.hidden_size}
+    if cfg.resume:
+        files.refuse_changes(out, settings)
+    wait()  # everyone has looked before anything changes
+    if rank == 0:
+        missing = len(place) - (len(files.rows_done(out)) if cfg.resume else 0)
+        at_most = missing * files.row_bytes(width, sizes, dtype)
+        log.info("extract  %s: %d of %d rows to do, at most %.4g MB", cfg.split, missing, len(place), at_most / 1e6)
+        files.check_room(cfg.out, at_most)
+        files.begin(out, settings, cfg.resume)
+        writer = files.HiddenStatesWriter(out, len(place), width, sizes, dtype)
+    wait()
+    if rank:
+        writer = files.HiddenStatesWriter(out, len(place), width, sizes, dtype, rank)
+    extract(pair, speaker, samples, parts[rank::world], cfg, writer, answers, place, first=rank == 0)
+    wait()
+    if rank == 0:
+        artifacts.save_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", pair.target.head_weight.detach().cpu().clone())
+        writer.finish(describe(pair, cfg, settings, len(place)), token_pairs)
+    wait()
+    return report(cfg, out, reused=False, first=rank == 0)
+
+
+def parse_shard(cfg: ExtractConfig) -> tuple[int, int]:
+    """`2/3` as (2, 3); no shard is the first of one."""
+    i, _, n = (cfg.shard or "1/1").partition("/")
+    if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)) or (cfg.shard and cfg.merge):
+        raise UserError(f"--shard wants i/n with i from 1 to n, e.g. 1/3, and no --merge beside it; got {cfg.shard!r}.")
+    for name in ("batch_size", "max_new_tokens", "max_positions"):
+        if (value := getattr(cfg, name)) is not None and value < 1:
+            raise UserError(f"--{name} wants a number of at least 1, got {value}.")
+    return int(i), int(n)
+
+
+def describe(pair: Pair, cfg: ExtractConfig, settings: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The `meta` of a run."""
+    from feature_alignment.artifacts import provenance
+
+    return provenance(
         "extract_hidden_states",
         cfg,
         {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]},
         settings=settings,
         prefix=cfg.prefix,
-        rows=len(samples),
-        positions=positions,
+        rows=rows,
+        separate_layers=cfg.separate_layers,
         draft_layers=list(pair.draft.taps),
         draft_norm=pair.draft.norm,
+        draft_norms=pair.draft.norms,
+        target_layers=[pair.target.num_layers],
         target_norm="post",
-        hidden_size_draft=sizes["draft"],
-        hidden_size_target=sizes["target"],
+        hidden_size_draft=pair.draft.hidden_size,
+        hidden_size_target=pair.target.hidden_size,
         dtype=cfg.store_dtype,
     )
-    artifacts.save_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", pair.target.head_weight.detach().cpu().clone())
-    keys = ("egpt_tokens", "egpt_text", "vl_tokens", "vl_text")
-    results = [
-        {"sample_id": r["id"], "sequence": r["sequence"], "query": r["question"], **{k: r[k] for k in keys}}
-        for _, r in sorted(writer.rows.items())
-    ]
-    artifacts.write_json(cfg.out / "token_pairs" / f"{cfg.split}.json", {"meta": meta, "results": results})
-    writer.finish(meta)
-    print_table(
-        f"hidden states of {cfg.split}, prefix: {cfg.prefix}",
-        ("model", "rows", "positions", "width", "layers", "norm"),
-        [
-            ("EventGPT", len(samples), positions, sizes["draft"], "+".join(map(str, pair.draft.taps)), pair.draft.norm),
-            ("Video-LLaVA", len(samples), positions, sizes["target"], str(pair.target.num_layers), "post"),
-        ],
+
+
+def report(cfg: ExtractConfig, out: Path, reused: bool, first: bool = True) -> dict[str, Any]:
+    """Print what a complete run holds, by one process; returns its meta."""
+    from feature_alignment.artifacts import read_json
+
+    meta = read_json(out / "meta.json", "the same command with --no_resume")
+    if not first:
+        return meta
+    models = (
+        ("EventGPT", meta["hidden_size_draft"], meta["draft_layers"], meta["draft_norm"]),
+        ("Video-LLaVA", meta["hidden_size_target"], meta["target_layers"], meta["target_norm"]),
     )
-    print_json_line({"split": cfg.split, "rows": len(samples), "positions": positions, "reused": False, "written": str(out)})
+    rows = [(who, meta["rows"], meta["positions"], size, "+".join(map(str, layers)), norm) for who, size, layers, norm in models]
+    if not reused:
+        print_table(f"hidden states of {out.name}, prefix: {cfg.prefix}", ("model", "rows", "positions", "width", "layers", "norm"), rows)
+    if cfg.shard:
+        log.info("extract  with the folders of all shards under %s, run the command with --merge instead of --shard", out.parent)
+    print_json_line({"split": cfg.split, "rows": meta["rows"], "positions": meta["positions"], "reused": reused, "written": str(out)})
     return meta
 
 

@@ -8,11 +8,15 @@ from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 from feature_alignment import metrics
 from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.proposers import ModelProposer
-from feature_alignment.extract_hidden_states import force_batch
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.models.pair import EOS
 
 PROMPTS = [(1, 5, 9), (1, 40, 3), (1, 7, 20)]
+
+
+def force_batch(decoder, state, answers):
+    width = max(map(len, answers))
+    return decoder.teacher_force(state, torch.tensor([[*a, *[0] * (width - len(a))] for a in answers]))
 
 
 def extracted(decoder, limit=16):

@@ -10,32 +10,34 @@ import torch
 from feature_alignment import artifacts
 from feature_alignment.config import Common
 from feature_alignment.console import UserError
+from feature_alignment.hidden_states_writer import HiddenStatesWriter, begin, check_room, complete, refuse_changes
 
-SIZES = {"draft": 6, "target": 4}
+DRAFT, TARGET = "egpt_hidden_states.pt", "vl_hidden_states.pt"
+META = {"draft_layers": [3], "hidden_size_draft": 6, "hidden_size_target": 4}
+FILES = (DRAFT, TARGET, "positions.pt", "samples.jsonl")
 
 
 def fill(writer, rows):
     for i in rows:
         n = 2 + i % 3
         torch.manual_seed(i)
-        writer.write(
-            i, torch.randn(n, 6), torch.randn(n, 4), list(range(10, 10 + n)), {"id": f"s{i}", "sequence": f"c{i}", "question": "?"}
-        )
+        states = {DRAFT: torch.randn(n, 6), TARGET: torch.randn(n, 4)}
+        writer.write(i, states, list(range(10, 10 + n)), {"id": f"s{i}", "sequence": f"c{i}", "question": "?"})
+    writer.commit()
 
 
-def finish(writer):
-    writer.finish({"hidden_size_draft": 6, "hidden_size_target": 4})
-
-
-def open_writer(path, settings=None, rows=5):
-    return artifacts.HiddenStatesWriter(path, settings or {"a": 1}, rows, 5, SIZES, torch.float32)
+def open_writer(path, settings=None, rows=5, resume=True, rank=0):
+    if resume:
+        refuse_changes(path, settings or {"a": 1})
+    begin(path, settings or {"a": 1}, resume)
+    return HiddenStatesWriter(path, rows, 5, {DRAFT: 6, TARGET: 4}, torch.float32, rank)
 
 
 def test_round_trip(tmp_path):
     writer = open_writer(tmp_path / "train")
     fill(writer, range(5))
     assert not (tmp_path / "train" / "egpt_hidden_states.pt").exists()  # a final name means a complete file
-    finish(writer)
+    writer.finish(META)
     states = artifacts.load_hidden_states(tmp_path / "train")
     assert states.draft.shape == (5, 5, 6) and states.target.shape == (5, 5, 4)
     assert states.lengths.tolist() == [2, 3, 4, 2, 3] and states.mask.sum(1).tolist() == [2, 3, 4, 2, 3]
@@ -50,37 +52,104 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path):
     whole, parts = open_writer(tmp_path / "whole"), open_writer(tmp_path / "parts")
     fill(whole, range(5))
     fill(parts, (0, 3))
-    del parts  # killed
+    parts.close()  # killed
     again = open_writer(tmp_path / "parts")
     assert again.done == {0, 3}
     fill(again, {0, 1, 2, 3, 4} - again.done)
     for writer in (whole, again):
-        finish(writer)
-    for name in ("egpt_hidden_states.pt", "vl_hidden_states.pt", "positions.pt", "samples.jsonl"):
+        writer.finish(META)
+    for name in FILES:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == sorted((*FILES, "meta.json"))
+
+
+def test_two_writers_fill_one_file(tmp_path):
+    alone, first = open_writer(tmp_path / "alone"), open_writer(tmp_path / "both")
+    second = open_writer(tmp_path / "both", rank=1)
+    fill(alone, range(5))
+    fill(second, (1, 4))
+    fill(first, (0, 2, 3))
+    for writer in (alone, first):
+        writer.finish(META)
+    for name in FILES:
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "both" / name).read_bytes()
 
 
 def test_a_row_that_was_half_noted_is_done_again(tmp_path):
-    fill(open_writer(tmp_path / "a"), (0, 1))
-    progress = tmp_path / "a" / "unfinished" / "progress.txt"
+    writer = open_writer(tmp_path / "a")
+    fill(writer, (0, 1))
+    writer.close()
+    progress = tmp_path / "a.unfinished" / "progress-0.txt"
     progress.write_text(progress.read_text()[:-9])
-    assert open_writer(tmp_path / "a").done == {0}
+    again = open_writer(tmp_path / "a")
+    assert again.done == {0}
+    fill(again, range(1, 5))
+    again.finish(META)
+    assert [r["id"] for r in artifacts.load_hidden_states(tmp_path / "a").rows] == [f"s{i}" for i in range(5)]
 
 
-def test_other_settings_start_over(tmp_path):
+def test_a_run_somebody_else_is_writing_is_left_alone(tmp_path):
     fill(open_writer(tmp_path / "a"), (0, 1))
-    assert open_writer(tmp_path / "a", {"a": 2}).done == set()
+    with pytest.raises(UserError, match="another process is writing"):
+        open_writer(tmp_path / "a")
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_other_settings_are_refused_by_name(tmp_path, is_complete):
+    writer = open_writer(tmp_path / "a", {"a": 1, "b": None})
+    fill(writer, range(5))
+    if is_complete:
+        writer.finish(META | {"settings": {"a": 1, "b": None}})
+    else:
+        writer.close()
+    with pytest.raises(UserError, match=r"(?s)a: 1 → 2.*--output_dir.*--no_resume"):
+        open_writer(tmp_path / "a", {"a": 2})
+    assert (tmp_path / "a").is_dir() == is_complete
+    again = open_writer(tmp_path / "a", {"a": 2}, resume=False)
+    assert again.done == set() and (tmp_path / "a").is_dir() == is_complete  # the old one stays until the new one is there
+    fill(again, range(5))
+    again.finish(META | {"settings": {"a": 2}})
+    assert complete(tmp_path / "a", {"a": 2})["settings"] == {"a": 2} and not complete(tmp_path / "a", {"a": 1})
+
+
+def test_a_run_killed_between_its_last_two_steps_is_complete(tmp_path):
+    writer = open_writer(tmp_path / "a")
+    fill(writer, range(5))
+    writer.finish(META | {"settings": {"a": 1}})
+    (tmp_path / "a" / "progress-0.txt").write_text("")
+    assert complete(tmp_path / "a", {"a": 1}) and not (tmp_path / "a" / "progress-0.txt").exists()
 
 
 def test_states_that_are_not_finite_stop_the_run(tmp_path):
     with pytest.raises(UserError, match="sample bad"):
-        open_writer(tmp_path / "a").write(0, torch.full((2, 6), float("nan")), torch.zeros(2, 4), [1, 2], {"id": "bad"})
+        open_writer(tmp_path / "a").write(0, {DRAFT: torch.full((2, 6), float("nan"))}, [1, 2], {"id": "bad"})
+
+
+def test_a_full_disk_is_seen_before_the_work(tmp_path):
+    with pytest.raises(UserError, match=r"may need 1,000,000,000,000,000,000 bytes.*free"):
+        check_room(tmp_path, 10**18)
+
+
+def test_one_of_several_layers_is_read(tmp_path):
+    begin(tmp_path / "a", {}, resume=True)
+    names = {artifacts.layer_file(k): 6 for k in (2, 4)}
+    writer = HiddenStatesWriter(tmp_path / "a", 1, 5, names | {TARGET: 4}, torch.float32)
+    states = {artifacts.layer_file(k): torch.full((2, 6), float(k)) for k in (2, 4)}
+    writer.write(0, states | {TARGET: torch.ones(2, 4)}, [5, 2], {"id": "x"})
+    writer.commit()
+    norms = {2: "pre", 4: "post"}
+    writer.finish(META | {"draft_layers": [2, 4], "separate_layers": True, "draft_norms": norms, "hidden_size_draft": 12})
+    read = artifacts.load_hidden_states(tmp_path / "a", layer=4)
+    assert (read.draft[0, :2] == 4).all() and read.meta["draft_layers"] == [4] and read.meta["draft_norm"] == "post"
+    for layer in (None, 3):
+        with pytest.raises(UserError, match=r"layers \[2, 4\] apart"):
+            artifacts.load_hidden_states(tmp_path / "a", layer)
 
 
 def test_swapped_and_damaged_files_are_refused(tmp_path):
     writer = open_writer(tmp_path / "train")
     fill(writer, range(5))
-    finish(writer)
+    writer.finish(META)
     folder = tmp_path / "train"
     a, b = folder / "egpt_hidden_states.pt", folder / "vl_hidden_states.pt"
     kept_a, kept_b = a.read_bytes(), b.read_bytes()

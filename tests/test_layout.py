@@ -22,7 +22,8 @@ LAYERS = [  # a module may import from its own row and from rows below
     {"decoding"},
     {"models"},
     {"inputs", "demo"},
-    {"artifacts", "metrics", "closed_form"},
+    {"hidden_states_writer"},
+    {"artifacts", "metrics", "closed_form", "processes"},
     {"config"},
     {"console"},
 ]

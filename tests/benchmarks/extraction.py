@@ -1,0 +1,187 @@
+"""What extraction costs, on the embedded pair.
+
+    python tests/benchmarks/extraction.py speed      rows/s now, rows/s of the earlier way, their ratios
+    python tests/benchmarks/extraction.py memory     peak memory at 1,000 and at 20,000 rows
+    python tests/benchmarks/extraction.py kills      20 runs killed -9 at random moments and resumed: are the files the same?
+
+The earlier way: both models generate freely, one row and one token at a time, `output_hidden_states=True`, every clip encoded for
+every question. It is measured without its saving of files, this extraction with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from transformers import DynamicCache
+
+from feature_alignment import extract_hidden_states
+from feature_alignment.config import parse_config
+from feature_alignment.console import print_json_line, print_table, run
+from feature_alignment.inputs.samples import read_samples
+from feature_alignment.models import pair as pair_module
+from feature_alignment.models.pair import EOS, Decoder, load_pair
+
+
+def flags(args: argparse.Namespace, out: Path, *more: str) -> list[str]:
+    return ["--config", args.config, "--split", args.split, "--output_dir", str(out), *more]
+
+
+@torch.inference_mode()
+def earlier_way(model: Decoder, sample, max_new_tokens: int) -> torch.Tensor:
+    """States [n, d] of a freely generated answer."""
+    prompt = model.prepare(sample)
+    inputs = {"inputs_embeds": model._splice(prompt.ids[None], model.encode_vision(prompt.pixels[None]))}
+    cache, states, token = DynamicCache(config=model.llama.config), [], None
+    while len(states) < max_new_tokens and token != EOS:
+        hidden = model.llama(**inputs, past_key_values=cache, use_cache=True, output_hidden_states=True).hidden_states[-1][:, -1]
+        states.append(hidden)
+        token = int(model.lm_head(hidden).argmax())
+        inputs = {"input_ids": torch.tensor([[token]])}
+    return torch.cat(states)
+
+
+def speed(args: argparse.Namespace, folder: Path) -> None:
+    cfg = parse_config(extract_hidden_states.ExtractConfig, flags(args, folder), "extract_hidden_states")
+    samples, pair = read_samples(cfg.manifests, args.split, args.rows), load_pair(cfg)
+    rows = len(samples)
+
+    def earlier() -> float:
+        began, some = time.perf_counter(), samples[:: max(1, rows // 24)]
+        for sample in some:
+            for model in (pair.target, pair.draft):
+                earlier_way(model, sample, cfg.max_new_tokens)
+        return len(some) / (time.perf_counter() - began)
+
+    def now(out: Path, *more: str) -> float:
+        """Of the whole command, from the moment the models are loaded."""
+        loaded: list[float] = []
+        pair_module.load_pair = lambda _: loaded.append(time.perf_counter()) or pair
+        extract_hidden_states.main(flags(args, out, "--limit", str(rows), *more))
+        return rows / (time.perf_counter() - loaded[0])
+
+    earlier_way(pair.target, samples[0], 4), earlier_way(pair.draft, samples[0], 4)  # warm-up
+    before, generated, known = [], [], []
+    for i in range(args.repeats):  # in turn, because other work on the machine comes and goes
+        before.append(earlier())
+        generated.append(now(folder / f"generated{i}"))
+        known.append(now(folder / f"known{i}", "--answers", str(folder / f"generated{i}" / "token_pairs" / f"{args.split}.json")))
+    rates = {"earlier": max(before), "with generation": max(generated), "answers known": max(known)}
+    print_table(
+        f"extraction of {rows} rows of {args.split}, best of {args.repeats}, {torch.get_num_threads()} thread(s)",
+        ("way", "rows/s", "ratio", "goal"),
+        [(name, rate, rate / rates["earlier"], {"with generation": 8, "answers known": 25}.get(name)) for name, rate in rates.items()],
+    )
+    print_json_line({"rows": rows, "rows_per_s": rates, "all": {"earlier": before, "with generation": generated, "answers known": known}})
+
+
+class FakeClips:
+    """Answers and states from nowhere, as large as real ones: what is measured is all that grows with the number of rows."""
+
+    def __init__(self, model, samples) -> None:
+        self.model, self.count = model, len(samples)
+
+    def generate(self, max_new_tokens: int) -> list[list[int]]:
+        return [random.choices(range(3, 900), k=random.randint(10, max_new_tokens)) for _ in range(self.count)]
+
+    def states(self, answers) -> list[torch.Tensor]:
+        return [torch.randn(len(answer), self.model.hidden_size) for answer in answers]
+
+
+def memory(args: argparse.Namespace, folder: Path) -> None:
+    table = []
+    for rows in (1_000, 20_000):
+        command = [sys.executable, __file__, "one", "--rows", str(rows), "--config", args.config, "--split", args.split]
+        done = subprocess.run([*command, "--folder", str(folder)], capture_output=True, text=True, check=True)
+        report = json.loads(done.stdout.splitlines()[-1])
+        table.append((rows, report["peak_mb"], report["file_mb"], report["seconds"]))
+    print_table("peak memory of an extraction", ("rows", "peak MB", "files MB", "seconds"), table)
+    print_json_line({"peak_mb": {row[0]: row[1] for row in table}, "growth_mb": table[1][1] - table[0][1], "goal_mb": 200})
+
+
+def one_run(args: argparse.Namespace, folder: Path) -> None:
+    """A run of its own with fake models and `rows` copies of the samples; prints its peak memory."""
+    import feature_alignment.models.batches as module
+
+    cfg = parse_config(extract_hidden_states.ExtractConfig, flags(args, folder), "extract_hidden_states")
+    real = [json.loads(line) for line in cfg.manifests[args.split].read_text().splitlines()]
+    manifest = folder / f"{args.rows}.jsonl"
+    with manifest.open("w") as stream:
+        for i in range(args.rows):
+            stream.write(json.dumps({**real[i % len(real)], "id": str(i)}) + "\n")
+    module.ClipBatch = FakeClips
+    out, began = folder / f"rows{args.rows}", time.perf_counter()
+    manifests = f"--manifests={json.dumps({args.split: str(manifest)})}"
+    extract_hidden_states.main(flags(args, out, manifests))
+    files = sum(p.stat().st_blocks * 512 for p in (out / "hidden_states" / args.split).glob("*.pt"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    print_json_line({"peak_mb": peak, "file_mb": files / 1e6, "seconds": time.perf_counter() - began})
+
+
+def kills(args: argparse.Namespace, folder: Path) -> None:
+    argv = ["--limit", str(args.rows), "--batch_size", "8"]
+
+    def start(out: Path) -> int:
+        pid = os.fork()  # a process of its own, spared the seconds that imports take
+        if pid == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
+            try:
+                extract_hidden_states.main(flags(args, out, *argv))
+            finally:
+                os._exit(0)
+        return pid
+
+    def hashes(out: Path) -> list[str]:
+        names = ("egpt_hidden_states.pt", "vl_hidden_states.pt", "positions.pt", "samples.jsonl")
+        return [hashlib.sha256((out / "hidden_states" / args.split / name).read_bytes()).hexdigest() for name in names]
+
+    began = time.perf_counter()
+    os.waitpid(start(folder / "whole"), 0)
+    seconds, wanted, table = time.perf_counter() - began, hashes(folder / "whole"), []
+    moments = random.Random(0)
+    for kill in range(20):
+        out = folder / f"kill{kill}"
+        pid, after = start(out), moments.uniform(0.1, 1) * seconds
+        time.sleep(after)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        notes = out / "hidden_states" / f"{args.split}.unfinished" / "progress-0.txt"
+        complete = (out / "hidden_states" / args.split).is_dir()
+        done = args.rows if complete else notes.read_bytes().count(b"\n") if notes.is_file() else 0
+        os.waitpid(start(out), 0)
+        table.append((f"{kill + 1}", after, done, hashes(out) == wanted))
+    print_table(f"{args.rows} rows, {seconds:.1f} s uninterrupted", ("kill", "after s", "rows noted", "identical"), table)
+    print_json_line({"kills": len(table), "identical": sum(row[-1] for row in table), "rows_noted": [row[2] for row in table]})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "memory", "kills", "one"])
+    parser.add_argument("--config", default="configs/demo.yaml")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--rows", type=int, help="default: 256 for speed, 64 for kills")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.rows = args.rows or (64 if args.what == "kills" else 256)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        {"speed": speed, "memory": memory, "kills": kills, "one": one_run}[args.what](args, Path(folder))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,187 @@
+"""Extraction: each clip once, and the same bytes however it is killed, split, or helped with known answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+from feature_alignment import artifacts, extract_hidden_states
+from feature_alignment.config import parse_config
+from feature_alignment.console import UserError
+from feature_alignment.inputs.samples import read_samples
+from feature_alignment.models.batches import ClipBatch, batches
+from feature_alignment.models.pair import load_pair
+
+FILES = ("egpt_hidden_states.pt", "vl_hidden_states.pt", "positions.pt", "samples.jsonl")
+
+
+def flags(run, out, *more):
+    return ["--config", str(run / "tiny.yaml"), "--split", "train", "--batch_size", "3", "--output_dir", str(out), *more]
+
+
+def hashes(out, split="train"):
+    found = {name: hashlib.sha256((out / "hidden_states" / split / name).read_bytes()).hexdigest() for name in FILES}
+    return found | {"token_pairs": json.loads((out / "token_pairs" / f"{split}.json").read_text())["results"]}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_run, tmp_path_factory):
+    """One uninterrupted run: six clips, three questions each, in six batches."""
+    out = tmp_path_factory.mktemp("whole")
+    extract_hidden_states.main(flags(tiny_run, out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def pair_and_samples(tiny_run):
+    cfg = parse_config(extract_hidden_states.ExtractConfig, flags(tiny_run, "unused"), "extract_hidden_states")
+    return load_pair(cfg), read_samples(cfg.manifests, "train")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 100])
+def test_batches_cover_every_row_once_and_split_no_clip(pair_and_samples, size):
+    samples = pair_and_samples[1]
+    plan = batches(samples, size)
+    assert [row for rows in plan for row in rows] == list(range(len(samples))) and max(map(len, plan)) <= size
+    if size >= 3:
+        assert all(len({samples[row].video for row in rows}) * 3 == len(rows) for rows in plan)
+
+
+@pytest.mark.parametrize("who", ["target", "draft"])
+def test_a_batch_of_clips_says_and_thinks_what_each_question_alone_does(pair_and_samples, who):
+    pair, samples = pair_and_samples
+    model, seen = getattr(pair, who), []
+    encode, model.encode_vision = model.encode_vision, lambda pixels: seen.append(1) or encode(pixels)
+    try:
+        batch = ClipBatch(model, samples[:6])
+    finally:
+        del model.encode_vision
+    answers = batch.generate(12)
+    assert len(seen) == 2 and len({len(p) for p in map(model.encode_prompt, {s.question for s in samples[:6]})}) > 1
+    for sample, answer, states in zip(samples, answers, batch.states(answers), strict=False):
+        state = model.prefill([model.prepare(sample)])
+        assert model.generate(state, 12) == [answer]
+        torch.testing.assert_close(states, model.teacher_force(state, torch.tensor([answer]))[0], atol=2e-5, rtol=1e-4)
+
+
+def forked(argv, environment=None) -> int:
+    """A process of its own that runs the script, without the seconds that imports take; returns its pid."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.environ.update(environment or {})
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            extract_hidden_states.main(argv)
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def test_kills_at_random_moments_change_nothing(tiny_run, whole, tmp_path):
+    """Each kill comes some time after one more batch was noted: while states are computed, written or noted."""
+    notes, moments = tmp_path / "hidden_states" / "train.unfinished" / "progress-0.txt", random.Random(0)
+    for kill in range(4):
+        pid = forked(flags(tiny_run, tmp_path))
+        while not (notes.is_file() and notes.read_bytes().count(b"\n") >= 3 * (kill + 1)):
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.02))
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert not (tmp_path / "hidden_states" / "train").exists()
+    extract_hidden_states.main(flags(tiny_run, tmp_path))
+    assert hashes(tmp_path) == hashes(whole)
+    assert sorted(p.name for p in (tmp_path / "hidden_states").iterdir()) == ["train", "vl_lm_head.pt"]
+
+
+def test_two_processes_fill_one_file(tiny_run, whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    pids = [forked(flags(tiny_run, tmp_path), {**place, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+    assert hashes(tmp_path) == hashes(whole)
+
+
+@pytest.mark.slow
+def test_torchrun(tiny_run, whole, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "feature_alignment/extract_hidden_states.py"]
+    done = subprocess.run([*command, *flags(tiny_run, tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["rows"] == 18 and hashes(tmp_path) == hashes(whole)
+
+
+def test_shards_merge_to_the_whole(tiny_run, whole, tmp_path):
+    extract_hidden_states.main(flags(tiny_run, tmp_path, "--shard", "2/2"))
+    with pytest.raises(UserError, match=r"lacks train\.shard-1-of-2"):
+        extract_hidden_states.main(flags(tiny_run, tmp_path, "--merge"))
+    extract_hidden_states.main(flags(tiny_run, tmp_path, "--shard", "1/2"))
+    assert not (tmp_path / "token_pairs").exists()
+    with pytest.raises(UserError, match=r"max_new_tokens: 12 there, 9 now"):
+        extract_hidden_states.main(flags(tiny_run, tmp_path, "--merge", "--max_new_tokens", "9"))
+    extract_hidden_states.main(flags(tiny_run, tmp_path, "--merge"))
+    assert hashes(tmp_path) == hashes(whole)
+    assert extract_hidden_states.main(flags(tiny_run, tmp_path))["merged_shards"] == 2  # recognised as the complete run
+
+
+def test_known_answers_are_read_and_change_nothing(tiny_run, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(ClipBatch, "generate", None)
+    known = ["--answers", str(whole / "token_pairs" / "train.json")]
+    extract_hidden_states.main(flags(tiny_run, tmp_path, *known))
+    assert hashes(tmp_path) == hashes(whole)
+    with pytest.raises(UserError, match="max_new_tokens: 12 there, 9 now"):
+        extract_hidden_states.main(flags(tiny_run, tmp_path / "b", *known, "--max_new_tokens", "9"))
+
+
+def test_layers_apart_are_the_layers_together(tiny_run, whole, tmp_path):
+    known = ["--answers", str(whole / "token_pairs" / "train.json"), "--draft_layers", "1,3"]
+    extract_hidden_states.main(flags(tiny_run, tmp_path / "together", *known))
+    meta = extract_hidden_states.main(flags(tiny_run, tmp_path / "apart", *known, "--separate_layers"))
+    assert meta["draft_norms"] == {"1": "pre", "3": "post"}
+    folder = tmp_path / "apart" / "hidden_states" / "train"
+    parts = [artifacts.load_hidden_states(folder, layer=k).draft for k in (1, 3)]
+    assert torch.equal(torch.cat(parts, -1), artifacts.load_hidden_states(tmp_path / "together" / "hidden_states" / "train").draft)
+    last = artifacts.load_hidden_states(whole / "hidden_states" / "train")
+    torch.testing.assert_close(parts[1], last.draft)
+
+
+def test_fewer_positions_are_the_first_ones(tiny_run, whole, tmp_path):
+    extract_hidden_states.main(flags(tiny_run, tmp_path, "--max_positions", "4"))
+    few, all_ = (artifacts.load_hidden_states(out / "hidden_states" / "train") for out in (tmp_path, whole))
+    assert few.draft.shape[1] == 4 and few.lengths.tolist() == all_.lengths.clamp(max=4).tolist()
+    torch.testing.assert_close(few.target[few.mask], all_.target[:, :4][few.mask])
+    assert [r["vl_tokens"] for r in few.rows] == [r["vl_tokens"] for r in all_.rows]
+
+
+def test_changed_settings_are_named(tiny_run, whole):
+    with pytest.raises(UserError, match=r"store_dtype: float32 → bfloat16"):
+        extract_hidden_states.main(flags(tiny_run, whole, "--store_dtype", "bfloat16"))
+
+
+@pytest.mark.parametrize("words", [["--shard", "0/2"], ["--shard", "3/2"], ["--shard", "x"], ["--shard", "1/2", "--merge"]])
+def test_shards_that_cannot_be_are_refused(tiny_run, tmp_path, words):
+    with pytest.raises(UserError, match="--shard wants i/n"):
+        extract_hidden_states.main(flags(tiny_run, tmp_path, *words))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_stops_before_the_work(tiny_run, tmp_path, monkeypatch):
+    from feature_alignment import hidden_states_writer
+
+    room = dataclasses.make_dataclass("Room", ["free"])(100)
+    monkeypatch.setattr(hidden_states_writer.shutil, "disk_usage", lambda _: room)
+    with pytest.raises(UserError, match=r"100 free"):
+        extract_hidden_states.main(flags(tiny_run, tmp_path))
