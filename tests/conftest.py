@@ -57,7 +57,7 @@ def noisy_copy(model: LlamaForCausalLM, noise: float, seed: int = 9) -> LlamaFor
 def as_decoder(model: LlamaForCausalLM, taps=None) -> Decoder:
     """A text-only decoder: the prompt's pixels are ignored, everything behind the embedding is what the real pair runs."""
     model = copy.deepcopy(model)
-    return Decoder(model.model, model.lm_head, None, None, lambda ids, pixels: model.model.embed_tokens(ids), taps)
+    return Decoder(model.model, model.lm_head, None, None, None, lambda pixels: pixels, lambda ids, _: model.model.embed_tokens(ids), taps)
 
 
 def prompt_of(*ids: int) -> Prompt:

@@ -55,11 +55,14 @@ class Decoder:
         llama: nn.Module,
         lm_head: nn.Linear,
         tokenizer,
-        prepare: Callable[[Sample], Prompt],
-        embed: Callable[[Tensor, Tensor], Tensor],
+        encode_prompt: Callable[[str], Tensor],
+        read_pixels: Callable[[Sample], Tensor],
+        encode_vision: Callable[[Tensor], Tensor],
+        splice: Callable[[Tensor, Tensor], Tensor],
         taps: Sequence[int] | None = None,
     ) -> None:
-        self.llama, self.tokenizer, self.prepare, self._embed = llama, tokenizer, prepare, embed
+        self.llama, self.tokenizer, self.encode_prompt, self.read_pixels = llama, tokenizer, encode_prompt, read_pixels
+        self._encode_vision, self._splice = encode_vision, splice
         self.num_layers = llama.config.num_hidden_layers
         self.taps = tuple(taps or (self.num_layers,))
         if list(self.taps) != sorted(set(self.taps)) or not 1 <= self.taps[0] <= self.taps[-1] <= self.num_layers:
@@ -76,6 +79,11 @@ class Decoder:
     @property
     def norm(self) -> str:
         return "post" if self.taps == (self.num_layers,) else "pre"
+
+    @property
+    def norms(self) -> dict[int, str]:
+        """Whether each tapped layer is read before or after the final norm."""
+        return {k: "post" if k == self.num_layers else "pre" for k in self.taps}
 
     @property
     def device(self) -> torch.device:
@@ -99,13 +107,25 @@ class Decoder:
         """Logits [.., v] over the shared ids. hidden [.., d], post-norm; of several taps only the last counts."""
         return nn.functional.linear(hidden[..., -self.width :], self.head_weight)
 
+    def prepare(self, sample: Sample) -> Prompt:
+        return Prompt(self.encode_prompt(sample.question), self.read_pixels(sample))
+
     @torch.inference_mode()
+    def encode_vision(self, pixels: Tensor) -> Tensor:
+        """Vision tokens [b, e, d] of pixels [b, t, 3, h, w]. They know no question: a clip is encoded once for all of its own."""
+        return self._encode_vision(pixels.to(self.device, self._head.weight.dtype))
+
     def prefill(self, prompts: Sequence[Prompt]) -> State:
         """Read prompts of equal length, vision included. Afterwards `state.last` is h0."""
-        ids = torch.stack([p.ids for p in prompts]).to(self.device)
-        pixels = torch.stack([p.pixels for p in prompts]).to(self.device, self._head.weight.dtype)
+        vision = self.encode_vision(torch.stack([p.pixels for p in prompts]))
+        return self.prefill_encoded(torch.stack([p.ids for p in prompts]), vision)
+
+    @torch.inference_mode()
+    def prefill_encoded(self, ids: Tensor, vision: Tensor) -> State:
+        """`prefill` of ids [b, s] for clips whose vision tokens [b, e, d] are there already."""
+        ids = ids.to(self.device)
         state = State(DynamicCache(config=self.llama.config), ids, 0)
-        self._read(state, inputs_embeds=self._embed(ids, pixels), keep=1)
+        self._read(state, inputs_embeds=self._splice(ids, vision), keep=1)
         return state
 
     @torch.inference_mode()
@@ -187,14 +207,15 @@ def load_target(cfg: Common) -> Decoder:
     crop = model.config.vision_config.image_size // model.config.vision_config.patch_size
     num_video_tokens = NUM_FRAMES * (crop * crop + 1)
 
-    def prepare(sample: Sample) -> Prompt:
-        ids = video_llava.encode_prompt(tokenizer, sample.question, num_video_tokens)
-        return Prompt(torch.tensor(ids), torch.from_numpy(clip_pixels(read_frames(sample.video), processor)))
-
-    def embed(ids: Tensor, pixels: Tensor) -> Tensor:
-        return video_llava.splice(model, ids, video_llava.encode_video(model, pixels))
-
-    return Decoder(model.model.language_model, model.lm_head, tokenizer, prepare, embed)
+    return Decoder(
+        model.model.language_model,
+        model.lm_head,
+        tokenizer,
+        encode_prompt=lambda question: torch.tensor(video_llava.encode_prompt(tokenizer, question, num_video_tokens)),
+        read_pixels=lambda sample: torch.from_numpy(clip_pixels(read_frames(sample.video), processor)),
+        encode_vision=lambda pixels: video_llava.encode_video(model, pixels),
+        splice=lambda ids, vision: video_llava.splice(model, ids, vision),
+    )
 
 
 def load_draft(cfg: Common) -> Decoder:
@@ -206,18 +227,23 @@ def load_draft(cfg: Common) -> Decoder:
     tokenizer, processor = _load_side_files(path)
     canvas = model.config.event_canvas_hw
 
-    def prepare(sample: Sample) -> Prompt:
+    def read_pixels(sample: Sample) -> Tensor:
         stream = event_inputs.load_events(sample.events)
         extent = int(stream["y"].max()) + 1, int(stream["x"].max()) + 1
         fits = canvas is not None and extent[0] <= canvas[0] and extent[1] <= canvas[1]
         images = event_inputs.event_images(stream, eventgpt.NUM_EVENT_SLICES, tuple(canvas) if fits else None)
-        pixels = torch.from_numpy(clip_pixels(images, processor)).bfloat16().float()  # the released code rounds pixels to bfloat16
-        return Prompt(torch.tensor(eventgpt.encode_prompt(tokenizer, sample.question)), pixels)
+        return torch.from_numpy(clip_pixels(images, processor)).bfloat16().float()  # the released code rounds pixels to bfloat16
 
-    def embed(ids: Tensor, pixels: Tensor) -> Tensor:
-        return model.model.splice(ids, model.model.encode_events(pixels))
-
-    return Decoder(model.model, model.lm_head, tokenizer, prepare, embed, taps=cfg.draft_layers)
+    return Decoder(
+        model.model,
+        model.lm_head,
+        tokenizer,
+        encode_prompt=lambda question: torch.tensor(eventgpt.encode_prompt(tokenizer, question)),
+        read_pixels=read_pixels,
+        encode_vision=model.model.encode_events,
+        splice=model.model.splice,
+        taps=cfg.draft_layers,
+    )
 
 
 def _checkpoint(path: Path, flag: str) -> Path:
