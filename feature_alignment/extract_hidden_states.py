@@ -109,11 +109,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.inputs.samples import read_samples
     from feature_alignment.models.pair import load_draft, load_pair
 
-    samples = read_samples(cfg.manifests, cfg.split, cfg.limit)
+    samples = read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions)
     out = cfg.out / "hidden_states" / cfg.split
     settings = {k: v for k, v in as_plain(cfg).items() if k not in ("resume", "output_dir", "threads", "batch_size")}
     settings["checkpoints"] = [artifacts.file_hash(p) for p in (cfg.target_id, cfg.draft_id) if p.is_dir()]
     settings["manifest"] = artifacts.file_hash(cfg.manifests[cfg.split])
+    settings["questions"] = artifacts.file_hash(cfg.questions) if cfg.questions else None
     if cfg.resume and (out / "meta.json").is_file():
         meta = artifacts.read_json(out / "meta.json", "rm -r " + str(out))
         if meta.get("settings") == settings:
