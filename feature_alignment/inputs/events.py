@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 MAX_WINDOW_US = 100_000  # EventGPT was built for windows shorter than this
 MAX_COORDINATE = 8192  # where a file does not state its sensor's size
-_BACKGROUND, _DARKER, _BRIGHTER = (255, 255, 255), (0, 0, 255), (255, 0, 0)
+_WHITE, _DARKER, _BRIGHTER = 255, (0, 0, 255), (255, 0, 0)
 
 
 def load_events(path: str | Path, window_ms: float | None = None, start_ms: float = 0.0) -> dict[str, np.ndarray]:
@@ -125,15 +125,18 @@ def event_image(x: np.ndarray, y: np.ndarray, p: np.ndarray, canvas_hw: tuple[in
 
     x, y, p:   [n] in stream order; canvas_hw: None = the events' own extent, as released
     returns:   [h, w, 3] uint8
-    NumPy promises no order for repeated indices in an assignment; the maximum of (index, polarity) needs none.
+    NumPy promises no order for repeated indices in an assignment; the maximum of (index, polarity) needs none, and then every event
+    at a pixel writes the same colour.
     """
     h, w = canvas_hw or (int(y.max()) + 1, int(x.max()) + 1)
     if len(x) and (y.max() >= h or x.max() >= w):
         raise UserError(f"events reach pixel ({x.max()}, {y.max()}), outside the model's canvas of {w} x {h}.")
-    last = np.full(h * w, -1, np.int64)
-    np.maximum.at(last, y.astype(np.int64) * w + x, (np.arange(len(x), dtype=np.int64) << 1) + p)
-    palette = np.array([_DARKER, _BRIGHTER, _BACKGROUND], np.uint8)
-    return palette[np.where(last < 0, 2, last & 1)].reshape(h, w, 3)
+    pixel = y.astype(np.int64) * w + x
+    last = np.zeros(h * w, np.int64)
+    np.maximum.at(last, pixel, (np.arange(len(x), dtype=np.int64) << 1) + p)
+    image = np.full((h * w, 3), _WHITE, np.uint8)
+    image[pixel] = np.array([_DARKER, _BRIGHTER], np.uint8)[last[pixel] & 1]
+    return image.reshape(h, w, 3)
 
 
 def event_images(events: dict[str, np.ndarray], num_slices: int, canvas_hw: tuple[int, int] | None = None) -> list[np.ndarray]:
