@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import shutil
 import subprocess
@@ -13,9 +14,9 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, LlamaConfig, VideoLlavaConfig, VideoLlavaForConditionalGeneration
+from transformers import VideoLlavaForConditionalGeneration
 
-from feature_alignment.config import Common
+from feature_alignment.config import SCRIPTS, Common, parse_config
 from feature_alignment.console import UserError
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models import eventgpt, loading, pair, video_llava
@@ -285,21 +286,16 @@ def test_the_check_prints_one_table(tiny_run):
 
 
 def test_the_7b_geometry_on_paper(tiny_run, tmp_path):
-    """Names and shapes only: parameters, tokens and memory of the released pair, from configs as released."""
-    llama = dict(
-        vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32
-    )
-    draft = eventgpt.EventGPTConfig(**llama)
-    vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14, projection_dim=768
-    )
-    target = VideoLlavaConfig(vision_config=vision, text_config=LlamaConfig(**{**llama, "vocab_size": 32_064}))
-    for name, config in (("eventgpt", draft), ("video_llava", target)):
-        shutil.copytree(tiny_run / "pair" / name, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors", "preprocessor*"))
-        config.save_pretrained(tmp_path / name)
-    loading.CLIPImageProcessorPil().save_pretrained(tmp_path / "video_llava")
-    cfg = Common(target_id=tmp_path / "video_llava", draft_id=tmp_path / "eventgpt", dtype="bfloat16", random_weights=True)
+    """Names and shapes only: parameters, tokens and memory of the released pair."""
+    sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+    from geometry_7b import write_geometry
+
+    rows = 10**6
+    names = {"draft": "eventgpt", "target": "video_llava"}
+    write_geometry(tmp_path, {who: loading.load_tokenizer(tiny_run / "pair" / name, rows) for who, name in names.items()})
+    cfg = parse_config(Common, ["--config", str(tmp_path / "random_7b.yaml"), "--device", "cpu"], "models/pair")
     found = pair.check_pair(cfg)["models"]
+    assert [m["weights"] for m in found.values()] == ["random"] * 2
     assert [m["parameters"] for m in found.values()] == [7_079_684_096, 7_366_279_168]
     assert [m["vision_tokens"] for m in found.values()] == [582, 2056]
     assert [round(m["weight_bytes"] / 2**30, 2) for m in found.values()] == [13.19, 13.72]
@@ -333,3 +329,31 @@ def test_settings_of_the_inputs_are_used_and_recorded(tiny_run, tmp_path):
     )
     (tmp_path / "q.txt").write_text("What is this scene about?\n")
     assert main([*argv, *settings])["rows"] == 4  # other questions under the same name are another run
+
+
+def test_a_hub_name_that_cannot_be_had(wide, monkeypatch):
+    import huggingface_hub
+
+    def offline(name):
+        raise OSError(f"no route to {name}")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match=r"--target_id hub:someone/pair: not in the cache.*no route to someone/pair"):
+        pair.load_target(dataclasses.replace(wide, target_id=Path("hub:someone/pair")))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(wide.target_id))
+    assert pair.load_target(dataclasses.replace(wide, target_id=Path("hub:someone/pair"))).num_layers == 2
+
+
+def test_the_whole_way_on_random_weights(tiny_run, tmp_path):
+    """What a GPU run at 7B geometry does, at a tiny one: seven scripts, and every file says that the weights were random."""
+    shutil.copytree(tiny_run / "pair", tmp_path / "pair", ignore=shutil.ignore_patterns("*.safetensors"))
+    argv = ["--config", str(tiny_run / "tiny.yaml"), "--output_dir", str(tmp_path / "out"), "--random_weights"]
+    argv += ["--target_id", str(tmp_path / "pair" / "video_llava"), "--draft_id", str(tmp_path / "pair" / "eventgpt")]
+    mains = {script: importlib.import_module(f"feature_alignment.{script}").main for script in SCRIPTS}
+    for split in ("train", "validation", "test"):
+        mains["extract_hidden_states"]([*argv, "--split", split])
+    for script in SCRIPTS[2:]:
+        mains[script]([*argv, *(["--limit", "2"] if script == "benchmark_feature_sd" else [])])
+    for file in ("hidden_states/test/meta.json", "adapter/meta.json", "acceptance/acceptance.json", "benchmark/benchmark.json"):
+        content = json.loads((tmp_path / "out" / file).read_text())
+        assert content.get("meta", content)["config"]["random_weights"] is True

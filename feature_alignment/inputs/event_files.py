@@ -26,7 +26,7 @@ from feature_alignment.console import UserError
 log = logging.getLogger(__name__)
 
 EVENT_FIELDS = ("x", "y", "t", "p")
-INSTALL = "pip install 'feature-alignment[events]'"
+INSTALL = "pip install -e '.[events]'"
 DSEC_HW = N_IMAGENET_HW = (480, 640)
 _FIELD_NAMES = (EVENT_FIELDS, ("x_pos", "y_pos", "timestamp", "polarity"))
 

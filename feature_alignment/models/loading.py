@@ -23,7 +23,7 @@ from feature_alignment.console import UserError
 
 log = logging.getLogger(__name__)
 
-GPU_EXTRA = "pip install 'feature-alignment[gpu]'"
+GPU_EXTRA = "pip install -e '.[gpu]'"
 PROBE_QUESTION = "What are the key elements in this scene?"
 LLAMA_VOCABULARY = 32_000  # of the released pair; prompt lengths are known for it
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: four bits, a byte for every 64, a float for every 256 of those
