@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from conftest import SHARED, needs
 from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from feature_alignment.console import UserError
-from feature_alignment.inputs.video import read_frames, sample_indices
+from feature_alignment.inputs.video import clip_pixels, read_frames, sample_indices
 
 
 def numbered(i: int, size: int = 64) -> np.ndarray:
@@ -118,3 +119,15 @@ def test_bad_videos_are_refused(tmp_path):
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "v.mp4").read_bytes()[:-400])
     with pytest.raises(UserError, match=r"cut\.mp4"):
         read_frames(tmp_path / "cut.mp4")
+
+
+@pytest.mark.parametrize("hw", [(480, 640), (640, 480), (72, 72), (101, 300), (337, 336), (30, 41)])
+@pytest.mark.parametrize("settings", [{}, {"size": 336, "crop_size": 336}, {"size": 90, "crop_size": 72}, {"image_mean": [0.9] * 3}])
+@pytest.mark.parametrize("unusual", [{}, {"do_center_crop": False, "size": {"height": 50, "width": 60}}, {"size": 40, "crop_size": 60}])
+def test_pixels_are_the_processors_own(hw, settings, unusual):
+    processor = CLIPImageProcessorPil(**{**settings, **unusual})
+    images = np.random.default_rng(0).integers(0, 256, (2, *hw, 3), dtype=np.uint8)
+    wanted = np.stack(processor([Image.fromarray(i) for i in images], return_tensors="np")["pixel_values"])
+    got = clip_pixels(images, processor)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, wanted)
