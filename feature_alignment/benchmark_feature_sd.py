@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.inputs.samples import read_samples
     from feature_alignment.models.pair import load_draft, load_pair
 
-    samples = read_samples(cfg.manifests, cfg.split, cfg.limit)
+    samples = read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions)
     acceptance_path, adapter_path = cfg.out / "acceptance" / "acceptance.json", cfg.out / "adapter" / "adapter.pt"
     pairs_path = cfg.out / "token_pairs" / f"{cfg.train_split}.json"
     acceptance = artifacts.read_json(acceptance_path, "python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml")
@@ -188,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "adapter": adapter_path,
         "acceptance": acceptance_path,
         "texts": pairs_path,
+        **({"questions": cfg.questions} if cfg.questions else {}),
     }
     result = artifacts.reusable(out / "benchmark.json", cfg, made_from)
     if result is not None:

@@ -37,10 +37,18 @@ class Common:
     Args:
         target_id: checkpoint directory of the verifier (Video-LLaVA)
         draft_id: checkpoint directory of the drafter (EventGPT)
-        manifests: sample list of each split, JSON lines
+        manifests: sample list of each split, JSON lines or the EventGPT/DSEC JSON
+        questions: ask every clip these instead of its own: a JSON list, or one per line
+        event_window_ms: cut event streams to this many milliseconds, at most 100 (default: whole; 100 ms or more are refused)
+        event_start_ms: where the window begins, from a file's first event on; a sample's own `event_start_ms` wins
+        frame_sampling: which eight frames: linspace (first to last, as Video-LLaVA was trained) or arange (as its model card shows)
         output_dir: everything is written under it; default outputs/<name of the config file>
         device: where models run
+        device_map: spread each model's layers over all GPUs, e.g. auto (default: each model whole on `device`)
         dtype: what models run in
+        quantize: nf4 holds the text layers in 4 bits (bitsandbytes); vision towers, projectors and heads keep `dtype`
+        attn_implementation: flash_attention_2 falls back to sdpa where it is not installed
+        random_weights: random weights at the checkpoints' geometry, to try out speed and memory; the text is noise
         seed: of everything random
         threads: CPU threads of torch; 0 leaves its own choice
         draft_layers: which of the drafter's layers the adapter reads; it runs no deeper than the last of them (default: all)
@@ -51,9 +59,17 @@ class Common:
     target_id: Path = Path("data/demo/video_llava")
     draft_id: Path = Path("data/demo/eventgpt")
     manifests: dict[str, Path] = field(default_factory=dict)
+    questions: Path | None = None
+    event_window_ms: float | None = None
+    event_start_ms: float = 0.0
+    frame_sampling: Literal["linspace", "arange"] = "linspace"
     output_dir: Path | None = None
     device: str = "cpu"
+    device_map: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["none", "nf4"] = "none"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    random_weights: bool = False
     seed: int = 0
     threads: int = 0
     draft_layers: list[int] | None = None

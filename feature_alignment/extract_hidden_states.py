@@ -131,8 +131,8 @@ def settings_of(cfg: ExtractConfig) -> dict[str, Any]:
     """What decides the bytes of a run: files by their content, never by their place."""
     from feature_alignment.artifacts import file_hash
 
-    paths = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split], "answers": cfg.answers}
-    elsewhere = ("target_id", "draft_id", "manifests", "answers", "resume", "output_dir", "threads", "seed", "merge")
+    paths = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split], "answers": cfg.answers, "questions": cfg.questions}
+    elsewhere = ("target_id", "draft_id", "manifests", "answers", "questions", "resume", "output_dir", "threads", "seed", "merge")
     settings = {k: v for k, v in as_plain(cfg).items() if k not in elsewhere}
     return settings | {k: file_hash(p) if p and p.exists() else None for k, p in paths.items()}
 
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.processes import processes
 
     shard, shards = parse_shard(cfg)
-    samples, settings = read_samples(cfg.manifests, cfg.split, cfg.limit), settings_of(cfg)
+    samples, settings = read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions), settings_of(cfg)
     out = cfg.out / "hidden_states" / (files.shard_name(cfg.split, shard, shards) if cfg.shard else cfg.split)
     token_pairs = None if cfg.shard else cfg.out / "token_pairs" / f"{cfg.split}.json"
     rank, world, device, wait = processes(cfg.device)

@@ -63,7 +63,7 @@ def choose_sample(cfg: InferenceConfig) -> Sample:
         if missing:
             raise UserError(f"{', '.join(missing)} missing: --events, --video and --question belong together.")
         return Sample(id=f"{cfg.video.stem}--{cfg.events.stem}", sequence="user", question=cfg.question, events=cfg.events, video=cfg.video)
-    samples = read_samples(cfg.manifests, cfg.split)
+    samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions)
     if cfg.sample is None:
         return samples[0]
     found = [s for s in samples if s.id == cfg.sample]

@@ -75,10 +75,11 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch, content)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"p": np.full(20, -1)}, "polarity"),
-        ({"t": np.arange(20)[::-1]}, "not ascending"),
-        ({"t": np.arange(20) * 10_000}, "spans 190.0 ms"),
-        ({"x": np.full(20, -3)}, "coordinates"),
+        ({"p": np.arange(20) % 3 - 1}, r"polarity holds \[-1, 0, 1\]"),
+        ({"p": np.arange(20) % 2 - 1}, r"polarity holds \[-1, 0\]"),
+        ({"t": np.arange(20) * 10_000}, "spans 190.0 ms.*--event_window_ms"),
+        ({"t": np.arange(20) / 1000}, "look like seconds"),
+        ({"x": np.full(20, -3)}, "20 of 20 events lie outside"),
         ({"x": np.full(20, 10**6)}, "coordinates"),
         ({"x": np.arange(19)}, "equally long"),
         ({"t": np.full(20, np.nan)}, "non-finite"),

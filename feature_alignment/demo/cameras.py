@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from feature_alignment.demo.world import Scene
+from feature_alignment.inputs.simulate import crossings
 
 SIZE = 72  # pixels, both cameras
 STEPS = 49  # intensity images per clip
@@ -296,21 +297,11 @@ def events(intensity: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     xs, ys, ps, ts = [], [], [], []
     for step in range(1, len(log_i)):
         before, after = log_i[step - 1], log_i[step]
-        count = np.floor(np.abs(after - level) / CONTRAST).astype(np.int64)
-        y, x = np.nonzero(count)
-        if not len(y):
-            continue
-        n, sign = count[y, x], np.sign(after - level)[y, x]
-        pixel = np.repeat(np.arange(len(n)), n)
-        k = np.arange(len(pixel)) - np.repeat(np.cumsum(n) - n, n) + 1  # 1..n within each pixel
-        crossing = level[y, x][pixel] + k * sign[pixel] * CONTRAST
-        slope = (after - before)[y, x][pixel]
-        fraction = np.clip((crossing - before[y, x][pixel]) / np.where(slope == 0, 1, slope), 0, 1)
-        xs.append(x[pixel])
-        ys.append(y[pixel])
-        ps.append(sign[pixel] > 0)
+        x, y, brighter, fraction = crossings(before, after, level, CONTRAST)
+        xs.append(x)
+        ys.append(y)
+        ps.append(brighter)
         ts.append((step - 1 + fraction) * STEP_US)
-        level[y, x] += n * sign * CONTRAST
     noise = 40
     xs.append(rng.integers(0, SIZE, noise))
     ys.append(rng.integers(0, SIZE, noise))

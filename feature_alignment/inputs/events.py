@@ -5,90 +5,113 @@ A stream is a dict of four equally long arrays: x, y (pixels), t (microseconds, 
 
 from __future__ import annotations
 
-import io
-import pickle
+import functools
+import logging
 from pathlib import Path
 
 import numpy as np
 
 from feature_alignment.console import UserError
+from feature_alignment.inputs.event_files import read_event_file, refuse_long
 
-EVENT_FIELDS = ("x", "y", "t", "p")
-MAX_WINDOW_US = 100_000  # EventGPT was built for windows of at most this length
-_BACKGROUND, _DARKER, _BRIGHTER = (255, 255, 255), (0, 0, 255), (255, 0, 0)
+log = logging.getLogger(__name__)
 
-# What a pickled dict of plain arrays needs, and nothing else. Newer NumPy pickles name numpy._core, older ones numpy.core.
-_SAFE_GLOBALS = {
-    (module, name)
-    for root in ("numpy.core", "numpy._core")
-    for module, name in ((f"{root}.multiarray", "_reconstruct"), (f"{root}.multiarray", "scalar"), (f"{root}.numeric", "_frombuffer"))
-} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+MAX_WINDOW_US = 100_000  # EventGPT was built for windows shorter than this
+MAX_COORDINATE = 8192  # where a file does not state its sensor's size
+_WHITE, _DARKER, _BRIGHTER = 255, (0, 0, 255), (255, 0, 0)
 
 
-class _ArraysOnly(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        if (module, name) not in _SAFE_GLOBALS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+def load_events(path: str | Path, window_ms: float | None = None, start_ms: float = 0.0) -> dict[str, np.ndarray]:
+    """Read an event file of any known format (see `event_files`), cut it to a window and bring it into one form.
 
-
-def load_events(path: str | Path) -> dict[str, np.ndarray]:
-    """Read EventGPT's `.npy` (a pickled dict x, y, t, p) without giving the pickle any code to run.
-
-    returns: x, y int64 >= 0, t int64 microseconds ascending, p uint8 in {0, 1}
-    raises:  UserError for a missing, truncated, hostile, empty or inconsistent file
+    window_ms: keep events of [start_ms, start_ms + window_ms) after the file's first; None keeps all and refuses 100 ms or more
+    returns:   x, y int64 >= 0, t int64 microseconds ascending, p uint8 in {0, 1}
+    raises:    UserError for a file that cannot be read or would be misread
     """
+    if window_ms is not None and not 0 < window_ms <= MAX_WINDOW_US / 1000:
+        raise UserError(f"--event_window_ms {window_ms:g}: wanted more than 0 and at most {MAX_WINDOW_US // 1000}.")
+    if start_ms < 0 or (start_ms and window_ms is None):
+        raise UserError(f"--event_start_ms {start_ms:g}: wanted 0 or more, together with --event_window_ms.")
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no event file at {path}; --events wants an EventGPT .npy (a dict of x, y, t, p).")
-    raw = path.read_bytes()
-    if not raw.startswith(b"\x93NUMPY"):
-        raise UserError(f"{path} is not a .npy file (it starts with {raw[:6]!r}).")
-    stream = io.BytesIO(raw)
-    try:
-        version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(stream)
-        if dtype != object or shape != ():
-            raise UserError(f"{path} holds an array of {dtype} with shape {shape}; wanted EventGPT's pickled dict of x, y, t, p.")
-        content = _ArraysOnly(stream).load()
-        content = content.item() if isinstance(content, np.ndarray) and content.shape == () else content
-    except UserError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything; nothing in it has been run
-        raise UserError(f"{path} could not be read as a dict of event arrays: {error}. Only plain NumPy arrays are accepted.") from None
-    if not isinstance(content, dict) or not set(EVENT_FIELDS) <= set(content):
-        found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path} holds {found}; wanted a dict with x, y, t and p.")
-    return check_events({k: np.asarray(content[k]) for k in EVENT_FIELDS}, str(path))
+    start_us, window_us = round(start_ms * 1000), None if window_ms is None else round(window_ms * 1000)
+    raw = read_event_file(path, start_us, window_us)
+    return check_events(raw.events, str(path), raw.sensor_hw, start_us, window_us, raw.start_us)
 
 
-def check_events(events: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    """Normalise types and refuse streams that would be misread; `name` is for the message."""
+def check_events(
+    events: dict[str, np.ndarray],
+    name: str,
+    sensor_hw: tuple[int, int] | None = None,
+    start_us: int = 0,
+    window_us: int | None = None,
+    origin_us: int | None = None,
+) -> dict[str, np.ndarray]:
+    """One form for every stream: what can be mended is mended, counted and logged; what would be misread is refused.
+
+    mended: polarity {-1, 1} or bool becomes {0, 1}; unsorted events are sorted by t, equal times in file order; events outside the
+            sensor are dropped, unless that is more than half of them
+    name:   for messages; origin_us: where the recording began, default its first event
+    """
     lengths = {k: v.shape for k, v in events.items()}
     if len(set(lengths.values())) != 1 or any(len(s) != 1 for s in lengths.values()):
         raise UserError(f"{name}: x, y, t, p must be flat and equally long, got shapes {lengths}.")
     if any(v.dtype.kind not in "iufb" for v in events.values()):
         raise UserError(f"{name}: x, y, t, p must be numbers, got { {k: str(v.dtype) for k, v in events.items()} }.")
-    n = len(events["t"])
-    if n < 5:
-        raise UserError(f"{name} holds {n} events; EventGPT needs at least 5, one for each of its five slices.")
     if any(v.dtype.kind == "f" and not np.isfinite(v).all() for v in events.values()):
         raise UserError(f"{name}: non-finite values among the events.")
+    _enough(len(events["t"]), name)
+    t = events["t"]
+    if t.dtype.kind == "f" and float(np.ptp(t)) < 10 and (t != np.floor(t)).any():
+        raise UserError(f"{name}: time stamps from {t.min():g} to {t.max():g} look like seconds; wanted microseconds.")
     x, y, t = (events[k].astype(np.int64) for k in ("x", "y", "t"))
-    if min(x.min(), y.min()) < 0 or max(x.max(), y.max()) >= 8192:
-        raise UserError(f"{name}: coordinates from ({x.min()}, {y.min()}) to ({x.max()}, {y.max()}); wanted pixels of a sensor, 0 to 8191.")
-    if (np.diff(t) < 0).any():
-        raise UserError(f"{name}: time stamps are not ascending; sort the events by t first.")
-    if t[-1] - t[0] >= MAX_WINDOW_US:
-        raise UserError(
-            f"{name} spans {(t[-1] - t[0]) / 1000:.1f} ms; EventGPT was built for windows under {MAX_WINDOW_US // 1000} ms. "
-            "Cut the stream first."
-        )
-    p = events["p"]
-    if not np.isin(p, (0, 1)).all():
-        raise UserError(f"{name}: polarity holds {np.unique(p)[:5].tolist()}; wanted 0 (darker) and 1 (brighter).")
-    return {"x": x, "y": y, "t": t, "p": p.astype(np.uint8)}
+    p = _polarity(events["p"], name)
+
+    backward = int((np.diff(t) < 0).sum())
+    if backward:
+        _say(f"{name}: time went backward {backward} times; sorted by t.")
+        order = np.argsort(t, kind="stable")
+        x, y, t, p = x[order], y[order], t[order], p[order]
+    if window_us is None:
+        refuse_long(int(t[-1] - t[0]), name, MAX_WINDOW_US)
+    else:
+        begin = (int(t[0]) if origin_us is None else origin_us) + start_us
+        rows = slice(*np.searchsorted(t, (begin, begin + window_us)))
+        x, y, t, p = x[rows], y[rows], t[rows], p[rows]
+        _enough(len(t), f"{name}, {window_us / 1000:g} ms from {start_us / 1000:g} ms on,")
+
+    h, w = sensor_hw or (MAX_COORDINATE, MAX_COORDINATE)
+    inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
+    outside = int(len(x) - inside.sum())
+    if outside * 2 > len(x):
+        extent = f"coordinates from ({x.min()}, {y.min()}) to ({x.max()}, {y.max()})"
+        raise UserError(f"{name}: {extent}; {outside} of {len(x)} events lie outside a sensor of {w} x {h} pixels.")
+    if outside:
+        _say(f"{name}: {outside} of {len(x)} events outside {w} x {h} pixels are dropped.")
+        x, y, t, p = x[inside], y[inside], t[inside], p[inside]
+        _enough(len(t), name)
+    return {"x": x, "y": y, "t": t, "p": p}
+
+
+def _polarity(p: np.ndarray, name: str) -> np.ndarray:
+    """{0, 1}, bool and {-1, 1} as uint8 {0, 1}. A stream with -1 and 0 is refused: nobody knows what its 0 means."""
+    values = set(np.unique(p)[:9].tolist())
+    if values <= {0, 1}:
+        return p.astype(np.uint8)
+    if values <= {-1, 1}:
+        _say(f"{name}: {int((p == -1).sum())} of {len(p)} polarities are -1; read as 0 (darker).")
+        return (p == 1).astype(np.uint8)
+    raise UserError(f"{name}: polarity holds {sorted(values)}; wanted 0 (darker) and 1 (brighter), or -1 and 1.")
+
+
+def _enough(count: int, name: str) -> None:
+    if count < 5:
+        raise UserError(f"{name} holds {count} events; EventGPT needs at least 5, one for each of its five slices.")
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """Log once: every sample of a clip reads the same file."""
+    log.warning(message)
 
 
 def slice_by_count(num_events: int, num_slices: int) -> list[slice]:
@@ -102,15 +125,18 @@ def event_image(x: np.ndarray, y: np.ndarray, p: np.ndarray, canvas_hw: tuple[in
 
     x, y, p:   [n] in stream order; canvas_hw: None = the events' own extent, as released
     returns:   [h, w, 3] uint8
-    NumPy promises no order for repeated indices in an assignment; the maximum of (index, polarity) needs none.
+    NumPy promises no order for repeated indices in an assignment; the maximum of (index, polarity) needs none, and then every event
+    at a pixel writes the same colour.
     """
     h, w = canvas_hw or (int(y.max()) + 1, int(x.max()) + 1)
     if len(x) and (y.max() >= h or x.max() >= w):
         raise UserError(f"events reach pixel ({x.max()}, {y.max()}), outside the model's canvas of {w} x {h}.")
-    last = np.full(h * w, -1, np.int64)
-    np.maximum.at(last, y.astype(np.int64) * w + x, (np.arange(len(x), dtype=np.int64) << 1) + p)
-    palette = np.array([_DARKER, _BRIGHTER, _BACKGROUND], np.uint8)
-    return palette[np.where(last < 0, 2, last & 1)].reshape(h, w, 3)
+    pixel = y.astype(np.int64) * w + x
+    last = np.zeros(h * w, np.int64)
+    np.maximum.at(last, pixel, (np.arange(len(x), dtype=np.int64) << 1) + p)
+    image = np.full((h * w, 3), _WHITE, np.uint8)
+    image[pixel] = np.array([_DARKER, _BRIGHTER], np.uint8)[last[pixel] & 1]
+    return image.reshape(h, w, 3)
 
 
 def event_images(events: dict[str, np.ndarray], num_slices: int, canvas_hw: tuple[int, int] | None = None) -> list[np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,27 +12,37 @@ from PIL import Image
 
 from feature_alignment.console import UserError
 
+log = logging.getLogger(__name__)
+
 NUM_FRAMES = 8
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
-def sample_indices(num_frames: int, wanted: int = NUM_FRAMES) -> list[int]:
-    """Evenly spaced frame numbers, first and last included (`linspace`); repeats frames where there are fewer than wanted."""
+def sample_indices(num_frames: int, wanted: int = NUM_FRAMES, sampling: str = "linspace") -> list[int]:
+    """Evenly spaced frame numbers; repeats frames where there are fewer than wanted.
+
+    sampling: `linspace` includes first and last, as Video-LLaVA was trained; `arange` never takes the last, as its model card shows
+    """
+    if sampling == "arange":
+        return np.arange(0, num_frames, num_frames / wanted).astype(int)[:wanted].tolist()
     return np.linspace(0, num_frames - 1, wanted, dtype=int).tolist()
 
 
-def read_frames(path: str | Path, wanted: int = NUM_FRAMES) -> np.ndarray:
+def read_frames(path: str | Path, wanted: int = NUM_FRAMES, sampling: str = "linspace") -> np.ndarray:
     """Evenly spaced frames of a video file (anything FFmpeg reads, gif included) or a folder of images.
 
-    returns: [wanted, h, w, 3] uint8 RGB; frame-exact, because every frame up to the last one wanted is decoded in order
-    raises:  UserError for a missing or damaged file, or one without frames
+    sampling: see `sample_indices`
+    returns:  [wanted, h, w, 3] uint8 RGB; frame-exact, because every frame up to the last one wanted is decoded in order. A clip
+              with fewer frames repeats some of them and says so in the log
+    raises:   UserError for a missing or damaged file, or one without frames
     """
     path = Path(path)
     if path.is_dir():
         files = sorted((f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES), key=lambda f: (len(f.stem), f.stem))
         if not files:
             raise UserError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {path}.")
-        return np.stack([np.asarray(Image.open(files[i]).convert("RGB")) for i in sample_indices(len(files), wanted)])
+        _say_if_few(path, len(files), wanted)
+        return np.stack([np.asarray(Image.open(files[i]).convert("RGB")) for i in sample_indices(len(files), wanted, sampling)])
     if not path.is_file():
         raise UserError(f"no video at {path}; --video wants a video file or a folder of frames.")
     import av  # 0.2 s, not needed for --help
@@ -39,10 +51,18 @@ def read_frames(path: str | Path, wanted: int = NUM_FRAMES) -> np.ndarray:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise UserError(f"{path} has no video stream.")
-            times = sorted(p.pts for p in container.demux(video=0) if p.pts is not None)
+            times, end_s = [], 0.0
+            for packet in container.demux():
+                if packet.pts is not None:
+                    end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                    if packet.stream.index == container.streams.video[0].index:
+                        times.append(packet.pts)
+            _refuse_cut(path, container, end_s)
         if not times:
             raise UserError(f"{path} has no frames.")
-        keep = [times[i] for i in sample_indices(len(times), wanted)]
+        _say_if_few(path, len(times), wanted)
+        times.sort()
+        keep = [times[i] for i in sample_indices(len(times), wanted, sampling)]
         found: dict[int, np.ndarray] = {}
         with av.open(str(path)) as container:
             container.streams.video[0].codec_context.thread_count = 1
@@ -59,10 +79,43 @@ def read_frames(path: str | Path, wanted: int = NUM_FRAMES) -> np.ndarray:
     return np.stack([found[t] for t in keep])
 
 
+def _refuse_cut(path: Path, container, end_s: float) -> None:
+    """mp4 lists its frames up front, so a cut one fails to decode. Matroska and gif just end; only these two marks tell."""
+    stated_s = (container.duration or 0) / 1e6
+    if "matroska" in container.format.name and stated_s and end_s < 0.95 * stated_s:
+        raise UserError(f"{path} is cut off: its header promises {stated_s:.2f} s, its frames end at {end_s:.2f} s.")
+    if container.format.name == "gif" and not path.read_bytes().rstrip(b"\0").endswith(b";"):
+        raise UserError(f"{path} is cut off: a gif ends with a `;`, this one does not.")
+
+
+@functools.cache
+def _say_if_few(path: Path, num_frames: int, wanted: int) -> None:
+    if num_frames < wanted:
+        log.warning("%s: has %d frames where %d are wanted; some are repeated.", path, num_frames, wanted)
+
+
 def clip_pixels(images: Sequence[np.ndarray], processor) -> np.ndarray:
     """Resize, centre-crop and normalise RGB images as the checkpoint's own preprocessor_config says.
 
     images:  [h, w, 3] uint8 each
     returns: [n, 3, crop, crop] float32
+
+    For CLIP's usual settings this is the processor's own arithmetic without its detours, bit for bit: a test holds it to that.
     """
-    return np.stack(processor([Image.fromarray(i) for i in images], return_tensors="np")["pixel_values"]).astype(np.float32)
+    p = processor
+    short, crop = p.size.get("shortest_edge"), p.crop_size["height"]
+    usual = p.do_resize and p.do_center_crop and p.do_rescale and p.do_normalize and p.crop_size["width"] == crop
+    if not (usual and short and short >= crop):
+        return np.stack(p([Image.fromarray(i) for i in images], return_tensors="np")["pixel_values"]).astype(np.float32)
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)  # what becomes of each of the 256 values
+    table = p([Image.fromarray(levels)], do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"][0]
+    table = np.asarray(table, np.float32).reshape(3, 256)
+    pixels = np.empty((len(images), 3, crop, crop), np.float32)
+    for n, image in enumerate(images):
+        h, w = image.shape[:2]
+        h, w = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)
+        top, left = (h - crop) // 2, (w - crop) // 2
+        small = np.asarray(Image.fromarray(image).resize((w, h), p.resample))[top : top + crop, left : left + crop]
+        for c in range(3):
+            np.take(table[c], small[..., c], out=pixels[n, c], mode="clip")  # "clip": unchecked, and uint8 needs no check
+    return pixels

@@ -21,11 +21,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
-    PreTrainedModel,
 )
-from transformers.utils import logging
 
-from feature_alignment.console import UserError
+from feature_alignment.models.loading import load_model
 
 EVENT_TOKEN_INDEX = -200  # stands for the event stream in input_ids; never embedded
 NUM_EVENT_SLICES = 5
@@ -33,6 +31,8 @@ PROMPT = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
     "answers to the human's questions. USER: <ev_start><event><ev_end>\n{question} ASSISTANT:"
 )
+UNQUANTISED = ("lm_head", "model.visual_tower", "model.visual_projector", "model.feature_adaptor")
+KNOWN_TEXT_TOKENS = (59,)  # of the probe question's prompt with the released tokenizer
 _CLIP_L_336 = dict(
     hidden_size=1024,
     intermediate_size=4096,
@@ -101,7 +101,7 @@ class EventGPTModel(LlamaModel):
             raise ValueError(f"wanted exactly one {EVENT_TOKEN_INDEX} at one position in every row, got {input_ids.tolist()}")
         at = int(places[0])
         before, after = self.embed_tokens(input_ids[:, :at]), self.embed_tokens(input_ids[:, at + 1 :])
-        return torch.cat([before, event_tokens.to(before.dtype), after], dim=1)
+        return torch.cat([before, event_tokens.to(before), after], dim=1)
 
 
 class EventGPTForCausalLM(LlamaForCausalLM):
@@ -120,26 +120,11 @@ AutoConfig.register("EventChat_llama", EventGPTConfig)
 AutoModelForCausalLM.register(EventGPTConfig, EventGPTForCausalLM)
 
 
-def load_eventgpt(path: str | Path, dtype: torch.dtype, device: str = "cpu", config: EventGPTConfig | None = None) -> EventGPTForCausalLM:
+def load_eventgpt(
+    path: str | Path, dtype: torch.dtype, device: str = "cpu", config: EventGPTConfig | None = None, **options
+) -> EventGPTForCausalLM:
     """Load a checkpoint directory in the released key format, or refuse it (UserError) if any tensor is missing or left over."""
-    return load_complete(EventGPTForCausalLM, path, "EventGPT", dtype=dtype, config=config).to(device).eval()
-
-
-def load_complete(cls: type[PreTrainedModel], path: str | Path, what: str, **options):
-    """`from_pretrained` that refuses (UserError) a checkpoint of which transformers would silently initialise or drop a tensor."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model, info = cls.from_pretrained(str(path), output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    except Exception as error:  # damaged JSON or weights raise errors of many libraries
-        raise UserError(f"{path} could not be loaded as {what}: {str(error).strip().splitlines()[0][:200]}") from None
-    wrong = {k: sorted(map(str, info.get(k) or ())) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any("query_embed" in k or "attention_layers" in k for k in wrong["unexpected_keys"]):
-        raise UserError(f"{path} is an EventGPT with a Q-Former, whose code was never released; use the checkpoint without it.")
-    if any(wrong.values()):
-        lines = "\n".join(f"  {k.replace('_', ' ')}: {len(v)}, e.g. {', '.join(v[:3])}" for k, v in wrong.items() if v)
-        raise UserError(f"{path} does not hold a complete {what}:\n{lines}\nDownload it again, or point to another directory.")
-    return model
+    return load_model(EventGPTForCausalLM, path, "EventGPT", dtype=dtype, device=device, config=config, unquantised=UNQUANTISED, **options)
 
 
 def encode_prompt(tokenizer, question: str) -> list[int]:

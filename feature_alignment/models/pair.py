@@ -1,5 +1,8 @@
 """Both models behind one small interface, so that nothing above knows LLaMA from LLaVA.
 
+    python -m feature_alignment.models.pair --config configs/eventgpt_videollava_7b.yaml
+        checks both checkpoints without reading their weights: what was found, memory needed, memory there
+
 A `Decoder` is a LLaMA with a way to embed a prompt (vision and text). State t of a text is the hidden state that *emits* token t:
 
     prompt            | x0   x1   x2   </s>       tokens
@@ -8,22 +11,25 @@ A `Decoder` is a LLaMA with a way to embed a prompt (vision and text). State t o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, DynamicCache
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from feature_alignment.config import Common
-from feature_alignment.console import UserError
+from feature_alignment.config import Common, parse_config
+from feature_alignment.console import UserError, print_json_line, print_table, run
 from feature_alignment.inputs import events as event_inputs
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.inputs.video import NUM_FRAMES, clip_pixels, read_frames
+from feature_alignment.models import loading
 
 EOS = 2  # of both vocabularies
+_ROOM = 64  # tokens of an answer, where memory is reckoned
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Decoder:
 
     taps: which decoder layers' outputs make up a hidden state, ascending; the model runs no deeper than the last one. The last
     layer is read after the final norm (`norm="post"`), any earlier one before it.
+    device: where tensors go in and come out, and where the head is; a device map may have put the layers elsewhere.
     """
 
     def __init__(
@@ -60,6 +67,7 @@ class Decoder:
         encode_vision: Callable[[Tensor], Tensor],
         splice: Callable[[Tensor, Tensor], Tensor],
         taps: Sequence[int] | None = None,
+        device: str | None = None,
     ) -> None:
         self.llama, self.tokenizer, self.encode_prompt, self.read_pixels = llama, tokenizer, encode_prompt, read_pixels
         self._encode_vision, self._splice = encode_vision, splice
@@ -70,6 +78,8 @@ class Decoder:
         self.width = llama.config.hidden_size
         self.hidden_size = self.width * len(self.taps)
         self._head = lm_head
+        if device is not None and lm_head.weight.device != torch.empty(0, device=device).device:
+            lm_head.weight.data = lm_head.weight.data.to(device)
         self.vocab_size = lm_head.weight.shape[0]
         if self.taps[-1] < self.num_layers:  # an early exit: later layers are neither run nor cached
             llama.layers = llama.layers[: self.taps[-1]]
@@ -140,9 +150,10 @@ class Decoder:
         several = len(self.taps) > 1
         out = self.llama(**inputs, past_key_values=state.cache, use_cache=True, output_hidden_states=several)
         if several:  # hidden_states[k] is the output of layer k, pre-norm; the very last one has passed the final norm
-            hidden = torch.cat([out.hidden_states[k] if keep is None else out.hidden_states[k][:, -keep:] for k in self.taps], dim=-1)
+            kept = [out.hidden_states[k] if keep is None else out.hidden_states[k][:, -keep:] for k in self.taps]
+            hidden = torch.cat([h.to(self.device) for h in kept], dim=-1)
         else:
-            hidden = out.last_hidden_state
+            hidden = out.last_hidden_state.to(self.device)
         state.length += out.last_hidden_state.shape[1]
         state.last = hidden[:, -1]
         return hidden
@@ -191,10 +202,8 @@ def load_pair(cfg: Common) -> Pair:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     target, draft = load_target(cfg), load_draft(cfg)
+    loading.check_shared_ids(cfg.draft_id, draft.tokenizer, cfg.target_id, target.tokenizer)
     shared = min(target.vocab_size, draft.vocab_size)
-    probe = "USER: What is in the scene? ASSISTANT: A car, 3 people."
-    if draft.tokenizer(probe).input_ids != target.tokenizer(probe).input_ids:
-        raise UserError(f"{cfg.draft_id} and {cfg.target_id} tokenise text differently; drafting needs one vocabulary.")
     target.restrict_vocabulary(shared)
     draft.restrict_vocabulary(shared)
     return Pair(target, draft)
@@ -204,20 +213,20 @@ def load_target(cfg: Common) -> Decoder:
     """Video-LLaVA as a `Decoder`; its head still has all rows."""
     from feature_alignment.models import video_llava
 
-    path = _checkpoint(cfg.target_id, "--target_id")
-    model = video_llava.load_video_llava(path, getattr(torch, cfg.dtype), cfg.device)
-    tokenizer, processor = _load_side_files(path)
-    crop = model.config.vision_config.image_size // model.config.vision_config.patch_size
-    num_video_tokens = NUM_FRAMES * (crop * crop + 1)
+    model, tokenizer, processor, num_video_tokens, _ = open_target(cfg)
+
+    def read_pixels(sample: Sample) -> Tensor:
+        return torch.from_numpy(clip_pixels(read_frames(sample.video, sampling=cfg.frame_sampling), processor))
 
     return Decoder(
         model.model.language_model,
         model.lm_head,
         tokenizer,
         encode_prompt=lambda question: torch.tensor(video_llava.encode_prompt(tokenizer, question, num_video_tokens)),
-        read_pixels=lambda sample: torch.from_numpy(clip_pixels(read_frames(sample.video), processor)),
+        read_pixels=read_pixels,
         encode_vision=lambda pixels: video_llava.encode_video(model, pixels),
         splice=lambda ids, vision: video_llava.splice(model, ids, vision),
+        device=cfg.device,
     )
 
 
@@ -225,13 +234,12 @@ def load_draft(cfg: Common) -> Decoder:
     """EventGPT as a `Decoder`, cut off behind the last of `cfg.draft_layers`."""
     from feature_alignment.models import eventgpt
 
-    path = _checkpoint(cfg.draft_id, "--draft_id")
-    model = eventgpt.load_eventgpt(path, getattr(torch, cfg.dtype), cfg.device)
-    tokenizer, processor = _load_side_files(path)
+    model, tokenizer, processor, _, _ = open_draft(cfg)
     canvas = model.config.event_canvas_hw
 
     def read_pixels(sample: Sample) -> Tensor:
-        stream = event_inputs.load_events(sample.events)
+        start_ms = cfg.event_start_ms if sample.event_start_ms is None else sample.event_start_ms
+        stream = event_inputs.load_events(sample.events, cfg.event_window_ms, start_ms)
         extent = int(stream["y"].max()) + 1, int(stream["x"].max()) + 1
         fits = canvas is not None and extent[0] <= canvas[0] and extent[1] <= canvas[1]
         images = event_inputs.event_images(stream, eventgpt.NUM_EVENT_SLICES, tuple(canvas) if fits else None)
@@ -246,17 +254,124 @@ def load_draft(cfg: Common) -> Decoder:
         encode_vision=model.model.encode_events,
         splice=model.model.splice,
         taps=cfg.draft_layers,
+        device=cfg.device,
     )
 
 
-def _checkpoint(path: Path, flag: str) -> Path:
-    if not (path / "config.json").is_file():
-        raise UserError(f"no checkpoint at {path} (no config.json there); {flag} wants a directory that from_pretrained can load.")
-    return path
+class Opened(NamedTuple):
+    """A checkpoint that has passed its gates. prompt_tokens: length of the probe question's prompt, vision included."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    processor: CLIPImageProcessorPil
+    vision_tokens: int
+    prompt_tokens: int
 
 
-def _load_side_files(path: Path):
-    try:
-        return AutoTokenizer.from_pretrained(str(path)), CLIPImageProcessorPil.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: tokenizer or preprocessor_config.json could not be loaded: {error}") from None
+def open_target(cfg: Common) -> Opened:
+    """Video-LLaVA's checkpoint on cfg.device ("meta": names and shapes only), its tokenizer and preprocessing."""
+    from feature_alignment.models import video_llava
+
+    path = loading.find_checkpoint(cfg.target_id, "--target_id")
+    model = video_llava.load_video_llava(path, getattr(torch, cfg.dtype), cfg.device, **_options(cfg))
+    vision = model.config.vision_config
+    vision_tokens = NUM_FRAMES * ((vision.image_size // vision.patch_size) ** 2 + 1)
+    tokenizer = loading.load_tokenizer(path, model.lm_head.weight.shape[0])
+    prompt_tokens = len(video_llava.encode_prompt(tokenizer, loading.PROBE_QUESTION, vision_tokens))
+    loading.check_prompt(path, tokenizer, prompt_tokens - vision_tokens, video_llava.KNOWN_TEXT_TOKENS)
+    return Opened(model, tokenizer, loading.load_processor(path, vision.image_size), vision_tokens, prompt_tokens)
+
+
+def open_draft(cfg: Common) -> Opened:
+    """EventGPT's checkpoint on cfg.device ("meta": names and shapes only), its tokenizer and preprocessing."""
+    from feature_alignment.models import eventgpt
+
+    path = loading.find_checkpoint(cfg.draft_id, "--draft_id")
+    model = eventgpt.load_eventgpt(path, getattr(torch, cfg.dtype), cfg.device, **_options(cfg))
+    vision = model.config.vision_config
+    vision_tokens = eventgpt.NUM_EVENT_SLICES + (vision.image_size // vision.patch_size) ** 2 + 1
+    tokenizer = loading.load_tokenizer(path, model.lm_head.weight.shape[0])
+    text_tokens = len(eventgpt.encode_prompt(tokenizer, loading.PROBE_QUESTION)) - 1
+    loading.check_prompt(path, tokenizer, text_tokens, eventgpt.KNOWN_TEXT_TOKENS)
+    processor = loading.load_processor(path, vision.image_size, default=True)
+    return Opened(model, tokenizer, processor, vision_tokens, text_tokens + vision_tokens)
+
+
+def _options(cfg: Common) -> dict[str, Any]:
+    names = ("device_map", "quantize", "attn_implementation", "random_weights", "seed")
+    return {name: getattr(cfg, name) for name in names}
+
+
+@dataclass(frozen=True)
+class CheckConfig(Common):
+    """Check a pair of checkpoints before anything runs: complete, matching, small enough. Weights are not read."""
+
+
+def check_pair(cfg: Common) -> dict[str, Any]:
+    """What a config's pair is and what it needs, in bytes; UserError for a checkpoint or a pair that would not work."""
+    from feature_alignment.models import eventgpt, video_llava
+
+    names_only = dataclasses.replace(cfg, device="meta", device_map=None, quantize="none")
+    opened = {
+        "EventGPT": (open_draft(names_only), cfg.draft_id, eventgpt.UNQUANTISED),
+        "Video-LLaVA": (open_target(names_only), cfg.target_id, video_llava.UNQUANTISED),
+    }
+    loading.check_shared_ids(cfg.draft_id, opened["EventGPT"][0].tokenizer, cfg.target_id, opened["Video-LLaVA"][0].tokenizer)
+    dtype = getattr(torch, cfg.dtype)
+    found = {}
+    for name, (o, path, unquantised) in opened.items():
+        text = o.model.config.get_text_config()
+        heads = text.num_key_value_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        found[name] = {
+            "checkpoint": str(path),
+            "weights": "random" if cfg.random_weights else "complete",
+            "parameters": sum(p.numel() for p in o.model.parameters()),
+            "layers": text.num_hidden_layers,
+            "hidden_size": text.hidden_size,
+            "embedding_rows": o.model.lm_head.weight.shape[0],
+            "tokenizer_ids": len(o.tokenizer),
+            "vision_tokens": o.vision_tokens,
+            "prompt_tokens": o.prompt_tokens,
+            "weight_bytes": loading.weight_bytes(o.model, dtype, cfg.quantize, unquantised),
+            "cache_bytes": 2 * text.num_hidden_layers * heads * dtype.itemsize * (o.prompt_tokens + _ROOM),
+        }
+    needed = sum(f["weight_bytes"] + f["cache_bytes"] for f in found.values())
+    return {"models": found, "needed_bytes": needed, "there_bytes": loading.memory_there(cfg.device, cfg.device_map)}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    cfg = parse_config(CheckConfig, argv, "models/pair")
+    report = check_pair(cfg)
+    kinds, gib = report["models"], 2.0**30
+    rows = [
+        (key.replace("_", " "), *(f"{m[key]:,}" if isinstance(m[key], int) else m[key] for m in kinds.values()))
+        for key in (
+            "checkpoint",
+            "weights",
+            "parameters",
+            "layers",
+            "hidden_size",
+            "embedding_rows",
+            "tokenizer_ids",
+            "vision_tokens",
+            "prompt_tokens",
+        )
+    ]
+    held = cfg.dtype if cfg.quantize == "none" else f"{cfg.quantize} and {cfg.dtype}"
+    rows.append((f"weights as {held}", *(f"{m['weight_bytes'] / gib:.2f} GiB" for m in kinds.values())))
+    rows.append((f"cache of one prompt and {_ROOM} tokens", *(f"{m['cache_bytes'] / gib:.2f} GiB" for m in kinds.values())))
+    rows.append(("memory needed, both together", "", f"{report['needed_bytes'] / gib:.2f} GiB"))
+    rows.append((f"memory there, {cfg.device}", "", f"{report['there_bytes'] / gib:.2f} GiB"))
+    print_table("the pair", ("", *kinds), rows)
+    loading.check_device(cfg.device)
+    if report["needed_bytes"] > report["there_bytes"]:
+        raise UserError(
+            f"the pair needs {report['needed_bytes'] / gib:.2f} GiB and {cfg.device} has {report['there_bytes'] / gib:.2f} GiB free. "
+            "Type --quantize nf4, --dtype bfloat16 or --device_map auto (several GPUs), or free some memory."
+        )
+    print_json_line(report)
+    return report
+
+
+if __name__ == "__main__":
+    run(main)

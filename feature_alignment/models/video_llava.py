@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 from transformers import VideoLlavaForConditionalGeneration
 
-from feature_alignment.models.eventgpt import load_complete
+from feature_alignment.models.loading import load_model
 
 PROMPT = "USER: <video>\n{question} ASSISTANT:"
+UNQUANTISED = ("lm_head", "model.video_tower", "model.image_tower", "model.multi_modal_projector")
+KNOWN_TEXT_TOKENS = (20, 21)  # of the probe question's prompt with the released tokenizer; the older, legacy tokenising gives one more
 
 
-def load_video_llava(path: str | Path, dtype: torch.dtype, device: str = "cpu") -> VideoLlavaForConditionalGeneration:
+def load_video_llava(path: str | Path, dtype: torch.dtype, device: str = "cpu", **options) -> VideoLlavaForConditionalGeneration:
     """Load a checkpoint directory of the released (or the re-saved) key format, or refuse it (UserError) if incomplete."""
-    return load_complete(VideoLlavaForConditionalGeneration, path, "Video-LLaVA", dtype=dtype).to(device).eval()
+    return load_model(
+        VideoLlavaForConditionalGeneration, path, "Video-LLaVA", dtype=dtype, device=device, unquantised=UNQUANTISED, **options
+    )
 
 
 def encode_prompt(tokenizer, question: str, num_video_tokens: int) -> list[int]:
@@ -41,4 +45,4 @@ def splice(model: VideoLlavaForConditionalGeneration, input_ids: Tensor, video_t
     places = (input_ids == model.config.video_token_index).unsqueeze(-1)
     if int(places.sum()) != video_tokens.shape[0] * video_tokens.shape[1]:
         raise ValueError(f"{int(places.sum())} <video> ids for {tuple(video_tokens.shape[:2])} video tokens")
-    return embeds.masked_scatter(places, video_tokens.to(embeds.dtype))
+    return embeds.masked_scatter(places.to(embeds.device), video_tokens.to(embeds))

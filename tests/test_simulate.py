@@ -1,0 +1,113 @@
+"""Simulated events: against a scalar loop, and by what must hold for any scene."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED, needs
+
+from feature_alignment.console import UserError
+from feature_alignment.demo import cameras, scenes, world
+from feature_alignment.inputs.events import load_events
+from feature_alignment.inputs.simulate import read_log_intensity, simulate_events
+
+
+def scene(seed=0, n=12, h=14, w=18):
+    rng = np.random.default_rng(seed)
+    return np.cumsum(rng.normal(0, 0.3, (n, h, w)), 0), np.cumsum(rng.integers(500, 3000, n))
+
+
+def literal(log_intensity, times, contrast):
+    """One pixel, one crossing after the other."""
+    out = []
+    for y in range(log_intensity.shape[1]):
+        for x in range(log_intensity.shape[2]):
+            level = float(log_intensity[0, y, x])
+            for i in range(1, len(times)):
+                a, b = float(log_intensity[i - 1, y, x]), float(log_intensity[i, y, x])
+                start, sign, k = level, (1 if b > level else -1), 1
+                while abs(b - start) / contrast >= k:
+                    level = start + sign * k * contrast
+                    fraction = min(max((level - a) / ((b - a) or 1), 0.0), 1.0)
+                    out.append((round(float(times[i - 1] + fraction * (times[i] - times[i - 1]))), x, y, int(sign > 0)))
+                    k += 1
+    return sorted(out)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("contrast", [0.15, 0.4])
+def test_equals_the_scalar_loop(seed, contrast):
+    log_intensity, times = scene(seed)
+    e = simulate_events(log_intensity, times, contrast)
+    assert sorted(zip(*(e[k].tolist() for k in "txyp"), strict=True)) == literal(log_intensity, times, contrast)
+    assert (np.diff(e["t"]) >= 0).all() and len(e["t"]) > 500
+
+
+def test_a_static_scene_gives_none():
+    log_intensity, times = scene()
+    assert len(simulate_events(np.repeat(log_intensity[:1], 12, 0), times)["t"]) == 0
+
+
+def test_half_the_threshold_gives_twice_the_events():
+    ramp = np.linspace(0, 4.001, 9)[:, None, None] * np.ones((1, 5, 5))
+    counts = [len(simulate_events(ramp, np.arange(9) * 1000, c)["t"]) for c in (0.4, 0.2, 0.1)]
+    assert counts == [25 * 10, 25 * 20, 25 * 40]
+
+
+def test_brightness_scales_out():
+    log_intensity, times = scene()
+    one, other = simulate_events(log_intensity, times), simulate_events(log_intensity + 2.0, times)
+    assert abs(len(one["t"]) - len(other["t"])) <= 2  # a constant factor is a constant in the logarithm, up to rounding
+
+
+def test_time_reversal_swaps_the_polarities():
+    """Totals swap up to the residual below one threshold per pixel and turning point; on a monotone scene up to one per pixel."""
+    ramp = np.cumsum(np.abs(scene()[0]), 0)
+    times = np.arange(12) * 1000
+    on, off = (simulate_events(r, times) for r in (ramp, ramp[::-1]))
+    assert on["p"].all() and not off["p"].any()
+    assert abs(len(on["t"]) - len(off["t"])) <= ramp[0].size
+
+
+def test_the_committed_scenes_come_out_again(tmp_path):
+    """The synthetic camera shares the crossing equation: the stream kept in git must not move by a bit."""
+    seed = scenes.SPLITS["test"][0]
+    made = cameras.events(cameras.render(world.scene(seed)), seed)
+    kept = load_events(ROOT / "data" / "demo" / "events" / "test-0000.npy")
+    for key in "xytp":
+        np.testing.assert_array_equal(made[key], kept[key])
+
+
+def command(*argv):
+    return subprocess.run(
+        [sys.executable, "-m", "feature_alignment.inputs.simulate", *map(str, argv)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+@needs(SHARED)
+def test_a_real_slow_motion_clip(tmp_path):
+    done = command(SHARED / "video" / "dadao_slomo.gif", tmp_path / "e.npy", "--duration_ms", "160")
+    assert done.returncode == 0, done.stderr
+    events = load_events(tmp_path / "e.npy", 99)
+    assert len(events["t"]) > 1000 and events["x"].max() < 640 and events["y"].max() < 480 and len(set(events["p"])) == 2
+
+
+def test_mistakes_are_named(tmp_path):
+    from test_video import write_video
+
+    write_video(tmp_path / "still.mp4", "libx264", [3] * 10)
+    done = command(tmp_path / "still.mp4", tmp_path / "e.npy")
+    assert done.returncode == 2 and "no pixel changed" in done.stderr and not (tmp_path / "e.npy").exists()
+    write_video(tmp_path / "v.mp4", "libx264", range(10))
+    done = command(tmp_path / "v.mp4", tmp_path / "e.npz")
+    assert done.returncode == 2 and "ends in .npy" in done.stderr
+    with pytest.raises(UserError, match="1 frames in the window"):
+        read_log_intensity(tmp_path / "v.mp4", 0, 10)
+    with pytest.raises(UserError, match="no video at"):
+        read_log_intensity(tmp_path / "absent.mp4")
+    (tmp_path / "junk.mp4").write_bytes(b"junk" * 99)
+    with pytest.raises(UserError, match="could not be decoded"):
+        read_log_intensity(tmp_path / "junk.mp4")
