@@ -68,9 +68,23 @@ def begin(directory: Path, settings: dict[str, Any], resume: bool) -> None:
     the new one takes its place."""
     part = unfinished(directory)
     if not (resume and (part / "settings.json").is_file()):
+        for notes in part.glob("progress-*.txt"):  # nobody's rows are thrown away while they are being written
+            os.close(_open_progress(notes))
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         write_json(part / "settings.json", settings)
+
+
+def _open_progress(path: Path) -> int:
+    """The progress file at `path`, ours alone as long as it is open; a note cut off by a kill is removed."""
+    stream = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(stream)
+        raise UserError(f"another process is writing {path.parent}; wait for it, or give another --output_dir.") from None
+    os.ftruncate(stream, path.read_bytes().rfind(b"\n") + 1)
+    return stream
 
 
 def rows_done(directory: Path) -> set[int]:
@@ -139,19 +153,9 @@ class HiddenStatesWriter:
                 os.replace(fresh, self.part / name)
         self._files = {name: os.open(self.part / name, os.O_RDWR) for name in sizes}
         self._offsets = {name: storage_offset(self.part / name) for name in sizes}
-        self._progress = self._open_progress(self.part / f"progress-{rank}.txt")
+        self._progress = _open_progress(self.part / f"progress-{rank}.txt")
         self.done = rows_done(directory)
         self._waiting: list[str] = []
-
-    def _open_progress(self, path: Path) -> int:
-        stream = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is writing {self.part}; wait for it, or give another --output_dir.") from None
-        content = path.read_bytes()
-        os.ftruncate(stream, content.rfind(b"\n") + 1)  # a line cut off by a kill
-        return stream
 
     def write(self, row: int, states: Mapping[str, Tensor], token_ids: Sequence[int], about: dict[str, Any]) -> None:
         """Store one row; it counts from the next `commit` on.

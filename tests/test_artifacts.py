@@ -10,7 +10,7 @@ import torch
 from feature_alignment import artifacts
 from feature_alignment.config import Common
 from feature_alignment.console import UserError
-from feature_alignment.hidden_states_writer import HiddenStatesWriter, begin, check_room, complete, refuse_changes
+from feature_alignment.hidden_states_writer import HiddenStatesWriter, begin, check_room, complete, refuse_changes, rows_done
 
 DRAFT, TARGET = "egpt_hidden_states.pt", "vl_hidden_states.pt"
 META = {"draft_layers": [3], "hidden_size_draft": 6, "hidden_size_target": 4}
@@ -88,10 +88,12 @@ def test_a_row_that_was_half_noted_is_done_again(tmp_path):
     assert [r["id"] for r in artifacts.load_hidden_states(tmp_path / "a").rows] == [f"s{i}" for i in range(5)]
 
 
-def test_a_run_somebody_else_is_writing_is_left_alone(tmp_path):
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_somebody_else_is_writing_is_left_alone(tmp_path, resume):
     fill(open_writer(tmp_path / "a"), (0, 1))
     with pytest.raises(UserError, match="another process is writing"):
-        open_writer(tmp_path / "a")
+        open_writer(tmp_path / "a", resume=resume)
+    assert rows_done(tmp_path / "a") == {0, 1}
 
 
 @pytest.mark.parametrize("is_complete", [False, True])

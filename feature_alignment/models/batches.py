@@ -68,8 +68,8 @@ class ClipBatch:
             if not going:
                 return answers
             if len(going) < len(rows):
-                state, rows, tokens = branch(state, going, max_new_tokens), [rows[i] for i in going], tokens[going]
-                place, seen = place[going], seen[going]
+                order = _keep(state, going)
+                rows, tokens, place, seen = [rows[i] for i in order], tokens[order], place[order], seen[order]
             seen = torch.cat([seen, seen.new_ones(len(rows), 1)], dim=1)
             self.model.step(state, tokens[:, None], position_ids=place, attention_mask=seen)
             place = place + 1
@@ -96,7 +96,7 @@ class _RoomyLayer(DynamicLayer):
         b, heads, self._length, d = len(rows), *layer.keys.shape[1:]
         self._buffers = [old.new_empty(b, heads, self._length + room, d) for old in (layer.keys, layer.values)]
         for new, old in zip(self._buffers, (layer.keys, layer.values), strict=True):
-            new[:, :, : self._length] = old[rows]
+            torch.index_select(old, 0, rows, out=new[:, :, : self._length])
         self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -105,6 +105,23 @@ class _RoomyLayer(DynamicLayer):
             buffer[:, :, begin : self._length] = states
         self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
         return self.keys, self.values
+
+    def keep(self, holes: list[int], movers: list[int], count: int) -> None:
+        """Go on with the first `count` rows, after `movers` have taken the places `holes` among them."""
+        for buffer in self._buffers:
+            buffer[holes] = buffer[movers]
+        self._buffers = [buffer[:count] for buffer in self._buffers]
+
+
+def _keep(state: State, going: list[int]) -> list[int]:
+    """Drop all rows of `state` but `going`; returns their new order. The last ones fill the gaps, so few are copied."""
+    count, holes = len(going), sorted(set(range(len(going))) - set(going))
+    movers, order = [i for i in going if i >= count], list(range(count))
+    for hole, mover in zip(holes, movers, strict=True):
+        order[hole] = mover
+    for layer in state.cache.layers:
+        layer.keep(holes, movers, count)
+    return order
 
 
 def branch(state: State, rows: Sequence[int], room: int) -> State:
