@@ -132,6 +132,15 @@ def test_prophesee_files_give_back_what_was_written(tmp_path, write):
     same(load_events(tmp_path / "e.raw"), e)
 
 
+@pytest.mark.parametrize(("write", "word"), [(evt2, "u4"), (evt3, "u2")])
+def test_the_header_says_which_byte_comes_first(tmp_path, write, word):
+    e = truth()
+    swapped = np.frombuffer(write(e, b""), "<" + word).astype(">" + word).tobytes()
+    header = f"% evt {'2.0' if write is evt2 else '3.0'}\n% endianness big\n% end\n".encode()
+    (tmp_path / "e.raw").write_bytes(header + swapped)
+    same(load_events(tmp_path / "e.raw"), e)
+
+
 @pytest.mark.parametrize("write", [dat, evt2, evt3])
 def test_a_file_cut_in_the_middle_of_a_word_says_so(tmp_path, caplog, write):
     (tmp_path / "e.raw").write_bytes(write(truth())[:-1])

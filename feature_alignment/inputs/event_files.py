@@ -237,7 +237,8 @@ def _read_prophesee(path: Path) -> RawEvents:
     if version not in ("2", "3"):
         raise UserError(f"{path} is EVT{version}; only EVT2 and EVT3 can be read. Convert it with Metavision's file_to_dat.")
     decode = _decode_evt2 if version == "2" else _decode_evt3
-    return RawEvents(decode(path, raw[at:]), _sensor(header))
+    order = ">" if re.search(r"^% endianness big", header, re.MULTILINE) else "<"
+    return RawEvents(decode(path, raw[at:], order), _sensor(header))
 
 
 def _sensor(header: str) -> tuple[int, int] | None:
@@ -278,9 +279,9 @@ def _warn_early(path: Path, dropped: int) -> None:
         log.warning("%s: %d events before the first time stamp are dropped.", path, dropped)
 
 
-def _decode_evt2(path: Path, body: bytes) -> dict[str, np.ndarray]:
+def _decode_evt2(path: Path, body: bytes, order: str = "<") -> dict[str, np.ndarray]:
     """Words of 32 bits: kind 0 or 1 = darker or brighter with the time's low 6 bits, kind 8 = its high 28 bits."""
-    words = _words(path, body, "<u4").astype(np.int64)
+    words = _words(path, body, order + "u4").astype(np.int64)
     kind = words >> 28
     high = _last_index(kind == 8)
     event = kind <= 1
@@ -290,10 +291,10 @@ def _decode_evt2(path: Path, body: bytes) -> dict[str, np.ndarray]:
     return {"x": (words >> 11 & 0x7FF)[keep], "y": (words & 0x7FF)[keep], "t": t, "p": kind[keep]}
 
 
-def _decode_evt3(path: Path, body: bytes) -> dict[str, np.ndarray]:
+def _decode_evt3(path: Path, body: bytes, order: str = "<") -> dict[str, np.ndarray]:
     """Words of 16 bits, each changing one part of a state: y (0), x with polarity (2: one event; 3: base of a vector), 12 or 8
     pixels from the base on (4, 5), the time's low (6) and high (8) 12 bits. The high part wraps every 16.8 s."""
-    words = _words(path, body, "<u2").astype(np.int64)
+    words = _words(path, body, order + "u2").astype(np.int64)
     kind, value = words >> 12, words & 0xFFF
     row, high, low = _last_index(kind == 0), _last_index(kind == 8), _last_index(kind == 6)
     highs = value[kind == 8]
