@@ -328,7 +328,9 @@ def test_settings_of_the_inputs_are_used_and_recorded(tiny_run, tmp_path):
         False,
     )
     (tmp_path / "q.txt").write_text("What is this scene about?\n")
-    assert main([*argv, *settings])["rows"] == 4  # other questions under the same name are another run
+    with pytest.raises(UserError, match="questions"):  # other questions under the same name are another run
+        main([*argv, *settings])
+    assert main([*argv, *settings, "--no_resume"])["rows"] == 4
 
 
 def test_a_hub_name_that_cannot_be_had(wide, monkeypatch):
