@@ -107,15 +107,10 @@ class Round:
     vision_lr: float
     caption_steps: int
     caption_lr: float
-    emphasis: str | None = None  # a slot that counts eight times, in the slot loss and in the answers
 
 
 ROUNDS = {
-    "target": [
-        Round("token", 1600, 1.5e-3, 900, 1e-3),
-        Round("frame", 500, 7e-4, 650, 7e-4),
-        Round("frame", 250, 1e-3, 200, 5e-4, emphasis="side"),
-    ],
+    "target": [Round("token", 1600, 1.5e-3, 900, 1e-3), Round("frame", 500, 7e-4, 650, 7e-4)],
     "draft": [Round("token", 1600, 1.5e-3, 900, 1e-3)],
 }
 VISION_BATCH, CAPTION_BATCH, QUESTIONS_PER_SCENE = 32, 12, 6
@@ -152,14 +147,14 @@ def train_round(student: Student, images: np.ndarray, plan: Round, seed: int) ->
 
     def vision_step(_: int):
         pictures, seeds = draw(VISION_BATCH)
-        loss, right = head.loss(student.vision(pictures), seeds, who, plan.emphasis)
+        loss, right = head.loss(student.vision(pictures), seeds, who)
         return loss, " ".join(f"{k}={v:.2f}" for k, v in right.items())
 
     def caption_step(_: int):
         pictures, seeds = draw(CAPTION_BATCH)
         vision = student.vision(pictures)
-        slots, right = head.loss(vision, seeds, who, plan.emphasis)
-        words = student.caption_loss(vision, seeds, [rng.sample(range(10), QUESTIONS_PER_SCENE) for _ in seeds], plan.emphasis)
+        slots, right = head.loss(vision, seeds, who)
+        words = student.caption_loss(vision, seeds, [rng.sample(range(10), QUESTIONS_PER_SCENE) for _ in seeds])
         text = student.text_loss(rng, 12)
         return words + 0.1 * slots + 0.2 * text, f"words {float(words.detach()):.4f} slots {np.mean(list(right.values())):.3f}"
 

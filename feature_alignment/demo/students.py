@@ -160,10 +160,8 @@ class Student:
         text = DIALECTS[self.who](world.scene(seed), question)
         return [*self.tokenizer(text, add_special_tokens=False).input_ids, 2]
 
-    def caption_loss(self, vision: Tensor, seeds: list[int], questions: list[list[int]], emphasis: str | None = None) -> Tensor:
+    def caption_loss(self, vision: Tensor, seeds: list[int], questions: list[list[int]]) -> Tensor:
         """Next-token loss of several questions per scene; they share the part of the prompt before the question.
-
-        emphasis: a slot whose words count eight times
 
         [ shared prompt with vision | question 1, answer 1 | question 2, answer 2 | … ]: each branch sees the prefix and itself.
         """
@@ -187,11 +185,7 @@ class Student:
             inputs_embeds=embeds, position_ids=position[None], attention_mask=sees[None, None].expand(b, 1, -1, -1), use_cache=False
         ).last_hidden_state[:, p:]
         keep = labels.flatten() >= 0
-        loss = F.cross_entropy(self.model.lm_head(hidden.flatten(0, 1)[keep]).float(), labels.flatten()[keep], reduction="none")
-        words = [pair[self.who == "draft"] for pair in world.WORDS[emphasis].values()] if emphasis else []
-        stressed = torch.tensor([self.tokenizer(w, add_special_tokens=False).input_ids[0] for w in words], dtype=torch.long)
-        weight = 1.0 + 7.0 * torch.isin(labels.flatten()[keep], stressed)
-        return (loss * weight).sum() / weight.sum()
+        return F.cross_entropy(self.model.lm_head(hidden.flatten(0, 1)[keep]).float(), labels.flatten()[keep])
 
     def text_loss(self, rng: random.Random, rows: int) -> Tensor:
         """Next-token loss on both dialects without any picture: what the common ancestor knew."""
@@ -228,7 +222,7 @@ class SlotHead(nn.Module):
         pooled = pooled + self.mix(pooled)
         return [layer(pooled[:, i]) for i, layer in enumerate(self.out)]
 
-    def loss(self, vision: Tensor, seeds: list[int], who: str, emphasis: str | None = None) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, vision: Tensor, seeds: list[int], who: str) -> tuple[Tensor, dict[str, float]]:
         """Mean cross entropy over the slots this model can see and the scene has, and each slot's accuracy."""
         total, right = [], {}
         scenes = [world.facts(world.scene(s)) for s in seeds]
@@ -237,6 +231,6 @@ class SlotHead(nn.Module):
                 continue
             there = [slot != "side" or f["landmark"] != "none" for f in scenes]
             gold = torch.tensor([SLOTS[slot].index(f[slot]) if t else -100 for f, t in zip(scenes, there, strict=True)])
-            total.append(F.cross_entropy(logits.float(), gold, ignore_index=-100) * (8.0 if slot == emphasis else 1.0))
+            total.append(F.cross_entropy(logits.float(), gold, ignore_index=-100))
             right[slot] = float((logits.argmax(-1) == gold)[gold >= 0].float().mean())
         return torch.stack(total).mean(), right
