@@ -131,7 +131,13 @@ def settings_of(cfg: ExtractConfig) -> dict[str, Any]:
     """What decides the bytes of a run: files by their content, never by their place."""
     from feature_alignment.artifacts import file_hash
 
-    paths = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split], "answers": cfg.answers, "questions": cfg.questions}
+    paths = {
+        "target": cfg.target_id,
+        "draft": cfg.draft_id,
+        "manifest": cfg.manifests[cfg.split],
+        "answers": cfg.answers,
+        "questions": cfg.questions,
+    }
     elsewhere = ("target_id", "draft_id", "manifests", "answers", "questions", "resume", "output_dir", "threads", "seed", "merge")
     settings = {k: v for k, v in as_plain(cfg).items() if k not in elsewhere}
     return settings | {k: file_hash(p) if p and p.exists() else None for k, p in paths.items()}

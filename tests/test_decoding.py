@@ -8,7 +8,7 @@ from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.decoding.acceptance import kept_drafts
 from feature_alignment.decoding.engine import greedy, speculate
-from feature_alignment.decoding.null_drafters import NGram, TableProposer, Template
+from feature_alignment.decoding.null_drafters import HybridProposer, NGram, TableProposer, Template
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.models.pair import EOS
@@ -29,10 +29,12 @@ def proposer_for(source: str, draft_model, target, adapter):
     if source in ("own", "aligned"):
         return ModelProposer(as_decoder(draft_model), adapter, target.lm_head if source == "aligned" else None)
     texts = [("", greedy(target, prompt_of(*p), MAX).token_ids) for p in PROMPTS[1:]]
+    if source == "hybrid":
+        return HybridProposer(NGram(texts), ModelProposer(as_decoder(draft_model), adapter, target.lm_head), sure=0.6)
     return TableProposer((Template if source == "template" else NGram)(texts))
 
 
-@pytest.mark.parametrize("source", ["own", "aligned", "template", "ngram"])
+@pytest.mark.parametrize("source", ["own", "aligned", "template", "ngram", "hybrid"])
 @pytest.mark.parametrize("noise", [0.0, 0.02, 1.0])
 @pytest.mark.parametrize("gamma", [1, 2, 4, 7])
 def test_token_acceptance_is_plain_greedy(source, noise, gamma):
@@ -167,3 +169,23 @@ def test_taps_are_the_layers_they_say(taps):
     torch.testing.assert_close(hidden, want, atol=1e-5, rtol=1e-4)
     assert len(state.cache.layers) == max(taps)
     assert decoder.norm == ("post" if taps == [3] else "pre")
+
+
+def test_a_hybrid_asks_the_model_only_where_the_table_is_unsure():
+    model = tiny_llama(0)
+    target = as_decoder(model)
+    plain = greedy(target, prompt_of(*PROMPTS[0]), 20)
+    asked = []
+
+    class Watched(ModelProposer):
+        def propose(self, emitted, num_tokens, watch):
+            asked.append(len(emitted))
+            return super().propose(emitted, num_tokens, watch)
+
+    sure = NGram([("", plain.token_ids)] * 9)
+    for table, calls in ((sure, 0), (NGram([("", [9])]), 1)):
+        asked.clear()
+        proposer = HybridProposer(table, Watched(as_decoder(model), None, None))
+        got = speculate(target, proposer, prompt_of(*PROMPTS[0]), prompt_of(*PROMPTS[0]), num_draft_tokens=4, max_new_tokens=20)
+        assert got.token_ids == plain.token_ids
+        assert bool(asked) == bool(calls)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from feature_alignment.decoding.proposers import Draft
+from feature_alignment.decoding.proposers import Draft, ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.models.pair import Prompt
 
@@ -45,15 +45,20 @@ class NGram:
                     context = tuple(tokens[t - size : t])
                     table[question, context][token] += 1
                     table["", context][token] += 1
-        self._best = {key: count.most_common(1)[0][0] for key, count in table.items()}
+        self._best = {key: (*count.most_common(1)[0], count.total()) for key, count in table.items()}
 
     def next_token(self, question: str, prefix: Sequence[int]) -> int:
+        return self.guess(question, prefix)[0]
+
+    def guess(self, question: str, prefix: Sequence[int]) -> tuple[int, float]:
+        """The next token and how sure the table is: its share behind the longest known context, one unseen case added."""
         for size in range(min(self._n - 1, len(prefix)), -1, -1):
             context = tuple(prefix[len(prefix) - size :])
             for who in (question, ""):
                 if (who, context) in self._best:
-                    return self._best[who, context]
-        return 2
+                    token, count, total = self._best[who, context]
+                    return token, count / (total + 1)
+        return 2, 0.0
 
 
 NULL_DRAFTERS = {"template": Template, "ngram": NGram}
@@ -74,4 +79,24 @@ class TableProposer:
         with watch("draft"):
             for _ in range(num_tokens):
                 text.append(self._table.next_token(self.question, text))
+        return Draft(torch.tensor(text[len(emitted) :]), None)
+
+
+class HybridProposer:
+    """The n-gram table where it is sure, the model where it is not. The model reads the table's tokens when it is next asked."""
+
+    def __init__(self, table: NGram, model: ModelProposer, sure: float = 0.8) -> None:
+        self._table, self._model, self._sure = table, model, sure
+        self.question = ""
+
+    def start(self, prompt: Prompt, watch: Stopwatch) -> None:
+        self._model.start(prompt, watch)
+
+    def propose(self, emitted: Sequence[int], num_tokens: int, watch: Stopwatch) -> Draft:
+        text = list(emitted)
+        for _ in range(num_tokens):
+            token, share = self._table.guess(self.question, text)
+            if share < self._sure:
+                token = int(self._model.propose(text, 1, watch).token_ids[0])
+            text.append(token)
         return Draft(torch.tensor(text[len(emitted) :]), None)
