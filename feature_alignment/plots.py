@@ -43,7 +43,7 @@ def acceptance_by_position(rows: list[dict[str, Any]], path: Path) -> None:
         ("token_match", "n", BLUE, "token match"),
         ("token_match_given_earlier", "n_all_earlier_matched", ORANGE, "token match, all earlier ones matched"),
     ):
-        y = np.array([np.nan if r[key] is None else r[key] for r in rows])
+        y = np.array([np.nan if r[key] is None or r[n_key] < 10 else r[key] for r in rows])  # fewer say nothing
         n = np.maximum([r[n_key] for r in rows], 1)
         half = 1.96 * np.sqrt(np.clip(y * (1 - y), 0, None) / n)
         axis.plot(x, y, color=colour, label=label)
