@@ -201,22 +201,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     path = cfg.out / "adapter" / "adapter.pt"
     adapter, adapter_meta = load_adapter(path, test.draft.shape[-1], test.meta["draft_layers"])
 
-    scores = score(lambda g, _: adapter(g), test, head)
-    nulls = null_predictors(train, validation, test, adapter.bottleneck, head)
-    report = acceptance_report(scores, {k: score(f, test, head) for k, f in nulls.items()}, test, cfg.num_draft_tokens)
-    made_from = {"adapter": path, "states": folder / cfg.split / "meta.json", "train": folder / cfg.train_split / "meta.json"}
-    report = {
-        "meta": artifacts.provenance("measure_feature_acceptance", cfg, made_from, prefix=test.meta["prefix"], split=cfg.split),
-        "adapter": {"params": adapter.num_parameters, "layer": adapter_meta["draft_layers"]},
-        **report,
-    }
     out = cfg.out / "acceptance"
-    artifacts.write_json(out / "acceptance.json", report)
-    columns = list(report["per_position"][0])
-    lines = [",".join("" if row[c] is None else str(row[c]) for c in columns) for row in report["per_position"]]
-    artifacts.write_text(out / "per_position.csv", "\n".join([",".join(columns), *lines]) + "\n")
-    plots.cosine_histogram(scores.cosine[test.mask].numpy(), scores.match[test.mask].numpy(), out / "cosine_histogram.png")
-    plots.acceptance_by_position(report["per_position"], out / "acceptance_by_position.png")
+    made_from = {"adapter": path, "states": folder / cfg.split / "meta.json", "train": folder / cfg.train_split / "meta.json"}
+    report = artifacts.reusable(out / "acceptance.json", cfg, made_from)
+    if report is None:
+        scores = score(lambda g, _: adapter(g), test, head)
+        nulls = null_predictors(train, validation, test, adapter.bottleneck, head)
+        report = {
+            "meta": artifacts.provenance("measure_feature_acceptance", cfg, made_from, prefix=test.meta["prefix"], split=cfg.split),
+            "adapter": {"params": adapter.num_parameters, "layer": adapter_meta["draft_layers"]},
+            **acceptance_report(scores, {k: score(f, test, head) for k, f in nulls.items()}, test, cfg.num_draft_tokens),
+        }
+        columns = list(report["per_position"][0])
+        lines = [",".join("" if row[c] is None else str(row[c]) for c in columns) for row in report["per_position"]]
+        artifacts.write_text(out / "per_position.csv", "\n".join([",".join(columns), *lines]) + "\n")
+        plots.cosine_histogram(scores.cosine[test.mask].numpy(), scores.match[test.mask].numpy(), out / "cosine_histogram.png")
+        plots.acceptance_by_position(report["per_position"], out / "acceptance_by_position.png")
+        artifacts.write_json(out / "acceptance.json", report)  # last: its presence means the pictures are there
 
     rows = [("adapter", rate_text(report["cosine"]), rate_text(report["token_match"]), report["tokens_per_pass"])]
     rows += [(k, rate_text(v["cosine"]), rate_text(v["token_match"]), v["tokens_per_pass"]) for k, v in report["nulls"].items()]
