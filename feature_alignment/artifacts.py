@@ -160,10 +160,6 @@ class HiddenStates:
     rows: list[dict[str, Any]]
     meta: dict[str, Any]
 
-    def positions(self) -> tuple[Tensor, Tensor]:
-        """All real positions of both models, flat: [p, d_draft], [p, d_target], float32."""
-        return self.draft[self.mask].float(), self.target[self.mask].float()
-
     @property
     def ended(self) -> Tensor:
         """[n] bool: texts that end with EOS, not at the length limit."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from feature_alignment.demo.world import HIDDEN_FROM_EVENTS, WORDS, Scene
+from feature_alignment.demo.world import WORDS, Scene
 
 QUESTIONS = (
     "What are the key elements in this scene?",
@@ -146,9 +146,3 @@ def facts_in(text: str) -> dict[str, str]:
         if slot == "kind":
             found.setdefault("number", "one")
     return found
-
-
-def slots_told(text: str) -> tuple[list[str], list[str]]:
-    """Slots a text states, split into those events can show and those they cannot."""
-    slots = facts_in(text)
-    return [x for x in slots if x not in HIDDEN_FROM_EVENTS], [x for x in slots if x in HIDDEN_FROM_EVENTS]
