@@ -28,6 +28,7 @@ from feature_alignment.config import Common, as_plain
 from feature_alignment.console import UserError, finite
 
 SCHEMA = 1
+EVENT_STATES = "egpt_event_states.pt"
 EXTRACT = "python feature_alignment/extract_hidden_states.py --config configs/demo.yaml --split {split}"
 
 
@@ -150,6 +151,7 @@ class HiddenStates:
     mask:      [n, s] bool       real positions, EOS included
     lengths:   [n] int64
     rows:      one dict per row: id, sequence, question, both texts
+    events:    [n, e, d_event]   EventGPT's states over its event tokens, if asked for: of the last tapped layer
     """
 
     draft: Tensor
@@ -159,6 +161,7 @@ class HiddenStates:
     lengths: Tensor
     rows: list[dict[str, Any]]
     meta: dict[str, Any]
+    events: Tensor | None = None
 
     @property
     def ended(self) -> Tensor:
@@ -176,10 +179,11 @@ def layer_file(layer: int) -> str:
     return f"egpt_hidden_states.layer{layer:02d}.pt"
 
 
-def load_hidden_states(directory: Path, layer: int | None = None) -> HiddenStates:
+def load_hidden_states(directory: Path, layer: int | None = None, events: bool = False) -> HiddenStates:
     """One split of a complete extraction; refuses an incomplete directory or files that do not fit each other.
 
-    layer: which draft layer, where they were stored apart (`--separate_layers`); `meta` then speaks of this layer alone
+    layer:  which draft layer, where they were stored apart (`--separate_layers`); `meta` then speaks of this layer alone
+    events: read EventGPT's event states as well
     """
     command = EXTRACT.format(split=directory.name)
     meta = read_json(directory / "meta.json", command)
@@ -206,7 +210,12 @@ def load_hidden_states(directory: Path, layer: int | None = None) -> HiddenState
     for file, tensor, width in ((name, draft, "hidden_size_draft"), ("vl_hidden_states.pt", target, "hidden_size_target")):
         if tensor.shape[-1] != meta[width]:
             raise UserError(f"{directory}/{file} is {tensor.shape[-1]} wide, its meta.json says {meta[width]}: files swapped?")
-    return HiddenStates(draft, target, **{k: positions[k] for k in ("token_ids", "mask", "lengths")}, rows=rows, meta=meta)
+    seen = None
+    if events:
+        if not meta.get("event_states"):
+            raise UserError(f"{directory} holds no event states, which the chained adapter reads. Extract them:\n  {command} --event_states")
+        seen = load_pt(directory / EVENT_STATES, command)
+    return HiddenStates(draft, target, **{k: positions[k] for k in ("token_ids", "mask", "lengths")}, rows=rows, meta=meta, events=seen)
 
 
 # ------------------------------------------------------------------------------------------------------- answers of both models

@@ -5,7 +5,8 @@
     Video-LLaVA       | v0 → v1 → v2 → v3            v[t] emits x(t+1)
 
 reads   a manifest of clips and questions, both checkpoints
-writes  hidden_states/<split>/{egpt,vl}_hidden_states.pt, positions.pt, samples.jsonl; token_pairs/<split>.json; vl_lm_head.pt
+writes  hidden_states/<split>/{egpt,vl}_hidden_states.pt, positions.pt, samples.jsonl; token_pairs/<split>.json; vl_lm_head.pt;
+        with --event_states also egpt_event_states.pt and vl_embeddings.pt, for the chained adapter
 
     python feature_alignment/extract_hidden_states.py --config configs/demo.yaml --split train
     torchrun --nproc_per_node 2 feature_alignment/extract_hidden_states.py --config configs/demo.yaml --split train
@@ -51,6 +52,7 @@ class ExtractConfig(Common):
         batch_size: rows that are read at once
         store_dtype: what the files hold
         separate_layers: store each of draft_layers in a file of its own, egpt_hidden_states.layer02.pt, …, instead of side by side
+        event_states: store EventGPT's states over its event tokens as well, which the chained adapter reads (4.8 MB a row at 7B)
         answers: token pairs file whose answers are read instead of generated (default: this output_dir's own, where it fits)
         shard: only the i-th of n parts, e.g. 2/3
         merge: put all shards of the split together
@@ -63,6 +65,7 @@ class ExtractConfig(Common):
     batch_size: int = 32
     store_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     separate_layers: bool = False
+    event_states: bool = False
     answers: Path | None = None
     shard: str | None = None
     merge: bool = False
@@ -88,6 +91,7 @@ def extract(
     """
     from tqdm import tqdm
 
+    from feature_alignment.artifacts import EVENT_STATES
     from feature_alignment.models.batches import ClipBatch
 
     todo = [rows for rows in mine if any(place[row] not in writer.done for row in rows)]
@@ -103,13 +107,16 @@ def extract(
                 egpt = (draft if speaker is pair.draft else ClipBatch(speaker, asked)).generate(cfg.max_new_tokens)
             texts = {"verifier": (vl, vl), "drafter": (egpt, egpt), "own": (vl, egpt)}[cfg.prefix]
             target_reads, draft_reads = ([answer[: cfg.max_positions] for answer in text] for text in texts)
-            states = zip(rows, asked, target.states(target_reads), draft.states(draft_reads), target_reads, vl, egpt, strict=True)
-            for row, sample, v, g, read, vl_tokens, egpt_tokens in states:
+            seen = draft.vision_states() if cfg.event_states else [None] * len(asked)
+            states = zip(rows, asked, target.states(target_reads), draft.states(draft_reads), seen, target_reads, vl, egpt, strict=True)
+            for row, sample, v, g, events, read, vl_tokens, egpt_tokens in states:
                 length = min(len(v), len(g))  # `own` is paired by index, up to the shorter text
                 about = {"id": sample.id, "sequence": sample.sequence, "question": sample.question, "facts": sample.facts}
                 for who, decoder, tokens in (("vl", pair.target, vl_tokens), ("egpt", pair.draft, egpt_tokens)):
                     about |= {f"{who}_tokens": tokens, f"{who}_text": decoder.tokenizer.decode(tokens, skip_special_tokens=True)}
                 kept = {**draft_files(pair.draft, g[:length], cfg), "vl_hidden_states.pt": v[:length]}
+                if events is not None:
+                    kept[EVENT_STATES] = events
                 writer.write(place[row], kept, read[:length], about)
             writer.commit()
             bar.update(len(rows))
@@ -188,25 +195,30 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parts = batches(samples, cfg.batch_size)[shard - 1 :: shards]
     place = {row: i for i, row in enumerate(row for part in parts for row in part)}
     width, dtype = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens), getattr(torch, cfg.store_dtype)
-    sizes = {name: states.shape[-1] for name, states in draft_files(pair.draft, torch.empty(0, pair.draft.hidden_size), cfg).items()}
-    sizes |= {"vl_hidden_states.pt": pair.target.hidden_size}
+    nothing = draft_files(pair.draft, torch.empty(0, pair.draft.hidden_size), cfg)
+    shapes = {name: (width, states.shape[-1]) for name, states in nothing.items()}
+    shapes |= {"vl_hidden_states.pt": (width, pair.target.hidden_size)}
+    if cfg.event_states:
+        shapes |= {artifacts.EVENT_STATES: (pair.draft.vision_tokens, pair.draft.width)}
     if cfg.resume:
         files.refuse_changes(out, settings)
     wait()  # everyone has looked before anything changes
     if rank == 0:
         missing = len(place) - (len(files.rows_done(out)) if cfg.resume else 0)
-        at_most = missing * files.row_bytes(width, sizes, dtype)
+        at_most = missing * files.row_bytes(shapes.values(), dtype)
         log.info("extract  %s: %d of %d rows to do, at most %.4g MB", cfg.split, missing, len(place), at_most / 1e6)
         files.check_room(cfg.out, at_most)
         files.begin(out, settings, cfg.resume)
-        writer = files.HiddenStatesWriter(out, len(place), width, sizes, dtype)
+        writer = files.HiddenStatesWriter(out, len(place), shapes, dtype)
     wait()
     if rank:
-        writer = files.HiddenStatesWriter(out, len(place), width, sizes, dtype, rank)
+        writer = files.HiddenStatesWriter(out, len(place), shapes, dtype, rank)
     extract(pair, speaker, samples, parts[rank::world], cfg, writer, answers, place, first=rank == 0)
     wait()
     if rank == 0:
         artifacts.save_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", pair.target.head_weight.detach().cpu().clone())
+        if cfg.event_states:
+            artifacts.save_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", pair.target.embeddings.cpu().clone())
         writer.finish(describe(pair, cfg, settings, len(place)), token_pairs)
     wait()
     return report(cfg, out, reused=False, first=rank == 0)
@@ -235,6 +247,7 @@ def describe(pair: Pair, cfg: ExtractConfig, settings: dict[str, Any], rows: int
         prefix=cfg.prefix,
         rows=rows,
         separate_layers=cfg.separate_layers,
+        event_states=cfg.event_states,
         draft_layers=list(pair.draft.taps),
         draft_norm=pair.draft.norm,
         draft_norms=pair.draft.norms,

@@ -15,14 +15,14 @@ import os
 import shutil
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from feature_alignment.artifacts import read_json, write_json, write_token_pairs
+from feature_alignment.artifacts import EVENT_STATES, read_json, write_json, write_token_pairs
 from feature_alignment.console import UserError
 
 ANEW = "the same command with --no_resume"
@@ -129,30 +129,31 @@ def check_room(directory: Path, needed_bytes: int) -> None:
         )
 
 
-def row_bytes(width: int, sizes: Mapping[str, int], dtype: torch.dtype) -> int:
-    """What one row may take in all files together; a short text takes less, because what is not written is not stored."""
-    return width * sum(sizes.values()) * dtype.itemsize
+def row_bytes(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
+    """What one row may take in files of these shapes per row; a short text takes less, because what is not written is not stored."""
+    return sum(positions * size for positions, size in shapes) * dtype.itemsize
 
 
 class HiddenStatesWriter:
     """The unfinished folder of one run, opened by one of the processes that fill it. Make it after `begin`.
 
-    sizes: file name -> width of its states; each file holds [rows, width, size], zero where no text is
+    shapes: file name -> (positions, size); each file holds [rows, positions, size], zero where no text is
     rank:  this process's number. Rank 0 must be made first and be the only one to `finish`
     """
 
-    def __init__(self, directory: Path, rows: int, width: int, sizes: Mapping[str, int], dtype: torch.dtype, rank: int = 0) -> None:
+    def __init__(self, directory: Path, rows: int, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, rank: int = 0) -> None:
         self.directory, self.part = directory, unfinished(directory)
-        self._shape, self._sizes, self._dtype = (rows, width), dict(sizes), dtype
-        for name, size in sizes.items():
+        self._rows, self._shapes, self._dtype = rows, dict(shapes), dtype
+        self._longest = shapes["vl_hidden_states.pt"][0]
+        for name, shape in shapes.items():
             if rank == 0 and not (self.part / name).is_file():
                 fresh = self.part / "fresh" / name  # torch writes the file's name into the file: it must be the final one
                 fresh.parent.mkdir(exist_ok=True)
                 with torch.serialization.skip_data():
-                    torch.save(torch.empty(rows, width, size, dtype=dtype), fresh)
+                    torch.save(torch.empty(rows, *shape, dtype=dtype), fresh)
                 os.replace(fresh, self.part / name)
-        self._files = {name: os.open(self.part / name, os.O_RDWR) for name in sizes}
-        self._offsets = {name: storage_offset(self.part / name) for name in sizes}
+        self._files = {name: os.open(self.part / name, os.O_RDWR) for name in shapes}
+        self._offsets = {name: storage_offset(self.part / name) for name in shapes}
         self._progress = _open_progress(self.part / f"progress-{rank}.txt")
         self.done = rows_done(directory)
         self._waiting: list[str] = []
@@ -160,28 +161,30 @@ class HiddenStatesWriter:
     def write(self, row: int, states: Mapping[str, Tensor], token_ids: Sequence[int], about: dict[str, Any]) -> None:
         """Store one row; it counts from the next `commit` on.
 
-        states: file name -> [n, size], any dtype; token_ids: n, at most `width`
+        states: file name -> [n, size], any dtype; of event states all positions. token_ids: n
         raises: UserError for states that are not finite
         """
-        n, (_, width) = len(token_ids), self._shape
+        n = len(token_ids)
         for name, tensor in states.items():
             if not torch.isfinite(tensor).all():
                 raise UserError(f"sample {about['id']}: {name} would hold non-finite states; check the model's dtype and inputs.")
-            if tensor.shape != (n, self._sizes[name]) or not 1 <= n <= width:
-                raise ValueError(f"{name}, row {row}: states {tuple(tensor.shape)} for {n} tokens of at most {width}")
+            positions, size = self._shapes[name]
+            if tensor.shape != (positions if name == EVENT_STATES else n, size) or not 1 <= n <= self._longest:
+                raise ValueError(f"{name}, row {row}: states {tuple(tensor.shape)} for {n} tokens of at most {self._longest}")
             self._put(name, row, tensor.to(self._dtype).contiguous().view(torch.uint8).numpy().data)
         self._waiting.append(json.dumps({"row": row, "read": list(token_ids), **about}) + "\n")
 
     def copy(self, row: int, source: Path, source_row: int, about: dict[str, Any]) -> None:
-        """Store a row of another complete run, whose files have the same names, widths and dtype; `about` has its text as `read`."""
-        for name, size in self._sizes.items():
-            at = storage_offset(source / name) + source_row * row_bytes(self._shape[1], {name: size}, self._dtype)
+        """Store a row of another complete run, whose files have the same names, shapes and dtype; `about` has its text as `read`."""
+        for name, (positions, size) in self._shapes.items():
+            at = storage_offset(source / name) + source_row * row_bytes([(positions, size)], self._dtype)
+            n = positions if name == EVENT_STATES else len(about["read"])
             with (source / name).open("rb") as stream:
-                self._put(name, row, memoryview(os.pread(stream.fileno(), len(about["read"]) * size * self._dtype.itemsize, at)))
+                self._put(name, row, memoryview(os.pread(stream.fileno(), n * size * self._dtype.itemsize, at)))
         self._waiting.append(json.dumps({"row": row, **about}) + "\n")
 
     def _put(self, name: str, row: int, data: memoryview) -> None:
-        at = self._offsets[name] + row * row_bytes(self._shape[1], {name: self._sizes[name]}, self._dtype)
+        at = self._offsets[name] + row * row_bytes([self._shapes[name]], self._dtype)
         data = data.cast("B")
         while data:  # one call writes at most 2 GiB, and less where a signal comes
             sent = os.pwrite(self._files[name], data, at)
@@ -202,7 +205,7 @@ class HiddenStatesWriter:
         """What was said about every row, in their order, one at a time; `read` is the text the states stand on."""
         where = {row: (path, at) for row, path, at in _notes(self.part)}
         streams = {path: path.open("rb") for path, _ in set(where.values())}
-        for row in range(self._shape[0]):
+        for row in range(self._rows):
             path, at = where[row]
             streams[path].seek(at)
             about = json.loads(streams[path].readline())
@@ -213,7 +216,7 @@ class HiddenStatesWriter:
 
     def finish(self, meta: dict[str, Any], token_pairs: Path | None = None) -> None:
         """Write what goes beside the states (and the answers to `token_pairs`) and give everything its final name at once."""
-        count, width = self._shape
+        count, width = self._rows, self._longest
         if token_pairs:
             write_token_pairs(token_pairs, meta, self.rows())
         token_ids, lengths = torch.zeros(count, width, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
@@ -261,13 +264,13 @@ def merge_shards(directory: Path, settings: dict[str, Any], places: Mapping[str,
             what = "\n  ".join(changed) or f"{head} is not there: copy it from any of the machines"
             raise UserError(f"{folder} cannot be merged:\n  {what}")
     first = torch.load(wanted[0] / "vl_hidden_states.pt", mmap=True, weights_only=True)
-    names = sorted(p.name for p in wanted[0].glob("*_hidden_states*.pt"))
-    sizes = {name: torch.load(wanted[0] / name, mmap=True, weights_only=True).shape[-1] for name in names}
-    check_room(directory.parent, (len(places) - len(rows_done(directory))) * row_bytes(first.shape[1], sizes, first.dtype))
+    names = sorted(p.name for p in wanted[0].glob("*_states*.pt"))
+    shapes = {name: tuple(torch.load(wanted[0] / name, mmap=True, weights_only=True).shape[1:]) for name in names}
+    check_room(directory.parent, (len(places) - len(rows_done(directory))) * row_bytes(shapes.values(), first.dtype))
     if resume:
         refuse_changes(directory, settings)
     begin(directory, settings, resume)
-    writer = HiddenStatesWriter(directory, len(places), first.shape[1], sizes, first.dtype)
+    writer = HiddenStatesWriter(directory, len(places), shapes, first.dtype)
     for folder in wanted:
         positions = torch.load(folder / "positions.pt", weights_only=True)
         with (folder / "samples.jsonl").open() as stream:

@@ -30,7 +30,7 @@ def open_writer(path, settings=None, rows=5, resume=True, rank=0):
     if resume:
         refuse_changes(path, settings or {"a": 1})
     begin(path, settings or {"a": 1}, resume)
-    return HiddenStatesWriter(path, rows, 5, {DRAFT: 6, TARGET: 4}, torch.float32, rank)
+    return HiddenStatesWriter(path, rows, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32, rank)
 
 
 def test_round_trip(tmp_path):
@@ -134,8 +134,8 @@ def test_a_full_disk_is_seen_before_the_work(tmp_path):
 
 def test_one_of_several_layers_is_read(tmp_path):
     begin(tmp_path / "a", {}, resume=True)
-    names = {artifacts.layer_file(k): 6 for k in (2, 4)}
-    writer = HiddenStatesWriter(tmp_path / "a", 1, 5, names | {TARGET: 4}, torch.float32)
+    names = {artifacts.layer_file(k): (5, 6) for k in (2, 4)}
+    writer = HiddenStatesWriter(tmp_path / "a", 1, names | {TARGET: (5, 4)}, torch.float32)
     states = {artifacts.layer_file(k): torch.full((2, 6), float(k)) for k in (2, 4)}
     writer.write(0, states | {TARGET: torch.ones(2, 4)}, [5, 2], {"id": "x"})
     writer.commit()

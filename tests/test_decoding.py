@@ -178,9 +178,9 @@ def test_a_hybrid_asks_the_model_only_where_the_table_is_unsure():
     asked = []
 
     class Watched(ModelProposer):
-        def propose(self, emitted, num_tokens, watch):
+        def propose(self, emitted, states, num_tokens, watch):
             asked.append(len(emitted))
-            return super().propose(emitted, num_tokens, watch)
+            return super().propose(emitted, states, num_tokens, watch)
 
     sure = NGram([("", plain.token_ids)] * 9)
     for table, calls in ((sure, 0), (NGram([("", [9])]), 1)):

@@ -7,7 +7,8 @@ import torch
 
 from feature_alignment.artifacts import HiddenStates
 from feature_alignment.hidden_adapter import HiddenAdapter
-from feature_alignment.train_hidden_adapter import Scale, TrainConfig, train
+from feature_alignment.train_hidden_adapter import TrainConfig
+from feature_alignment.training import Scale, train_hidden
 
 
 def states(n, seed, change, d=8, s=6):
@@ -32,7 +33,7 @@ def test_a_known_map_is_learnt(kl):
     torch.manual_seed(1)
     turn = torch.randn(8, 2) @ torch.randn(2, 8)
     change = lambda g: g + torch.tanh((g - 3) / torch.logspace(-2, 2, 8)) @ turn  # noqa: E731
-    adapter, history = train(
+    adapter, history = train_hidden(
         states(300, 1, change),
         states(60, 2, change),
         torch.randn(12, 8) / 100,

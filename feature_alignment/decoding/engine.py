@@ -110,17 +110,19 @@ def speculate(
         state, token = _first_token(target, prompt)
     proposer.start(draft_prompt, watch)
     emitted, rounds, passes = [int(token)], [], 0
+    states = state.last.new_empty(max_new_tokens, target.hidden_size)  # states[i] emitted emitted[i]
+    states[0] = state.last[0]
     while emitted[-1] != EOS and len(emitted) < max_new_tokens:
         before = dict(watch.ms)
         g = min(num_draft_tokens, max_new_tokens - len(emitted) - 1)  # the round also emits a token of the target's own
-        draft = proposer.propose(emitted, g, watch) if g > 0 else None
+        draft = proposer.propose(emitted, states[: len(emitted)], g, watch) if g > 0 else None
         last = torch.tensor([emitted[-1]], device=target.device)
         with watch("verify"):
             block = last if draft is None else torch.cat([last, draft.token_ids])
             hidden = target.step(state, block[None])[0]  # [g + 1, d]
             says = target.lm_head(hidden).argmax(-1)  # [g + 1]
             passes += 1
-        if draft is None:
+        if draft is None:  # room for one token more, which is the last
             emitted.append(int(says[0]))
             continue
         with watch("accept"):
@@ -132,7 +134,10 @@ def speculate(
             extra = int(says[g])
             if recomputed:
                 with watch("recompute"):
-                    extra = int(_reread(target, state, tokens, g - int(kept.int().argmin())))
+                    n = g - int(kept.int().argmin())
+                    reread = _reread(target, state, tokens, n)
+                    hidden = torch.cat([hidden[: g + 1 - n], reread])
+                    extra = int(target.lm_head(reread[-1]).argmax(-1))
                     passes += 1
         else:
             recomputed, n = False, int(kept.sum())
@@ -141,6 +146,7 @@ def speculate(
                 target.rollback(state, g - n)
         new = [*tokens.tolist(), extra]
         ended = new.index(EOS) + 1 if EOS in new else len(new)
+        states[len(emitted) : len(emitted) + ended] = hidden[:ended]
         emitted += new[:ended]
         kept_list = [k and i < ended for i, k in enumerate(kept.tolist())]  # nothing behind EOS counts
         rounds.append(
@@ -163,6 +169,6 @@ def _first_token(target: Decoder, prompt: Prompt) -> tuple[State, Tensor]:
 
 
 def _reread(target: Decoder, state: State, tokens: Tensor, n: int) -> Tensor:
-    """Forget the last n positions, read the corrected tokens there, return what the target says next."""
+    """Forget the last n positions, read the corrected tokens there, return the states behind them: [n, d]."""
     target.rollback(state, n)
-    return target.lm_head(target.step(state, tokens[None, -n:])[:, -1]).argmax(-1)
+    return target.step(state, tokens[None, -n:])[0]

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from feature_alignment.decoding.proposers import Draft, ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
@@ -74,7 +75,7 @@ class TableProposer:
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         pass
 
-    def propose(self, emitted: Sequence[int], num_tokens: int, watch: Stopwatch) -> Draft:
+    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch) -> Draft:
         text = list(emitted)
         with watch("draft"):
             for _ in range(num_tokens):
@@ -92,11 +93,11 @@ class HybridProposer:
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         self._model.start(prompt, watch)
 
-    def propose(self, emitted: Sequence[int], num_tokens: int, watch: Stopwatch) -> Draft:
+    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch) -> Draft:
         text = list(emitted)
         for _ in range(num_tokens):
             token, share = self._table.guess(self.question, text)
             if share < self._sure:
-                token = int(self._model.propose(text, 1, watch).token_ids[0])
+                token = int(self._model.propose(text, states, 1, watch).token_ids[0])
             text.append(token)
         return Draft(torch.tensor(text[len(emitted) :]), None)

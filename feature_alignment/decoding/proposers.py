@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from feature_alignment.chained_adapter import ChainedAdapter
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.models.pair import Decoder, Prompt, State
 
@@ -25,8 +26,11 @@ class Proposer(Protocol):
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """Read a new prompt."""
 
-    def propose(self, emitted: Sequence[int], num_tokens: int, watch: Stopwatch) -> Draft:
-        """Draft the tokens after `emitted` (all text so far, never shorter than in the call before)."""
+    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch) -> Draft:
+        """Draft the tokens after `emitted` (all text so far, never shorter than in the call before).
+
+        states: [n, d_target], the target's own states that emitted the first n of them
+        """
 
 
 class ModelProposer:
@@ -50,7 +54,7 @@ class ModelProposer:
         self._read = []
 
     @torch.inference_mode()
-    def propose(self, emitted: Sequence[int], num_tokens: int, watch: Stopwatch) -> Draft:
+    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch) -> Draft:
         with watch("draft"):
             hidden = self._catch_up(emitted)
         tokens, aligned = [], []
@@ -79,3 +83,40 @@ class ModelProposer:
         missing = torch.tensor([list(emitted[same:])], device=self._draft.device)
         self._read = list(emitted)
         return self._draft.step(self._state, missing)[:, -1]
+
+
+class ChainedProposer:
+    """The chained adapter drafts from the target's last verified state; EventGPT is asked once, for what it sees.
+
+    target_head: W, target states -> logits
+    embeddings:  [v, d_target], the target's input embeddings of the shared ids
+    """
+
+    def __init__(self, draft: Decoder, adapter: ChainedAdapter, target_head: Callable[[Tensor], Tensor], embeddings: Tensor) -> None:
+        self._draft, self._adapter, self._target_head = draft, adapter, target_head
+        with torch.inference_mode():
+            self._tokens = adapter.tokens(embeddings)
+
+    @torch.inference_mode()
+    def start(self, prompt: Prompt, watch: Stopwatch) -> None:
+        with watch("draft_prefill"):
+            self._seen = self._adapter.see(self._draft.vision_states(prompt.ids[None], self._draft.encode_vision(prompt.pixels[None])))
+        self._memory: Tensor | None = None
+        self._read = 0  # how many tokens of the text the memory holds
+
+    @torch.inference_mode()
+    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch) -> Draft:
+        with watch("adapter"):
+            new = torch.tensor([emitted[self._read :]], device=states.device)
+            memories = self._adapter.read(states[None, self._read :], self._tokens[new], self._memory)
+            self._memory, self._read = memories[:, -1], len(emitted)  # verified; drafts below do not touch it
+            memory = memories[:, -1:]
+        tokens, expected = [], []
+        for i in range(num_tokens):
+            with watch("adapter"):
+                if i:
+                    memory = self._adapter.read(expected[-1], self._tokens[tokens[-1]][:, None], memory[:, -1])
+                expected.append(self._adapter.expect(memory, self._seen))
+            with watch("head"):
+                tokens.append(self._target_head(expected[-1][:, 0]).argmax(-1))
+        return Draft(torch.cat(tokens), torch.cat(expected, 1)[0])

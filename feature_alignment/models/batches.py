@@ -48,7 +48,8 @@ class ClipBatch:
         self._clip_of = [order.index(_clip(s)) for s in samples]
         # A clip is encoded alone: its vision tokens are then the same in every batch, and pixels of one clip only are in memory.
         vision = torch.cat([model.encode_vision(model.read_pixels(s)[None]) for s in clips.values()])
-        self._state = model.prefill_encoded(prompts[0][:shared].expand(len(clips), -1), vision)
+        self._shared, self._vision = prompts[0][:shared].expand(len(clips), -1), vision
+        self._state = model.prefill_encoded(self._shared, vision)
 
     @torch.inference_mode()
     def generate(self, max_new_tokens: int) -> list[list[int]]:
@@ -80,6 +81,11 @@ class ClipBatch:
         state = branch(self._state, self._clip_of, max(map(len, tails)))
         hidden = self.model.step(state, self._tensor(tails)).cpu()
         return [hidden[i, len(tail) - len(answer) : len(tail)] for i, (tail, answer) in enumerate(zip(tails, answers, strict=True))]
+
+    def vision_states(self) -> list[Tensor]:
+        """The states [e, d] on each row's vision tokens."""
+        seen = self.model.vision_states(self._shared, self._vision).cpu()
+        return [seen[clip] for clip in self._clip_of]
 
     def _tensor(self, tails: Sequence[Sequence[int]]) -> Tensor:
         width = max(map(len, tails))

@@ -55,6 +55,7 @@ class Decoder:
     taps: which decoder layers' outputs make up a hidden state, ascending; the model runs no deeper than the last one. The last
     layer is read after the final norm (`norm="post"`), any earlier one before it.
     device: where tensors go in and come out, and where the head is; a device map may have put the layers elsewhere.
+    placeholder: the id that stands for vision in a prompt; vision_tokens: how many tokens a clip becomes there.
     """
 
     def __init__(
@@ -68,7 +69,10 @@ class Decoder:
         splice: Callable[[Tensor, Tensor], Tensor],
         taps: Sequence[int] | None = None,
         device: str | None = None,
+        placeholder: int | None = None,
+        vision_tokens: int = 0,
     ) -> None:
+        self.placeholder, self.vision_tokens = placeholder, vision_tokens
         self.llama, self.tokenizer, self.encode_prompt, self.read_pixels = llama, tokenizer, encode_prompt, read_pixels
         self._encode_vision, self._splice = encode_vision, splice
         self.num_layers = llama.config.num_hidden_layers
@@ -124,6 +128,19 @@ class Decoder:
     def encode_vision(self, pixels: Tensor) -> Tensor:
         """Vision tokens [b, e, d] of pixels [b, t, 3, h, w]. They know no question: a clip is encoded once for all of its own."""
         return self._encode_vision(pixels.to(self.device, self._head.weight.dtype))
+
+    @torch.inference_mode()
+    def vision_states(self, ids: Tensor, vision: Tensor) -> Tensor:
+        """States of the last tapped layer on the vision tokens: ids [b, s], vision [b, e, d] -> [b, e, d]. No question is read."""
+        at = (ids[0] == self.placeholder).nonzero()[:, 0]
+        ids = ids[:, : int(at[-1]) + 1].to(self.device)
+        state = State(DynamicCache(config=self.llama.config), ids, 0)
+        return self._read(state, inputs_embeds=self._splice(ids, vision))[:, int(at[0]) :, -self.width :]
+
+    @property
+    def embeddings(self) -> Tensor:
+        """[v, d]: what the decoder reads for the shared ids."""
+        return self.llama.embed_tokens.weight[: self.vocab_size].detach().to(self.device)
 
     def prefill(self, prompts: Sequence[Prompt]) -> State:
         """Read prompts of equal length, vision included. Afterwards `state.last` is h0."""
@@ -213,7 +230,7 @@ def load_target(cfg: Common) -> Decoder:
     """Video-LLaVA as a `Decoder`; its head still has all rows."""
     from feature_alignment.models import video_llava
 
-    model, tokenizer, processor, num_video_tokens, _ = open_target(cfg)
+    model, tokenizer, processor, vision_tokens, _ = open_target(cfg)
 
     def read_pixels(sample: Sample) -> Tensor:
         return torch.from_numpy(clip_pixels(read_frames(sample.video, sampling=cfg.frame_sampling), processor))
@@ -222,11 +239,13 @@ def load_target(cfg: Common) -> Decoder:
         model.model.language_model,
         model.lm_head,
         tokenizer,
-        encode_prompt=lambda question: torch.tensor(video_llava.encode_prompt(tokenizer, question, num_video_tokens)),
+        encode_prompt=lambda question: torch.tensor(video_llava.encode_prompt(tokenizer, question, vision_tokens)),
         read_pixels=read_pixels,
         encode_vision=lambda pixels: video_llava.encode_video(model, pixels),
         splice=lambda ids, vision: video_llava.splice(model, ids, vision),
         device=cfg.device,
+        placeholder=model.config.video_token_index,
+        vision_tokens=vision_tokens,
     )
 
 
@@ -234,7 +253,7 @@ def load_draft(cfg: Common) -> Decoder:
     """EventGPT as a `Decoder`, cut off behind the last of `cfg.draft_layers`."""
     from feature_alignment.models import eventgpt
 
-    model, tokenizer, processor, _, _ = open_draft(cfg)
+    model, tokenizer, processor, vision_tokens, _ = open_draft(cfg)
     canvas = model.config.event_canvas_hw
 
     def read_pixels(sample: Sample) -> Tensor:
@@ -255,6 +274,8 @@ def load_draft(cfg: Common) -> Decoder:
         splice=model.model.splice,
         taps=cfg.draft_layers,
         device=cfg.device,
+        placeholder=eventgpt.EVENT_TOKEN_INDEX,
+        vision_tokens=vision_tokens,
     )
 
 

@@ -1,0 +1,131 @@
+"""The chained adapter: from the target's last verified state it goes on alone, token by token, remembering what EventGPT saw.
+
+    v̂[t+1] = f(v[t], x[t], m[t-1], events)      x[t]: the token v[t] emits; m: a recurrent memory of the text so far
+
+    token x[t] ─┐
+    state v[t] ─┴─> GRU, memory m[t] ──> attends to EventGPT's states over its event tokens ──> v̂[t+1] ──W──> next draft x̂[t+1]
+                        ^                                                                          │
+                        └───────────────────────── the next step reads v̂[t+1] and x̂[t+1] ──────────┘
+
+EventGPT is asked once per clip: its decoder never steps, so a draft costs this adapter and the target's head. It never sees v[t+1] or
+anything later. Predicting the target's next state from its last one and the sampled token is EAGLE's idea (Li et al. 2401.15077);
+here the head is recurrent, low-rank, and reads another model's eyes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from feature_alignment.console import UserError
+
+HEADS = 4
+TRAIN = "python feature_alignment/train_hidden_adapter.py --config configs/demo.yaml --adapter chained"
+
+
+class Seen(NamedTuple):
+    """EventGPT's event states as keys and values: [b, heads, e, width / heads] each."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class ChainedAdapter(nn.Module):
+    """d_event: width of EventGPT's states; num_events: how many event tokens a clip has; width: of everything inside."""
+
+    def __init__(self, d_target: int, d_event: int, num_events: int, width: int = 192) -> None:
+        super().__init__()
+        if min(d_target, d_event, num_events, width) < 1 or width % HEADS:
+            raise ValueError(
+                f"sizes must be positive and the width a multiple of {HEADS}, "
+                f"got d_target={d_target}, d_event={d_event}, num_events={num_events}, width={width}"
+            )
+        self.geometry = {"d_target": d_target, "d_event": d_event, "num_events": num_events, "width": width}
+        self.state, self.token = nn.Linear(d_target, width), nn.Linear(d_target, width, bias=False)
+        self.memory = nn.GRU(width, width, batch_first=True)
+        self.query, self.key, self.value = nn.Linear(width, width), nn.Linear(d_event, width), nn.Linear(d_event, width)
+        self.place = nn.Parameter(torch.randn(num_events, width) * 0.02)  # which event token is which
+        self.mix, self.out = nn.Linear(2 * width, width), nn.Linear(width, d_target)
+        for name, size in (("target", d_target), ("token", d_target), ("event", d_event)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def standardise(self, target: Tensor, embeddings: Tensor, events: Tensor) -> None:
+        """Take over the scales of what will be read: states [p, d_target], embeddings [v, d_target], event states [.., d_event]."""
+        for name, x in (("target", target), ("token", embeddings), ("event", events.flatten(0, -2))):
+            getattr(self, f"{name}_mean").copy_(x.float().mean(0))
+            getattr(self, f"{name}_std").copy_(x.float().std(0).clamp(min=1e-4))
+
+    def tokens(self, embeddings: Tensor) -> Tensor:
+        """The target's input embeddings [v, d_target] as this adapter reads them: [v, width], made once."""
+        return self.token((embeddings - self.token_mean) / self.token_std)
+
+    def see(self, events: Tensor) -> Seen:
+        """EventGPT's states over its event tokens, [b, e, d_event]."""
+        x = (events - self.event_mean) / self.event_std
+        split = lambda y: y.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # noqa: E731
+        return Seen(split(self.key(x) + self.place), split(self.value(x)))
+
+    def read(self, states: Tensor, tokens: Tensor, memory: Tensor | None) -> Tensor:
+        """Memories [b, n, width] behind n states [b, n, d_target] and the tokens they emitted [b, n, width], in order.
+
+        memory: [b, width] what was remembered before, None at the beginning of a text
+        """
+        return self.memory(self._joined(states, tokens), None if memory is None else memory[None])[0]
+
+    def expect(self, memory: Tensor, seen: Seen) -> Tensor:
+        """The target states [b, n, d_target] that come next, for memories [b, n, width]."""
+        query = self.query(memory).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        found = F.scaled_dot_product_attention(query, *seen).transpose(1, 2).flatten(2)
+        return self.target_mean + self.target_std * self.out(F.gelu(self.mix(torch.cat([memory, found], -1))))
+
+    def roll_out(self, states: Tensor, tokens: Tensor, seen: Seen, steps: int) -> list[Tensor]:
+        """What chaining from every position expects, with the text known: `[k][:, t]` is v̂[t+1+k] from v[t], k states of its own.
+
+        states: [b, n, d_target]; tokens: [b, n, width]; the k-th tensor is [b, n - k, d_target]
+        """
+        memory = self.read(states, tokens, None)
+        expected = [self.expect(memory, seen)]
+        for k in range(1, steps):
+            memory = self._one_step(self._joined(expected[-1][:, :-1], tokens[:, k:]), memory[:, :-1])
+            expected.append(self.expect(memory, seen))
+        return expected
+
+    def _joined(self, states: Tensor, tokens: Tensor) -> Tensor:
+        return F.gelu(self.state((states - self.target_mean) / self.target_std) + tokens)
+
+    def _one_step(self, x: Tensor, memory: Tensor) -> Tensor:
+        """The GRU's step from every position at once: [b, n, width] each."""
+        g = self.memory
+        weights = (g.weight_ih_l0, g.weight_hh_l0, g.bias_ih_l0, g.bias_hh_l0)
+        return torch.gru_cell(x.flatten(0, 1), memory.flatten(0, 1), *weights).unflatten(0, x.shape[:2])
+
+
+def load_chained_adapter(path: Path, draft_layers: Sequence[int] | None = None) -> tuple[ChainedAdapter, dict[str, Any]]:
+    """A chained adapter and its meta. Refuses (UserError) one trained on states of another layer of EventGPT."""
+    from feature_alignment.artifacts import load_pt
+
+    saved = load_pt(path, TRAIN)
+    if not isinstance(saved, dict) or not {"meta", "state_dict"} <= set(saved) or "num_events" not in saved["meta"].get("geometry", {}):
+        raise UserError(f"{path} is not a chained adapter (wanted meta with its geometry, and state_dict). Train one:\n  {TRAIN}")
+    meta = saved["meta"]
+    if draft_layers is not None and meta["draft_layers"][-1] != draft_layers[-1]:
+        raise UserError(
+            f"{path} was trained on event states of EventGPT's layer {meta['draft_layers'][-1]}, this run ends at {draft_layers[-1]}. "
+            f"Pass --draft_layers {' '.join(map(str, meta['draft_layers']))}, or train again."
+        )
+    adapter = ChainedAdapter(**meta["geometry"])
+    try:
+        adapter.load_state_dict(saved["state_dict"])
+    except RuntimeError as error:
+        raise UserError(f"{path} is damaged: {error}. Train it again:\n  {TRAIN}") from None
+    return adapter.eval(), meta
