@@ -213,7 +213,9 @@ def load_hidden_states(directory: Path, layer: int | None = None, events: bool =
     seen = None
     if events:
         if not meta.get("event_states"):
-            raise UserError(f"{directory} holds no event states, which the chained adapter reads. Extract them:\n  {command} --event_states")
+            raise UserError(
+                f"{directory} holds no event states, which the chained adapter reads. Extract them:\n  {command} --event_states"
+            )
         seen = load_pt(directory / EVENT_STATES, command)
     return HiddenStates(draft, target, **{k: positions[k] for k in ("token_ids", "mask", "lengths")}, rows=rows, meta=meta, events=seen)
 
@@ -230,6 +232,20 @@ def write_token_pairs(path: Path, meta: dict[str, Any], rows: Iterable[dict[str,
             result = {"sample_id": r["id"], "sequence": r["sequence"], "query": r["question"], **{k: r[k] for k in keys}}
             stream.write(",\n" * bool(i) + json.dumps(result))
         stream.write("]}\n")
+
+
+def read_token_pairs(path: Path) -> list[dict[str, Any]]:
+    """Rows with `egpt_tokens` and `vl_tokens`, from `{"results": [...]}`."""
+    content = read_json(path, EXTRACT.format(split="test"))
+    rows = content.get("results") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f'{path} holds no rows; wanted {{"results": [{{"egpt_tokens": […], "vl_tokens": […], …}}]}}.')
+    for i, row in enumerate(rows):
+        for key in ("egpt_tokens", "vl_tokens"):
+            tokens = row.get(key) if isinstance(row, dict) else None
+            if not isinstance(tokens, list) or not all(isinstance(t, int) and not isinstance(t, bool) for t in tokens):
+                raise UserError(f"{path}, row {i}: {key} must be a list of token ids.")
+    return rows
 
 
 Answers = dict[str, tuple[array, array]]  # sample id -> Video-LLaVA's tokens, EventGPT's tokens

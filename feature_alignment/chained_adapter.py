@@ -14,7 +14,8 @@ here the head is recurrent, low-rank, and reads another model's eyes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from feature_alignment.artifacts import HiddenStates, load_pt
 from feature_alignment.console import UserError
 
 HEADS = 4
@@ -36,16 +38,19 @@ class Seen(NamedTuple):
 
 
 class ChainedAdapter(nn.Module):
-    """d_event: width of EventGPT's states; num_events: how many event tokens a clip has; width: of everything inside."""
+    """d_event: width of EventGPT's states; num_events: how many event tokens a clip has; width: of everything inside.
 
-    def __init__(self, d_target: int, d_event: int, num_events: int, width: int = 192) -> None:
+    blind: pay no attention to the events; what is lost is what they add
+    """
+
+    def __init__(self, d_target: int, d_event: int, num_events: int, width: int = 192, blind: bool = False) -> None:
         super().__init__()
         if min(d_target, d_event, num_events, width) < 1 or width % HEADS:
             raise ValueError(
                 f"sizes must be positive and the width a multiple of {HEADS}, "
                 f"got d_target={d_target}, d_event={d_event}, num_events={num_events}, width={width}"
             )
-        self.geometry = {"d_target": d_target, "d_event": d_event, "num_events": num_events, "width": width}
+        self.geometry = {"d_target": d_target, "d_event": d_event, "num_events": num_events, "width": width, "blind": blind}
         self.state, self.token = nn.Linear(d_target, width), nn.Linear(d_target, width, bias=False)
         self.memory = nn.GRU(width, width, batch_first=True)
         self.query, self.key, self.value = nn.Linear(width, width), nn.Linear(d_event, width), nn.Linear(d_event, width)
@@ -71,7 +76,7 @@ class ChainedAdapter(nn.Module):
 
     def see(self, events: Tensor) -> Seen:
         """EventGPT's states over its event tokens, [b, e, d_event]."""
-        x = (events - self.event_mean) / self.event_std
+        x = (events - self.event_mean) / self.event_std * (not self.geometry["blind"])
         split = lambda y: y.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # noqa: E731
         return Seen(split(self.key(x) + self.place), split(self.value(x)))
 
@@ -110,10 +115,40 @@ class ChainedAdapter(nn.Module):
         return torch.gru_cell(x.flatten(0, 1), memory.flatten(0, 1), *weights).unflatten(0, x.shape[:2])
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Some rows, cut to the longest: states [b, s, d_target], token_ids [b, s], mask [b, s], events [b, e, d_event]."""
+
+    states: Tensor
+    token_ids: Tensor
+    mask: Tensor
+    events: Tensor
+
+
+def text_batches(states: HiddenStates, size: int, device: str, generator: torch.Generator | None = None) -> Iterator[Texts]:
+    """`size` rows at a time, shuffled if a generator is given. States stay in order: the chained adapter reads texts."""
+    n = len(states.target)
+    order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
+    for rows in order.split(size):
+        s = int(states.lengths[rows].max())
+        parts = (states.target[rows, :s].float(), states.token_ids[rows, :s], states.mask[rows, :s], states.events[rows].float())
+        yield Texts(*(part.to(device) for part in parts))
+
+
+def chain_over(adapter: ChainedAdapter, texts: Texts, embeddings: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Chained from every position: per step k, what is expected [b, s-1-k, d_target], the true states, and where they are real.
+
+    embeddings: [v, d_target], the target's; the text is the target's own, so this is what drafting meets as long as it is right
+    """
+    tokens = adapter.tokens(embeddings)[texts.token_ids]
+    steps = min(steps, texts.states.shape[1] - 1)
+    inputs = texts.states[:, :-1], tokens[:, :-1]  # nothing follows the last token
+    for k, expected in enumerate(adapter.roll_out(*inputs, adapter.see(texts.events), steps)):
+        yield expected, texts.states[:, 1 + k :], texts.mask[:, 1 + k :]
+
+
 def load_chained_adapter(path: Path, draft_layers: Sequence[int] | None = None) -> tuple[ChainedAdapter, dict[str, Any]]:
     """A chained adapter and its meta. Refuses (UserError) one trained on states of another layer of EventGPT."""
-    from feature_alignment.artifacts import load_pt
-
     saved = load_pt(path, TRAIN)
     if not isinstance(saved, dict) or not {"meta", "state_dict"} <= set(saved) or "num_events" not in saved["meta"].get("geometry", {}):
         raise UserError(f"{path} is not a chained adapter (wanted meta with its geometry, and state_dict). Train one:\n  {TRAIN}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from feature_alignment.config import Common, parse_config
-from feature_alignment.console import UserError, print_json_line, print_table, rate_text, run
+from feature_alignment.console import print_json_line, print_table, rate_text, run
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,6 @@ class ComparisonConfig(Common):
     split: str = "test"
     train_split: str = "train"
     num_draft_tokens: int = 5
-
-
-def read_token_pairs(path: Path) -> list[dict[str, Any]]:
-    """Rows with `egpt_tokens` and `vl_tokens`, from `{"results": [...]}`."""
-    from feature_alignment.artifacts import EXTRACT, read_json
-
-    content = read_json(path, EXTRACT.format(split="test"))
-    rows = content.get("results") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f'{path} holds no rows; wanted {{"results": [{{"egpt_tokens": […], "vl_tokens": […], …}}]}}.')
-    for i, row in enumerate(rows):
-        for key in ("egpt_tokens", "vl_tokens"):
-            tokens = row.get(key) if isinstance(row, dict) else None
-            if not isinstance(tokens, list) or not all(isinstance(t, int) and not isinstance(t, bool) for t in tokens):
-                raise UserError(f"{path}, row {i}: {key} must be a list of token ids.")
-    return rows
 
 
 def free_running_agreement(rows: Sequence[dict[str, Any]], num_draft_tokens: int) -> dict[str, Any]:
@@ -113,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment import artifacts
 
     path = cfg.token_pairs or cfg.out / "token_pairs" / f"{cfg.split}.json"
-    rows = read_token_pairs(path)
+    rows = artifacts.read_token_pairs(path)
     token_level = free_running_agreement(rows, cfg.num_draft_tokens)
 
     def percent(rate: dict[str, Any]) -> str:
@@ -142,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         }
         report["aligned_token_level"] = {k: acceptance[k] for k in ("token_match", "acceptance_rate", "tokens_per_pass")}
         report["aligned_token_level"]["consecutive_accept"] = acceptance["consecutive_accept_token"]
-        report["nulls"] = null_drafter_reports(read_token_pairs(train_path), rows, cfg.num_draft_tokens)
+        report["nulls"] = null_drafter_reports(artifacts.read_token_pairs(train_path), rows, cfg.num_draft_tokens)
         table += [
             ("aligned drafts, token rule: consecutive acceptance", percent(acceptance["consecutive_accept_token"])),
             ("aligned drafts, cosine > 0.90: consecutive acceptance", percent(at["consecutive_accept"])),

@@ -1,6 +1,7 @@
 """Task 3.1. Answer one question: EventGPT drafts from the events, Video-LLaVA verifies on the frames.
 
-reads   both checkpoints, adapter/adapter.pt, one sample of a manifest or --events, --video and --question
+reads   both checkpoints, what the drafts need (adapter/adapter.pt, chained_adapter/adapter.pt, token_pairs/<train split>.json),
+        one sample of a manifest or --events, --video and --question
 writes  sd/<sample id>.json: text, token ids, every round with its drafts, what was kept, cosine, extra token, milliseconds
 
     python feature_alignment/feature_sd_inference.py --config configs/demo.yaml
@@ -19,9 +20,8 @@ from feature_alignment.console import UserError, print_json_line, print_table, r
 
 if TYPE_CHECKING:
     from feature_alignment.decoding.engine import Generation
-    from feature_alignment.decoding.proposers import ModelProposer
     from feature_alignment.inputs.samples import Sample
-    from feature_alignment.models.pair import Decoder, Pair
+    from feature_alignment.models.pair import Decoder
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class InferenceConfig(Common):
         events: an EventGPT .npy instead of a sample's events
         video: a video file or a folder of frames instead of a sample's video
         question: the question about them
-        draft: drafts are the drafter's own tokens, or read from its aligned states through the target's head
+        draft: own = the drafter's own tokens; aligned = its adapted states through the target's head; chained = the chained adapter
+            from the target's last state; ngram and template look at no picture; hybrid = ngram where it is sure, else aligned
+        train_split: whose answers ngram and template know
         accept: token is lossless; feature and relaxed keep drafts by cosine
         threshold: cosine above which feature and relaxed keep a draft
         num_draft_tokens: drafts per verification
@@ -46,7 +48,8 @@ class InferenceConfig(Common):
     events: Path | None = None
     video: Path | None = None
     question: str | None = None
-    draft: Literal["own", "aligned"] = "aligned"
+    draft: Literal["own", "aligned", "chained", "hybrid", "ngram", "template"] = "aligned"
+    train_split: str = "train"
     accept: Literal["token", "feature", "relaxed"] = "token"
     threshold: float = 0.9
     num_draft_tokens: int = 5
@@ -72,18 +75,6 @@ def choose_sample(cfg: InferenceConfig) -> Sample:
     return found[0]
 
 
-def make_proposer(pair: Pair, source: str, adapter: Any | None) -> ModelProposer:
-    """The drafter as a proposer; `aligned` reads drafts from adapted states through the target's head."""
-    from feature_alignment.decoding.proposers import ModelProposer
-
-    if source == "own" and not pair.draft.has_own_head:
-        raise UserError(
-            f"own drafts need all {pair.draft.num_layers} layers of the drafter; "
-            f"pass --draft_layers {pair.draft.num_layers}, or --draft aligned."
-        )
-    return ModelProposer(pair.draft, adapter, pair.target.lm_head if source == "aligned" else None)
-
-
 def print_trace(generation: Generation, tokenizer: Any) -> None:
     """One line per round: kept drafts plain, rejected ones in parentheses, the target's own token in brackets."""
     rows = []
@@ -101,15 +92,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sample = choose_sample(cfg)
     from feature_alignment import artifacts
     from feature_alignment.decoding.engine import greedy, speculate
-    from feature_alignment.hidden_adapter import load_adapter
+    from feature_alignment.decoding.sources import Sources
     from feature_alignment.models.pair import load_pair
 
     pair = load_pair(cfg)
-    path = cfg.out / "adapter" / "adapter.pt"
-    adapter = None
-    if cfg.draft == "aligned" or cfg.accept != "token":
-        adapter = load_adapter(path, pair.draft.hidden_size, pair.draft.taps)[0].to(pair.target.device, pair.target.head_weight.dtype)
-    proposer = make_proposer(pair, cfg.draft, adapter)
+    sources = Sources(pair, cfg, cfg.train_split)
+    proposer = sources.open(cfg.draft, compares=cfg.accept != "token")
     prompt, draft_prompt = pair.target.prepare(sample), pair.draft.prepare(sample)
     rule = {"accept": cfg.accept, "threshold": cfg.threshold, "num_draft_tokens": cfg.num_draft_tokens}
     for _ in range(2):  # the first run warms up
@@ -117,8 +105,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         generation = speculate(pair.target, proposer, prompt, draft_prompt, **rule, max_new_tokens=cfg.max_new_tokens)
 
     text = _text(pair.target, generation.token_ids)
+    made_from = {"target": cfg.target_id, "draft": cfg.draft_id, **sources.files(cfg.draft)}
     result = {
-        "meta": artifacts.provenance("feature_sd_inference", cfg, {"target": cfg.target_id, "draft": cfg.draft_id, "adapter": path}),
+        "meta": artifacts.provenance("feature_sd_inference", cfg, made_from),
         "sample": {"id": sample.id, "question": sample.question, "events": str(sample.events), "video": str(sample.video)},
         "text": text,
         **generation.as_dict(),

@@ -1,6 +1,7 @@
 """Task 2.1. How well A(g) predicts v, and how many drafts each rule would keep, on the same prefix.
 
-reads   hidden_states/<split> (and the training split, for the nulls), vl_lm_head.pt, adapter/adapter.pt
+reads   hidden_states/<split> (and the training split, for the nulls), vl_lm_head.pt, adapter/adapter.pt;
+        chained_adapter/adapter.pt with its event states and vl_embeddings.pt, where there is one
 writes  acceptance/acceptance.json, per_position.csv, cosine_histogram.png, acceptance_by_position.png
 
     python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml
@@ -8,8 +9,10 @@ writes  acceptance/acceptance.json, per_position.csv, cosine_histogram.png, acce
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_alignment.config import Common, parse_config
@@ -19,8 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from feature_alignment.artifacts import HiddenStates
+    from feature_alignment.chained_adapter import ChainedAdapter
 
-THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
+TASK_THRESHOLD = 0.90
+THRESHOLDS = (0.80, 0.85, TASK_THRESHOLD, 0.95)
 RIDGE_STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
@@ -158,6 +163,94 @@ def acceptance_report(scores: Scores, nulls: dict[str, Scores], states: HiddenSt
     return report
 
 
+def chain_scores(
+    adapter: ChainedAdapter, states: HiddenStates, head: Tensor, embeddings: Tensor, steps: int, events: Sequence[int] | None = None
+) -> tuple[Scores, Tensor]:
+    """Scores of the chained adapter for rounds that begin anywhere: `[row, t, k]` is draft k of a round at t, for position t + k, all
+    earlier drafts of the round being the target's own tokens. Second, where there is such a position: [n, s, steps] bool.
+
+    events: row -> the row whose events it is shown instead of its own
+    """
+    import torch
+
+    from feature_alignment.chained_adapter import chain_over, text_batches
+    from feature_alignment.decoding.acceptance import cosine_per_position
+
+    if events is not None:
+        states = dataclasses.replace(states, events=states.events[torch.tensor(events)])
+    shape = (*states.mask.shape, steps)
+    cosine, match, there = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    first = 0
+    with torch.inference_mode():
+        for texts in text_batches(states, 64, "cpu"):
+            rows = slice(first, first + len(texts.states))
+            first = rows.stop
+            for k, (expected, wanted, mask) in enumerate(chain_over(adapter, texts, embeddings, steps)):
+                starts = slice(1, 1 + mask.shape[1])  # position 0 comes from the target's prefill
+                cosine[rows, starts, k] = cosine_per_position(expected, wanted) * mask
+                match[rows, starts, k] = ((expected @ head.T).argmax(-1) == (wanted @ head.T).argmax(-1)) & mask
+                there[rows, starts, k] = mask
+    return Scores(cosine, match), there
+
+
+def chain_report(scores: Scores, there: Tensor, states: HiddenStates) -> dict[str, Any]:
+    """Step by step and pooled over all steps; blocks as decoding forms them. The number of drafts a round is the number of steps."""
+    from feature_alignment import metrics
+
+    clips, n, steps = states.clips, len(states.mask), there.shape[-1]
+    blocks = metrics.decoding_blocks(scores.match, states.mask, steps, states.ended)
+    above = scores.cosine > TASK_THRESHOLD
+    rounds = metrics.decoding_blocks(above, states.mask, steps, states.ended)
+    return {
+        "num_draft_tokens": steps,
+        "cosine": metrics.counts(scores.cosine, there).rate(clips),
+        "token_match": metrics.counts(scores.match, there).rate(clips),
+        "acceptance_rate": blocks.acceptance_rate(n).rate(clips),
+        "consecutive_accept_token": blocks.consecutive_accept(n).rate(clips),
+        "tokens_per_pass": blocks.tokens_per_pass(states.lengths),
+        "thresholds": {
+            f"{TASK_THRESHOLD:.2f}": {
+                "relaxed_accept": metrics.counts(above, there).rate(clips),
+                "consecutive_accept": rounds.consecutive_accept(n).rate(clips),
+                "token_match_given_accept": metrics.counts(scores.match, there & above).rate(clips),
+            }
+        },
+        "steps": [
+            {
+                "step": k + 1,
+                "cosine": metrics.counts(scores.cosine[..., k], there[..., k]).rate(clips),
+                "token_match": metrics.counts(scores.match[..., k], there[..., k]).rate(clips),
+            }
+            for k in range(steps)
+        ],
+    }
+
+
+def measure_chains(cfg: AcceptanceConfig, head: Tensor) -> dict[str, dict[str, Any]]:
+    """Every chained adapter there is, and the seeing one with the events of other clips: name -> report."""
+    from feature_alignment import artifacts
+    from feature_alignment.chained_adapter import load_chained_adapter
+
+    reports = {}
+    folder = cfg.out / "hidden_states"
+    for name, path in chained_paths(cfg).items():
+        test = artifacts.load_hidden_states(folder / cfg.split, events=True)
+        embeddings = artifacts.load_pt(folder / "vl_embeddings.pt", artifacts.EXTRACT.format(split=cfg.split)).float()
+        adapter, _ = load_chained_adapter(path, test.meta["draft_layers"])
+        shown = {name: None} | ({"chained, events of another clip": _other_clip(test)} if name == "chained" else {})
+        for label, events in shown.items():
+            scores, there = chain_scores(adapter, test, head, embeddings, cfg.num_draft_tokens, events)
+            reports[label] = {"params": adapter.num_parameters, **chain_report(scores, there, test)}
+    return reports
+
+
+def chained_paths(cfg: AcceptanceConfig) -> dict[str, Path]:
+    """The chained adapters that have been trained: name -> file."""
+    names = {"chained": "chained_adapter", "chained, without events": "chained_adapter_blind"}
+    paths = {name: cfg.out / folder / "adapter.pt" for name, folder in names.items()}
+    return {name: path for name, path in paths.items() if path.is_file()}
+
+
 def per_position(scores: Scores, mask: Tensor) -> list[dict[str, Any]]:
     """Per position of the text: how many texts reach it, its cosine, its token match, and the match given all earlier ones matched."""
     alive = mask.clone()
@@ -202,7 +295,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     adapter, adapter_meta = load_adapter(path, test.draft.shape[-1], test.meta["draft_layers"])
 
     out = cfg.out / "acceptance"
-    made_from = {"adapter": path, "states": folder / cfg.split / "meta.json", "train": folder / cfg.train_split / "meta.json"}
+    made_from = chained_paths(cfg) | {
+        "adapter": path,
+        "states": folder / cfg.split / "meta.json",
+        "train": folder / cfg.train_split / "meta.json",
+    }
     report = artifacts.reusable(out / "acceptance.json", cfg, made_from)
     if report is None:
         scores = score(lambda g, _: adapter(g), test, head)
@@ -211,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "meta": artifacts.provenance("measure_feature_acceptance", cfg, made_from, prefix=test.meta["prefix"], split=cfg.split),
             "adapter": {"params": adapter.num_parameters, "layer": adapter_meta["draft_layers"]},
             **acceptance_report(scores, {k: score(f, test, head) for k, f in nulls.items()}, test, cfg.num_draft_tokens),
+            "chains": measure_chains(cfg, head),
         }
         columns = list(report["per_position"][0])
         lines = [",".join("" if row[c] is None else str(row[c]) for c in columns) for row in report["per_position"]]
@@ -226,6 +324,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ("predictor", "cosine", "token match", f"tokens per pass at {cfg.num_draft_tokens} drafts"),
         rows,
     )
+    if report["chains"]:
+        print_table(
+            f"chained from the target's last state: {cfg.num_draft_tokens} drafts, token match at each",
+            ("adapter", "cosine", *[str(k + 1) for k in range(cfg.num_draft_tokens)], "tokens per pass"),
+            [
+                (name, rate_text(c["cosine"]), *[f"{s['token_match']['value']:.3f}" for s in c["steps"]], c["tokens_per_pass"])
+                for name, c in report["chains"].items()
+            ],
+        )
     keys = ("relaxed_accept", "consecutive_accept", "token_match_given_accept")
     print_table("cosine rules", ("threshold", *keys), [(t, *[rate_text(v[k]) for k in keys]) for t, v in report["thresholds"].items()])
     summary = {k: report[k]["value"] for k in ("cosine", "token_match", "acceptance_rate")}

@@ -36,8 +36,8 @@ class Counts:
 
 
 def counts(values: Tensor, mask: Tensor) -> Counts:
-    """Sum of `values` [n, s] over real positions, and their number, per row."""
-    return Counts((values.double() * mask).sum(1).numpy(), mask.sum(1).double().numpy())
+    """Sum of `values` [n, s] or [n, s, g] over real places, and their number, per row."""
+    return Counts((values.double() * mask).flatten(1).sum(1).numpy(), mask.flatten(1).sum(1).double().numpy())
 
 
 def bootstrap_ratio(count: np.ndarray, total: np.ndarray, clips: Sequence[str], seed: int = 0) -> tuple[float, float]:
@@ -104,12 +104,14 @@ def decoding_blocks(bits: Tensor, mask: Tensor, num_draft_tokens: int, ended: Te
     """Form the rounds: position 0 comes from the target's prefill, a round at t keeps min(g, run of ones from t), and its extra
     token takes the place behind them.
 
-    bits: [n, s] bool  draft kept at this position, given everything before it is the target's own text
+    bits: [n, s] bool  draft kept at this position, given everything before it is the target's own text;
+          [n, s, g]    where drafts depend on where their round began: [:, t, k] is draft k of a round at t, for position t + k
     mask: [n, s] bool  real positions, EOS included
     ended: [n] bool    texts that end with EOS (default all). One cut off at the length limit gets its last token without a draft,
                        because every round also emits a token of the target's own
     """
-    runs, lengths = run_from(bits, mask), mask.sum(1)
+    runs = run_from(bits, mask) if bits.ndim == 2 else bits.long().cumprod(-1).sum(-1)
+    lengths = mask.sum(1)
     out: list[tuple[int, int, int, int]] = []
     for row in range(len(bits)):
         t, n = 1, int(lengths[row])

@@ -23,12 +23,14 @@ from typing import Any, Literal
 from feature_alignment.config import Common, parse_config
 from feature_alignment.console import UserError, print_json_line, print_table, run
 
+
 @dataclass(frozen=True)
 class TrainConfig(Common):
     """Train an adapter on paired hidden states.
 
     Args:
         adapter: hidden maps EventGPT's state on the same text; chained goes on from the target's own last state
+        blind: chained only: without EventGPT's event states, to see what they add; kept apart under chained_adapter_blind/
         train_split: hidden states to learn from
         validation_split: hidden states that choose the best epoch; other clips than the training's
         bottleneck: width in the middle of the adapter
@@ -43,6 +45,7 @@ class TrainConfig(Common):
     """
 
     adapter: Literal["hidden", "chained"] = "hidden"
+    blind: bool = False
     train_split: str = "train"
     validation_split: str = "validation"
     bottleneck: int = 256
@@ -101,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError(f"splits {cfg.train_split!r} and {cfg.validation_split!r} share clips; validation must not be trained on.")
     weights = {name: hidden_states / f"{name}.pt" for name in (("vl_lm_head", "vl_embeddings") if chained else ("vl_lm_head",))}
 
-    out = cfg.out / ("chained_adapter" if chained else "adapter")
+    out = cfg.out / ("chained_adapter_blind" if chained and cfg.blind else "chained_adapter" if chained else "adapter")
     made_from = {k: f / "meta.json" for k, f in folders.items()} | weights
     meta = artifacts.reusable(out / "meta.json", cfg, made_from) if (out / "adapter.pt").is_file() else None
     if meta is not None:

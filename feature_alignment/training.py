@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from feature_alignment.artifacts import HiddenStates
-from feature_alignment.chained_adapter import ChainedAdapter
+from feature_alignment.chained_adapter import ChainedAdapter, Texts, chain_over, text_batches
 from feature_alignment.console import UserError
 from feature_alignment.hidden_adapter import HiddenAdapter
 
@@ -163,38 +163,6 @@ def train_hidden(states: HiddenStates, validation: HiddenStates, head: Tensor, c
 # ----------------------------------------------------------------------------------------------------------- the chained adapter
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Some rows, cut to the longest: states [b, s, d_target], token_ids [b, s], mask [b, s], events [b, e, d_event]."""
-
-    states: Tensor
-    token_ids: Tensor
-    mask: Tensor
-    events: Tensor
-
-
-def text_batches(states: HiddenStates, size: int, device: str, generator: torch.Generator | None = None) -> Iterator[Texts]:
-    """`size` rows at a time, shuffled if a generator is given. States stay in order: the chained adapter reads texts."""
-    n = len(states.target)
-    order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
-    for rows in order.split(size):
-        s = int(states.lengths[rows].max())
-        parts = (states.target[rows, :s].float(), states.token_ids[rows, :s], states.mask[rows, :s], states.events[rows].float())
-        yield Texts(*(part.to(device) for part in parts))
-
-
-def roll_out(adapter: ChainedAdapter, texts: Texts, embeddings: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Chained from every position: per step k, what is expected [b, s-1-k, d_target], the true states, and where they are real.
-
-    embeddings: [v, d_target], the target's; the text is the target's own, so this is what drafting meets as long as it is right
-    """
-    tokens = adapter.tokens(embeddings)[texts.token_ids]
-    steps = min(steps, texts.states.shape[1] - 1)
-    inputs = texts.states[:, :-1], tokens[:, :-1]  # nothing follows the last token
-    for k, expected in enumerate(adapter.roll_out(*inputs, adapter.see(texts.events), steps)):
-        yield expected, texts.states[:, 1 + k :], texts.mask[:, 1 + k :]
-
-
 def train_chained(
     states: HiddenStates, validation: HiddenStates, head: Tensor, embeddings: Tensor, cfg: Any
 ) -> tuple[ChainedAdapter, History]:
@@ -202,17 +170,20 @@ def train_chained(
     torch.manual_seed(cfg.seed)
     generator = torch.Generator().manual_seed(cfg.seed)
     head, embeddings = head.float().to(cfg.device), embeddings.float().to(cfg.device)
+    if int(states.lengths.max()) < 2 or int(validation.lengths.max()) < 2:
+        raise UserError("the chained adapter learns from texts of at least two tokens; these have one.")
     sample = next(text_batches(states, 512, cfg.device, torch.Generator().manual_seed(0)))
     real = sample.states[sample.mask]
     variance = float(real.var(0).mean())
-    adapter = ChainedAdapter(states.target.shape[-1], states.events.shape[-1], states.events.shape[1], cfg.bottleneck).to(cfg.device)
+    num_events, d_event = states.events.shape[1:]
+    adapter = ChainedAdapter(states.target.shape[-1], d_event, num_events, cfg.bottleneck, cfg.blind).to(cfg.device)
     adapter.standardise(real, embeddings, sample.events)
 
     def score(texts: Texts) -> tuple[int, Tensor, dict[str, Tensor]]:
         """Positions, loss and parts: means over the roll-out's steps."""
         found = [
             (int(mask.sum()), *losses(expected[mask], wanted[mask], head, variance, cfg))
-            for expected, wanted, mask in roll_out(adapter, texts, embeddings, cfg.roll_out_steps)
+            for expected, wanted, mask in chain_over(adapter, texts, embeddings, cfg.roll_out_steps)
             if mask.any()
         ]
         parts = {name: torch.stack([p[name] for _, _, p in found]).mean() for name in found[0][2]}

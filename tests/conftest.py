@@ -55,9 +55,11 @@ def noisy_copy(model: LlamaForCausalLM, noise: float, seed: int = 9) -> LlamaFor
 
 
 def as_decoder(model: LlamaForCausalLM, taps=None) -> Decoder:
-    """A text-only decoder: the prompt's pixels are ignored, everything behind the embedding is what the real pair runs."""
+    """A text-only decoder: the prompt's pixels are ignored, everything behind the embedding is what the real pair runs. BOS stands
+    for vision."""
     model = copy.deepcopy(model)
-    return Decoder(model.model, model.lm_head, None, None, None, lambda pixels: pixels, lambda ids, _: model.model.embed_tokens(ids), taps)
+    embed = lambda ids, _: model.model.embed_tokens(ids)  # noqa: E731
+    return Decoder(model.model, model.lm_head, None, None, None, lambda pixels: pixels, embed, taps, placeholder=1, vision_tokens=1)
 
 
 def prompt_of(*ids: int) -> Prompt:
@@ -94,7 +96,7 @@ def tiny_run(tmp_path_factory) -> Path:
             "output_dir": str(root / "out"),
             "threads": 1,
         },
-        "extract_hidden_states": {"max_new_tokens": 12, "batch_size": 4, "store_dtype": "float32"},
+        "extract_hidden_states": {"max_new_tokens": 12, "batch_size": 4, "store_dtype": "float32", "event_states": True},
         "train_hidden_adapter": {"num_epochs": 2, "batch_size": 4},
         "feature_sd_inference": {"max_new_tokens": 12},
         "benchmark_feature_sd": {"max_new_tokens": 12, "limit": 4, "repeats": 1, "warmup": 1, "num_draft_tokens": [2, 3]},

@@ -27,6 +27,8 @@ def finished(tiny_run):
     config = ["--config", str(tiny_run / "tiny.yaml")]
     for split in ("train", "validation", "test"):
         main_of("extract_hidden_states")([*config, "--split", split])
+    for blind in ("false", "true"):
+        main_of("train_hidden_adapter")([*config, "--adapter", "chained", "--bottleneck", "16", "--blind", blind])
     for script in SCRIPTS[1:]:
         main_of(script)(config)
     return tiny_run
@@ -116,7 +118,15 @@ def test_a_second_run_reuses_everything(finished, capsys):
 
 
 @pytest.mark.parametrize(
-    "extra", [["--draft", "own"], ["--accept", "feature", "--threshold", "0.5"], ["--accept", "relaxed"], ["--gamma", "1"]]
+    "extra",
+    [
+        *[["--draft", source] for source in ("own", "chained", "hybrid", "ngram", "template")],
+        ["--draft", "own", "--accept", "feature"],
+        ["--draft", "chained", "--accept", "relaxed", "--threshold", "0.1"],
+        ["--accept", "feature", "--threshold", "0.5"],
+        ["--accept", "relaxed"],
+        ["--gamma", "1"],
+    ],
 )
 def test_inference_in_every_mode(finished, extra):
     result = main_of("feature_sd_inference")(["--config", str(finished / "tiny.yaml"), *extra])
@@ -139,8 +149,9 @@ def test_early_exit_runs_end_to_end(finished, tmp_path):
     assert (meta["draft_layers"], meta["draft_norm"], meta["hidden_size_draft"]) == ([1, 2], "pre", 64)
     main_of("train_hidden_adapter")(config)
     assert main_of("feature_sd_inference")(config)["exact_match"]
-    with pytest.raises(UserError, match=r"own drafts need all 3 layers"):
-        main_of("feature_sd_inference")([*config, "--draft", "own"])
+    assert main_of("feature_sd_inference")([*config, "--draft", "own"])["exact_match"]  # at its full depth
+    with pytest.raises(UserError, match=r"--draft_layers 3"):
+        main_of("feature_sd_inference")([*config, "--draft", "own", "--accept", "feature"])
     with pytest.raises(UserError, match=r"--draft_layers 1 2"):  # the full-depth run's adapter path, another depth's states
         shutil.copytree(tmp_path / "adapter", tmp_path / "other" / "adapter")
         main_of("feature_sd_inference")([*config[:2], "--output_dir", str(tmp_path / "other"), "--draft_layers", "2", "3"])

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+from feature_alignment.chained_adapter import ChainedAdapter
 from feature_alignment.decoding.engine import Generation
 from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.metrics import Counts
 from feature_alignment.models.pair import Decoder, Prompt
@@ -84,31 +85,49 @@ def step_ms(model: Decoder, prompt: Prompt, num_tokens: int, repeats: int = 40) 
     return statistics.median(times)
 
 
+def median_ms(call: Callable[[], object], watch: Stopwatch, repeats: int = 200) -> float:
+    """Median milliseconds of a call, after ten untimed ones."""
+    times = []
+    for i in range(repeats + 10):
+        start = watch.now()
+        call()
+        if i >= 10:
+            times.append(watch.now() - start)
+    return statistics.median(times)
+
+
 @torch.inference_mode()
-def costs(target: Decoder, draft: Decoder, adapter: nn.Module, target_prompt: Prompt, draft_prompt: Prompt) -> dict[str, Any]:
-    """What each part of a round costs: milliseconds, c = (draft step + adapter + head) / target step, v(k) in target steps."""
+def chained_ms(adapter: ChainedAdapter, watch: Stopwatch) -> float:
+    """Median milliseconds of one chained draft without the head: the last state and token read, the next state expected."""
+    like = adapter.target_mean
+    size = adapter.geometry
+    events = torch.randn(1, size["num_events"], size["d_event"], device=like.device, dtype=like.dtype)
+    state, token = events.new_ones(1, 1, size["d_target"]), events.new_ones(1, 1, size["width"])
+    seen, memory = adapter.see(events), token[:, 0]
+    return median_ms(lambda: adapter.expect(adapter.read(state, token, memory), seen), watch)
+
+
+@torch.inference_mode()
+def costs(
+    target: Decoder, draft: Decoder, adapter: HiddenAdapter, chained: ChainedAdapter, target_prompt: Prompt, draft_prompt: Prompt
+) -> dict[str, Any]:
+    """What each part of a round costs: milliseconds, v(k) in target steps, and one draft in target steps: aligned, c = (draft step +
+    adapter + head) / target step, and chained, c_chained = (chained adapter + head) / target step."""
     watch = Stopwatch(target.device)
     steps = {k: step_ms(target, target_prompt, k) for k in VERIFIED}
     state = torch.randn(1, draft.hidden_size, device=target.device, dtype=target.head_weight.dtype)
-
-    def median_ms(call: Callable[[], object]) -> float:
-        times = []
-        for i in range(210):
-            start = watch.now()
-            call()
-            if i >= 10:
-                times.append(watch.now() - start)
-        return statistics.median(times)
-
     aligned = adapter(state)
-    t_adapter, t_head = median_ms(lambda: adapter(state)), median_ms(lambda: target.lm_head(aligned).argmax(-1))
-    t_draft = step_ms(draft, draft_prompt, 1)
+    t_adapter = median_ms(lambda: adapter(state), watch)
+    t_head = median_ms(lambda: target.lm_head(aligned).argmax(-1), watch)
+    t_draft, t_chained = step_ms(draft, draft_prompt, 1), chained_ms(chained, watch)
     return {
         "t_draft_ms": t_draft,
         "t_adapter_ms": t_adapter,
+        "t_chained_ms": t_chained,
         "t_head_ms": t_head,
         "t_target_ms": steps[1],
         "c": (t_draft + t_adapter + t_head) / steps[1],
+        "c_chained": (t_chained + t_head) / steps[1],
         "v": {str(k): ms / steps[1] for k, ms in steps.items()},
     }
 

@@ -66,20 +66,19 @@ NULL_DRAFTERS = {"template": Template, "ngram": NGram}
 
 
 class TableProposer:
-    """A null drafter in the decoding loop. `question` is set by the caller for each prompt: tables know no pictures."""
+    """A null drafter in the decoding loop: it knows the question and no picture."""
 
     def __init__(self, table: Template | NGram) -> None:
         self._table = table
-        self.question = ""
 
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
-        pass
+        self._question = prompt.question
 
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch) -> Draft:
         text = list(emitted)
         with watch("draft"):
             for _ in range(num_tokens):
-                text.append(self._table.next_token(self.question, text))
+                text.append(self._table.next_token(self._question, text))
         return Draft(torch.tensor(text[len(emitted) :]), None)
 
 
@@ -88,15 +87,15 @@ class HybridProposer:
 
     def __init__(self, table: NGram, model: ModelProposer, sure: float = 0.8) -> None:
         self._table, self._model, self._sure = table, model, sure
-        self.question = ""
 
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
+        self._question = prompt.question
         self._model.start(prompt, watch)
 
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch) -> Draft:
         text = list(emitted)
         for _ in range(num_tokens):
-            token, share = self._table.guess(self.question, text)
+            token, share = self._table.guess(self._question, text)
             if share < self._sure:
                 token = int(self._model.propose(text, states, 1, watch).token_ids[0])
             text.append(token)

@@ -38,6 +38,7 @@ class Prompt:
 
     ids: Tensor
     pixels: Tensor
+    question: str = ""
 
 
 @dataclass
@@ -122,7 +123,7 @@ class Decoder:
         return nn.functional.linear(hidden[..., -self.width :], self.head_weight)
 
     def prepare(self, sample: Sample) -> Prompt:
-        return Prompt(self.encode_prompt(sample.question), self.read_pixels(sample))
+        return Prompt(self.encode_prompt(sample.question), self.read_pixels(sample), sample.question)
 
     @torch.inference_mode()
     def encode_vision(self, pixels: Tensor) -> Tensor:

@@ -1,0 +1,79 @@
+"""Draft sources by name: which adapters and tables each needs, where they lie, and the proposer they make."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from feature_alignment import artifacts
+from feature_alignment.chained_adapter import ChainedAdapter, load_chained_adapter
+from feature_alignment.config import Common
+from feature_alignment.console import UserError
+from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, NGram, TableProposer
+from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
+from feature_alignment.hidden_adapter import HiddenAdapter, load_adapter
+from feature_alignment.models.pair import Decoder, Pair, load_draft
+
+SOURCES = ("own", "aligned", "chained", "hybrid", *NULL_DRAFTERS)
+
+
+class Sources:
+    """The proposers of one pair. Adapters are loaded when a source first asks for them.
+
+    train_split: whose answers the tables know
+    """
+
+    def __init__(self, pair: Pair, cfg: Common, train_split: str = "train") -> None:
+        self._pair, self._cfg = pair, cfg
+        self.texts_path = cfg.out / "token_pairs" / f"{train_split}.json"
+        self.adapter_path = cfg.out / "adapter" / "adapter.pt"
+        self.chained_path = cfg.out / "chained_adapter" / "adapter.pt"
+
+    def adapter(self) -> HiddenAdapter:
+        adapter = load_adapter(self.adapter_path, self._pair.draft.hidden_size, self._pair.draft.taps)[0]
+        return adapter.to(self._pair.target.device, self._pair.target.head_weight.dtype)
+
+    def chained_adapter(self) -> ChainedAdapter:
+        adapter = load_chained_adapter(self.chained_path, self._pair.draft.taps)[0]
+        return adapter.to(self._pair.target.device, self._pair.target.head_weight.dtype)
+
+    def texts(self) -> list[tuple[str, list[int]]]:
+        """(question, tokens) of the target's answers on the training split."""
+        return [(r["query"], r["vl_tokens"]) for r in artifacts.read_token_pairs(self.texts_path)]
+
+    def full_draft(self) -> Decoder:
+        """The drafter at full depth: its own drafts need its own head."""
+        draft = self._pair.draft
+        return draft if draft.has_own_head else load_draft(dataclasses.replace(self._cfg, draft_layers=None))
+
+    def open(self, name: str, compares: bool = False) -> Proposer:
+        """A source's proposer; raises UserError if what it needs is not there.
+
+        compares: it must say which target states it expects, because the acceptance rule looks at them
+        """
+        target, draft = self._pair.target, self._pair.draft
+        if compares and (name not in ("own", "aligned", "chained") or (name == "own" and not draft.has_own_head)):
+            raise UserError(
+                f"the feature and relaxed rules compare hidden states, {name} drafts have none"
+                + (
+                    f" before the drafter's last layer; pass --draft_layers {draft.num_layers}."
+                    if name == "own"
+                    else "; pass --draft chained."
+                )
+            )
+        if name == "own":
+            return ModelProposer(draft, self.adapter(), None) if compares else ModelProposer(self.full_draft(), None, None)
+        if name == "aligned":
+            return ModelProposer(draft, self.adapter(), target.lm_head)
+        if name == "chained":
+            return ChainedProposer(draft, self.chained_adapter(), target.lm_head, target.embeddings)
+        if name == "hybrid":
+            return HybridProposer(NGram(self.texts()), ModelProposer(draft, self.adapter(), target.lm_head))
+        if name in NULL_DRAFTERS:
+            return TableProposer(NULL_DRAFTERS[name](self.texts()))
+        raise UserError(f"no draft source {name!r}; wanted {', '.join(SOURCES)}.")
+
+    def files(self, name: str) -> dict[str, Path]:
+        """The files a source's drafts depend on."""
+        adapter, chained, texts = {"adapter": self.adapter_path}, {"chained_adapter": self.chained_path}, {"texts": self.texts_path}
+        return {"own": {}, "aligned": adapter, "chained": chained, "hybrid": adapter | texts}.get(name, texts)

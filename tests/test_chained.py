@@ -1,0 +1,200 @@
+"""The chained adapter: what it may see, that chaining step by step is the roll-out it was trained on, and that drafting stays lossless."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
+
+from feature_alignment import artifacts, metrics
+from feature_alignment.artifacts import HiddenStates
+from feature_alignment.chained_adapter import ChainedAdapter, chain_over, load_chained_adapter, text_batches
+from feature_alignment.console import UserError
+from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.proposers import ChainedProposer
+from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.measure_feature_acceptance import chain_report, chain_scores
+from feature_alignment.train_hidden_adapter import TrainConfig
+from feature_alignment.training import train_chained
+
+D, EVENTS, VOCAB = 32, 1, 64
+PROMPTS = [(1, 5, 9, 13), (1, 40, 3), (1, 7, 7, 7, 20, 33)]
+
+
+def an_adapter(seed: int = 0, blind: bool = False) -> ChainedAdapter:
+    torch.manual_seed(seed)
+    return ChainedAdapter(D, D, EVENTS, 16, blind).eval()
+
+
+def a_text(n: int = 9, seed: int = 1):
+    torch.manual_seed(seed)
+    return torch.randn(1, n, D), torch.randint(3, VOCAB, (1, n)), torch.randn(VOCAB, D), torch.randn(1, EVENTS, D)
+
+
+def test_parameters_at_width_4096():
+    adapter = ChainedAdapter(4096, 4096, 582, 192)
+    by_hand = (4096 * 192 + 192) + 4096 * 192 + (6 * 192 * 192 + 6 * 192) + (192 * 192 + 192) + 2 * (4096 * 192 + 192) + 582 * 192
+    by_hand += (2 * 192 * 192 + 192) + (192 * 4096 + 4096)
+    assert adapter.num_parameters == by_hand < 5_000_000
+
+
+@torch.inference_mode()
+def test_it_never_sees_what_comes_later():
+    adapter, (states, ids, embeddings, events) = an_adapter(), a_text()
+    tokens, seen = adapter.tokens(embeddings)[ids], adapter.see(events)
+    before = adapter.roll_out(states, tokens, seen, 4)
+    changed, other = states.clone(), tokens.clone()
+    changed[:, 5:] += 1
+    other[:, 5:] += 1
+    after = adapter.roll_out(changed, other, seen, 4)
+    for k in range(4):
+        reads = 5 - k  # step k from position t has read tokens up to t + k
+        assert torch.equal(before[k][:, :reads], after[k][:, :reads])
+        assert not torch.allclose(before[k][:, reads], after[k][:, reads])
+
+
+@torch.inference_mode()
+def test_a_roll_out_is_chaining_by_hand():
+    adapter, (states, ids, embeddings, events) = an_adapter(), a_text()
+    tokens, seen = adapter.tokens(embeddings)[ids], adapter.see(events)
+    for start in range(4):
+        memory = adapter.read(states[:, : start + 1], tokens[:, : start + 1], None)[:, -1:]
+        for k, expected in enumerate(adapter.roll_out(states, tokens, seen, 4)):
+            by_hand = adapter.expect(memory, seen)
+            torch.testing.assert_close(by_hand[:, 0], expected[:, start], atol=1e-5, rtol=1e-5)
+            memory = adapter.read(by_hand, tokens[:, start + k + 1, None], memory[:, -1])
+
+
+@torch.inference_mode()
+def test_a_blind_one_sees_nothing():
+    states, ids, embeddings, events = a_text()
+    for blind in (True, False):
+        adapter = an_adapter(blind=blind)
+        tokens = adapter.tokens(embeddings)[ids]
+        a, b = (adapter.roll_out(states, tokens, adapter.see(e), 2)[1] for e in (events, events + 1))
+        assert torch.equal(a, b) is blind
+
+
+def proposer_of(model, adapter):
+    target = as_decoder(model)
+    return target, ChainedProposer(as_decoder(noisy_copy(model, 0.1)), adapter, target.lm_head, target.embeddings)
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 4, 7])
+@pytest.mark.parametrize("seed", range(3))
+def test_token_acceptance_is_plain_greedy(gamma, seed):
+    target, proposer = proposer_of(tiny_llama(seed), an_adapter(seed))
+    for prompt in PROMPTS:
+        plain = greedy(target, prompt_of(*prompt), 30)
+        got = speculate(target, proposer, prompt_of(*prompt), prompt_of(*prompt), num_draft_tokens=gamma, max_new_tokens=30)
+        assert got.token_ids == plain.token_ids
+
+
+def full_states(model, tokens):
+    return model.model(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("accept", ["token", "feature", "relaxed"])
+@pytest.mark.parametrize("seed", range(3))
+@torch.inference_mode()
+def test_live_drafts_are_what_a_fresh_start_would_draft(accept, seed):
+    """Every round's drafts, recomputed from the emitted text alone: no cache, no memory kept between rounds."""
+    model, adapter = tiny_llama(seed), an_adapter(seed)
+    target, proposer = proposer_of(model, adapter)
+    prompt = PROMPTS[seed]
+    rule = {"accept": accept, "threshold": 0.1, "num_draft_tokens": 3, "max_new_tokens": 20}
+    got = speculate(target, proposer, prompt_of(*prompt), prompt_of(*prompt), **rule)
+    draft = proposer._draft
+    seen = adapter.see(draft.vision_states(torch.tensor([prompt]), draft.encode_vision(torch.zeros(1, 1))))
+    table, at = adapter.tokens(target.embeddings), 1
+    for r in got.rounds:
+        text = got.token_ids[:at]
+        states = full_states(model, [*prompt, *text])[len(prompt) - 1 : -1]  # states[i] emitted text[i]
+        memory = adapter.read(states[None], table[torch.tensor([text])], None)[:, -1:]
+        for drafted in r.proposed:
+            expected = adapter.expect(memory, seen)
+            assert int(target.lm_head(expected[0, 0]).argmax()) == drafted
+            memory = adapter.read(expected, table[torch.tensor([[drafted]])], memory[:, -1])
+        at += (len(r.kept) if accept == "relaxed" else r.num_accepted) + (r.extra_token is not None)
+    assert len(got.token_ids) - at in (0, 1)  # the last token of a full text has no round of its own
+
+
+def states_of(target, draft, prompts, limit) -> HiddenStates:
+    """What extraction would store for these prompts."""
+    texts = [greedy(target, prompt_of(*p), limit).token_ids for p in prompts]
+    width = max(map(len, texts))
+    ids, v = torch.zeros(len(texts), width, dtype=torch.long), torch.zeros(len(texts), width, D)
+    events = torch.cat([draft.vision_states(torch.tensor([p]), torch.zeros(1, 1)) for p in prompts])
+    for i, (p, text) in enumerate(zip(prompts, texts, strict=True)):
+        ids[i, : len(text)] = torch.tensor(text)
+        v[i, : len(text)] = target.teacher_force(target.prefill([prompt_of(*p)]), torch.tensor([text]))[0]
+    lengths = torch.tensor([len(t) for t in texts])
+    rows = [{"sequence": str(i)} for i in range(len(texts))]
+    return HiddenStates(v, v, ids, torch.arange(width) < lengths[:, None], lengths, rows, {}, events)
+
+
+@pytest.mark.parametrize("gamma", [1, 3, 5])
+def test_the_trace_identity(gamma):
+    """Rounds read off one teacher-forced pass are the live rounds, exactly."""
+    model = tiny_llama(0)
+    target = as_decoder(model)
+    draft = as_decoder(noisy_copy(model, 0.1))
+    states = states_of(target, draft, PROMPTS, 24)
+    adapter, _ = train_chained(
+        states, states, target.head_weight.detach(), target.embeddings, TrainConfig(bottleneck=16, num_epochs=250, lr=1e-2)
+    )
+    proposer = ChainedProposer(draft, adapter, target.lm_head, target.embeddings)
+    scores, there = chain_scores(adapter, states, target.head_weight.detach(), target.embeddings, gamma)
+    blocks = metrics.decoding_blocks(scores.match, states.mask, gamma, states.ended)
+    assert blocks.accepted.sum() > 5  # it has learnt something: the identity is not about zeros
+    for i, prompt in enumerate(PROMPTS):
+        live = speculate(target, proposer, prompt_of(*prompt), prompt_of(*prompt), num_draft_tokens=gamma, max_new_tokens=24)
+        assert [r.num_accepted for r in live.rounds] == blocks.accepted[(blocks.rows == i) & (blocks.offered > 0)].tolist()
+    report = chain_report(scores, there, states)
+    assert len(report["steps"]) == gamma and report["cosine"]["total"] == float(there.sum())
+
+
+def test_a_shift_by_one_is_seen():
+    """The adapter must be told the token its state emitted, not the one before: with shifted tokens a learnt text is lost."""
+    model = tiny_llama(0)
+    target = as_decoder(model)
+    states = states_of(target, as_decoder(model), PROMPTS, 24)
+    cfg = TrainConfig(bottleneck=16, num_epochs=250, lr=1e-2)
+    adapter, history = train_chained(states, states, target.head_weight.detach(), target.embeddings, cfg)
+    assert history[-1]["validation_token_match"] > history[0]["validation_token_match"] + 0.3
+    (texts,) = text_batches(states, 8, "cpu")
+    shifted = type(texts)(texts.states, texts.token_ids.roll(1, 1), texts.mask, texts.events)
+    with torch.inference_mode():
+        right, wrong = (next(chain_over(adapter, t, target.embeddings, 1)) for t in (texts, shifted))
+    cosine = [float(torch.cosine_similarity(e, w, dim=-1)[m].mean()) for e, w, m in (right, wrong)]
+    assert cosine[0] > cosine[1] + 0.1
+
+
+def test_what_does_not_fit_is_refused(tiny_run, tmp_path):
+    for content in ({"state_dict": {}}, {"meta": {"geometry": {"d_draft": 3}}, "state_dict": {}}):
+        artifacts.save_pt(tmp_path / "a.pt", content)
+        with pytest.raises(UserError, match=r"(?s)not a chained adapter.*--adapter chained"):
+            load_chained_adapter(tmp_path / "a.pt")
+    adapter = an_adapter()
+    meta = {"geometry": adapter.geometry, "draft_layers": [1, 2]}
+    artifacts.save_pt(tmp_path / "b.pt", {"meta": meta, "state_dict": adapter.state_dict()})
+    assert load_chained_adapter(tmp_path / "b.pt", [2])[0].geometry == adapter.geometry  # only the last layer's states are read
+    with pytest.raises(UserError, match=r"layer 2, this run ends at 3"):
+        load_chained_adapter(tmp_path / "b.pt", [3])
+    with pytest.raises(ValueError, match="multiple of 4"):
+        ChainedAdapter(8, 8, 2, 6)
+
+
+def test_the_proposer_reads_only_what_is_new():
+    proposer = proposer_of(tiny_llama(0), an_adapter())[1]
+    watch = Stopwatch()
+    proposer.start(prompt_of(*PROMPTS[0]), watch)
+    states = torch.randn(6, D)
+    proposer.propose([4, 5], states[:2], 3, watch)
+    kept = proposer._memory.clone()
+    proposer.propose([4, 5, 6, 7], states[:4], 2, watch)
+    fresh = proposer_of(tiny_llama(0), an_adapter())[1]
+    fresh.start(prompt_of(*PROMPTS[0]), watch)
+    fresh.propose([4, 5, 6, 7], states[:4], 2, watch)
+    torch.testing.assert_close(proposer._memory, fresh._memory)
+    assert not torch.allclose(kept, proposer._memory)
