@@ -7,13 +7,19 @@ source ./setup.sh
 config=${1:-configs/demo.yaml}
 step() { printf '\n== %s\n' "$*" >&2; python "$@"; }
 
-[ "$config" = configs/demo.yaml ] && step -m feature_alignment.demo.scenes
+extract=(feature_alignment/extract_hidden_states.py)
+if [ "$config" = configs/demo.yaml ]; then
+  step -m feature_alignment.demo.scenes
+  extract=(-m torch.distributed.run --nproc_per_node 2 "${extract[@]}")   # two processes, the same bytes
+fi
 for split in train validation test; do
-  step feature_alignment/extract_hidden_states.py --config "$config" --split "$split"   # Task 1.1
+  step "${extract[@]}" --config "$config" --split "$split"                              # Task 1.1
 done
 step feature_alignment/hidden_adapter.py --config "$config"                             # Task 1.2
-step feature_alignment/train_hidden_adapter.py --config "$config"                       # Task 1.3
+step feature_alignment/train_hidden_adapter.py --config "$config" & hidden=$!           # Task 1.3
+step feature_alignment/train_hidden_adapter.py --config "$config" --adapter chained
+wait $hidden
 step feature_alignment/measure_feature_acceptance.py --config "$config"                 # Task 2.1
 step feature_alignment/compare_token_baseline.py --config "$config"                     # Task 2.2
-step feature_alignment/feature_sd_inference.py --config "$config"                       # Task 3.1
+step feature_alignment/feature_sd_inference.py --config "$config" --draft chained       # Task 3.1
 step feature_alignment/benchmark_feature_sd.py --config "$config"                       # Tasks 3.2 and 3.3

@@ -82,13 +82,17 @@ class Common:
         return self.output_dir
 
 
-def parse_config(cls: type[T], argv: Sequence[str] | None, section: str) -> T:
-    """The settings of one script. Exits after `--help` and `--print_config`; raises UserError for anything it does not know."""
+def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant: str | None = None) -> T:
+    """The settings of one script. Exits after `--help` and `--print_config`; raises UserError for anything it does not know.
+
+    variant: a setting whose value names a section of its own, which wins over the script's: `train_hidden_adapter.chained`
+    """
     words = _normalise(cls, list(sys.argv[1:] if argv is None else argv))
     config_path, words = _take_option(words, "--config")
     show = "--print_config" in words
     words = [w for w in words if w != "--print_config"]
-    from_file = _file_flags(cls, Path(config_path), section) if config_path else []
+    chosen = next((w.partition("=")[2] for w in words if variant and w.startswith(f"--{variant}=")), None)
+    from_file = _file_flags(cls, Path(config_path), section, chosen) if config_path else []
 
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -181,7 +185,7 @@ def _take_option(words: list[str], name: str) -> tuple[str | None, list[str]]:
     return (given[0].partition("=")[2] if given else None), [w for w in words if w not in given]
 
 
-def _file_flags(cls: type, path: Path, section: str) -> list[str]:
+def _file_flags(cls: type, path: Path, section: str, chosen: str | None) -> list[str]:
     """A YAML file as flags. All scalars are read as strings, so `1e-3` means the same as on the command line."""
     if not path.is_file():
         found = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none here"
@@ -192,13 +196,14 @@ def _file_flags(cls: type, path: Path, section: str) -> list[str]:
         content = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict) or not set(content) <= {"common", *SCRIPTS}:
-        extra = sorted(set(content) - {"common", *SCRIPTS}) if isinstance(content, dict) else type(content).__name__
+    known = {"common", *SCRIPTS, "train_hidden_adapter.chained"}
+    if not isinstance(content, dict) or not set(content) <= known:
+        extra = sorted(set(content) - known) if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path}: unknown section {extra}; wanted `common` and script names: {', '.join(SCRIPTS)}.")
     names = {f.name for f in dataclasses.fields(cls)}
     shared = {f.name for f in dataclasses.fields(Common)}
     flags = []
-    for part, allowed in (("common", shared), (section, names)):
+    for part, allowed in (("common", shared), (section, names), *([(f"{section}.{chosen}", names)] if chosen else [])):
         settings = content.get(part) or {}
         if not isinstance(settings, dict):
             raise UserError(f"{path}: section `{part}` must hold settings, got {settings!r}.")

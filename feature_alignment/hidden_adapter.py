@@ -148,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows.append((n, forward_ms(adapter, n, width, cfg.repeats, cfg.device, dtype), flops))
     weight_bytes = adapter.num_parameters * dtype.itemsize
     print_table(
-        f"adapter {width} -> {cfg.bottleneck} -> {cfg.hidden_size}: {adapter.num_parameters:,} parameters, {weight_bytes:,} bytes in {cfg.dtype}",
+        f"adapter {width} -> {cfg.bottleneck} -> {cfg.hidden_size}: "
+        f"{adapter.num_parameters:,} parameters, {weight_bytes:,} bytes in {cfg.dtype}",
         ("tokens", "ms (median)", "MFLOP"),
         [(n, round(ms, 4), round(flops / 1e6, 2)) for n, ms, flops in rows],
     )

@@ -62,14 +62,17 @@ def tables(result: dict[str, Any]) -> list[Table]:
     ]
     costs = [
         ["one draft step of EventGPT", f"{cost['t_draft_ms']:.3f}"],
-        ["adapter, one token", f"{cost['t_adapter_ms']:.3f}"],
+        ["hidden adapter, one token", f"{cost['t_adapter_ms']:.3f}"],
+        ["chained adapter, one token", f"{cost['t_chained_ms']:.3f}"],
         ["target's head, one token", f"{cost['t_head_ms']:.3f}"],
         ["one step of Video-LLaVA", f"{cost['t_target_ms']:.3f}"],
-        ["c = all of a draft / target step", f"{cost['c']:.3f}"],
+        ["c = all of an aligned draft / target step", f"{cost['c']:.3f}"],
+        ["c of a chained draft (no step of EventGPT)", f"{cost['c_chained']:.3f}"],
     ]
     costs += [[f"v({k}) = verifying {k} tokens / target step", f"{v:.3f}"] for k, v in cost["v"].items()]
     seconds, prefill = base["total_ms"] / 1e3, base["prefill_ms"] / 1e3
-    title = f"Speed against plain greedy decoding: {base['prompts']} prompts, {base['tokens']:,} tokens, {seconds:.1f} s ({prefill:.1f} s prefill)"
+    size = f"{base['prompts']} prompts, {base['tokens']:,} tokens, {seconds:.1f} s ({prefill:.1f} s prefill)"
+    title = f"Speed against plain greedy decoding: {size}"
     return [
         ("The six targets", ["metric", "target", "measured [95 % interval]", "", "note"], goals),
         (

@@ -84,7 +84,7 @@ def plot_curves(history: list[dict[str, float]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    cfg = parse_config(TrainConfig, argv, "train_hidden_adapter")
+    cfg = parse_config(TrainConfig, argv, "train_hidden_adapter", variant="adapter")
     if min(cfg.num_epochs, cfg.batch_size, cfg.bottleneck, cfg.roll_out_steps) < 1:
         raise UserError("--num_epochs, --batch_size, --bottleneck and --roll_out_steps want at least 1.")
     import torch

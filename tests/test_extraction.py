@@ -104,7 +104,7 @@ def test_kills_at_random_moments_change_nothing(tiny_run, whole, tmp_path):
     assert not (tmp_path / "hidden_states" / "train").exists()
     extract_hidden_states.main(flags(tiny_run, tmp_path))
     assert hashes(tmp_path) == hashes(whole)
-    assert sorted(p.name for p in (tmp_path / "hidden_states").iterdir()) == ["train", "vl_lm_head.pt"]
+    assert sorted(p.name for p in (tmp_path / "hidden_states").iterdir()) == ["train", "vl_embeddings.pt", "vl_lm_head.pt"]
 
 
 def test_two_processes_fill_one_file(tiny_run, whole, tmp_path):

@@ -234,3 +234,17 @@ class SlotHead(nn.Module):
             total.append(F.cross_entropy(logits.float(), gold, ignore_index=-100))
             right[slot] = float((logits.argmax(-1) == gold)[gold >= 0].float().mean())
         return torch.stack(total).mean(), right
+
+
+class CellHead(nn.Module):
+    """Reads off each vision token which cell of its image it stands for; exists only while training. Tokens that carry their place
+    are what lets a decoder tell left from right."""
+
+    def __init__(self, num_tokens: int, num_images: int) -> None:
+        super().__init__()
+        self.cells = torch.arange(num_tokens // num_images).repeat(num_images)
+        self.out = nn.Linear(WIDTH, num_tokens // num_images)
+
+    def loss(self, vision: Tensor) -> Tensor:
+        """Mean cross entropy over all tokens of vision [b, num_tokens, d]."""
+        return F.cross_entropy(self.out(vision).float().flatten(0, 1), self.cells.repeat(len(vision)))
