@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from feature_alignment.decoding.measure import Timed
 
 
+MEASURE = "python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml"
+
+
 @dataclass(frozen=True)
 class BenchmarkConfig(Common):
     """Measure speed-up and fidelity of every mode on the same prompts, in one process.
@@ -59,14 +62,14 @@ class Mode:
         return f"{self.draft} + {self.accept}, {self.num_draft_tokens} drafts"
 
 
-def modes(gammas: Sequence[int]) -> list[Mode]:
-    """Chained and aligned drafts under all rules; the others losslessly, for comparison: null drafters at every length, because a
+def modes(gammas: Sequence[int], adapters: Sequence[str]) -> list[Mode]:
+    """Adapted drafts (chained, aligned) under all rules; the others losslessly, for comparison: null drafters at every length, because a
     draft costs them nothing."""
     middle = gammas[len(gammas) // 2]
     return [
-        *[Mode(draft, "token", g) for draft in ("chained", "aligned", "ngram") for g in gammas],
+        *[Mode(draft, "token", g) for draft in (*adapters, "ngram") for g in gammas],
         *[Mode(draft, "token", middle) for draft in ("hybrid", "own", "template")],
-        *[Mode(draft, accept, middle) for draft in ("chained", "aligned") for accept in ("feature", "relaxed")],
+        *[Mode(draft, accept, middle) for draft in adapters for accept in ("feature", "relaxed")],
     ]
 
 
@@ -121,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError("--num_draft_tokens and --repeats want numbers of at least 1.")
     from tqdm import tqdm
 
-    from feature_alignment import artifacts, chained_adapter, report, targets
+    from feature_alignment import artifacts, report, targets
     from feature_alignment.decoding import measure
     from feature_alignment.decoding.engine import PREFILL_STAGES, greedy, speculate
     from feature_alignment.decoding.null_drafters import NULL_DRAFTERS
@@ -132,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     samples = read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions)
     acceptance_path = cfg.out / "acceptance" / "acceptance.json"
-    acceptance = artifacts.read_json(acceptance_path, "python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml")
+    acceptance = artifacts.read_json(acceptance_path, MEASURE)
     out = cfg.out / "benchmark"
     made_from = {
         "target": cfg.target_id,
@@ -147,13 +150,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if result is not None:
         _show(result, out, reused=True)
         return result
-    if "chained" not in acceptance["chains"]:
-        raise UserError(f"{acceptance_path} knows no chained adapter. Train it, then measure again:\n  {chained_adapter.TRAIN}")
+    has_chain = made_from["chained_adapter"].is_file()
+    if has_chain and "chained" not in acceptance["chains"]:
+        raise UserError(f"{acceptance_path} does not know {made_from['chained_adapter']} yet. Measure again:\n  {MEASURE}")
     pair = load_pair(cfg)
     sources = Sources(pair, cfg, cfg.train_split)
-    rows_of = modes(cfg.num_draft_tokens)
+    rows_of = modes(cfg.num_draft_tokens, ("chained", "aligned") if has_chain else ("aligned",))
     proposers = {name: sources.open(name) for name in {mode.draft for mode in rows_of}}
-    adapter, chained = sources.adapter(), sources.chained_adapter()
+    adapter, chained = sources.adapter(), sources.chained_adapter() if has_chain else None
     prompts = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]
     clips = [s.sequence for s in samples]
 

@@ -63,11 +63,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
     costs = [
         ["one draft step of EventGPT", f"{cost['t_draft_ms']:.3f}"],
         ["hidden adapter, one token", f"{cost['t_adapter_ms']:.3f}"],
-        ["chained adapter, one token", f"{cost['t_chained_ms']:.3f}"],
+        ["chained adapter, one token", _number(cost["t_chained_ms"], 3)],
         ["target's head, one token", f"{cost['t_head_ms']:.3f}"],
         ["one step of Video-LLaVA", f"{cost['t_target_ms']:.3f}"],
         ["c = all of an aligned draft / target step", f"{cost['c']:.3f}"],
-        ["c of a chained draft (no step of EventGPT)", f"{cost['c_chained']:.3f}"],
+        ["c of a chained draft (no step of EventGPT)", _number(cost["c_chained"], 3)],
     ]
     costs += [[f"v({k}) = verifying {k} tokens / target step", f"{v:.3f}"] for k, v in cost["v"].items()]
     seconds, prefill = base["total_ms"] / 1e3, base["prefill_ms"] / 1e3

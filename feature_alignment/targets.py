@@ -86,14 +86,14 @@ def fastest_lossless(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def adapter_in_use(
     rows: list[dict[str, Any]],
     adapter: HiddenAdapter,
-    chained: ChainedAdapter,
+    chained: ChainedAdapter | None,
     acceptance: dict[str, Any],
     cost: dict[str, Any],
     device: str,
     dtype: torch.dtype,
 ) -> InUse:
     """The adapter behind the fastest lossless row, and the same recipe at the width of the 7B models."""
-    if fastest_lossless(rows)["draft"] == "chained":
+    if chained is not None and fastest_lossless(rows)["draft"] == "chained":
         measured = acceptance["chains"]["chained"]
         where = (
             f"test positions, same prefix, drafts 1 to {measured['num_draft_tokens']} of a chain; "

@@ -109,7 +109,7 @@ def chained_ms(adapter: ChainedAdapter, watch: Stopwatch) -> float:
 
 @torch.inference_mode()
 def costs(
-    target: Decoder, draft: Decoder, adapter: HiddenAdapter, chained: ChainedAdapter, target_prompt: Prompt, draft_prompt: Prompt
+    target: Decoder, draft: Decoder, adapter: HiddenAdapter, chained: ChainedAdapter | None, target_prompt: Prompt, draft_prompt: Prompt
 ) -> dict[str, Any]:
     """What each part of a round costs: milliseconds, v(k) in target steps, and one draft in target steps: aligned, c = (draft step +
     adapter + head) / target step, and chained, c_chained = (chained adapter + head) / target step."""
@@ -119,7 +119,8 @@ def costs(
     aligned = adapter(state)
     t_adapter = median_ms(lambda: adapter(state), watch)
     t_head = median_ms(lambda: target.lm_head(aligned).argmax(-1), watch)
-    t_draft, t_chained = step_ms(draft, draft_prompt, 1), chained_ms(chained, watch)
+    t_draft = step_ms(draft, draft_prompt, 1)
+    t_chained = None if chained is None else chained_ms(chained, watch)
     return {
         "t_draft_ms": t_draft,
         "t_adapter_ms": t_adapter,
@@ -127,7 +128,7 @@ def costs(
         "t_head_ms": t_head,
         "t_target_ms": steps[1],
         "c": (t_draft + t_adapter + t_head) / steps[1],
-        "c_chained": (t_chained + t_head) / steps[1],
+        "c_chained": None if t_chained is None else (t_chained + t_head) / steps[1],
         "v": {str(k): ms / steps[1] for k, ms in steps.items()},
     }
 
