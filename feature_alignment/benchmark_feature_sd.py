@@ -63,12 +63,12 @@ class Mode:
 
 
 def modes(gammas: Sequence[int], adapters: Sequence[str]) -> list[Mode]:
-    """Adapted drafts (chained, aligned) under all rules; the others losslessly, for comparison: null drafters at every length, because a
-    draft costs them nothing."""
+    """Adapted drafts (the first of `adapters` at every length) under all rules; the others losslessly, for comparison: the n-gram
+    table at every length too, because a draft costs it nothing."""
     middle = gammas[len(gammas) // 2]
     return [
-        *[Mode(draft, "token", g) for draft in (*adapters, "ngram") for g in gammas],
-        *[Mode(draft, "token", middle) for draft in ("hybrid", "own", "template")],
+        *[Mode(draft, "token", g) for draft in (adapters[0], "ngram") for g in gammas],
+        *[Mode(draft, "token", middle) for draft in (*adapters[1:], "hybrid", "own", "template")],
         *[Mode(draft, accept, middle) for draft in adapters for accept in ("feature", "relaxed")],
     ]
 
@@ -120,8 +120,8 @@ def acceptance_of(timed: Timed, clips: Sequence[str], accept: str) -> dict[str, 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(BenchmarkConfig, argv, "benchmark_feature_sd")
-    if not cfg.num_draft_tokens or min(*cfg.num_draft_tokens, cfg.repeats) < 1:
-        raise UserError("--num_draft_tokens and --repeats want numbers of at least 1.")
+    if not cfg.num_draft_tokens or min(*cfg.num_draft_tokens, cfg.repeats, 1 if cfg.limit is None else cfg.limit) < 1:
+        raise UserError("--num_draft_tokens, --repeats and --limit want numbers of at least 1.")
     from tqdm import tqdm
 
     from feature_alignment import artifacts, report, targets
@@ -133,7 +133,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.metrics import break_even
     from feature_alignment.models.pair import load_pair
 
-    samples = read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions)
+    samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions)
+    number = min(cfg.limit or len(samples), len(samples))
+    samples = [samples[i * len(samples) // number] for i in range(number)]  # spread over the clips, which the intervals resample
     acceptance_path = cfg.out / "acceptance" / "acceptance.json"
     acceptance = artifacts.read_json(acceptance_path, MEASURE)
     out = cfg.out / "benchmark"

@@ -160,8 +160,10 @@ class Student:
         text = DIALECTS[self.who](world.scene(seed), question)
         return [*self.tokenizer(text, add_special_tokens=False).input_ids, 2]
 
-    def caption_loss(self, vision: Tensor, seeds: list[int], questions: list[list[int]]) -> Tensor:
+    def caption_loss(self, vision: Tensor, seeds: list[int], questions: list[list[int]], side_weight: float = 1.0) -> Tensor:
         """Next-token loss of several questions per scene; they share the part of the prompt before the question.
+
+        side_weight: how much the words that tell a landmark's side count
 
         [ shared prompt with vision | question 1, answer 1 | question 2, answer 2 | … ]: each branch sees the prefix and itself.
         """
@@ -185,7 +187,10 @@ class Student:
             inputs_embeds=embeds, position_ids=position[None], attention_mask=sees[None, None].expand(b, 1, -1, -1), use_cache=False
         ).last_hidden_state[:, p:]
         keep = labels.flatten() >= 0
-        return F.cross_entropy(self.model.lm_head(hidden.flatten(0, 1)[keep]).float(), labels.flatten()[keep])
+        logits = self.model.lm_head(hidden.flatten(0, 1)[keep]).float()
+        weights = torch.ones(logits.shape[-1])
+        weights[self.tokenizer.convert_tokens_to_ids(["▁left", "▁right"])] = side_weight  # the target's words
+        return F.cross_entropy(logits, labels.flatten()[keep], weight=weights)
 
     def text_loss(self, rng: random.Random, rows: int) -> Tensor:
         """Next-token loss on both dialects without any picture: what the common ancestor knew."""
