@@ -14,6 +14,7 @@ here the head is recurrent, low-rank, and reads another model's eyes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,22 @@ class Seen(NamedTuple):
     values: Tensor
 
 
+class _Scale(NamedTuple):
+    """Mean and standard deviation per channel of what is read. Channels differ in size by orders of magnitude."""
+
+    target: tuple[Tensor, Tensor]
+    token: tuple[Tensor, Tensor]
+    event: tuple[Tensor, Tensor]
+
+
+def _mean_and_std(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.mean(0), x.std(0).clamp(min=1e-4)
+
+
+def _standard(x: Tensor, scale: tuple[Tensor, Tensor]) -> Tensor:
+    return (x - scale[0]) / scale[1]
+
+
 class ChainedAdapter(nn.Module):
     """d_event: width of EventGPT's states; num_events: how many event tokens a clip has; width: of everything inside.
 
@@ -56,27 +73,41 @@ class ChainedAdapter(nn.Module):
         self.query, self.key, self.value = nn.Linear(width, width), nn.Linear(d_event, width), nn.Linear(d_event, width)
         self.place = nn.Parameter(torch.randn(num_events, width) * 0.02)  # which event token is which
         self.mix, self.out = nn.Linear(2 * width, width), nn.Linear(width, d_target)
-        for name, size in (("target", d_target), ("token", d_target), ("event", d_event)):
-            self.register_buffer(f"{name}_mean", torch.zeros(size))
-            self.register_buffer(f"{name}_std", torch.ones(size))
+        self.scale: _Scale | None = None  # only while it learns
 
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
     def standardise(self, target: Tensor, embeddings: Tensor, events: Tensor) -> None:
-        """Take over the scales of what will be read: states [p, d_target], embeddings [v, d_target], event states [.., d_event]."""
-        for name, x in (("target", target), ("token", embeddings), ("event", events.flatten(0, -2))):
-            getattr(self, f"{name}_mean").copy_(x.float().mean(0))
-            getattr(self, f"{name}_std").copy_(x.float().std(0).clamp(min=1e-4))
+        """Learn on standardised inputs from now on: states [p, d_target], embeddings [v, d_target], event states [.., d_event]."""
+        self.scale = _Scale(*(_mean_and_std(x.float()) for x in (target, embeddings, events.flatten(0, -2))))
+
+    @torch.no_grad()
+    def folded(self) -> ChainedAdapter:
+        """A copy that gives the same and has the scales in its weights: what is saved, and faster."""
+        plain = copy.deepcopy(self)
+        if self.scale is None:
+            return plain
+        (v_mean, v_std), (x_mean, x_std), (e_mean, e_std) = self.scale
+        plain.scale = None
+        for layer, mean, std in ((plain.state, v_mean, v_std), (plain.token, x_mean, x_std)):
+            layer.weight /= std
+            plain.state.bias -= layer.weight @ mean  # the two are only ever added
+        for layer in () if self.geometry["blind"] else (plain.key, plain.value):
+            layer.weight /= e_std
+            layer.bias -= layer.weight @ e_mean
+        plain.out.weight *= v_std[:, None]
+        plain.out.bias.mul_(v_std).add_(v_mean)
+        return plain
 
     def tokens(self, embeddings: Tensor) -> Tensor:
         """The target's input embeddings [v, d_target] as this adapter reads them: [v, width], made once."""
-        return self.token((embeddings - self.token_mean) / self.token_std)
+        return self.token(embeddings if self.scale is None else _standard(embeddings, self.scale.token))
 
     def see(self, events: Tensor) -> Seen:
         """EventGPT's states over its event tokens, [b, e, d_event]."""
-        x = (events - self.event_mean) / self.event_std * (not self.geometry["blind"])
+        x = (events if self.scale is None else _standard(events, self.scale.event)) * (not self.geometry["blind"])
         split = lambda y: y.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # noqa: E731
         return Seen(split(self.key(x) + self.place), split(self.value(x)))
 
@@ -94,7 +125,8 @@ class ChainedAdapter(nn.Module):
         """The target states [b, n, d_target] that come next, for memories [b, n, width]."""
         query = self.query(memory).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         found = F.scaled_dot_product_attention(query, *seen).transpose(1, 2).flatten(2)
-        return self.target_mean + self.target_std * self.out(F.gelu(self.mix(torch.cat([memory, found], -1))))
+        expected = self.out(F.gelu(self.mix(torch.cat([memory, found], -1))))
+        return expected if self.scale is None else expected * self.scale.target[1] + self.scale.target[0]
 
     def roll_out(self, states: Tensor, tokens: Tensor, seen: Seen, steps: int) -> list[Tensor]:
         """What chaining from every position expects, with the text known: `[k][:, t]` is v̂[t+1+k] from v[t], k states of its own.
@@ -109,7 +141,7 @@ class ChainedAdapter(nn.Module):
         return expected
 
     def _joined(self, states: Tensor, tokens: Tensor) -> Tensor:
-        return F.gelu(self.state((states - self.target_mean) / self.target_std) + tokens)
+        return F.gelu(self.state(states if self.scale is None else _standard(states, self.scale.target)) + tokens)
 
     def _one_step(self, x: Tensor, memory: Tensor) -> Tensor:
         """The GRU's step from every position at once: [b, n, width] each."""

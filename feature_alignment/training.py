@@ -198,4 +198,4 @@ def train_chained(
         return mean_over_positions((n, parts) for n, _, parts in map(score, text_batches(validation, 64, cfg.device)))
 
     steps = math.ceil(len(states.target) / cfg.batch_size)
-    return fit(adapter, epoch, steps, evaluate, lambda: copy.deepcopy(adapter), cfg)
+    return fit(adapter, epoch, steps, evaluate, adapter.folded, cfg)

@@ -75,6 +75,18 @@ def test_a_blind_one_sees_nothing():
         assert torch.equal(a, b) is blind
 
 
+@pytest.mark.parametrize("blind", [False, True])
+@torch.inference_mode()
+def test_scales_fold_into_the_weights(blind):
+    adapter, (states, ids, embeddings, events) = an_adapter(blind=blind), a_text()
+    adapter.standardise(states[0] * 3 + 1, embeddings * 0.1 - 2, torch.randn(5, EVENTS, D) * 7 + 4)
+    plain = adapter.folded()
+    assert plain.scale is None and adapter.scale is not None
+    a, b = (m.roll_out(states, m.tokens(embeddings)[ids], m.see(events), 3) for m in (adapter, plain))
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+
+
 def proposer_of(model, adapter):
     target = as_decoder(model)
     return target, ChainedProposer(as_decoder(noisy_copy(model, 0.1)), adapter, target.lm_head, target.embeddings)

@@ -99,7 +99,7 @@ def median_ms(call: Callable[[], object], watch: Stopwatch, repeats: int = 200) 
 @torch.inference_mode()
 def chained_ms(adapter: ChainedAdapter, watch: Stopwatch) -> float:
     """Median milliseconds of one chained draft without the head: the last state and token read, the next state expected."""
-    like = adapter.target_mean
+    like = adapter.out.bias
     size = adapter.geometry
     events = torch.randn(1, size["num_events"], size["d_event"], device=like.device, dtype=like.dtype)
     state, token = events.new_ones(1, 1, size["d_target"]), events.new_ones(1, 1, size["width"])

@@ -23,7 +23,7 @@ from feature_alignment.demo import cameras, captions, world
 log = logging.getLogger(__name__)
 
 # split -> (first seed, clips, questions asked about each)
-SPLITS = {"train": (2_000_000, 1500, 3), "validation": (2_400_000, 120, 3), "test": (2_800_000, 64, 4), "held_out": (3_000_000, 200, 3)}
+SPLITS = {"train": (2_000_000, 1500, 2), "validation": (2_400_000, 120, 3), "test": (2_800_000, 64, 4), "held_out": (3_000_000, 200, 3)}
 _FPS = 160  # 16 frames in 100 ms
 
 
