@@ -133,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             ("aligned states, cosine > 0.90: relaxed acceptance", percent(at["relaxed_accept"])),
             ("of those kept, target says the same token", percent(at["token_match_given_accept"])),
         ]
+        for name, chain in acceptance["chains"].items():
+            table.append((f"{name}: token rule, consecutive acceptance", percent(chain["consecutive_accept_token"])))
         table += [
             (f"null drafter {k}, token rule: consecutive acceptance", percent(v["consecutive_accept"])) for k, v in report["nulls"].items()
         ]
