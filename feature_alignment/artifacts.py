@@ -14,20 +14,21 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from feature_alignment.config import Common, as_plain
 from feature_alignment.console import UserError, finite
 
-SCHEMA = 1
+SCHEMA = 2  # of the JSON files: what an older version left is made anew, not reused
+Module = TypeVar("Module", bound=nn.Module)
 EVENT_STATES = "egpt_event_states.pt"
 EXTRACT = "python feature_alignment/extract_hidden_states.py --config configs/demo.yaml --split {split}"
 
@@ -100,7 +101,6 @@ def config_hash(settings: dict[str, Any]) -> str:
 def provenance(script: str, cfg: Common, made_from: dict[str, Path], **facts: Any) -> dict[str, Any]:
     """The `meta` of everything a script writes. `made_from`: name -> file or checkpoint directory, stored as hashes."""
     return {
-        "schema": SCHEMA,
         "made_by": script,
         "argv": sys.argv[1:],
         "config": as_plain(cfg),
@@ -117,7 +117,7 @@ def provenance(script: str, cfg: Common, made_from: dict[str, Path], **facts: An
 def _identity(cfg: Common, made_from: dict[str, Path]) -> dict[str, Any]:
     settings = {k: v for k, v in as_plain(cfg).items() if k != "resume"}
     hashes = {name: file_hash(path) for name, path in made_from.items() if path.exists()}
-    return {"config_hash": config_hash(settings), "made_from": hashes}
+    return {"schema": SCHEMA, "config_hash": config_hash(settings), "made_from": hashes}
 
 
 def reusable(path: Path, cfg: Common, made_from: dict[str, Path]) -> dict[str, Any] | None:
@@ -172,6 +172,24 @@ class HiddenStates:
     def clips(self) -> list[str]:
         """The cluster each row belongs to: intervals resample these."""
         return [row["sequence"] for row in self.rows]
+
+
+def load_trained(path: Path, kind: str, build: Callable[..., Module], size: str, make_it: str) -> tuple[Module, dict[str, Any]]:
+    """A trained module and its meta: `build(**meta["geometry"])`, filled and ready to use.
+
+    kind: its name in messages; size: a key its geometry must have, so that no other kind is taken for it
+    raises: UserError for a file of another kind, or a damaged one
+    """
+    saved = load_pt(path, make_it)
+    geometry = saved.get("meta", {}).get("geometry", {}) if isinstance(saved, dict) else {}
+    if size not in geometry or "state_dict" not in saved:
+        raise UserError(f"{path} is not {kind} (wanted meta with its geometry, and state_dict). Train one:\n  {make_it}")
+    module = build(**geometry)
+    try:
+        module.load_state_dict(saved["state_dict"])
+    except RuntimeError as error:
+        raise UserError(f"{path} is damaged: {error}. Train it again:\n  {make_it}") from None
+    return module.eval(), saved["meta"]
 
 
 def layer_file(layer: int) -> str:

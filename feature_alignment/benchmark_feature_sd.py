@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sources = Sources(pair, cfg, cfg.train_split)
     rows_of = modes(cfg.num_draft_tokens, ("chained", "aligned") if has_chain else ("aligned",))
     proposers = {name: sources.open(name) for name in {mode.draft for mode in rows_of}}
-    adapter, chained = sources.adapter(), sources.chained_adapter() if has_chain else None
+    adapter, chained = sources.adapter, sources.chained_adapter if has_chain else None
     prompts = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]
     clips = [s.sequence for s in samples]
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from feature_alignment.artifacts import HiddenStates, load_pt
+from feature_alignment.artifacts import HiddenStates, load_trained
 from feature_alignment.console import UserError
 
 HEADS = 4
@@ -184,18 +184,10 @@ def chain_over(adapter: ChainedAdapter, texts: Texts, embeddings: Tensor, steps:
 
 def load_chained_adapter(path: Path, draft_layers: Sequence[int] | None = None) -> tuple[ChainedAdapter, dict[str, Any]]:
     """A chained adapter and its meta. Refuses (UserError) one trained on states of another layer of EventGPT."""
-    saved = load_pt(path, TRAIN)
-    if not isinstance(saved, dict) or not {"meta", "state_dict"} <= set(saved) or "num_events" not in saved["meta"].get("geometry", {}):
-        raise UserError(f"{path} is not a chained adapter (wanted meta with its geometry, and state_dict). Train one:\n  {TRAIN}")
-    meta = saved["meta"]
+    adapter, meta = load_trained(path, "a chained adapter", ChainedAdapter, "num_events", TRAIN)
     if draft_layers is not None and meta["draft_layers"][-1] != draft_layers[-1]:
         raise UserError(
             f"{path} was trained on event states of EventGPT's layer {meta['draft_layers'][-1]}, this run ends at {draft_layers[-1]}. "
             f"Pass --draft_layers {' '.join(map(str, meta['draft_layers']))}, or train again."
         )
-    adapter = ChainedAdapter(**meta["geometry"])
-    try:
-        adapter.load_state_dict(saved["state_dict"])
-    except RuntimeError as error:
-        raise UserError(f"{path} is damaged: {error}. Train it again:\n  {TRAIN}") from None
-    return adapter.eval(), meta
+    return adapter, meta

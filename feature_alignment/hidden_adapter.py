@@ -90,12 +90,9 @@ class HiddenAdapter(nn.Module):
 
 def load_adapter(path: Path, d_draft: int | None = None, draft_layers: Sequence[int] | None = None) -> tuple[HiddenAdapter, dict[str, Any]]:
     """An adapter and its meta. Refuses (UserError) one trained for other states than those it is to be used on."""
-    from feature_alignment.artifacts import load_pt
+    from feature_alignment.artifacts import load_trained
 
-    saved = load_pt(path, TRAIN)
-    if not isinstance(saved, dict) or not {"meta", "state_dict"} <= set(saved):
-        raise UserError(f"{path} is not an adapter file (wanted meta and state_dict). Train one:\n  {TRAIN}")
-    meta = saved["meta"]
+    adapter, meta = load_trained(path, "a hidden adapter", HiddenAdapter, "d_draft", TRAIN)
     if d_draft is not None and meta["geometry"]["d_draft"] != d_draft:
         raise UserError(
             f"{path} reads states of width {meta['geometry']['d_draft']}, these are {d_draft} wide. Train it on them:\n  {TRAIN}"
@@ -105,12 +102,7 @@ def load_adapter(path: Path, d_draft: int | None = None, draft_layers: Sequence[
             f"{path} was trained on EventGPT's layers {meta['draft_layers']}, this run reads {list(draft_layers)}. "
             f"Pass --draft_layers {' '.join(map(str, meta['draft_layers']))}, or train again."
         )
-    adapter = HiddenAdapter(**meta["geometry"])
-    try:
-        adapter.load_state_dict(saved["state_dict"])
-    except RuntimeError as error:
-        raise UserError(f"{path} is damaged: {error}. Train it again:\n  {TRAIN}") from None
-    return adapter.eval(), meta
+    return adapter, meta
 
 
 @torch.inference_mode()

@@ -125,42 +125,52 @@ def _other_clip(states: HiddenStates) -> list[int]:
     return partner
 
 
+def rates(scores: Scores, there: Tensor, states: HiddenStates, num_draft_tokens: int) -> dict[str, Any]:
+    """What any predictor is told by: [n, s] scores, or [n, s, steps] of rounds that begin anywhere; `there` marks real places."""
+    from feature_alignment import metrics
+
+    clips, n = states.clips, len(states.mask)
+    blocks = metrics.decoding_blocks(scores.match, states.mask, num_draft_tokens, states.ended)
+    return {
+        "cosine": metrics.counts(scores.cosine, there).rate(clips),
+        "token_match": metrics.counts(scores.match, there).rate(clips),
+        "acceptance_rate": blocks.acceptance_rate(n).rate(clips),
+        "consecutive_accept_token": blocks.consecutive_accept(n).rate(clips),
+        "tokens_per_pass": blocks.tokens_per_pass(states.lengths),
+    }
+
+
+def rates_above(threshold: float, scores: Scores, there: Tensor, states: HiddenStates, num_draft_tokens: int) -> dict[str, Any]:
+    """What the cosine rules keep at a threshold."""
+    from feature_alignment import metrics
+
+    clips, n, above = states.clips, len(states.mask), scores.cosine > threshold
+    rounds = metrics.decoding_blocks(above, states.mask, num_draft_tokens, states.ended)
+    return {
+        "relaxed_accept": metrics.counts(above, there).rate(clips),
+        "consecutive_accept": rounds.consecutive_accept(n).rate(clips),
+        "consecutive_length": rounds.consecutive_length(n).rate(clips),
+        "token_match_given_accept": metrics.counts(scores.match, there & above).rate(clips),
+    }
+
+
 def acceptance_report(scores: Scores, nulls: dict[str, Scores], states: HiddenStates, num_draft_tokens: int) -> dict[str, Any]:
     """Every number of acceptance.json but its meta, from scores alone."""
     from feature_alignment import metrics
 
-    mask, clips, n = states.mask, states.clips, len(states.mask)
-    blocks = metrics.decoding_blocks(scores.match, mask, num_draft_tokens, states.ended)
-    report: dict[str, Any] = {
-        "cosine": metrics.counts(scores.cosine, mask).rate(clips),
-        "token_match": metrics.counts(scores.match, mask).rate(clips),
-        "acceptance_rate": blocks.acceptance_rate(n).rate(clips),
-        "consecutive_accept_token": blocks.consecutive_accept(n).rate(clips),
-        "tokens_per_pass": blocks.tokens_per_pass(states.lengths),
+    mask = states.mask
+    return {
+        **rates(scores, mask, states, num_draft_tokens),
         "nulls": {
-            name: {
-                "cosine": metrics.counts(s.cosine, mask).rate(clips),
-                "token_match": metrics.counts(s.match, mask).rate(clips),
-                "tokens_per_pass": metrics.decoding_blocks(s.match, mask, num_draft_tokens, states.ended).tokens_per_pass(states.lengths),
-            }
+            name: {k: v for k, v in rates(s, mask, states, num_draft_tokens).items() if k in ("cosine", "token_match", "tokens_per_pass")}
             for name, s in nulls.items()
         },
-        "thresholds": {},
+        "thresholds": {f"{t:.2f}": rates_above(t, scores, mask, states, num_draft_tokens) for t in THRESHOLDS},
         "auc_cosine_token_match": metrics.auc(scores.cosine[mask].numpy(), scores.match[mask].numpy()),
         "per_position": per_position(scores, mask),
         "calibration": None,
         "num_draft_tokens": num_draft_tokens,
     }
-    for threshold in THRESHOLDS:
-        above = scores.cosine > threshold
-        rounds = metrics.decoding_blocks(above, mask, num_draft_tokens, states.ended)
-        report["thresholds"][f"{threshold:.2f}"] = {
-            "relaxed_accept": metrics.counts(above, mask).rate(clips),
-            "consecutive_accept": rounds.consecutive_accept(n).rate(clips),
-            "consecutive_length": rounds.consecutive_length(n).rate(clips),
-            "token_match_given_accept": metrics.counts(scores.match, mask & above).rate(clips),
-        }
-    return report
 
 
 def chain_scores(
@@ -197,24 +207,11 @@ def chain_report(scores: Scores, there: Tensor, states: HiddenStates) -> dict[st
     """Step by step and pooled over all steps; blocks as decoding forms them. The number of drafts a round is the number of steps."""
     from feature_alignment import metrics
 
-    clips, n, steps = states.clips, len(states.mask), there.shape[-1]
-    blocks = metrics.decoding_blocks(scores.match, states.mask, steps, states.ended)
-    above = scores.cosine > TASK_THRESHOLD
-    rounds = metrics.decoding_blocks(above, states.mask, steps, states.ended)
+    clips, steps = states.clips, there.shape[-1]
     return {
         "num_draft_tokens": steps,
-        "cosine": metrics.counts(scores.cosine, there).rate(clips),
-        "token_match": metrics.counts(scores.match, there).rate(clips),
-        "acceptance_rate": blocks.acceptance_rate(n).rate(clips),
-        "consecutive_accept_token": blocks.consecutive_accept(n).rate(clips),
-        "tokens_per_pass": blocks.tokens_per_pass(states.lengths),
-        "thresholds": {
-            f"{TASK_THRESHOLD:.2f}": {
-                "relaxed_accept": metrics.counts(above, there).rate(clips),
-                "consecutive_accept": rounds.consecutive_accept(n).rate(clips),
-                "token_match_given_accept": metrics.counts(scores.match, there & above).rate(clips),
-            }
-        },
+        **rates(scores, there, states, steps),
+        "thresholds": {f"{TASK_THRESHOLD:.2f}": rates_above(TASK_THRESHOLD, scores, there, states, steps)},
         "steps": [
             {
                 "step": k + 1,
@@ -231,11 +228,13 @@ def measure_chains(cfg: AcceptanceConfig, head: Tensor) -> dict[str, dict[str, A
     from feature_alignment import artifacts
     from feature_alignment.chained_adapter import load_chained_adapter
 
-    reports = {}
+    paths, reports = chained_paths(cfg), {}
+    if not paths:
+        return reports
     folder = cfg.out / "hidden_states"
-    for name, path in chained_paths(cfg).items():
-        test = artifacts.load_hidden_states(folder / cfg.split, events=True)
-        embeddings = artifacts.load_pt(folder / "vl_embeddings.pt", artifacts.EXTRACT.format(split=cfg.split)).float()
+    test = artifacts.load_hidden_states(folder / cfg.split, events=True)
+    embeddings = artifacts.load_pt(folder / "vl_embeddings.pt", artifacts.EXTRACT.format(split=cfg.split)).float()
+    for name, path in paths.items():
         adapter, _ = load_chained_adapter(path, test.meta["draft_layers"])
         shown = {name: None} | ({"chained, events of another clip": _other_clip(test)} if name == "chained" else {})
         for label, events in shown.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 from pathlib import Path
 
 from feature_alignment import artifacts
@@ -14,11 +15,9 @@ from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer,
 from feature_alignment.hidden_adapter import HiddenAdapter, load_adapter
 from feature_alignment.models.pair import Decoder, Pair, load_draft
 
-SOURCES = ("own", "aligned", "chained", "hybrid", *NULL_DRAFTERS)
-
 
 class Sources:
-    """The proposers of one pair. Adapters are loaded when a source first asks for them.
+    """The proposers of one pair. Adapters and texts are loaded once, when a source first asks for them.
 
     train_split: whose answers the tables know
     """
@@ -29,14 +28,17 @@ class Sources:
         self.adapter_path = cfg.out / "adapter" / "adapter.pt"
         self.chained_path = cfg.out / "chained_adapter" / "adapter.pt"
 
+    @cached_property
     def adapter(self) -> HiddenAdapter:
         adapter = load_adapter(self.adapter_path, self._pair.draft.hidden_size, self._pair.draft.taps)[0]
         return adapter.to(self._pair.target.device, self._pair.target.head_weight.dtype)
 
+    @cached_property
     def chained_adapter(self) -> ChainedAdapter:
         adapter = load_chained_adapter(self.chained_path, self._pair.draft.taps)[0]
         return adapter.to(self._pair.target.device, self._pair.target.head_weight.dtype)
 
+    @cached_property
     def texts(self) -> list[tuple[str, list[int]]]:
         """(question, tokens) of the target's answers on the training split."""
         return [(r["query"], r["vl_tokens"]) for r in artifacts.read_token_pairs(self.texts_path)]
@@ -62,16 +64,14 @@ class Sources:
                 )
             )
         if name == "own":
-            return ModelProposer(draft, self.adapter(), None) if compares else ModelProposer(self.full_draft(), None, None)
+            return ModelProposer(draft, self.adapter, None) if compares else ModelProposer(self.full_draft(), None, None)
         if name == "aligned":
-            return ModelProposer(draft, self.adapter(), target.lm_head)
+            return ModelProposer(draft, self.adapter, target.lm_head)
         if name == "chained":
-            return ChainedProposer(draft, self.chained_adapter(), target.lm_head, target.embeddings)
+            return ChainedProposer(draft, self.chained_adapter, target.lm_head, target.embeddings)
         if name == "hybrid":
-            return HybridProposer(NGram(self.texts()), ModelProposer(draft, self.adapter(), target.lm_head))
-        if name in NULL_DRAFTERS:
-            return TableProposer(NULL_DRAFTERS[name](self.texts()))
-        raise UserError(f"no draft source {name!r}; wanted {', '.join(SOURCES)}.")
+            return HybridProposer(NGram(self.texts), ModelProposer(draft, self.adapter, target.lm_head))
+        return TableProposer(NULL_DRAFTERS[name](self.texts))
 
     def files(self, name: str) -> dict[str, Path]:
         """The files a source's drafts depend on."""

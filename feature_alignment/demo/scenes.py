@@ -15,10 +15,9 @@ import multiprocessing
 import shutil
 from pathlib import Path
 
-import numpy as np
-
 from feature_alignment.console import run
 from feature_alignment.demo import cameras, captions, world
+from feature_alignment.inputs.event_files import save_events
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ def write_clip(folder: Path, name: str, seed: int) -> dict[str, str]:
 
     intensity = cameras.render(world.scene(seed))
     events, video = f"events/{name}.npy", f"video/{name}.mp4"
-    np.save(folder / events, np.array(cameras.events(intensity, seed), dtype=object), allow_pickle=True)  # EventGPT's own layout
+    save_events(folder / events, cameras.events(intensity, seed))
     with av.open(str(folder / video), "w") as container:
         stream = container.add_stream("libx264", rate=_FPS, options={"crf": "8", "preset": "medium", "threads": "1"})
         stream.width = stream.height = cameras.SIZE

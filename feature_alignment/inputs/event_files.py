@@ -320,3 +320,9 @@ def _decode_evt3(path: Path, body: bytes, order: str = "<") -> dict[str, np.ndar
     _warn_early(path, int(len(word) - keep.sum()))
     word = word[keep]
     return {"x": x[keep], "y": _fill(value, row)[word] & 0x7FF, "t": t[word], "p": p[keep]}
+
+
+def save_events(path: Path, stream: dict[str, np.ndarray]) -> None:
+    """Write a stream as EventGPT's own `.npy`: a dict in an object array, which NumPy can only pickle. Writing runs nothing; files
+    are read back through the restricted unpickler above, never through NumPy's."""
+    np.save(path, np.array(stream, dtype=object), allow_pickle=True)

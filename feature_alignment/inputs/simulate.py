@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from feature_alignment.console import UserError, print_json_line, run
+from feature_alignment.inputs.event_files import save_events
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def main() -> None:
         raise UserError(f"{args.video}: no pixel changed by {args.contrast:g} in log-intensity; nothing is written. Lower --contrast.")
     args.events.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.events.with_suffix(".tmp.npy")
-    np.save(temporary, np.array(events, dtype=object), allow_pickle=True)  # EventGPT's own layout
+    save_events(temporary, events)
     os.replace(temporary, args.events)
     span_ms = float(times_us[-1] - times_us[0]) / 1000
     log.info("%d frames over %.1f ms -> %d events in %s", len(times_us), span_ms, len(events["t"]), args.events)
