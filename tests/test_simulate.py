@@ -73,12 +73,15 @@ def test_time_reversal_swaps_the_polarities():
 
 
 def test_the_committed_scenes_come_out_again(tmp_path):
-    """The synthetic camera shares the crossing equation: the stream kept in git must not move by a bit."""
+    """The synthetic camera shares the crossing equation: the stream kept in git holds the same events at every pixel. Their times may
+    differ by the last microsecond, and so may the order of events at one time: processors round a logarithm differently."""
     seed = scenes.SPLITS["test"][0]
     made = cameras.events(cameras.render(world.scene(seed)), seed)
     kept = load_events(ROOT / "data" / "demo" / "events" / "test-0000.npy")
-    for key in "xytp":
-        np.testing.assert_array_equal(made[key], kept[key])
+    by_pixel = [{k: e[k][np.lexsort((e["t"], e["x"], e["y"]))].astype(np.int64) for k in "xytp"} for e in (made, kept)]
+    for key in "xyp":
+        np.testing.assert_array_equal(by_pixel[0][key], by_pixel[1][key])
+    assert np.abs(by_pixel[0]["t"] - by_pixel[1]["t"]).max() <= 1
 
 
 def command(*argv):
