@@ -10,7 +10,7 @@ step() { printf '\n== %s\n' "$*" >&2; python "$@"; }
 extract=(feature_alignment/extract_hidden_states.py)
 if [ "$config" = configs/demo.yaml ]; then
   step -m feature_alignment.demo.scenes
-  extract=(-m torch.distributed.run --nproc_per_node 2 "${extract[@]}")   # two processes, the same bytes
+  extract=(-m torch.distributed.run --standalone --nproc_per_node 2 "${extract[@]}")   # two processes, the same bytes
 fi
 for split in train validation test; do
   step "${extract[@]}" --config "$config" --split "$split"                              # Task 1.1

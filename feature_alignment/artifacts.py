@@ -120,6 +120,11 @@ def _identity(cfg: Common, made_from: dict[str, Path]) -> dict[str, Any]:
     return {"schema": SCHEMA, "config_hash": config_hash(settings), "made_from": hashes}
 
 
+def identity_of(cfg: Common, made_from: dict[str, Path]) -> str:
+    """One short hash of the settings and the files something is made from."""
+    return config_hash(_identity(cfg, made_from))
+
+
 def reusable(path: Path, cfg: Common, made_from: dict[str, Path]) -> dict[str, Any] | None:
     """The JSON at `path` if `--resume` is on and it was made with these settings from these very files, else None."""
     if not (cfg.resume and path.is_file()):
@@ -197,25 +202,28 @@ def layer_file(layer: int) -> str:
     return f"egpt_hidden_states.layer{layer:02d}.pt"
 
 
-def load_hidden_states(directory: Path, layer: int | None = None, events: bool = False) -> HiddenStates:
+def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, events: bool = False) -> HiddenStates:
     """One split of a complete extraction; refuses an incomplete directory or files that do not fit each other.
 
-    layer:  which draft layer, where they were stored apart (`--separate_layers`); `meta` then speaks of this layer alone
+    layers: EventGPT's layers that are wanted (default: what is there). Where they were stored apart (`--separate_layers`) it must be
+            one of them, and `meta` then speaks of this layer alone
     events: read EventGPT's event states as well
     """
     command = EXTRACT.format(split=directory.name)
     meta = read_json(directory / "meta.json", command)
-    name, layers = "egpt_hidden_states.pt", meta["draft_layers"]
+    name, there = "egpt_hidden_states.pt", meta["draft_layers"]
     if meta.get("separate_layers"):
-        if layer not in layers:
+        if layers is None or len(layers) != 1 or layers[0] not in there:
             raise UserError(
-                f"{directory} holds EventGPT's layers {layers} apart; wanted one of them, got {layer}: --draft_layers {layers[-1]}"
+                f"{directory} holds EventGPT's layers {there} apart; wanted one of them, got {layers}: --draft_layers {there[-1]}"
             )
-        name = layer_file(layer)
-        norm, width = meta["draft_norms"][str(layer)], meta["hidden_size_draft"] // len(layers)
-        meta = {**meta, "draft_layers": [layer], "draft_norm": norm, "hidden_size_draft": width}
-    elif layer not in (None, *(layers if len(layers) == 1 else ())):
-        raise UserError(f"{directory} holds EventGPT's layers {layers} as one state, not layer {layer}. Extract it with --separate_layers.")
+        name = layer_file(layers[0])
+        norm, width = meta["draft_norms"][str(layers[0])], meta["hidden_size_draft"] // len(there)
+        meta = {**meta, "draft_layers": list(layers), "draft_norm": norm, "hidden_size_draft": width}
+    elif layers is not None and list(layers) != list(there):
+        raise UserError(
+            f"{directory} holds EventGPT's layers {there} as one state, not {list(layers)}. Extract those, or all with --separate_layers."
+        )
     draft, target = (load_pt(directory / file, command) for file in (name, "vl_hidden_states.pt"))
     positions = load_pt(directory / "positions.pt", command)
     try:

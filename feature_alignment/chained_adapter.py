@@ -15,7 +15,7 @@ here the head is recurrent, low-rank, and reads another model's eyes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,11 +160,9 @@ class Texts:
     events: Tensor
 
 
-def text_batches(states: HiddenStates, size: int, device: str, generator: torch.Generator | None = None) -> Iterator[Texts]:
-    """`size` rows at a time, shuffled if a generator is given. States stay in order: the chained adapter reads texts."""
-    n = len(states.target)
-    order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
-    for rows in order.split(size):
+def text_batches(states: HiddenStates, batches: Iterable[Tensor], device: str) -> Iterator[Texts]:
+    """The rows of each batch. States stay in order: the chained adapter reads texts."""
+    for rows in batches:
         s = int(states.lengths[rows].max())
         parts = (states.target[rows, :s].float(), states.token_ids[rows, :s], states.mask[rows, :s], states.events[rows].float())
         yield Texts(*(part.to(device) for part in parts))

@@ -2,8 +2,8 @@
 
     y ≈ mean_y + B^T (x - mean_x),   B = (C_xx + λI)^-1 C_xy
 
-Rank r (reduced-rank regression): project the fitted values on the top r eigenvectors V of B^T (C_xx + λI) B, i.e. B V V^T, the
-exact optimum among maps of rank r (Eckart-Young on the fitted values).
+Rank r (reduced-rank regression, Izenman 1975): project the fitted values on the top r eigenvectors V of B^T (C_xx + λI) B, i.e.
+B V V^T, the exact optimum among maps of rank r (Eckart-Young on the fitted values).
 """
 
 from __future__ import annotations
@@ -17,50 +17,96 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Affine:
-    """x [.., d_x] -> mean_y + (x - mean_x) B, float32."""
+    """x [.., d_x] -> mean_y + (x - mean_x) B, float32. left, right: B = left right of the rank asked for, None at full rank."""
 
     mean_x: Tensor
     mean_y: Tensor
     weight: Tensor  # [d_x, d_y]
+    left: Tensor | None = None  # [d_x, r]
+    right: Tensor | None = None  # [r, d_y], orthonormal rows
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.left is not None and self.right is not None:
+            return self.mean_y + (x - self.mean_x) @ self.left @ self.right
         return self.mean_y + (x - self.mean_x) @ self.weight
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers a copy of this map needs: its matrix, or its two thin factors, and one offset."""
+        thin = None if self.left is None or self.right is None else self.left.numel() + self.right.numel()
+        return (thin or self.weight.numel()) + len(self.mean_y)
 
 
 class Moments:
-    """Sums over positions, in float64: memory does not grow with their number."""
+    """Sums over positions: memory does not grow with their number.
 
-    def __init__(self, d_x: int, d_y: int) -> None:
+    Products are taken in float32 about the first batch's mean (channels of a residual stream may sit thousands of their own
+    deviations from zero) and added up in float64.
+    """
+
+    def __init__(self, d_x: int, d_y: int, device: str = "cpu") -> None:
         self.n = 0
-        self.x, self.y = torch.zeros(d_x, dtype=torch.float64), torch.zeros(d_y, dtype=torch.float64)
-        self.xx, self.xy = torch.zeros(d_x, d_x, dtype=torch.float64), torch.zeros(d_x, d_y, dtype=torch.float64)
+        zeros = lambda *size: torch.zeros(*size, dtype=torch.float64, device=device)  # noqa: E731
+        self.x, self.y, self.xx, self.xy = zeros(d_x), zeros(d_y), zeros(d_x, d_x), zeros(d_x, d_y)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """x [p, d_x], y [p, d_y]"""
-        x, y = x.double(), y.double()
+        """x [p, d_x], y [p, d_y] float32; a few thousand positions at a time keep float32 products exact enough."""
+        if not self.n:
+            self._about = x.mean(0), y.mean(0)
+        x, y = x - self._about[0], y - self._about[1]
         self.n += len(x)
         self.x += x.sum(0)
         self.y += y.sum(0)
         self.xx += x.T @ x
         self.xy += x.T @ y
 
+    @property
+    def mean_y(self) -> Tensor:
+        """[d_y] float32"""
+        return (self._about[1] + self.y / self.n).float()
+
+    def covariance(self) -> Tensor:
+        """[d_x, d_x] float64, of x"""
+        mean = self.x / self.n
+        return self.xx / self.n - torch.outer(mean, mean)
+
     def ridge(self, strength: float, rank: int | None = None) -> Affine:
         """Ridge regression; `strength` is relative to the mean variance of x. rank: keep only the best r directions of y."""
-        mean_x, mean_y = self.x / self.n, self.y / self.n
-        c_xx = self.xx / self.n - torch.outer(mean_x, mean_x)
+        mean_x, mean_y, c_xx = self.x / self.n, self.y / self.n, self.covariance()
         c_xy = self.xy / self.n - torch.outer(mean_x, mean_y)
-        c_xx += strength * c_xx.diagonal().mean() * torch.eye(len(c_xx), dtype=torch.float64)
+        c_xx.diagonal().add_(strength * c_xx.diagonal().mean())
         weight = torch.linalg.solve(c_xx, c_xy)
-        if rank is not None and rank < min(weight.shape):
-            _, vectors = torch.linalg.eigh(weight.T @ c_xx @ weight)
-            top = vectors[:, -rank:]
-            weight = weight @ top @ top.T
-        return Affine(mean_x.float(), mean_y.float(), weight.float())
+        means = (self._about[0] + mean_x).float(), self.mean_y
+        if rank is None:
+            return Affine(*means, weight.float())
+        _, vectors = torch.linalg.eigh(weight.T @ (c_xx @ weight))
+        right = vectors[:, -rank:].T
+        left = weight @ right.T
+        return Affine(*means, (left @ right).float(), left.float(), right.float())
 
 
-def moments(pairs: Iterable[tuple[Tensor, Tensor]], d_x: int, d_y: int) -> Moments:
+class PositionMeans:
+    """The mean target state of each position of a text, and of all."""
+
+    def __init__(self, width: int, d_y: int, device: str = "cpu") -> None:
+        self._total = torch.zeros(width, d_y, dtype=torch.float64, device=device)
+        self._number = torch.zeros(width, dtype=torch.float64, device=device)
+
+    def add(self, y: Tensor, at: Tensor) -> None:
+        """y [p, d_y], at [p] int64 positions"""
+        self._total.index_add_(0, at, y.double())
+        self._number.index_add_(0, at, torch.ones_like(at, dtype=torch.float64))
+
+    def by_position(self) -> Tensor:
+        """[width, d_y] float32; a position no text reached gets the overall mean."""
+        means = self._total / self._number.clamp(min=1)[:, None]
+        overall = self._total.sum(0) / self._number.sum()
+        return torch.where(self._number[:, None] > 0, means, overall).float()
+
+
+def moments(pairs: Iterable[tuple[Tensor, Tensor]], d_x: int, d_y: int, device: str = "cpu") -> Moments:
     """Sufficient statistics of a stream of (x [p, d_x], y [p, d_y])."""
-    total = Moments(d_x, d_y)
+    total = Moments(d_x, d_y, device)
     for x, y in pairs:
         total.add(x, y)
     return total

@@ -1,21 +1,31 @@
-"""Task 2.2. Token level against feature level, side by side.
+"""Task 2.2. Token level against feature level, side by side, and what the drafts are worth that only a cosine would keep.
 
-reads   token_pairs/<split>.json (ours or the earlier attempt's layout) and, where there, acceptance/acceptance.json
-writes  token_baseline/comparison.json, comparison.md
+reads   token_pairs/<split>.json (ours or the earlier attempt's layout); without --token_pairs also the training texts,
+        hidden_states/<split>/samples.jsonl, acceptance/acceptance.json and scores.pt, the target's tokenizer
+writes  token_baseline/comparison.json, comparison.md, threshold_sweep.png; token_adapter.pt with --train_token_adapter
 
     python feature_alignment/compare_token_baseline.py --config configs/demo.yaml
+    python feature_alignment/compare_token_baseline.py --config configs/demo.yaml --train_token_adapter
     python feature_alignment/compare_token_baseline.py --token_pairs some/pairs.json
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from feature_alignment.config import Common, parse_config
-from feature_alignment.console import print_json_line, print_table, rate_text, run
+from feature_alignment.console import markdown_table, print_json_line, print_table, rate_text, run
+
+if TYPE_CHECKING:
+    from feature_alignment.artifacts import HiddenStates
+
+MEASURE = "python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml"
+TRAIN = "python feature_alignment/compare_token_baseline.py --config configs/demo.yaml --train_token_adapter"
+LAYOUT_7B = (32_000, 64)  # vocabulary of the released models, longest answer: what the token-level adapter weighs there
 
 
 @dataclass(frozen=True)
@@ -23,137 +33,181 @@ class ComparisonConfig(Common):
     """Compare token-level with feature-level acceptance.
 
     Args:
-        token_pairs: free-running answers of both models; default token_pairs/<split>.json of this run
+        token_pairs: free-running answers of both models; default token_pairs/<split>.json of this run. Of another file the first half
+            of the sequences trains the null drafters and the second half is scored
         split: what is compared
-        train_split: what the null drafters are fitted on
+        train_split: what the null drafters and the token-level adapter learn from
+        validation_split: what chooses the token-level adapter's epoch
         num_draft_tokens: drafts per verification
+        train_token_adapter: train the token-level adapter first (minutes on two cores); once trained it is compared every time
+        num_epochs: of its training
     """
 
     token_pairs: Path | None = None
     split: str = "test"
     train_split: str = "train"
+    validation_split: str = "validation"
     num_draft_tokens: int = 5
+    train_token_adapter: bool = False
+    num_epochs: int = 6
 
 
-def free_running_agreement(rows: Sequence[dict[str, Any]], num_draft_tokens: int) -> dict[str, Any]:
-    """How far the two free-running texts agree, each pair compared up to the shorter one.
-
-    position_match: same token at the same place; mean_prefix: leading tokens in common; consecutive_accept: those among the
-    first num_draft_tokens, as a share of them; first_token_differs: share of rows
-    """
-    import numpy as np
-
-    from feature_alignment import metrics
-
-    same, total, prefix = [], [], []
-    for row in rows:
-        pairs = list(zip(row["egpt_tokens"], row["vl_tokens"], strict=False))
-        equal = [a == b for a, b in pairs]
-        same.append(sum(equal))
-        total.append(len(equal))
-        prefix.append(equal.index(False) if False in equal else len(equal))
-    clips = [str(row.get("sequence", row.get("sample_id", i))) for i, row in enumerate(rows)]
-    ones = np.ones(len(rows))
-    capped = np.minimum(prefix, num_draft_tokens).astype(float)
-    return {
-        "position_match": metrics.Counts(np.array(same, float), np.array(total, float)).rate(clips),
-        "mean_prefix": metrics.Counts(np.array(prefix, float), ones).rate(clips),
-        "consecutive_accept": metrics.Counts(capped, ones * num_draft_tokens).rate(clips),
-        "first_token_differs": metrics.Counts((np.array(prefix) == 0).astype(float), ones).rate(clips),
-        "params": 0,
-        "overhead_ms": 0.0,
-    }
-
-
-def null_drafter_reports(train: Sequence[dict], test: Sequence[dict], num_draft_tokens: int) -> dict[str, Any]:
-    """Each null drafter on the target's own texts (the trace identity makes that exact for lossless decoding)."""
+def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict]) -> dict[str, Any] | None:
+    """The earlier attempt's token-level adapter, trained here; None where it has not been."""
     import torch
 
-    from feature_alignment import metrics
-    from feature_alignment.decoding.null_drafters import NULL_DRAFTERS
+    from feature_alignment import artifacts, token_adapter
+    from feature_alignment.comparison import verified
+    from feature_alignment.decoding.measure import median_ms
+    from feature_alignment.decoding.stopwatch import Stopwatch
 
-    reports = {}
-    width = max(len(r["vl_tokens"]) for r in test)
-    clips = [str(r.get("sequence", r["sample_id"])) for r in test]
-    for name, fit in NULL_DRAFTERS.items():
-        table = fit([(r["query"], r["vl_tokens"]) for r in train])
-        bits, mask = torch.zeros(len(test), width, dtype=torch.bool), torch.zeros(len(test), width, dtype=torch.bool)
-        for i, row in enumerate(test):
-            tokens = row["vl_tokens"]
-            mask[i, : len(tokens)] = True
-            bits[i, : len(tokens)] = torch.tensor([table.next_token(row["query"], tokens[:t]) == tokens[t] for t in range(len(tokens))])
-        blocks = metrics.decoding_blocks(bits, mask, num_draft_tokens)
-        reports[name] = {
-            "token_match": metrics.counts(bits, mask).rate(clips),
-            "acceptance_rate": blocks.acceptance_rate(len(test)).rate(clips),
-            "consecutive_accept": blocks.consecutive_accept(len(test)).rate(clips),
-            "tokens_per_pass": blocks.tokens_per_pass(mask.sum(1)),
-        }
-    return reports
+    path = cfg.out / "token_baseline" / "token_adapter.pt"
+    if cfg.train_token_adapter:
+        train, validation = (
+            artifacts.read_token_pairs(cfg.out / "token_pairs" / f"{split}.json") for split in (cfg.train_split, cfg.validation_split)
+        )
+        vocabulary = len(artifacts.load_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", artifacts.EXTRACT.format(split=cfg.train_split)))
+        longest = max(len(r[k]) for r in (*train, *validation, *rows) for k in ("egpt_tokens", "vl_tokens"))
+        began = time.time()
+        model, accuracies = token_adapter.train_token_adapter(train, validation, vocabulary, longest, cfg.num_epochs, cfg.device, cfg.seed)
+        meta = {"geometry": model.geometry, "seconds": time.time() - began, "validation_accuracy": accuracies}
+        artifacts.save_pt(path, {"meta": meta, "state_dict": {k: v.cpu() for k, v in model.state_dict().items()}})
+    if not path.is_file():
+        return None
+    model, meta = artifacts.load_trained(path, "a token-level adapter", token_adapter.TokenAdapter, "vocabulary", TRAIN)
+    text = torch.full((1, model.geometry["longest"]), 5)
+    with torch.inference_mode():
+        ms = median_ms(lambda: model(text), Stopwatch(), 20)
+    with torch.device("meta"):
+        at_7b = token_adapter.TokenAdapter(*LAYOUT_7B).num_parameters
+    width = max(len(r["vl_tokens"]) for r in rows)
+    bits = torch.nn.functional.pad(token_adapter.matches(model, rows), (0, max(0, width - text.shape[1])))[:, :width]
+    report = verified(bits, rows, cfg.num_draft_tokens)
+    return {**report, "params": model.num_parameters, "params_7b": at_7b, "overhead_ms": ms, "seconds": meta["seconds"]}
+
+
+def judge_kept(cfg: ComparisonConfig, states: HiddenStates) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """`comparison.kept_drafts` of aligned, chained and EventGPT's own drafts; own words are kept by the hidden adapter's cosine."""
+    from feature_alignment import artifacts
+    from feature_alignment.comparison import kept_drafts
+    from feature_alignment.models.loading import load_tokenizer
+
+    scores = artifacts.load_pt(cfg.out / "acceptance" / "scores.pt", MEASURE)
+    tokenizer = load_tokenizer(cfg.target_id)
+    sources = {"aligned": scores["adapter"]} | ({"chained": scores["chained"]} if "chained" in scores else {})
+    if "egpt_drafts" in states.rows[0]:
+        own = states.token_ids.clone()
+        for i, row in enumerate(states.rows):
+            own[i, : len(row["egpt_drafts"])] = own.new_tensor(row["egpt_drafts"])
+        sources["own"] = {**scores["adapter"], "says": own}
+    return kept_drafts(sources, states.token_ids, lambda token: tokenizer.decode([token]).strip(), [r["id"] for r in states.rows])
+
+
+def tables(report: dict[str, Any], num_draft_tokens: int) -> list[tuple[str, tuple[str, ...], list[tuple]]]:
+    """(title, header, rows) of everything that is shown."""
+    percent = lambda rate: rate_text(rate, digits=3, scale=100, unit=" %")  # noqa: E731
+    level = report["token_level"]
+    found: list[tuple[str, tuple[str, ...], list[tuple]]] = [
+        (
+            f"the two free-running texts, {level['mean_prefix']['total']:,.0f} pairs",
+            ("what", "value [95 %]"),
+            [
+                ("same token at the same position", percent(level["position_match"])),
+                ("rows that differ at the first token", percent(level["first_token_differs"])),
+                (f"consecutive acceptance of {num_draft_tokens}", percent(level["consecutive_accept"])),
+                ("mean matching prefix, tokens", rate_text(level["mean_prefix"], 5)),
+            ],
+        )
+    ]
+    sources = {"token-level adapter": report["token_adapter"], "EventGPT's own drafts": report["own_drafts"]}
+    sources |= {"aligned drafts": report["aligned_token_level"], "chained drafts": report["chained_token_level"]}
+    sources |= {f"null drafter {name}": r for name, r in report["nulls"].items()}
+    lines = [
+        (
+            name,
+            *(rate_text(r[k], 3) for k in ("token_match", "acceptance_rate", "consecutive_accept")),
+            rate_text(r["leading_tokens"], 2) if "leading_tokens" in r else "-",
+            f"{r['tokens_per_pass']:.2f}",
+            f"{r['params']:,}",
+        )
+        for name, r in sources.items()
+        if r
+    ]
+    if lines:
+        header = ("drafts", "token match", "acceptance rate", "consecutive", "leading tokens", "tokens per pass", "parameters")
+        found.append((f"drafts under the token rule, {num_draft_tokens} a round, given the target's text so far", header, lines))
+    if report["feature_level"]:
+        rules = [(f"{name}, cosine > {t}", v) for name, by in report["feature_rules"].items() for t, v in by.items()]
+        keys = ("consecutive_accept", "relaxed_accept", "token_match_given_accept")
+        header = ("drafts, rule", "consecutive", "relaxed", "same token among the kept")
+        found.append(("drafts under the cosine rules", header, [(name, *(rate_text(v[k], 3) for k in keys)) for name, v in rules]))
+    if report["kept_by_cosine"]:
+        header = ("drafts, threshold", "drafted", "kept", "same word", "synonym", "other fact", "of these hidden from events", "other word")
+        keys = ("drafted", "kept", "same", "synonym", "other_fact", "other_fact_hidden", "other_word")
+        lines = [
+            (f"{name}, {row['threshold']:.2f}", *(row[k] for k in keys))
+            for name, sweep in report["kept_by_cosine"].items()
+            for row in sweep
+            if min(abs(row["threshold"] - t) for t in (0.5, 0.8, 0.9, 0.96)) < 1e-6
+        ]
+        found.append(("what a cosine keeps: the target's word, or which other?", header, lines))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(ComparisonConfig, argv, "compare_token_baseline")
-    from feature_alignment import artifacts
+    import torch
 
+    from feature_alignment import artifacts, comparison, plots
+
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     path = cfg.token_pairs or cfg.out / "token_pairs" / f"{cfg.split}.json"
-    rows = artifacts.read_token_pairs(path)
-    token_level = free_running_agreement(rows, cfg.num_draft_tokens)
-
-    def percent(rate: dict[str, Any]) -> str:
-        return rate_text(rate, digits=3, scale=100, unit=" %")
-
-    table = [
-        ("free-running texts: same token at the same position", percent(token_level["position_match"])),
-        ("free-running texts: rows that differ at the first token", percent(token_level["first_token_differs"])),
-        (f"free-running texts: consecutive acceptance of {cfg.num_draft_tokens}", percent(token_level["consecutive_accept"])),
-    ]
-    report: dict[str, Any] = {"token_level": token_level, "feature_level": None, "aligned_token_level": None, "nulls": {}}
-    made_from = {"token_pairs": path}
-    acceptance_path = cfg.out / "acceptance" / "acceptance.json"
-    train_path = cfg.out / "token_pairs" / f"{cfg.train_split}.json"
-    if cfg.token_pairs is None:
-        acceptance = artifacts.read_json(
-            acceptance_path, "python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml"
-        )
+    rows, out = artifacts.read_token_pairs(path), cfg.out / "token_baseline"
+    report: dict[str, Any] = {"token_level": comparison.free_running_agreement(rows, cfg.num_draft_tokens)}
+    report |= dict.fromkeys(("feature_level", "aligned_token_level", "chained_token_level", "token_adapter", "own_drafts"))
+    report |= {"feature_rules": {}, "kept_by_cosine": {}, "examples": [], "nulls": {}}
+    made_from, g = {"token_pairs": path}, cfg.num_draft_tokens
+    if cfg.token_pairs:
+        first, second = comparison.halves(rows)
+        if first:
+            report["nulls"] = comparison.null_drafter_reports(first, second, g)
+    else:
+        acceptance_path, train_path = cfg.out / "acceptance" / "acceptance.json", cfg.out / "token_pairs" / f"{cfg.train_split}.json"
+        acceptance = artifacts.read_json(acceptance_path, MEASURE)
+        states = artifacts.load_hidden_states(cfg.out / "hidden_states" / cfg.split, cfg.draft_layers)
         made_from |= {"acceptance": acceptance_path, "train_token_pairs": train_path}
+        levels = {"aligned": acceptance | {"params": acceptance["adapter"]["params"]}}
+        levels |= {"chained": acceptance["chains"]["chained"]} if "chained" in acceptance["chains"] else {}
+        for name, level in levels.items():
+            report[f"{name}_token_level"] = {k: level[k] for k in ("token_match", "acceptance_rate", "tokens_per_pass", "params")}
+            report[f"{name}_token_level"]["consecutive_accept"] = level["consecutive_accept_token"]
+            report["feature_rules"][name] = level["thresholds"]
         at = acceptance["thresholds"]["0.90"]
-        report["feature_level"] = {
-            "consecutive": at["consecutive_accept"],
-            "relaxed": at["relaxed_accept"],
-            "threshold": 0.9,
-            "params": acceptance["adapter"]["params"],
-        }
-        report["aligned_token_level"] = {k: acceptance[k] for k in ("token_match", "acceptance_rate", "tokens_per_pass")}
-        report["aligned_token_level"]["consecutive_accept"] = acceptance["consecutive_accept_token"]
-        report["nulls"] = null_drafter_reports(artifacts.read_token_pairs(train_path), rows, cfg.num_draft_tokens)
-        table += [
-            ("aligned drafts, token rule: consecutive acceptance", percent(acceptance["consecutive_accept_token"])),
-            ("aligned drafts, cosine > 0.90: consecutive acceptance", percent(at["consecutive_accept"])),
-            ("aligned states, cosine > 0.90: relaxed acceptance", percent(at["relaxed_accept"])),
-            ("of those kept, target says the same token", percent(at["token_match_given_accept"])),
-        ]
-        for name, chain in acceptance["chains"].items():
-            table.append((f"{name}: token rule, consecutive acceptance", percent(chain["consecutive_accept_token"])))
-        table += [
-            (f"null drafter {k}, token rule: consecutive acceptance", percent(v["consecutive_accept"])) for k, v in report["nulls"].items()
-        ]
-    report["rows"] = [{"what": what, "value": value} for what, value in table]
+        report["feature_level"] = {"consecutive": at["consecutive_accept"], "relaxed": at["relaxed_accept"], "threshold": 0.9}
+        report["feature_level"]["params"] = acceptance["adapter"]["params"]
+        report["token_adapter"] = token_adapter_report(cfg, rows)
+        if "egpt_drafts" in states.rows[0]:
+            drafts = comparison.right([r["egpt_drafts"] for r in states.rows], states.rows)
+            report["own_drafts"] = {**comparison.verified(drafts, states.rows, g), "params": 0}
+        report["nulls"] = comparison.null_drafter_reports(artifacts.read_token_pairs(train_path), rows, g)
+        if states.rows[0].get("facts"):
+            report["kept_by_cosine"], report["examples"] = judge_kept(cfg, states)
+            plots.threshold_sweep(report["kept_by_cosine"], out)
+    shown = tables(report, g)
+    report["rows"] = [{"table": title, **dict(zip(header, row, strict=True))} for title, header, lines in shown for row in lines]
     report = {"meta": artifacts.provenance("compare_token_baseline", cfg, made_from), **report}
-    out = cfg.out / "token_baseline"
     artifacts.write_json(out / "comparison.json", report)
-    markdown = ["| what | value, 95 % interval by clip |", "|---|---|", *[f"| {what} | {value} |" for what, value in table]]
-    artifacts.write_text(out / "comparison.md", "\n".join(markdown) + "\n")
-    print_table(f"{len(rows):,} pairs of {path}", ("what", "value [95 %]"), table)
-    print(f"  mean matching prefix of the free-running texts: {token_level['mean_prefix']['value']:.5f} tokens")
-    print_json_line(
-        {
-            "position_match": token_level["position_match"]["value"],
-            "mean_prefix": token_level["mean_prefix"]["value"],
-            "first_token_differs": token_level["first_token_differs"]["value"],
-            "written": str(out / "comparison.json"),
-        }
-    )
+    markdown = [f"**{title}**\n\n{markdown_table(header, lines)}\n" for title, header, lines in shown]
+    artifacts.write_text(out / "comparison.md", "\n".join(markdown))
+    for title, header, lines in shown:
+        print_table(title, header, lines)
+    if report["examples"]:
+        columns = ("source", "before", "drafted", "said", "verdict", "cosine")
+        print_table("kept though the word is another, highest cosine first", columns, [[e[c] for c in columns] for e in report["examples"]])
+    level = report["token_level"]
+    numbers = {k: level[k]["value"] for k in ("position_match", "mean_prefix", "first_token_differs")}
+    print_json_line({**numbers, "written": str(out / "comparison.json")})
     return report
 
 

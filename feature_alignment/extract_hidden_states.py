@@ -53,6 +53,7 @@ class ExtractConfig(Common):
         store_dtype: what the files hold
         separate_layers: store each of draft_layers in a file of its own, egpt_hidden_states.layer02.pt, …, instead of side by side
         event_states: store EventGPT's states over its event tokens as well, which the chained adapter reads (4.8 MB a row at 7B)
+        own_drafts: store what EventGPT would have said after every prefix of the text, for the token-level comparison; full depth runs
         answers: token pairs file whose answers are read instead of generated (default: this output_dir's own, where it fits)
         shard: only the i-th of n parts, e.g. 2/3
         merge: put all shards of the split together
@@ -66,6 +67,7 @@ class ExtractConfig(Common):
     store_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     separate_layers: bool = False
     event_states: bool = False
+    own_drafts: bool = False
     answers: Path | None = None
     shard: str | None = None
     merge: bool = False
@@ -84,7 +86,7 @@ def extract(
 ) -> None:
     """Fill `writer` with every batch of `mine` that it does not have in full; a batch is done whole, as its floats depend on it.
 
-    speaker: the drafter at full depth: its own text needs its own head
+    speaker: the drafter at full depth where its own words are asked for: they need its own head
     answers: both models' texts where they are known; None generates them
     place:   row of `samples` -> row of the files
     first:   whether this process may speak
@@ -100,16 +102,19 @@ def extract(
         for n, rows in enumerate(todo):
             asked = [samples[row] for row in rows]
             target, draft = ClipBatch(pair.target, asked), ClipBatch(pair.draft, asked)
+            deep = draft if speaker is pair.draft else ClipBatch(speaker, asked)
             if answers:
                 vl, egpt = ([list(answers[s.id][who]) for s in asked] for who in (0, 1))
             else:
-                vl = target.generate(cfg.max_new_tokens)
-                egpt = (draft if speaker is pair.draft else ClipBatch(speaker, asked)).generate(cfg.max_new_tokens)
+                vl, egpt = target.generate(cfg.max_new_tokens), deep.generate(cfg.max_new_tokens)
             texts = {"verifier": (vl, vl), "drafter": (egpt, egpt), "own": (vl, egpt)}[cfg.prefix]
             target_reads, draft_reads = ([answer[: cfg.max_positions] for answer in text] for text in texts)
             seen = draft.vision_states() if cfg.event_states else [None] * len(asked)
-            states = zip(rows, asked, target.states(target_reads), draft.states(draft_reads), seen, target_reads, vl, egpt, strict=True)
-            for row, sample, v, g, events, read, vl_tokens, egpt_tokens in states:
+            own = deep.says(draft_reads) if cfg.own_drafts else [None] * len(asked)
+            found = target.states(target_reads), draft.states(draft_reads), seen, own
+            for row, sample, v, g, events, said, read, vl_tokens, egpt_tokens in zip(
+                rows, asked, *found, target_reads, vl, egpt, strict=True
+            ):
                 length = min(len(v), len(g))  # `own` is paired by index, up to the shorter text
                 about = {"id": sample.id, "sequence": sample.sequence, "question": sample.question, "facts": sample.facts}
                 for who, decoder, tokens in (("vl", pair.target, vl_tokens), ("egpt", pair.draft, egpt_tokens)):
@@ -117,6 +122,8 @@ def extract(
                 kept = {**draft_files(pair.draft, g[:length], cfg), "vl_hidden_states.pt": v[:length]}
                 if events is not None:
                     kept[EVENT_STATES] = events
+                if said is not None:
+                    about["egpt_drafts"] = said[:length]
                 writer.write(place[row], kept, read[:length], about)
             writer.commit()
             bar.update(len(rows))
@@ -190,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     answers = known_answers(cfg, settings, [s.id for s in samples])
     pair = load_pair(dataclasses.replace(cfg, device=device))
     speaker = pair.draft
-    if not (answers or pair.draft.has_own_head):
+    if (cfg.own_drafts or not answers) and not pair.draft.has_own_head:
         speaker = load_draft(dataclasses.replace(cfg, device=device, draft_layers=None))
     parts = batches(samples, cfg.batch_size)[shard - 1 :: shards]
     place = {row: i for i, row in enumerate(row for part in parts for row in part)}

@@ -2,7 +2,8 @@
 
     A(g) = g + up(gelu(down(g)))         4096 -> 256 -> 4096 with biases: 2,101,504 parameters
 
-`up` starts at zero, so a new adapter is the identity. Run alone, this prints what the adapter costs:
+`up` starts at zero, so a new adapter is the identity. Run alone, this prints what the adapter costs beside one decoder layer of that
+width (LLaMA's proportions, random weights) and one step of the configured Video-LLaVA:
 
     python feature_alignment/hidden_adapter.py --hidden_size 4096 --bottleneck 256
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ class AdapterConfig(Common):
     hidden_size: int = 4096
     num_taps: int = 1
     bottleneck: int = 256
-    tokens: list[int] = field(default_factory=lambda: [1, 6])
-    repeats: int = 200
+    tokens: list[int] = field(default_factory=lambda: [1, 2, 4, 6, 8, 16])
+    repeats: int = 100
 
 
 if __name__ == "__main__":  # answer --help before torch is imported
@@ -106,23 +107,45 @@ def load_adapter(path: Path, d_draft: int | None = None, draft_layers: Sequence[
 
 
 @torch.inference_mode()
+def call_ms(call: Callable[[], object], repeats: int, device: str = "cpu", warmup: int = 10) -> float:
+    """Median milliseconds of a call, after `warmup` untimed ones."""
+    times = []
+    for i in range(repeats + warmup):
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        if i >= warmup:
+            times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
 def forward_ms(
     adapter: nn.Module, num_tokens: int, width: int, repeats: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> float:
-    """Median milliseconds of one forward pass over `num_tokens` states, after warm-up."""
-    adapter = adapter.to(device, dtype)
-    x = torch.randn(1, num_tokens, width, device=device, dtype=dtype)
-    times = []
-    for i in range(repeats + 10):
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        adapter(x)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        if i >= 10:
-            times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+    """Median milliseconds of one forward pass over `num_tokens` states."""
+    adapter, x = adapter.to(device, dtype), torch.randn(1, num_tokens, width, device=device, dtype=dtype)
+    return call_ms(lambda: adapter(x), repeats, device)
+
+
+def decoder_layer_ms(width: int, tokens: Sequence[int], repeats: int, device: str, dtype: torch.dtype) -> list[float]:
+    """Median milliseconds of one LLaMA decoder layer, per number of tokens, without a cache: what stepping a drafter costs per layer."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    heads = max(1, width // 128)
+    config = LlamaConfig(hidden_size=width, intermediate_size=round(width * 11008 / 4096), num_attention_heads=heads)
+    config._attn_implementation = "sdpa"
+    with torch.device(device):
+        layer, rotary = LlamaDecoderLayer(config, 0).to(dtype).eval(), LlamaRotaryEmbedding(config)
+    found = []
+    for n in tokens:
+        x = torch.randn(1, n, width, device=device, dtype=dtype)
+        places = rotary(x, torch.arange(n, device=device)[None])
+        found.append(call_ms(lambda x=x, places=places: layer(x, position_embeddings=places), repeats, device, warmup=2))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -132,22 +155,46 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         adapter = HiddenAdapter(cfg.hidden_size * cfg.num_taps, cfg.hidden_size, cfg.bottleneck)
     except ValueError as error:
         raise UserError(str(error)) from None
-    width = adapter.d_draft
-    dtype = getattr(torch, cfg.dtype)
-    rows = []
-    for n in cfg.tokens:
-        flops = 2 * n * adapter.bottleneck * (adapter.d_draft + adapter.d_target)
-        rows.append((n, forward_ms(adapter, n, width, cfg.repeats, cfg.device, dtype), flops))
+    if not cfg.tokens or min(*cfg.tokens, cfg.repeats) < 1:
+        raise UserError("--tokens and --repeats want numbers of at least 1.")
+    dtype, width = getattr(torch, cfg.dtype), adapter.d_draft
+    ms = [forward_ms(adapter, n, width, cfg.repeats, cfg.device, dtype) for n in cfg.tokens]
+    layer = decoder_layer_ms(cfg.hidden_size, cfg.tokens, max(3, cfg.repeats // 20), cfg.device, dtype)
+    step = target_step_ms(cfg)
     weight_bytes = adapter.num_parameters * dtype.itemsize
+    flops = [2 * n * adapter.bottleneck * (adapter.d_draft + adapter.d_target) for n in cfg.tokens]
     print_table(
         f"adapter {width} -> {cfg.bottleneck} -> {cfg.hidden_size}: "
         f"{adapter.num_parameters:,} parameters, {weight_bytes:,} bytes in {cfg.dtype}",
-        ("tokens", "ms (median)", "MFLOP"),
-        [(n, round(ms, 4), round(flops / 1e6, 2)) for n, ms, flops in rows],
+        ("tokens", "ms (median)", "MFLOP", "one decoder layer, ms", "adapter / layer"),
+        [
+            (n, round(t, 4), round(f / 1e6, 2), round(at, 3), round(t / at, 4))
+            for n, t, f, at in zip(cfg.tokens, ms, flops, layer, strict=True)
+        ],
     )
-    summary = {"parameters": adapter.num_parameters, "bytes": weight_bytes, "ms": {str(n): ms for n, ms, _ in rows}, "device": cfg.device}
-    print_json_line(summary)
+    print(f"  one step of {cfg.target_id}: {step:.3f} ms; the adapter above takes {ms[0] / step:.3f} of it for {cfg.tokens[0]} token(s)")
+    by_tokens = lambda values: {str(n): v for n, v in zip(cfg.tokens, values, strict=True)}  # noqa: E731
+    summary = {"parameters": adapter.num_parameters, "bytes": weight_bytes, "ms": by_tokens(ms), "decoder_layer_ms": by_tokens(layer)}
+    print_json_line({**summary, "target_step_ms": step, "device": cfg.device})
     return summary
+
+
+def target_step_ms(cfg: AdapterConfig) -> float:
+    """Median milliseconds of one decoding step of the configured target behind a prompt of its usual length, frames blank."""
+    from feature_alignment.models.pair import load_target
+
+    target = load_target(cfg)
+    ids = target.encode_prompt("What is happening?")[None].to(target.device)
+    state = target.prefill_encoded(
+        ids, torch.zeros(1, target.vision_tokens, target.width, device=target.device, dtype=target.head_weight.dtype)
+    )
+    token = torch.full((1, 1), 5, device=target.device)
+
+    def step() -> None:
+        target.step(state, token)
+        target.rollback(state, 1)
+
+    return call_ms(step, max(5, cfg.repeats // 5), cfg.device)
 
 
 if __name__ == "__main__":

@@ -1,342 +1,295 @@
 """Task 2.1. How well A(g) predicts v, and how many drafts each rule would keep, on the same prefix.
 
-reads   hidden_states/<split> (and the training split, for the nulls), vl_lm_head.pt, adapter/adapter.pt;
-        chained_adapter/adapter.pt with its event states and vl_embeddings.pt, where there is one
-writes  acceptance/acceptance.json, per_position.csv, cosine_histogram.png, acceptance_by_position.png
+reads   hidden_states/<split> (and the training and validation split, for the nulls), vl_lm_head.pt, adapter/adapter.pt;
+        plain_adapter/, chained_adapter/, chained_adapter_blind/adapter.pt where there are such, the latter two with event states
+writes  acceptance/acceptance.json, summary.md, per_position.csv, five pictures; scores.pt: every draft and its cosine
 
     python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml
+    python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml --calibrate --epsilon 0.02 --delta 0.1
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_alignment.config import Common, parse_config
-from feature_alignment.console import UserError, print_json_line, print_table, rate_text, run
+from feature_alignment.console import UserError, markdown_table, print_json_line, print_table, rate_text, run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from feature_alignment.artifacts import HiddenStates
-    from feature_alignment.chained_adapter import ChainedAdapter
+    from feature_alignment.calibration import Judged
+    from feature_alignment.scoring import Fitted, Scores
 
-TASK_THRESHOLD = 0.90
-THRESHOLDS = (0.80, 0.85, TASK_THRESHOLD, 0.95)
-RIDGE_STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
+TASK_THRESHOLD = "0.90"
+CHAINED = {"chained": "chained_adapter", "chained, without events": "chained_adapter_blind"}
 
 
 @dataclass(frozen=True)
 class AcceptanceConfig(Common):
-    """Measure the adapter on hidden states it has not seen.
+    """Measure the adapters on hidden states they have not seen.
 
     Args:
         split: what is measured
         train_split: what the null predictors are fitted on
         validation_split: what the ridge strength is chosen on
         num_draft_tokens: drafts per verification
+        calibrate: find the threshold above which kept drafts are the target's own tokens, with a guarantee; on calibration_split
+        calibration_split: clips of its own, in the order they are listed
+        epsilon: largest share of kept drafts that may differ from the target's token
+        delta: largest probability that the guarantee fails
     """
 
     split: str = "test"
     train_split: str = "train"
     validation_split: str = "validation"
     num_draft_tokens: int = 5
+    calibrate: bool = False
+    calibration_split: str = "calibration"
+    epsilon: float = 0.02
+    delta: float = 0.1
 
 
-@dataclass(frozen=True)
-class Scores:
-    """One predictor of the target's states on one split: cosine [n, s] float32, match [n, s] bool (same argmax through W)."""
+def predictors_of(cfg: AcceptanceConfig, states: dict[str, HiddenStates], head: Tensor) -> dict[str, Fitted]:
+    """The adapters there are, then what they must beat: name -> predictor. `adapter` is the hidden adapter."""
+    from feature_alignment.hidden_adapter import load_adapter
+    from feature_alignment.scoring import Fitted, null_predictors
 
-    cosine: Tensor
-    match: Tensor
-
-
-def score(predict: Callable[[Tensor, int], Tensor], states: HiddenStates, head: Tensor) -> Scores:
-    """Run `predict(states of one row [s, d_draft], row)` -> [s, d_target] over a split, row by row in float32."""
-    import torch
-
-    from feature_alignment.decoding.acceptance import cosine_per_position
-
-    cosine, match = torch.zeros(states.mask.shape), torch.zeros(states.mask.shape, dtype=torch.bool)
-    with torch.inference_mode():
-        for row in range(len(states.draft)):
-            n = int(states.lengths[row])
-            v = states.target[row, :n].float()
-            predicted = predict(states.draft[row, :n].float(), row)
-            cosine[row, :n] = cosine_per_position(predicted, v)
-            match[row, :n] = (predicted @ head.T).argmax(-1) == (v @ head.T).argmax(-1)
-    return Scores(cosine, match)
+    test, found = states["test"], {}
+    for name in ("adapter", "plain"):
+        if name in adapter_paths(cfg):
+            adapter, meta = load_adapter(adapter_paths(cfg)[name], test.draft.shape[-1], test.meta["draft_layers"])
+            found[name] = (adapter.to(head.device), meta["seconds"])
+    rank = found["adapter"][0].bottleneck
+    fitted = {n: Fitted(lambda some, a=a: a(some.draft), a.num_parameters, seconds) for n, (a, seconds) in found.items()}
+    return fitted | null_predictors(states["train"], states["validation"], test, rank, head)
 
 
-def null_predictors(train: HiddenStates, validation: HiddenStates, test: HiddenStates, rank: int, head: Tensor) -> dict[str, Callable]:
-    """What the adapter must beat: name -> predictor. Fitted on the training split, ridge strength chosen on validation."""
-    import torch
+def predictor_report(scores: Scores, fitted: Fitted, states: HiddenStates, num_draft_tokens: int) -> dict[str, Any]:
+    from feature_alignment.scoring import rates
 
-    from feature_alignment.closed_form import moments
-
-    d_draft, d_target, width = train.draft.shape[-1], train.target.shape[-1], train.target.shape[1]
-    total, number = torch.zeros(width, d_target, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-    for row in range(len(train.draft)):
-        n = int(train.lengths[row])
-        total[:n] += train.target[row, :n].double()
-        number[:n] += 1
-    overall = (total.sum(0) / number.sum()).float()
-    by_position = torch.where(number[:, None] > 0, total / number.clamp(min=1)[:, None], overall.double()).float()
-
-    def pairs():
-        for rows in torch.arange(len(train.draft)).split(256):
-            mask = train.mask[rows]
-            yield train.draft[rows][mask].float(), train.target[rows][mask].float()
-
-    statistics = moments(pairs(), d_draft, d_target)
-
-    def validation_cosine(strength: float, r: int | None) -> float:
-        fitted = statistics.ridge(strength, r)
-        result = score(lambda g, _: fitted(g), validation, head)
-        return float(result.cosine.sum() / validation.mask.sum())
-
-    best = max(RIDGE_STRENGTHS, key=lambda s: validation_cosine(s, None))
-    ridge, ridge_rank_r = statistics.ridge(best), statistics.ridge(best, rank)
-    partner = _other_clip(test)
-    nulls: dict[str, Callable] = {
-        "target_mean": lambda g, _: overall.expand(len(g), -1),
-        "position_mean": lambda g, _: by_position[torch.arange(len(g)).clamp(max=width - 1)],
-        "shuffled": lambda g, row: test.target[partner[row], : len(g)].float(),
-        "ridge": lambda g, _: ridge(g),
-        "ridge_rank_r": lambda g, _: ridge_rank_r(g),
-    }
-    if d_draft % d_target == 0:
-        nulls = {"identity": lambda g, _: g[:, -d_target:], **nulls}
-    return nulls
+    return {**rates(scores, states.mask, states, num_draft_tokens), "params": fitted.parameters, "seconds": fitted.seconds}
 
 
-def _other_clip(states: HiddenStates) -> list[int]:
-    """For each row another row of another clip, preferably about the same question."""
-    clips, questions = states.clips, [r["question"] for r in states.rows]
-    n = len(clips)
-    partner = []
-    for i in range(n):
-        others = [(i + k) % n for k in range(1, n) if clips[(i + k) % n] != clips[i]]
-        same = [j for j in others if questions[j] == questions[i]]
-        partner.append((same or others or [i])[0])
-    return partner
+def acceptance_report(scores: dict[str, Scores], fitted: dict[str, Fitted], states: HiddenStates, num_draft_tokens: int) -> dict[str, Any]:
+    """Every number of acceptance.json about predictors that read EventGPT's states, from their scores."""
+    from feature_alignment import metrics, scoring
 
-
-def rates(scores: Scores, there: Tensor, states: HiddenStates, num_draft_tokens: int) -> dict[str, Any]:
-    """What any predictor is told by: [n, s] scores, or [n, s, steps] of rounds that begin anywhere; `there` marks real places."""
-    from feature_alignment import metrics
-
-    clips, n = states.clips, len(states.mask)
-    blocks = metrics.decoding_blocks(scores.match, states.mask, num_draft_tokens, states.ended)
+    ours, mask = scores["adapter"], states.mask
+    reports = {name: predictor_report(s, fitted[name], states, num_draft_tokens) for name, s in scores.items()}
     return {
-        "cosine": metrics.counts(scores.cosine, there).rate(clips),
-        "token_match": metrics.counts(scores.match, there).rate(clips),
-        "acceptance_rate": blocks.acceptance_rate(n).rate(clips),
-        "consecutive_accept_token": blocks.consecutive_accept(n).rate(clips),
-        "tokens_per_pass": blocks.tokens_per_pass(states.lengths),
-    }
-
-
-def rates_above(threshold: float, scores: Scores, there: Tensor, states: HiddenStates, num_draft_tokens: int) -> dict[str, Any]:
-    """What the cosine rules keep at a threshold."""
-    from feature_alignment import metrics
-
-    clips, n, above = states.clips, len(states.mask), scores.cosine > threshold
-    rounds = metrics.decoding_blocks(above, states.mask, num_draft_tokens, states.ended)
-    return {
-        "relaxed_accept": metrics.counts(above, there).rate(clips),
-        "consecutive_accept": rounds.consecutive_accept(n).rate(clips),
-        "consecutive_length": rounds.consecutive_length(n).rate(clips),
-        "token_match_given_accept": metrics.counts(scores.match, there & above).rate(clips),
-    }
-
-
-def acceptance_report(scores: Scores, nulls: dict[str, Scores], states: HiddenStates, num_draft_tokens: int) -> dict[str, Any]:
-    """Every number of acceptance.json but its meta, from scores alone."""
-    from feature_alignment import metrics
-
-    mask = states.mask
-    return {
-        **rates(scores, mask, states, num_draft_tokens),
-        "nulls": {
-            name: {k: v for k, v in rates(s, mask, states, num_draft_tokens).items() if k in ("cosine", "token_match", "tokens_per_pass")}
-            for name, s in nulls.items()
-        },
-        "thresholds": {f"{t:.2f}": rates_above(t, scores, mask, states, num_draft_tokens) for t in THRESHOLDS},
-        "auc_cosine_token_match": metrics.auc(scores.cosine[mask].numpy(), scores.match[mask].numpy()),
-        "per_position": per_position(scores, mask),
-        "calibration": None,
+        **reports.pop("adapter"),
+        "plain": reports.pop("plain", None),
+        "nulls": reports,
+        "thresholds": {f"{t:.2f}": scoring.rates_above(t, ours, mask, states, num_draft_tokens) for t in THRESHOLDS},
+        "auc_cosine_token_match": metrics.auc(ours.cosine[mask].numpy(), ours.match[mask].numpy()),
+        "reliability": scoring.reliability(ours, mask),
+        "accepted_lengths": scoring.accepted_lengths(ours.match, states, num_draft_tokens),
+        "per_position": scoring.per_position(ours, states),
         "num_draft_tokens": num_draft_tokens,
     }
 
 
-def chain_scores(
-    adapter: ChainedAdapter, states: HiddenStates, head: Tensor, embeddings: Tensor, steps: int, events: Sequence[int] | None = None
-) -> tuple[Scores, Tensor]:
-    """Scores of the chained adapter for rounds that begin anywhere: `[row, t, k]` is draft k of a round at t, for position t + k, all
-    earlier drafts of the round being the target's own tokens. Second, where there is such a position: [n, s, steps] bool.
-
-    events: row -> the row whose events it is shown instead of its own
-    """
-    import torch
-
-    from feature_alignment.chained_adapter import chain_over, text_batches
-    from feature_alignment.decoding.acceptance import cosine_per_position
-
-    if events is not None:
-        states = dataclasses.replace(states, events=states.events[torch.tensor(events)])
-    shape = (*states.mask.shape, steps)
-    cosine, match, there = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-    first = 0
-    with torch.inference_mode():
-        for texts in text_batches(states, 64, "cpu"):
-            rows = slice(first, first + len(texts.states))
-            first = rows.stop
-            for k, (expected, wanted, mask) in enumerate(chain_over(adapter, texts, embeddings, steps)):
-                starts = slice(1, 1 + mask.shape[1])  # position 0 comes from the target's prefill
-                cosine[rows, starts, k] = cosine_per_position(expected, wanted) * mask
-                match[rows, starts, k] = ((expected @ head.T).argmax(-1) == (wanted @ head.T).argmax(-1)) & mask
-                there[rows, starts, k] = mask
-    return Scores(cosine, match), there
-
-
 def chain_report(scores: Scores, there: Tensor, states: HiddenStates) -> dict[str, Any]:
     """Step by step and pooled over all steps; blocks as decoding forms them. The number of drafts a round is the number of steps."""
-    from feature_alignment import metrics
+    from feature_alignment import metrics, scoring
 
-    clips, steps = states.clips, there.shape[-1]
+    steps = there.shape[-1]
     return {
         "num_draft_tokens": steps,
-        **rates(scores, there, states, steps),
-        "thresholds": {f"{TASK_THRESHOLD:.2f}": rates_above(TASK_THRESHOLD, scores, there, states, steps)},
-        "steps": [
-            {
-                "step": k + 1,
-                "cosine": metrics.counts(scores.cosine[..., k], there[..., k]).rate(clips),
-                "token_match": metrics.counts(scores.match[..., k], there[..., k]).rate(clips),
-            }
-            for k in range(steps)
-        ],
+        **scoring.rates(scores, there, states, steps),
+        "thresholds": {f"{t:.2f}": scoring.rates_above(t, scores, there, states, steps) for t in THRESHOLDS},
+        "auc_cosine_token_match": metrics.auc(scores.cosine[there].numpy(), scores.match[there].numpy()),
+        "reliability": scoring.reliability(scores, there),
+        "accepted_lengths": scoring.accepted_lengths(scores.match, states, steps),
+        "steps": scoring.chain_steps(scores, there, states.clips),
     }
 
 
-def measure_chains(cfg: AcceptanceConfig, head: Tensor) -> dict[str, dict[str, Any]]:
-    """Every chained adapter there is, and the seeing one with the events of other clips: name -> report."""
-    from feature_alignment import artifacts
+def score_chains(cfg: AcceptanceConfig, split: str, head: Tensor) -> dict[str, tuple[Scores, Tensor, dict[str, Any]]]:
+    """Every chained adapter there is, and the seeing one with the events of other clips: name -> scores, their places, its meta."""
+    from feature_alignment import artifacts, scoring
     from feature_alignment.chained_adapter import load_chained_adapter
 
-    paths, reports = chained_paths(cfg), {}
+    found: dict[str, tuple[Scores, Tensor, dict[str, Any]]] = {}
+    paths = {name: path for name, path in adapter_paths(cfg).items() if name in CHAINED}
     if not paths:
-        return reports
-    folder = cfg.out / "hidden_states"
-    test = artifacts.load_hidden_states(folder / cfg.split, events=True)
-    embeddings = artifacts.load_pt(folder / "vl_embeddings.pt", artifacts.EXTRACT.format(split=cfg.split)).float()
+        return found
+    states = artifacts.load_hidden_states(cfg.out / "hidden_states" / split, cfg.draft_layers, events=True)
+    embeddings = artifacts.load_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", artifacts.EXTRACT.format(split=split))
+    embeddings = embeddings.float().to(head.device)
     for name, path in paths.items():
-        adapter, _ = load_chained_adapter(path, test.meta["draft_layers"])
-        shown = {name: None} | ({"chained, events of another clip": _other_clip(test)} if name == "chained" else {})
+        adapter, meta = load_chained_adapter(path, states.meta["draft_layers"])
+        shown = {name: None} | ({"chained, events of another clip": scoring.other_clip(states)} if name == "chained" else {})
         for label, events in shown.items():
-            scores, there = chain_scores(adapter, test, head, embeddings, cfg.num_draft_tokens, events)
-            reports[label] = {"params": adapter.num_parameters, **chain_report(scores, there, test)}
+            scores = scoring.chain_scores(adapter.to(head.device), states, head, embeddings, cfg.num_draft_tokens, events)
+            found[label] = (*scores, meta)
+    return found
+
+
+def adapter_paths(cfg: AcceptanceConfig) -> dict[str, Path]:
+    """The adapters that have been trained: name -> file. Without the hidden adapter nothing is measured."""
+    folders = {"adapter": "adapter", "plain": "plain_adapter", **CHAINED}
+    paths = {name: cfg.out / folder / "adapter.pt" for name, folder in folders.items()}
+    return {name: path for name, path in paths.items() if name == "adapter" or path.is_file()}
+
+
+def calibrations(cfg: AcceptanceConfig, head: Tensor, measured: dict[str, tuple[Scores, Tensor]]) -> dict[str, dict[str, Any]]:
+    """A certified threshold for the hidden and the chained adapter, and the risk it has on the clips that are measured."""
+    from feature_alignment import artifacts, scoring
+    from feature_alignment.calibration import certify
+    from feature_alignment.hidden_adapter import load_adapter
+
+    judged: dict[str, dict[str, Judged]] = {name: {} for name in measured}
+    for split in (cfg.validation_split, cfg.calibration_split):
+        states = artifacts.load_hidden_states(cfg.out / "hidden_states" / split, cfg.draft_layers)
+        adapter = load_adapter(adapter_paths(cfg)["adapter"], states.draft.shape[-1])[0].to(head.device)
+        scores = scoring.score({"adapter": lambda some, a=adapter: a(some.draft)}, states, head)["adapter"]
+        judged["adapter"][split] = scoring.judged(scores, states.mask, states)
+        if "chained" in judged:
+            judged["chained"][split] = scoring.judged(*score_chains(cfg, split, head)["chained"][:2], states)
+    reports = {}
+    for name, (scores, there) in measured.items():
+        tune, calibration = judged[name][cfg.validation_split], judged[name][cfg.calibration_split]
+        report = certify(tune, calibration, cfg.epsilon, cfg.delta)
+        kept = there & (scores.cosine > (2.0 if report["threshold"] is None else report["threshold"]))
+        report["risk_on_test"] = float((~scores.match[kept]).double().mean()) if kept.any() else None
+        reports[name] = report
     return reports
-
-
-def chained_paths(cfg: AcceptanceConfig) -> dict[str, Path]:
-    """The chained adapters that have been trained: name -> file."""
-    names = {"chained": "chained_adapter", "chained, without events": "chained_adapter_blind"}
-    paths = {name: cfg.out / folder / "adapter.pt" for name, folder in names.items()}
-    return {name: path for name, path in paths.items() if path.is_file()}
-
-
-def per_position(scores: Scores, mask: Tensor) -> list[dict[str, Any]]:
-    """Per position of the text: how many texts reach it, its cosine, its token match, and the match given all earlier ones matched."""
-    alive = mask.clone()
-    rows = []
-    for t in range(mask.shape[1]):
-        n = int(mask[:, t].sum())
-        if not n:
-            break
-        here = mask[:, t]
-        alive_here = alive[:, t] & here
-        rows.append(
-            {
-                "position": t,
-                "n": n,
-                "cosine": float(scores.cosine[here, t].mean()),
-                "token_match": float(scores.match[here, t].float().mean()),
-                "n_all_earlier_matched": int(alive_here.sum()),
-                "token_match_given_earlier": float(scores.match[alive_here, t].float().mean()) if alive_here.any() else None,
-            }
-        )
-        alive[:, t + 1 :] &= (scores.match[:, t] | ~here)[:, None]
-    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(AcceptanceConfig, argv, "measure_feature_acceptance")
-    if cfg.num_draft_tokens < 1:
-        raise UserError(f"--num_draft_tokens wants at least 1, got {cfg.num_draft_tokens}.")
+    if cfg.num_draft_tokens < 1 or not (0 < cfg.epsilon < 1 and 0 < cfg.delta < 1):
+        raise UserError("--num_draft_tokens wants at least 1, --epsilon and --delta a number between 0 and 1.")
     import torch
 
-    from feature_alignment import artifacts, plots
-    from feature_alignment.hidden_adapter import load_adapter
+    from feature_alignment import artifacts, plots, scoring
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     folder = cfg.out / "hidden_states"
-    test, train, validation = (artifacts.load_hidden_states(folder / s) for s in (cfg.split, cfg.train_split, cfg.validation_split))
-    if set(test.clips) & (set(train.clips) | set(validation.clips)):
-        raise UserError(f"split {cfg.split!r} shares clips with training or validation; what is measured must not have been seen.")
-    head = artifacts.load_pt(folder / "vl_lm_head.pt", artifacts.EXTRACT.format(split=cfg.split)).float()
-    path = cfg.out / "adapter" / "adapter.pt"
-    adapter, adapter_meta = load_adapter(path, test.draft.shape[-1], test.meta["draft_layers"])
-
+    splits = {"test": cfg.split, "train": cfg.train_split, "validation": cfg.validation_split}
+    splits |= {"calibration": cfg.calibration_split} if cfg.calibrate else {}
+    states = {name: artifacts.load_hidden_states(folder / split, cfg.draft_layers) for name, split in splits.items()}
+    test = states["test"]
+    for a, b in itertools.combinations(splits, 2):
+        if set(states[a].clips) & set(states[b].clips):
+            raise UserError(
+                f"splits {splits[a]!r} and {splits[b]!r} share clips; what is measured or promised on one must not have been seen."
+            )
     out = cfg.out / "acceptance"
-    made_from = chained_paths(cfg) | {
-        "adapter": path,
-        "states": folder / cfg.split / "meta.json",
-        "train": folder / cfg.train_split / "meta.json",
-    }
+    made_from = adapter_paths(cfg) | {name: folder / split / "meta.json" for name, split in splits.items()}
     report = artifacts.reusable(out / "acceptance.json", cfg, made_from)
     if report is None:
-        scores = score(lambda g, _: adapter(g), test, head)
-        nulls = null_predictors(train, validation, test, adapter.bottleneck, head)
+        head = artifacts.load_pt(folder / "vl_lm_head.pt", artifacts.EXTRACT.format(split=cfg.split)).float().to(cfg.device)
+        fitted = predictors_of(cfg, states, head)
+        scores = scoring.score({name: f.predict for name, f in fitted.items()}, test, head)
+        chains = score_chains(cfg, cfg.split, head)
+        measured = {"adapter": (scores["adapter"], test.mask)} | ({"chained": chains["chained"][:2]} if "chained" in chains else {})
+        promised = calibrations(cfg, head, measured) if cfg.calibrate else {}
         report = {
             "meta": artifacts.provenance("measure_feature_acceptance", cfg, made_from, prefix=test.meta["prefix"], split=cfg.split),
-            "adapter": {"params": adapter.num_parameters, "layer": adapter_meta["draft_layers"]},
-            **acceptance_report(scores, {k: score(f, test, head) for k, f in nulls.items()}, test, cfg.num_draft_tokens),
-            "chains": measure_chains(cfg, head),
+            "adapter": {"params": fitted["adapter"].parameters, "layer": test.meta["draft_layers"]},
+            **acceptance_report(scores, fitted, test, cfg.num_draft_tokens),
+            "calibration": promised.get("adapter"),
+            "chains": {
+                name: {"params": trained["parameters"], "seconds": trained["seconds"], **chain_report(s, there, test)}
+                for name, (s, there, trained) in chains.items()
+            },
         }
+        if "chained" in report["chains"]:
+            report["chains"]["chained"]["calibration"] = promised.get("chained")
+        artifacts.save_pt(out / "scores.pt", {name: {"cosine": s.cosine, "says": s.says, "there": t} for name, (s, t) in measured.items()})
         columns = list(report["per_position"][0])
-        lines = [",".join("" if row[c] is None else str(row[c]) for c in columns) for row in report["per_position"]]
+        lines = [",".join("" if row[c] != row[c] else str(row[c]) for c in columns) for row in report["per_position"]]
         artifacts.write_text(out / "per_position.csv", "\n".join([",".join(columns), *lines]) + "\n")
-        plots.cosine_histogram(scores.cosine[test.mask].numpy(), scores.match[test.mask].numpy(), out / "cosine_histogram.png")
-        plots.acceptance_by_position(report["per_position"], out / "acceptance_by_position.png")
-        artifacts.write_json(out / "acceptance.json", report)  # last: its presence means the pictures are there
+        plots.acceptance(report, scores, test, out)
+        artifacts.write_text(out / "summary.md", summary(report))
+        artifacts.write_json(out / "acceptance.json", report)  # last: its presence means the rest is there
 
-    rows = [("adapter", rate_text(report["cosine"]), rate_text(report["token_match"]), report["tokens_per_pass"])]
-    rows += [(k, rate_text(v["cosine"]), rate_text(v["token_match"]), v["tokens_per_pass"]) for k, v in report["nulls"].items()]
-    print_table(
-        f"{cfg.split}, prefix: {test.meta['prefix']}, {int(test.mask.sum()):,} positions, {len(set(test.clips))} clips",
-        ("predictor", "cosine", "token match", f"tokens per pass at {cfg.num_draft_tokens} drafts"),
-        rows,
-    )
-    if report["chains"]:
-        print_table(
-            f"chained from the target's last state: {cfg.num_draft_tokens} drafts, token match at each",
-            ("adapter", "cosine", *[str(k + 1) for k in range(cfg.num_draft_tokens)], "tokens per pass"),
+    for title, header, rows in tables(report):
+        print_table(title, header, rows)
+    numbers = {k: report[k]["value"] for k in ("cosine", "token_match", "acceptance_rate")}
+    print_json_line({**numbers, "auc": report["auc_cosine_token_match"], "written": str(out / "acceptance.json")})
+    return report
+
+
+def tables(report: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple]]]:
+    """(title, header, rows) of what is shown, in the order it is shown."""
+    g, meta = report["num_draft_tokens"], report["meta"]
+    predictors = {"adapter": report} | ({"plain (TASKS.md)": report["plain"]} if report["plain"] else {}) | report["nulls"]
+    found = [
+        (
+            f"{meta['split']}, prefix: {meta['prefix']}, {report['cosine']['total']:,.0f} positions, {g} drafts a round",
+            ("predictor", "cosine", "token match", "acceptance rate", "tokens per pass", "parameters", "seconds"),
             [
-                (name, rate_text(c["cosine"]), *[f"{s['token_match']['value']:.3f}" for s in c["steps"]], c["tokens_per_pass"])
-                for name, c in report["chains"].items()
+                (
+                    name,
+                    *(rate_text(r[k], 3) for k in ("cosine", "token_match", "acceptance_rate")),
+                    f"{r['tokens_per_pass']:.2f}",
+                    f"{r['params']:,}",
+                    f"{r['seconds']:.1f}",
+                )
+                for name, r in predictors.items()
             ],
         )
+    ]
+    if report["chains"]:
+        found.append(
+            (
+                f"chained from the target's last state: token match at each of {g} drafts",
+                ("adapter", "cosine", *(str(k + 1) for k in range(g)), "acceptance rate", "tokens per pass", "parameters", "seconds"),
+                [
+                    (
+                        name,
+                        rate_text(c["cosine"], 3),
+                        *(f"{s['token_match']['value']:.3f}" for s in c["steps"]),
+                        rate_text(c["acceptance_rate"], 3),
+                        f"{c['tokens_per_pass']:.2f}",
+                        f"{c['params']:,}",
+                        f"{c['seconds']:.1f}",
+                    )
+                    for name, c in report["chains"].items()
+                ],
+            )
+        )
     keys = ("relaxed_accept", "consecutive_accept", "token_match_given_accept")
-    print_table("cosine rules", ("threshold", *keys), [(t, *[rate_text(v[k]) for k in keys]) for t, v in report["thresholds"].items()])
-    summary = {k: report[k]["value"] for k in ("cosine", "token_match", "acceptance_rate")}
-    print_json_line({**summary, "auc": report["auc_cosine_token_match"], "written": str(out / "acceptance.json")})
-    return report
+    ruled = {"adapter": report} | ({"chained": report["chains"]["chained"]} if "chained" in report["chains"] else {})
+    found.append(
+        (
+            "what the cosine rules keep",
+            ("drafts, threshold", *keys),
+            [(f"{name}, {t}", *(rate_text(v[k], 3) for k in keys)) for name, r in ruled.items() for t, v in r["thresholds"].items()],
+        )
+    )
+    promised = [(name, r["calibration"]) for name, r in ruled.items() if r.get("calibration")]
+    if promised:
+        first = promised[0][1]
+        found.append(
+            (
+                f"kept drafts differ at most {first['epsilon']:.0%} of the time, confidence {1 - first['delta']:.0%}, "
+                f"from {first['clips']} clips",
+                ("drafts", "threshold", "kept", "risk there", "risk on test"),
+                [
+                    (name, "none" if c["threshold"] is None else c["threshold"], c["kept"], c["risk_on_calibration"], c["risk_on_test"])
+                    for name, c in promised
+                ],
+            )
+        )
+    return found
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The tables as Markdown, one screen."""
+    parts = [f"**{title}**\n\n{markdown_table(header, rows)}" for title, header, rows in tables(report)]
+    return "# Acceptance\n\n" + "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

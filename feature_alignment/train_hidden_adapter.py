@@ -1,11 +1,15 @@
 """Task 1.3. Train an adapter so that it predicts v[t], and its argmax through W the token that v[t] emits.
 
-    hidden    A(g[t]) = v̂[t]                              from EventGPT's state on the same text: the bottleneck of task 1.2
+    hidden    A(g[t]) = v̂[t]                              from EventGPT's state on the same text: the bottleneck of task 1.2,
+                                                          begun as a low-rank linear map, taught through the target's head too
+    plain     the same adapter by TASKS.md's recipe       begun as the identity, squared error and cosine only
     chained   f(v[t-1], x[t-1], memory, events) = v̂[t]    from the target's own last state and what EventGPT saw of the clip
 
 reads   hidden_states/<train and validation split>, vl_lm_head.pt; for `chained` also egpt_event_states.pt, vl_embeddings.pt
 writes  adapter/adapter.pt (the best epoch on validation), adapter/history.jsonl, adapter/training_curves.png;
-        for `chained` the same under chained_adapter/
+        for `plain` and `chained` the same under plain_adapter/ and chained_adapter/
+
+A killed run goes on at its last whole epoch. Several GPUs: `torchrun --nproc_per_node 2 feature_alignment/train_hidden_adapter.py …`
 
     python feature_alignment/train_hidden_adapter.py --config configs/demo.yaml
     python feature_alignment/train_hidden_adapter.py --config configs/demo.yaml --adapter chained
@@ -13,6 +17,7 @@ writes  adapter/adapter.pt (the best epoch on validation), adapter/history.jsonl
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -29,34 +34,39 @@ class TrainConfig(Common):
     """Train an adapter on paired hidden states.
 
     Args:
-        adapter: hidden maps EventGPT's state on the same text; chained goes on from the target's own last state
+        adapter: hidden maps EventGPT's state on the same text; plain is the same by TASKS.md's recipe, for comparison; chained goes on
+            from the target's own last state
         blind: chained only: without EventGPT's event states, to see what they add; kept apart under chained_adapter_blind/
         train_split: hidden states to learn from
         validation_split: hidden states that choose the best epoch; other clips than the training's
         bottleneck: width in the middle of the adapter
+        linear_units: hidden only: how many units of the bottleneck begin as the best linear map of that rank; 0 begins as the identity
         roll_out_steps: chained only: how many of its own drafts in a row it is trained on
         num_epochs: passes over the training rows
+        patience: stop after so many epochs without a lower validation loss
         batch_size: rows (texts) per step
         lr: peak learning rate of AdamW, after a warm-up over the first 5 % of the steps, then cosine decay
         weight_decay: of AdamW
         mse_weight: weight of the squared error, relative to the variance of the target's states
         cosine_weight: weight of 1 - cos(A(g), v)
-        kl_weight: weight of KL(softmax W v || softmax W A(g)) through the target's frozen head; 0 is the plain recipe
+        kl_weight: weight of KL(softmax W v || softmax W A(g)) through the target's frozen head; plain has none
     """
 
-    adapter: Literal["hidden", "chained"] = "hidden"
+    adapter: Literal["hidden", "plain", "chained"] = "hidden"
     blind: bool = False
     train_split: str = "train"
     validation_split: str = "validation"
     bottleneck: int = 256
+    linear_units: int = 32
     roll_out_steps: int = 3
     num_epochs: int = 20
+    patience: int = 10
     batch_size: int = 16
     lr: float = 1e-3
     weight_decay: float = 0.01
     mse_weight: float = 1.0
     cosine_weight: float = 1.0
-    kl_weight: float = 0.0
+    kl_weight: float = 0.3
 
 
 def plot_curves(history: list[dict[str, float]], path: Path) -> None:
@@ -85,35 +95,42 @@ def plot_curves(history: list[dict[str, float]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(TrainConfig, argv, "train_hidden_adapter", variant="adapter")
-    if min(cfg.num_epochs, cfg.batch_size, cfg.bottleneck, cfg.roll_out_steps) < 1:
-        raise UserError("--num_epochs, --batch_size, --bottleneck and --roll_out_steps want at least 1.")
+    if min(cfg.num_epochs, cfg.patience, cfg.batch_size, cfg.bottleneck, cfg.roll_out_steps, cfg.linear_units + 1) < 1:
+        raise UserError("--num_epochs, --patience, --batch_size, --bottleneck and --roll_out_steps want at least 1, --linear_units 0.")
     import torch
 
     from feature_alignment import artifacts, training
+    from feature_alignment.processes import processes
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    chained, hidden_states = cfg.adapter == "chained", cfg.out / "hidden_states"
-    folders = {"train": hidden_states / cfg.train_split, "validation": hidden_states / cfg.validation_split}
-    states = {name: artifacts.load_hidden_states(folder, events=chained) for name, folder in folders.items()}
+    chained, folder = cfg.adapter == "chained", cfg.out / "hidden_states"
+    if cfg.adapter == "plain":
+        cfg = dataclasses.replace(cfg, kl_weight=0.0, linear_units=0)
+    splits = {"train": folder / cfg.train_split, "validation": folder / cfg.validation_split}
+    states = {name: artifacts.load_hidden_states(split, cfg.draft_layers, events=chained) for name, split in splits.items()}
     a, b = states["train"].meta, states["validation"].meta
     for key in ("prefix", "draft_layers", "hidden_size_draft", "hidden_size_target"):
         if a[key] != b[key]:
             raise UserError(f"training and validation states differ in {key}: {a[key]} and {b[key]}. Extract both with the same settings.")
     if set(states["train"].clips) & set(states["validation"].clips):
         raise UserError(f"splits {cfg.train_split!r} and {cfg.validation_split!r} share clips; validation must not be trained on.")
-    weights = {name: hidden_states / f"{name}.pt" for name in (("vl_lm_head", "vl_embeddings") if chained else ("vl_lm_head",))}
+    weights = {name: folder / f"{name}.pt" for name in (("vl_lm_head", "vl_embeddings") if chained else ("vl_lm_head",))}
 
-    out = cfg.out / ("chained_adapter_blind" if chained and cfg.blind else "chained_adapter" if chained else "adapter")
-    made_from = {k: f / "meta.json" for k, f in folders.items()} | weights
+    names = {"hidden": "adapter", "plain": "plain_adapter", "chained": "chained_adapter_blind" if cfg.blind else "chained_adapter"}
+    out = cfg.out / names[cfg.adapter]
+    made_from = {k: split / "meta.json" for k, split in splits.items()} | weights
+    rank, world, device, wait = processes(cfg.device)
     meta = artifacts.reusable(out / "meta.json", cfg, made_from) if (out / "adapter.pt").is_file() else None
     if meta is not None:
-        _show(meta, out, reused=True)
-        return meta
+        return _show(meta, out, reused=True) if rank == 0 else meta
+    wait()  # everyone has looked before anything changes
     start = time.time()
     matrices = [artifacts.load_pt(path, artifacts.EXTRACT.format(split=cfg.train_split)) for path in weights.values()]
     train = training.train_chained if chained else training.train_hidden
-    adapter, history = train(states["train"], states["validation"], *matrices, cfg)
+    unfinished = training.Checkpoint(out / "unfinished.pt", artifacts.identity_of(cfg, made_from), cfg.resume)
+    here = dataclasses.replace(cfg, device=device)
+    adapter, history = train(states["train"], states["validation"], *matrices, here, unfinished, training.Part(rank, world))
     best = min(history, key=lambda h: h["validation_loss"])
     on_validation = lambda h: {k.removeprefix("validation_"): v for k, v in h.items() if k.startswith("validation_")}  # noqa: E731
     meta = artifacts.provenance(
@@ -125,28 +142,35 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         draft_layers=a["draft_layers"],
         prefix=a["prefix"],
         best_epoch=best["epoch"],
+        epochs=history[-1]["epoch"],
         validation=on_validation(best),
         untrained=on_validation(history[0]),
         seconds=time.time() - start,
     )
-    artifacts.write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in history))
-    plot_curves(history, out / "training_curves.png")
-    artifacts.save_pt(out / "adapter.pt", {"meta": meta, "state_dict": {k: v.cpu() for k, v in adapter.state_dict().items()}})
-    artifacts.write_json(out / "meta.json", meta)
-    _show(meta, out, reused=False)
+    if rank == 0:
+        artifacts.write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in history))
+        plot_curves(history, out / "training_curves.png")
+        artifacts.save_pt(out / "adapter.pt", {"meta": meta, "state_dict": {k: v.cpu() for k, v in adapter.state_dict().items()}})
+        artifacts.write_json(out / "meta.json", meta)
+        unfinished.path.unlink(missing_ok=True)
+        _show(meta, out, reused=False)
+    wait()
     return meta
 
 
-def _show(meta: dict[str, Any], out: Path, reused: bool) -> None:
+def _show(meta: dict[str, Any], out: Path, reused: bool) -> dict[str, Any]:
     columns = ("loss", "mse", "cosine", "kl", "token_match")
+    start = "linear map" if meta["config"]["adapter"] == "hidden" and meta["config"]["linear_units"] else "untrained"
     rows = [
-        ["untrained", *[meta["untrained"][c] for c in columns]],
-        [f"epoch {meta['best_epoch']}", *[meta["validation"][c] for c in columns]],
+        [start, *[meta["untrained"][c] for c in columns]],
+        [f"epoch {meta['best_epoch']} of {meta['epochs']}", *[meta["validation"][c] for c in columns]],
     ]
-    kind = meta["config"]["adapter"]
-    print_table(f"{kind} adapter of {meta['parameters']:,} parameters, on validation", ("", *columns), rows)
+    if meta["best_epoch"] == 0:
+        rows[1][0] = "training did not help: the start is kept"
+    print_table(f"{meta['config']['adapter']} adapter of {meta['parameters']:,} parameters, on validation", ("", *columns), rows)
     scores = {k: round(v, 5) for k, v in meta["validation"].items()}
     print_json_line({"parameters": meta["parameters"], **scores, "reused": reused, "written": str(out / "adapter.pt")})
+    return meta
 
 
 if __name__ == "__main__":

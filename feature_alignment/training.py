@@ -1,6 +1,6 @@
-"""How adapters learn: the loss both share, one loop for both, and what is particular to each.
+"""How adapters learn: the loss they share, one loop for all, and what is particular to each.
 
-`cfg` is the TrainConfig of train_hidden_adapter everywhere.
+`cfg` is the TrainConfig of train_hidden_adapter everywhere; its device is this process's own.
 """
 
 from __future__ import annotations
@@ -8,21 +8,70 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from feature_alignment import artifacts
 from feature_alignment.artifacts import HiddenStates
 from feature_alignment.chained_adapter import ChainedAdapter, Texts, chain_over, text_batches
+from feature_alignment.closed_form import Affine, moments
 from feature_alignment.console import UserError
 from feature_alignment.hidden_adapter import HiddenAdapter
+from feature_alignment.scoring import RIDGE_STRENGTHS, positions
 
 History = list[dict[str, float]]
+REACH = 1.0  # how far a unit that begins as a straight line uses GELU, in standard deviations
 Adapter = TypeVar("Adapter", bound=nn.Module)
+
+
+class Part(NamedTuple):
+    """One process of several that train together: its number and how many there are. Batches are dealt out, gradients added."""
+
+    rank: int = 0
+    of: int = 1
+
+    def rows(self, batch: Tensor) -> Tensor:
+        """This process's rows of a batch; all of them where there are too few to deal out."""
+        return batch if len(batch) < self.of else batch[self.rank :: self.of]
+
+    def add(self, *tensors: Tensor) -> None:
+        """Every tensor becomes its sum over all processes, in place."""
+        if self.of > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
+
+class Batch(NamedTuple):
+    """The loss of a batch and what goes into the history, means over `n` positions."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    n: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where an unfinished training lies, so that it goes on where it was. identity: of the settings and files it belongs to"""
+
+    path: Path
+    identity: str
+    resume: bool = True
+
+    def load(self) -> dict[str, Any] | None:
+        if not (self.resume and self.path.is_file()):
+            return None
+        saved = artifacts.load_pt(self.path, f"rm {self.path}")
+        return saved if saved.get("identity") == self.identity else None
+
+    def save(self, **state: Any) -> None:
+        artifacts.save_pt(self.path, {"identity": self.identity, **state})
 
 
 def losses(predicted: Tensor, target: Tensor, head: Tensor, variance: float, cfg: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -44,59 +93,90 @@ def losses(predicted: Tensor, target: Tensor, head: Tensor, variance: float, cfg
 
 def fit(
     adapter: nn.Module,
-    epoch: Callable[[], Iterator[tuple[Tensor, dict[str, Tensor]]]],
+    epoch: Callable[[int], Iterator[Batch]],
     steps_per_epoch: int,
     evaluate: Callable[[], dict[str, float]],
     snapshot: Callable[[], Adapter],
     cfg: Any,
+    checkpoint: Checkpoint | None = None,
+    part: Part | None = None,
 ) -> tuple[Adapter, History]:
-    """AdamW with warm-up and cosine decay. Returns the snapshot of the epoch with the lowest validation loss, and all epochs'
-    scores (epoch 0 is the untrained adapter, so what is kept is never worse than that).
+    """AdamW with warm-up and cosine decay, until cfg.num_epochs or until cfg.patience epochs have brought no lower validation loss.
 
-    epoch: yields (loss, parts) of every batch, once through the training rows
+    Returns the snapshot of the epoch with the lowest validation loss, and all epochs' scores. Epoch 0 is the adapter as it was given,
+    so what is kept is never worse than that. Stopped at any moment and started again, it ends with the same bits.
+
+    epoch: its number -> (loss, parts, positions) of every batch, once through the training rows in that epoch's own order
     """
+    part = part or Part()
     optimiser = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    steps, step = cfg.num_epochs * steps_per_epoch, 0
+    steps = cfg.num_epochs * steps_per_epoch
 
     def record(number: int, seen: dict[str, float]) -> dict[str, float]:
         scores = evaluate()
         return {"epoch": number, **{f"train_{k}": v for k, v in seen.items()}, **{f"validation_{k}": v for k, v in scores.items()}}
 
-    history = [record(0, {})]
-    best, best_loss = snapshot(), history[0]["validation_loss"]
-    with tqdm(total=steps, desc="train", unit="step", disable=None) as bar:
-        for number in range(1, cfg.num_epochs + 1):
+    saved = checkpoint.load() if checkpoint else None
+    if saved:
+        adapter.load_state_dict(saved["adapter"])
+        optimiser.load_state_dict(saved["optimiser"])
+        history, best = saved["history"], saved["best"]
+    else:
+        history, best = [record(0, {})], copy.deepcopy(adapter.state_dict())
+    best_epoch = min(history, key=lambda h: h["validation_loss"])["epoch"]
+    with tqdm(total=steps, initial=(len(history) - 1) * steps_per_epoch, desc="train", unit="step", disable=part.rank > 0 or None) as bar:
+        for number in range(len(history), cfg.num_epochs + 1):
+            if number - 1 - best_epoch >= cfg.patience:
+                break
             seen: dict[str, float] = {}
-            for loss, parts in epoch():
+            for i, batch in enumerate(epoch(number)):
+                step = (number - 1) * steps_per_epoch + i
                 for group in optimiser.param_groups:
                     warm = min(1.0, (step + 1) / max(1, steps // 20))
                     group["lr"] = cfg.lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-                if not torch.isfinite(loss):
-                    raise UserError(f"the loss became {float(loss)} in epoch {number}, step {step}; try a lower --lr (now {cfg.lr}).")
+                if not torch.isfinite(batch.loss):
+                    seen_loss = float(batch.loss.detach())
+                    raise UserError(f"the loss became {seen_loss} in epoch {number}, step {step}; try a lower --lr (now {cfg.lr}).")
+                everyone = torch.tensor(float(batch.n), device=batch.loss.device)
+                part.add(everyone)
                 optimiser.zero_grad()
-                loss.backward()
+                (batch.loss * (batch.n / everyone)).backward()
+                part.add(*(p.grad for p in adapter.parameters() if p.grad is not None))
                 nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
                 optimiser.step()
-                step += 1
-                for name, value in parts.items():
+                for name, value in batch.parts.items():
                     seen[name] = seen.get(name, 0.0) + float(value.detach()) / steps_per_epoch
                 bar.update()
             history.append(record(number, seen))
             bar.set_postfix({k: f"{history[-1][f'validation_{k}']:.4f}" for k in ("loss", "cosine", "token_match")})
-            if history[-1]["validation_loss"] < best_loss:
-                best, best_loss = snapshot(), history[-1]["validation_loss"]
-    return best.eval(), history
+            if history[-1]["validation_loss"] < history[best_epoch]["validation_loss"]:
+                best, best_epoch = copy.deepcopy(adapter.state_dict()), number
+            if checkpoint and part.rank == 0:
+                checkpoint.save(adapter=adapter.state_dict(), optimiser=optimiser.state_dict(), best=best, history=history)
+    adapter.load_state_dict(best)
+    return snapshot().eval(), history
 
 
 def mean_over_positions(batches: Iterator[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
     """Scores of (number of positions, parts) batches, each weighted by its positions."""
     total: dict[str, float] = {}
-    positions = 0
+    number = 0
     for n, parts in batches:
-        positions += n
+        number += n
         for name, value in parts.items():
             total[name] = total.get(name, 0.0) + float(value) * n
-    return {name: value / positions for name, value in total.items()}
+    return {name: value / number for name, value in total.items()}
+
+
+def shuffled(n: int, size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
+    """Rows in batches, in an order that depends on nothing but the seed and the epoch."""
+    generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
+    return torch.randperm(n, generator=generator).split(size)
+
+
+def mixed_precision(cfg: Any) -> AbstractContextManager:
+    """bfloat16 products on a GPU; on a CPU they are rarely faster."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=str(cfg.device).startswith("cuda"))
 
 
 # ------------------------------------------------------------------------------------------------------------ the hidden adapter
@@ -112,8 +192,15 @@ class Scale:
     std: Tensor  # [d_draft]
     std_target: Tensor  # [d_target]
 
+    def standard(self, g: Tensor) -> Tensor:
+        return (g - self.mean) / self.std
+
+    def missing(self, adapter: HiddenAdapter, g: Tensor, v: Tensor) -> Tensor:
+        """What the bottleneck ought to add to reach v, standardised."""
+        return (v - g[..., -adapter.d_target :] if adapter.residual else v) / self.std_target
+
     def predict(self, adapter: HiddenAdapter, g: Tensor) -> Tensor:
-        change = adapter.change((g - self.mean) / self.std) * self.std_target
+        change = adapter.change(self.standard(g)) * self.std_target
         return g[..., -adapter.d_target :] + change if adapter.residual else change
 
     def folded(self, adapter: HiddenAdapter) -> HiddenAdapter:
@@ -127,75 +214,123 @@ class Scale:
         return plain
 
 
-def row_batches(states: HiddenStates, size: int, device: str, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Positions of `size` rows at a time, shuffled by rows if a generator is given: [p, d_draft], [p, d_target] float32."""
-    n = len(states.draft)
-    order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
-    for rows in order.split(size):
-        mask = states.mask[rows]
-        yield states.draft[rows][mask].float().to(device), states.target[rows][mask].float().to(device)
+@torch.no_grad()
+def start_from_linear(adapter: HiddenAdapter, fit: Affine, covariance: Tensor) -> None:
+    """Make units of the bottleneck compute a low-rank linear map, as far as GELU lets them; the others stay as they are, muted.
+
+    Around its inflection point √2 GELU is a straight line of slope 1.129 up to third order, so each unit sits there and is given
+    one coordinate of the map, scaled to a standard deviation of REACH.
+
+    fit: standardised state -> what to add, standardised; its low-rank factors are used (`left` [d_draft, r], `right` [r, d_target])
+    covariance: [d_draft, d_draft] of standardised states
+    """
+    assert fit.left is not None and fit.right is not None
+    r = min(fit.left.shape[1], adapter.bottleneck)
+    left, right = fit.left[:, -r:], fit.right[-r:]  # the last are the strongest
+    spread = ((covariance.float() @ left) * left).sum(0).sqrt().clamp(min=1e-6)
+    middle = math.sqrt(2.0)
+    slope = 0.5 * (1 + math.erf(1.0)) + middle * math.exp(-1.0) / math.sqrt(2 * math.pi)
+    adapter.down.weight[:r] = (left / spread).T * REACH
+    adapter.down.bias[:r] = middle - adapter.down.weight[:r] @ fit.mean_x
+    adapter.up.weight.zero_()
+    adapter.up.weight[:, :r] = (right * spread[:, None]).T / (REACH * slope)
+    adapter.up.bias.copy_(fit.mean_y - adapter.up.weight[:, :r].sum(1) * F.gelu(torch.tensor(middle)))
 
 
-def train_hidden(states: HiddenStates, validation: HiddenStates, head: Tensor, cfg: Any) -> tuple[HiddenAdapter, History]:
-    """The bottleneck adapter, state by state."""
+def train_hidden(
+    states: HiddenStates,
+    validation: HiddenStates,
+    head: Tensor,
+    cfg: Any,
+    checkpoint: Checkpoint | None = None,
+    part: Part | None = None,
+) -> tuple[HiddenAdapter, History]:
+    """The bottleneck adapter, state by state. cfg.linear_units of it begin as the best linear map of that rank, the others are free
+    to find what is not linear; without any it begins as the identity."""
+    part = part or Part()
     torch.manual_seed(cfg.seed)
-    generator = torch.Generator().manual_seed(cfg.seed)
     head = head.float().to(cfg.device)
-    sample_g, sample_v = next(row_batches(states, 512, cfg.device, torch.Generator().manual_seed(0)))
+
+    def row_batches(some: HiddenStates, batches: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in batches:
+            mask = some.mask[rows]
+            yield some.draft[rows][mask].float().to(cfg.device), some.target[rows][mask].float().to(cfg.device)
+
+    sample_g, sample_v = next(row_batches(states, shuffled(len(states.draft), 512, 0, 0)))
     scale = Scale(sample_g.mean(0), sample_g.std(0).clamp(min=1e-4), sample_v.std(0).clamp(min=1e-4))
     variance = float(sample_v.var(0).mean())
     adapter = HiddenAdapter(states.draft.shape[-1], states.target.shape[-1], cfg.bottleneck).to(cfg.device)
 
-    def epoch() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        for g, v in row_batches(states, cfg.batch_size, cfg.device, generator):
-            yield losses(scale.predict(adapter, g), v, head, variance, cfg)
+    def score(g: Tensor, v: Tensor) -> Batch:
+        with mixed_precision(cfg):
+            return Batch(*losses(scale.predict(adapter, g), v, head, variance, cfg), len(g))
+
+    def epoch(number: int) -> Iterator[Batch]:
+        batches = tuple(map(part.rows, shuffled(len(states.draft), cfg.batch_size, cfg.seed, number)))
+        for g, v in row_batches(states, batches):
+            yield score(g, v)
 
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
-        plain = scale.folded(adapter)
-        batches = row_batches(validation, 256, cfg.device)
-        return mean_over_positions((len(g), losses(plain(g), v, head, variance, cfg)[1]) for g, v in batches)
+        plain, batches = scale.folded(adapter), torch.arange(len(validation.draft)).split(256)
+        return mean_over_positions((len(g), losses(plain(g), v, head, variance, cfg)[1]) for g, v in row_batches(validation, batches))
 
+    if rank := min(cfg.linear_units, cfg.bottleneck, adapter.d_target):
+        pairs = ((scale.standard(p.draft), scale.missing(adapter, p.draft, p.target)) for p in positions(states, cfg.device, 4096))
+        statistics, starts = moments(pairs, adapter.d_draft, adapter.d_target, cfg.device), {}
+        for strength in RIDGE_STRENGTHS:
+            start_from_linear(adapter, statistics.ridge(strength, rank), statistics.covariance())
+            starts[evaluate()["loss"]] = copy.deepcopy(adapter.state_dict())
+        adapter.load_state_dict(starts[min(starts)])
     steps = math.ceil(len(states.draft) / cfg.batch_size)
-    return fit(adapter, epoch, steps, evaluate, lambda: scale.folded(adapter), cfg)
+    return fit(adapter, epoch, steps, evaluate, lambda: scale.folded(adapter), cfg, checkpoint, part)
 
 
 # ----------------------------------------------------------------------------------------------------------- the chained adapter
 
 
 def train_chained(
-    states: HiddenStates, validation: HiddenStates, head: Tensor, embeddings: Tensor, cfg: Any
+    states: HiddenStates,
+    validation: HiddenStates,
+    head: Tensor,
+    embeddings: Tensor,
+    cfg: Any,
+    checkpoint: Checkpoint | None = None,
+    part: Part | None = None,
 ) -> tuple[ChainedAdapter, History]:
     """The chained adapter, on its own roll-outs: at training it meets what it meets when chained."""
+    part = part or Part()
     torch.manual_seed(cfg.seed)
-    generator = torch.Generator().manual_seed(cfg.seed)
     head, embeddings = head.float().to(cfg.device), embeddings.float().to(cfg.device)
     if int(states.lengths.max()) < 2 or int(validation.lengths.max()) < 2:
         raise UserError("the chained adapter learns from texts of at least two tokens; these have one.")
-    sample = next(text_batches(states, 512, cfg.device, torch.Generator().manual_seed(0)))
+    sample = next(text_batches(states, shuffled(len(states.target), 512, 0, 0), cfg.device))
     real = sample.states[sample.mask]
     variance = float(real.var(0).mean())
     num_events, d_event = states.events.shape[1:]
     adapter = ChainedAdapter(states.target.shape[-1], d_event, num_events, cfg.bottleneck, cfg.blind).to(cfg.device)
     adapter.standardise(real, embeddings, sample.events)
 
-    def score(texts: Texts) -> tuple[int, Tensor, dict[str, Tensor]]:
-        """Positions, loss and parts: means over the roll-out's steps."""
-        found = [
-            (int(mask.sum()), *losses(expected[mask], wanted[mask], head, variance, cfg))
-            for expected, wanted, mask in chain_over(adapter, texts, embeddings, cfg.roll_out_steps)
-            if mask.any()
-        ]
+    def score(texts: Texts) -> Batch:
+        """Means over the roll-out's steps."""
+        with mixed_precision(cfg):
+            found = [
+                (int(mask.sum()), *losses(expected[mask], wanted[mask], head, variance, cfg))
+                for expected, wanted, mask in chain_over(adapter, texts, embeddings, cfg.roll_out_steps)
+                if mask.any()
+            ]
         parts = {name: torch.stack([p[name] for _, _, p in found]).mean() for name in found[0][2]}
-        return found[0][0], torch.stack([loss for _, loss, _ in found]).mean(), parts
+        return Batch(torch.stack([loss for _, loss, _ in found]).mean(), parts, found[0][0])
 
-    def epoch() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        for texts in text_batches(states, cfg.batch_size, cfg.device, generator):
-            yield score(texts)[1:]
+    def epoch(number: int) -> Iterator[Batch]:
+        batches = tuple(map(part.rows, shuffled(len(states.target), cfg.batch_size, cfg.seed, number)))
+        for texts in text_batches(states, batches, cfg.device):
+            yield score(texts)
 
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
-        return mean_over_positions((n, parts) for n, _, parts in map(score, text_batches(validation, 64, cfg.device)))
+        batches = torch.arange(len(validation.target)).split(64)
+        return mean_over_positions((b.n, b.parts) for b in map(score, text_batches(validation, batches, cfg.device)))
 
     steps = math.ceil(len(states.target) / cfg.batch_size)
-    return fit(adapter, epoch, steps, evaluate, adapter.folded, cfg)
+    return fit(adapter, epoch, steps, evaluate, adapter.folded, cfg, checkpoint, part)

@@ -141,11 +141,11 @@ def test_one_of_several_layers_is_read(tmp_path):
     writer.commit()
     norms = {2: "pre", 4: "post"}
     writer.finish(META | {"draft_layers": [2, 4], "separate_layers": True, "draft_norms": norms, "hidden_size_draft": 12})
-    read = artifacts.load_hidden_states(tmp_path / "a", layer=4)
+    read = artifacts.load_hidden_states(tmp_path / "a", [4])
     assert (read.draft[0, :2] == 4).all() and read.meta["draft_layers"] == [4] and read.meta["draft_norm"] == "post"
-    for layer in (None, 3):
+    for layers in (None, [3], [2, 4]):
         with pytest.raises(UserError, match=r"layers \[2, 4\] apart"):
-            artifacts.load_hidden_states(tmp_path / "a", layer)
+            artifacts.load_hidden_states(tmp_path / "a", layers)
 
 
 def test_swapped_and_damaged_files_are_refused(tmp_path):

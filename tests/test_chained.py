@@ -13,7 +13,8 @@ from feature_alignment.console import UserError
 from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.proposers import ChainedProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.measure_feature_acceptance import chain_report, chain_scores
+from feature_alignment.measure_feature_acceptance import chain_report
+from feature_alignment.scoring import chain_scores
 from feature_alignment.train_hidden_adapter import TrainConfig
 from feature_alignment.training import train_chained
 
@@ -175,7 +176,7 @@ def test_the_trace_identity(learnt, gamma):
 def test_a_shift_by_one_is_seen(learnt):
     """The adapter must be told the token its state emitted, not the one before: with shifted tokens a learnt text is lost."""
     target, _, states, adapter = learnt
-    (texts,) = text_batches(states, 8, "cpu")
+    (texts,) = text_batches(states, [torch.arange(len(states.target))], "cpu")
     shifted = type(texts)(texts.states, texts.token_ids.roll(1, 1), texts.mask, texts.events)
     with torch.inference_mode():
         right, wrong = (next(chain_over(adapter, t, target.embeddings, 1)) for t in (texts, shifted))

@@ -119,7 +119,15 @@ def test_two_processes_fill_one_file(tiny_run, whole, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun(tiny_run, whole, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "feature_alignment/extract_hidden_states.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "feature_alignment/extract_hidden_states.py",
+    ]
     done = subprocess.run([*command, *flags(tiny_run, tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1])["rows"] == 18 and hashes(tmp_path) == hashes(whole)
 
@@ -152,7 +160,7 @@ def test_layers_apart_are_the_layers_together(tiny_run, whole, tmp_path):
     meta = extract_hidden_states.main(flags(tiny_run, tmp_path / "apart", *known, "--separate_layers"))
     assert meta["draft_norms"] == {"1": "pre", "3": "post"}
     folder = tmp_path / "apart" / "hidden_states" / "train"
-    parts = [artifacts.load_hidden_states(folder, layer=k).draft for k in (1, 3)]
+    parts = [artifacts.load_hidden_states(folder, [k]).draft for k in (1, 3)]
     assert torch.equal(torch.cat(parts, -1), artifacts.load_hidden_states(tmp_path / "together" / "hidden_states" / "train").draft)
     last = artifacts.load_hidden_states(whole / "hidden_states" / "train")
     torch.testing.assert_close(parts[1], last.draft)

@@ -29,8 +29,9 @@ def finished(tiny_run):
         main_of("extract_hidden_states")([*config, "--split", split])
     for blind in ("false", "true"):
         main_of("train_hidden_adapter")([*config, "--adapter", "chained", "--bottleneck", "16", "--blind", blind])
+    main_of("train_hidden_adapter")([*config, "--adapter", "plain"])
     for script in SCRIPTS[1:]:
-        main_of(script)(config)
+        main_of(script)([*config, *(["--hidden_size", "64"] if script == "hidden_adapter" else [])])
     return tiny_run
 
 
@@ -108,6 +109,36 @@ def test_comparison_json_keeps_its_contract(finished):
     report = read(finished / "out" / "token_baseline" / "comparison.json")
     assert {"token_level", "feature_level", "aligned_token_level", "nulls", "rows"} <= set(report)
     assert {"consecutive_accept", "position_match", "mean_prefix", "params", "overhead_ms"} <= set(report["token_level"])
+    assert {"own_drafts", "chained_token_level", "feature_rules", "kept_by_cosine", "examples"} <= set(report)
+
+
+def test_pictures_and_summaries_are_there(finished):
+    pictures = {"acceptance": ("cosine_histogram", "reliability", "accepted_lengths", "acceptance_by_position", "predictors")}
+    pictures |= {"token_baseline": ("threshold_sweep",)}
+    for folder, names in pictures.items():
+        for name in names:
+            assert (finished / "out" / folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    summary = (finished / "out" / "acceptance" / "summary.md").read_text()
+    assert "| plain (TASKS.md) |" in summary and len(summary.splitlines()) < 60
+
+
+def test_own_drafts_are_what_the_drafter_would_have_said(finished):
+    """Without a cache, one prefix at a time, the drafter at full depth."""
+    from feature_alignment.config import parse_config
+    from feature_alignment.extract_hidden_states import ExtractConfig
+    from feature_alignment.inputs.samples import read_samples
+    from feature_alignment.models.pair import load_pair
+
+    cfg = parse_config(ExtractConfig, ["--config", str(finished / "tiny.yaml")], "extract_hidden_states")
+    draft, states = load_pair(cfg).draft, artifacts.load_hidden_states(finished / "out" / "hidden_states" / "test")
+    sample = read_samples(cfg.manifests, "test")[3]
+    assert states.rows[3]["id"] == sample.id
+    read, said = states.token_ids[3, : states.lengths[3]].tolist(), []
+    for t in range(len(read)):
+        state = draft.prefill([draft.prepare(sample)])
+        hidden = draft.step(state, torch.tensor([read[:t]]))[:, -1] if t else state.last
+        said.append(int(draft.lm_head(hidden).argmax()))
+    assert said == states.rows[3]["egpt_drafts"]
 
 
 def test_a_second_run_reuses_everything(finished, capsys):
@@ -167,7 +198,7 @@ def test_early_exit_runs_end_to_end(finished, tmp_path):
         ("train_hidden_adapter", ["--validation_split", "train"], "share clips"),
         ("train_hidden_adapter", ["--output_dir", "absent"], r"extract_hidden_states\.py"),
         ("train_hidden_adapter", ["--num_epochs", "0"], "at least 1"),
-        ("measure_feature_acceptance", ["--split", "train"], "shares clips"),
+        ("measure_feature_acceptance", ["--split", "train"], "share clips"),
         ("measure_feature_acceptance", ["--output_dir", "absent"], r"extract_hidden_states\.py"),
         ("compare_token_baseline", ["--token_pairs", "absent.json"], r"absent\.json is not there"),
         ("feature_sd_inference", ["--sample", "nobody"], "no sample 'nobody'"),

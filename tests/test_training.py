@@ -1,48 +1,166 @@
-"""Training: the scales fold away exactly, a known map is learnt, the best epoch is never worse than the start."""
+"""Training: the scales fold away exactly, a known map is learnt, the best epoch is never worse than the start, a stop loses nothing."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 
+from feature_alignment import training
 from feature_alignment.artifacts import HiddenStates
+from feature_alignment.closed_form import moments
+from feature_alignment.console import UserError
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.train_hidden_adapter import TrainConfig
-from feature_alignment.training import Scale, train_hidden
+from feature_alignment.training import Checkpoint, Part, Scale, start_from_linear, train_hidden
+
+D = 8
+HEAD = torch.randn(12, D, generator=torch.Generator().manual_seed(5)) / 100
+TURN = torch.randn(D, 2, generator=torch.Generator().manual_seed(1)) @ torch.randn(2, D, generator=torch.Generator().manual_seed(2))
 
 
-def states(n, seed, change, d=8, s=6):
+def bent(g):
+    """A map that is linear in two directions at most, then bent: no bottleneck of straight lines gets it all."""
+    return g + torch.tanh((g - 3) / torch.logspace(-2, 2, D)) @ TURN
+
+
+def states(n, seed, change=bent, s=6):
     torch.manual_seed(seed)
-    g = torch.randn(n, s, d) * torch.logspace(-2, 2, d) + 3.0
+    g = torch.randn(n, s, D) * torch.logspace(-2, 2, D) + 3.0
     mask = torch.arange(s)[None] < torch.randint(2, s + 1, (n, 1))
     rows = [{"sequence": f"{seed}-{i}"} for i in range(n)]
     return HiddenStates(g, change(g), torch.zeros(n, s, dtype=torch.long), mask, mask.sum(1), rows, {})
 
 
+def config(**more):
+    return TrainConfig(**{"bottleneck": 16, "linear_units": 4, "num_epochs": 12, "batch_size": 16, "lr": 1e-2, **more})
+
+
+def best_of(history):
+    return min(history, key=lambda h: h["validation_loss"])
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
 def test_scales_fold_into_the_plain_adapter():
     torch.manual_seed(0)
-    adapter = HiddenAdapter(8, 8, 5)
+    adapter = HiddenAdapter(D, D, 5)
     torch.nn.init.normal_(adapter.up.weight)
-    scale = Scale(torch.randn(8), torch.rand(8) + 0.1, torch.rand(8) + 0.1)
-    g = torch.randn(20, 8)
+    scale = Scale(torch.randn(D), torch.rand(D) + 0.1, torch.rand(D) + 0.1)
+    g = torch.randn(20, D)
     torch.testing.assert_close(scale.folded(adapter)(g), scale.predict(adapter, g), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.5])
-def test_a_known_map_is_learnt(kl):
-    torch.manual_seed(1)
-    turn = torch.randn(8, 2) @ torch.randn(2, 8)
-    change = lambda g: g + torch.tanh((g - 3) / torch.logspace(-2, 2, 8)) @ turn  # noqa: E731
-    adapter, history = train_hidden(
-        states(300, 1, change),
-        states(60, 2, change),
-        torch.randn(12, 8) / 100,
-        TrainConfig(bottleneck=16, num_epochs=12, lr=1e-2, kl_weight=kl),
-    )
-    first, best = history[0], min(history, key=lambda h: h["validation_loss"])
-    assert best["validation_mse"] < 0.1 * first["validation_mse"]
-    assert best["validation_loss"] <= first["validation_loss"]
-    assert adapter.num_parameters == 8 * 16 + 16 + 16 * 8 + 8
+@pytest.mark.parametrize("linear_units", [0, 4])
+def test_a_known_map_is_learnt(kl, linear_units):
+    cfg = config(kl_weight=kl, linear_units=linear_units)
+    adapter, history = train_hidden(states(300, 1), states(60, 2), HEAD, cfg)
+    identity = float(((states(60, 2).draft - states(60, 2).target)[states(60, 2).mask] ** 2).mean() / states(300, 1).target.var(0).mean())
+    assert best_of(history)["validation_mse"] < 0.1 * identity
+    assert best_of(history)["validation_loss"] <= history[0]["validation_loss"]
+    assert adapter.num_parameters == D * 16 + 16 + 16 * D + D
+
+
+def test_it_begins_as_the_best_linear_map_of_its_rank():
+    """Units at GELU's inflection point are straight lines, as good as the map itself up to what bends."""
+    torch.manual_seed(3)
+    g = torch.randn(4000, D) @ torch.randn(D, D) * 2 + 1
+    low = torch.randn(D, 3) @ torch.randn(3, D)
+    change = (g @ low) / 10 + 2 + 0.05 * torch.randn(4000, D)
+    found = moments([(g, change)], D, D)
+    adapter = HiddenAdapter(D, D, 16)
+    linear = found.ridge(1e-6, 3)
+    start_from_linear(adapter, linear, found.covariance())
+    left = lambda y: float((y - change).pow(2).mean() / change.var(0).mean())  # noqa: E731
+    with torch.no_grad():
+        assert left(linear(g)) < 0.01 and left(adapter.change(g)) < 0.05 < left(change.mean(0).expand_as(change))
+        assert float((adapter.up.weight[:, 3:] != 0).sum()) == 0  # the other units are muted, and free to learn
+
+
+def test_what_does_not_help_is_not_kept():
+    train, validation = states(40, 1), states(40, 2, change=lambda g: g)
+    adapter, history = train_hidden(train, validation, HEAD, config(linear_units=0, kl_weight=0.0))
+    assert best_of(history)["epoch"] == 0
+    assert torch.equal(adapter(validation.draft), validation.draft)
+
+
+def test_it_stops_when_nothing_improves():
+    _, history = train_hidden(states(40, 1), states(40, 2, change=lambda g: g), HEAD, config(linear_units=0, patience=3))
+    assert history[-1]["epoch"] == 3
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 4])
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, after):
+    train, validation, cfg = states(60, 1), states(20, 2), config(num_epochs=6)
+    whole, history = train_hidden(train, validation, HEAD, cfg)
+    checkpoint = Checkpoint(tmp_path / "unfinished.pt", "these settings")
+    real, count = training.losses, 0
+
+    def killed(*args):
+        nonlocal count
+        count += torch.is_grad_enabled()
+        if count > after * 4 + 2:  # in the middle of an epoch of four steps
+            raise Stopped
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(training, "losses", killed)
+        train_hidden(train, validation, HEAD, cfg, checkpoint)
+    resumed, again = train_hidden(train, validation, HEAD, cfg, checkpoint)
+    assert same(whole, resumed) and again == history
+    other = dataclasses.replace(checkpoint, identity="other settings")
+    assert other.load() is None and dataclasses.replace(checkpoint, resume=False).load() is None
+
+
+def test_a_loss_that_is_not_finite_stops_it():
+    with pytest.raises(UserError, match="lower --lr"):
+        train_hidden(states(60, 1), states(20, 2), HEAD, config(mse_weight=float("inf")))
+
+
+def test_dealt_out_rows_are_all_of_them():
+    batch = torch.arange(13)
+    parts = [Part(rank, 3).rows(batch) for rank in range(3)]
+    assert sorted(torch.cat(parts).tolist()) == list(range(13))
+    assert Part(1, 3).rows(batch[:2]).tolist() == [0, 1]  # too few to deal out: everyone takes both
+
+
+TWO = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_training import HEAD, Part, config, states, train_hidden
+from feature_alignment.processes import processes
+rank, world, _, wait = processes("cpu")
+adapter, history = train_hidden(states(60, 1), states(20, 2), HEAD, config(num_epochs=3), None, Part(rank, world))
+if rank == 0:
+    torch.save({"state": adapter.state_dict(), "loss": [h["validation_loss"] for h in history]}, sys.argv[2])
+wait()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(tmp_path / "two.py"), str(ROOT / "tests"), str(tmp_path / "out.pt")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    alone, history = train_hidden(states(60, 1), states(20, 2), HEAD, config(num_epochs=3))
+    assert found["loss"] == pytest.approx([h["validation_loss"] for h in history], rel=1e-3)
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(found["state"][name], value, atol=2e-3, rtol=2e-3)
 
 
 def test_a_new_adapter_is_the_identity():

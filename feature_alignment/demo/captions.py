@@ -127,6 +127,19 @@ def meaning(word: str) -> tuple[str, str] | None:
     return _MEANING.get(word.strip(" .,:;-!").lower())
 
 
+def verdict(drafted: str, said: str) -> tuple[str, str | None]:
+    """How a drafted word stands to the target's: same, synonym (the same fact), other_fact (another value of the same slot), or
+    other_word (another slot, or no fact at all: grammar, or what comes next is something else). Second, the slot the target spoke of.
+    """
+    ours, theirs = meaning(drafted), meaning(said)
+    slot = theirs[0] if theirs else None
+    if drafted == said:
+        return "same", slot
+    if ours is None or theirs is None or ours[0] != theirs[0]:
+        return "other_word", slot
+    return ("synonym" if ours == theirs else "other_fact"), slot
+
+
 def facts_in(text: str) -> dict[str, str]:
     """The facts that a text of either dialect states: slot -> value. A repeated slot keeps its first value."""
     found: dict[str, str] = {}

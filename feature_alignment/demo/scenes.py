@@ -22,7 +22,13 @@ from feature_alignment.inputs.event_files import save_events
 log = logging.getLogger(__name__)
 
 # split -> (first seed, clips, questions asked about each)
-SPLITS = {"train": (2_000_000, 1500, 2), "validation": (2_400_000, 120, 3), "test": (2_800_000, 64, 4), "held_out": (3_000_000, 200, 3)}
+SPLITS = {
+    "train": (2_000_000, 1500, 2),
+    "validation": (2_400_000, 120, 3),
+    "calibration": (2_600_000, 600, 1),
+    "test": (2_800_000, 64, 4),
+    "held_out": (3_000_000, 200, 3),
+}
 _FPS = 160  # 16 frames in 100 ms
 
 

@@ -82,6 +82,10 @@ class ClipBatch:
         hidden = self.model.step(state, self._tensor(tails)).cpu()
         return [hidden[i, len(tail) - len(answer) : len(tail)] for i, (tail, answer) in enumerate(zip(tails, answers, strict=True))]
 
+    def says(self, answers: Sequence[Sequence[int]]) -> list[list[int]]:
+        """What the model would have said in each place of the given answers, knowing what stands before."""
+        return [self.model.lm_head(states.to(self.model.device)).argmax(-1).tolist() for states in self.states(answers)]
+
     def vision_states(self) -> list[Tensor]:
         """The states [e, d] on each row's vision tokens."""
         seen = self.model.vision_states(self._shared, self._vision).cpu()

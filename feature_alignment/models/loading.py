@@ -131,8 +131,8 @@ def _nf4(dtype: torch.dtype, unquantised: Sequence[str]):
     )
 
 
-def load_tokenizer(path: Path, num_rows: int):
-    """The tokenizer of a checkpoint whose embedding has `num_rows` rows; refuses one that needs libraries or rows that are not there."""
+def load_tokenizer(path: Path, num_rows: int | None = None):
+    """The tokenizer of a checkpoint. Refuses one that needs libraries that are not there, or more rows than the embedding's `num_rows`."""
     only_sentencepiece = not (path / "tokenizer.json").is_file() and (path / "tokenizer.model").is_file()
     missing = [name for name in ("sentencepiece", "google.protobuf") if only_sentencepiece and not _installed(name)]
     if missing:
@@ -142,7 +142,7 @@ def load_tokenizer(path: Path, num_rows: int):
         tokenizer = kind.from_pretrained(str(path))
     except Exception as error:  # damaged files raise errors of several libraries
         raise UserError(f"{path}: its tokenizer could not be loaded: {_first_line(error)}") from None
-    if len(tokenizer) > num_rows:
+    if num_rows is not None and len(tokenizer) > num_rows:
         raise UserError(
             f"{path}: the tokenizer has {len(tokenizer)} ids, the model {num_rows} embedding rows; wanted no more ids than rows. "
             "The tokenizer belongs to another checkpoint."

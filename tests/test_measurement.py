@@ -1,0 +1,303 @@
+"""Every number of acceptance.json once more, by plain loops that share no code with it; and what calibration promises, by simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from feature_alignment import scoring
+from feature_alignment.artifacts import HiddenStates
+from feature_alignment.calibration import Judged, certify, p_value
+from feature_alignment.console import UserError
+from feature_alignment.measure_feature_acceptance import acceptance_report, chain_report
+from feature_alignment.scoring import Fitted, Scores
+
+N, S, D, V, G = 9, 11, 6, 12, 3
+
+
+def random_states(seed: int = 0) -> HiddenStates:
+    rng = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, S + 1, (N,), generator=rng)
+    mask = torch.arange(S) < lengths[:, None]
+    states = [torch.randn(N, S, D, generator=rng) * mask[..., None] for _ in "gv"]
+    tokens = torch.randint(3, V, (N, S), generator=rng) * mask
+    tokens[: N // 2, :][torch.arange(N // 2), lengths[: N // 2] - 1] = 2  # half of the texts end, the others are cut off
+    rows = [{"id": str(i), "sequence": f"clip{i // 2}", "question": f"q{i % 2}"} for i in range(N)]
+    return HiddenStates(*states, tokens, mask, lengths, rows, {})
+
+
+def predictors(states, seed=1):
+    turn = torch.randn(D, D, generator=torch.Generator().manual_seed(seed))
+    return {"adapter": lambda some: some.target + 0.4 * some.draft @ turn, "identity": lambda some: some.draft}
+
+
+def rounds_by_hand(kept, length, ended, g):
+    """(offered, kept) of every round of one text; kept(t, k): is draft k of a round at t kept?"""
+    found, t = [], 1
+    while t < length:
+        offered = min(g, length - t - (not ended))
+        n = 0
+        while n < offered and kept(t, n):
+            n += 1
+        found.append((offered, n))
+        t += n + 1
+    return found
+
+
+def check_rate(rate, pairs):
+    """A rate is Σ count / Σ total over rows; its interval resamples clips of two rows each."""
+    count, total = sum(c for c, _ in pairs), sum(t for _, t in pairs)
+    assert rate["count"] == pytest.approx(count, abs=1e-4) and rate["total"] == pytest.approx(total)
+    if total:
+        assert rate["value"] == pytest.approx(count / total, abs=1e-5)
+    clips = [[sum(x[j] for x in pairs[i : i + 2]) for j in (0, 1)] for i in range(0, N, 2)]
+    picks = np.random.default_rng(0).multinomial(len(clips), [1 / len(clips)] * len(clips), size=2000)
+    ratios = [
+        sum(w * c for w, (c, _) in zip(p, clips, strict=True)) / below
+        for p in picks
+        if (below := sum(w * c[1] for w, c in zip(p, clips, strict=True)))
+    ]
+    if ratios and total:
+        assert rate["ci95"] == pytest.approx([np.percentile(ratios, 2.5), np.percentile(ratios, 97.5)], abs=1e-4)
+
+
+def check_token_rule(report, match, states, g):
+    rounds = [
+        rounds_by_hand(lambda t, k, i=i: match(i, t, k), int(states.lengths[i]), int(states.token_ids[i, states.lengths[i] - 1]) == 2, g)
+        for i in range(N)
+    ]
+    check_rate(report["acceptance_rate"], [(sum(n for _, n in r), sum(min(n + 1, o) for o, n in r)) for r in rounds])
+    check_rate(report["consecutive_accept_token"], [(sum(n for _, n in r), sum(o for o, _ in r)) for r in rounds])
+    assert report["tokens_per_pass"] == pytest.approx(sum(int(x) - 1 for x in states.lengths) / max(1, sum(map(len, rounds))))
+    lengths = [0] * (g + 1)
+    for o, n in (x for r in rounds for x in r):
+        lengths[n] += o > 0
+    return lengths
+
+
+def check_cosine_rules(thresholds, cosine, match, places, states, g):
+    """places(i): (t, k) of all drafted places of row i."""
+    for name, rates in thresholds.items():
+        tau = float(name)
+        kept = [[(p, cosine(i, *p) > tau) for p in places(i)] for i in range(N)]
+        check_rate(rates["relaxed_accept"], [(sum(k for _, k in row), len(row)) for row in kept])
+        check_rate(
+            rates["token_match_given_accept"],
+            [(sum(match(i, *p) for p, k in row if k), sum(k for _, k in row)) for i, row in enumerate(kept)],
+        )
+        rounds = [
+            rounds_by_hand(
+                lambda t, k, i=i, tau=tau: cosine(i, t, k) > tau,
+                int(states.lengths[i]),
+                int(states.token_ids[i, states.lengths[i] - 1]) == 2,
+                g,
+            )
+            for i in range(N)
+        ]
+        check_rate(rates["consecutive_accept"], [(sum(n for _, n in r), sum(o for o, _ in r)) for r in rounds])
+        check_rate(rates["consecutive_length"], [(sum(n for _, n in r), sum(o > 0 for o, _ in r)) for r in rounds])
+
+
+def check_reliability(rows, pairs):
+    pairs = sorted(pairs, key=lambda p: p[0])
+    first = 0
+    for row in rows:
+        part = pairs[first : first + row["n"]]
+        assert row["cosine"] == pytest.approx(sum(c for c, _ in part) / len(part), abs=1e-5)
+        assert row["token_match"] == pytest.approx(sum(m for _, m in part) / len(part))
+        rest = pairs[first:]
+        assert row["token_match_above"] == pytest.approx(sum(m for _, m in rest) / len(rest))
+        first += row["n"]
+    assert first == len(pairs)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_number_by_plain_loops(seed):
+    states, head = random_states(seed), torch.randn(V, D, generator=torch.Generator().manual_seed(seed + 50))
+    make = predictors(states, seed)
+    scores = scoring.score(make, states, head)
+    report = acceptance_report(scores, {k: Fitted(f, 7, 1.5) for k, f in make.items()}, states, G)
+    for name, told in (("adapter", report), ("identity", report["nulls"]["identity"])):
+        cos, says, same = {}, {}, {}
+        for i in range(N):
+            for t in range(int(states.lengths[i])):
+                some = scoring.Positions(states.draft[i, t][None], states.target[i, t][None], torch.tensor([i]), torch.tensor([t]))
+                expected, v = make[name](some)[0], states.target[i, t]
+                cos[i, t] = float(expected @ v / (expected.norm() * v.norm()))
+                says[i, t] = max(range(V), key=lambda w: float(head[w] @ expected))
+                same[i, t] = says[i, t] == max(range(V), key=lambda w: float(head[w] @ v))
+                assert float(scores[name].cosine[i, t]) == pytest.approx(cos[i, t], abs=1e-5) and int(scores[name].says[i, t]) == says[i, t]
+        at = lambda i: range(int(states.lengths[i]))  # noqa: E731
+        check_rate(told["cosine"], [(sum(cos[i, t] for t in at(i)), len(at(i))) for i in range(N)])
+        check_rate(told["token_match"], [(sum(same[i, t] for t in at(i)), len(at(i))) for i in range(N)])
+        lengths = check_token_rule(told, lambda i, t, k, same=same: same[i, t + k], states, G)
+        assert told["params"] == 7 and told["seconds"] == 1.5
+        if name == "identity":
+            continue
+        assert report["accepted_lengths"] == lengths
+        check_cosine_rules(
+            report["thresholds"],
+            lambda i, t, k, cos=cos: cos[i, t + k],
+            lambda i, t, k, same=same: same[i, t + k],
+            lambda i, at=at: [(t, 0) for t in at(i)],
+            states,
+            G,
+        )
+        check_reliability(report["reliability"], [(cos[p], same[p]) for p in cos])
+        yes, no = [cos[p] for p in cos if same[p]], [cos[p] for p in cos if not same[p]]
+        assert report["auc_cosine_token_match"] == pytest.approx(
+            sum((a > b) + 0.5 * (a == b) for a in yes for b in no) / (len(yes) * len(no))
+        )
+        for row in report["per_position"]:
+            t = row["position"]
+            here = [i for i in range(N) if t < states.lengths[i]]
+            alive = [i for i in here if all(same[i, u] for u in range(t))]
+            assert (row["n"], row["n_token_match"], row["n_token_match_given_earlier"]) == (len(here), len(here), len(alive))
+            assert row["cosine"] == pytest.approx(sum(cos[i, t] for i in here) / len(here), abs=1e-5)
+            assert row["token_match"] == pytest.approx(sum(same[i, t] for i in here) / len(here))
+            given = row["token_match_given_earlier"]
+            assert math.isnan(given) if not alive else given == pytest.approx(sum(same[i, t] for i in alive) / len(alive))
+        assert len(report["per_position"]) == int(states.lengths.max())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_number_of_a_chain_by_plain_loops(seed):
+    """Drafts depend on where their round began: [i, t, k] is draft k of a round at t."""
+    states, rng = random_states(seed), torch.Generator().manual_seed(seed)
+    there = torch.zeros(N, S, G, dtype=torch.bool)
+    for i in range(N):
+        for t in range(1, int(states.lengths[i])):
+            there[i, t, : int(states.lengths[i]) - t] = True
+    cosine, match = torch.rand(N, S, G, generator=rng) * 0.3 + 0.7, torch.rand(N, S, G, generator=rng) < 0.7
+    scores = Scores(cosine * there, torch.zeros(N, S, G, dtype=torch.int64), match & there)
+    report = chain_report(scores, there, states)
+    places = lambda i: [(t, k) for t in range(1, int(states.lengths[i])) for k in range(G) if t + k < states.lengths[i]]  # noqa: E731
+    cos, same = (lambda i, t, k: float(cosine[i, t, k])), (lambda i, t, k: bool(match[i, t, k]))
+    check_rate(report["cosine"], [(sum(cos(i, *p) for p in places(i)), len(places(i))) for i in range(N)])
+    check_rate(report["token_match"], [(sum(same(i, *p) for p in places(i)), len(places(i))) for i in range(N)])
+    assert report["accepted_lengths"] == check_token_rule(report, same, states, G)
+    check_cosine_rules(report["thresholds"], cos, same, places, states, G)
+    check_reliability(report["reliability"], [(cos(i, *p), same(i, *p)) for i in range(N) for p in places(i)])
+    for k, step in enumerate(report["steps"]):
+        mine = [[p for p in places(i) if p[1] == k] for i in range(N)]
+        check_rate(step["token_match"], [(sum(same(i, *p) for p in ps), len(ps)) for i, ps in enumerate(mine)])
+        check_rate(step["cosine"], [(sum(cos(i, *p) for p in ps), len(ps)) for i, ps in enumerate(mine)])
+
+
+def test_nulls_are_fitted_on_training_texts_alone():
+    """A shift of the test states moves no null but the shuffled one, which reads them; what ridge learns is a least-squares map."""
+    train, validation, test = random_states(1), random_states(2), random_states(3)
+    head = torch.randn(V, D, generator=torch.Generator().manual_seed(0))
+    moved = HiddenStates(test.draft, test.target + 5, test.token_ids, test.mask, test.lengths, test.rows, {})
+    some = next(scoring.positions(test, number=10_000))
+    kinds = [scoring.null_predictors(train, validation, t, 3, head) for t in (test, moved)]
+    for name in ("identity", "target_mean", "position_mean", "ridge", "ridge_rank_r"):
+        torch.testing.assert_close(kinds[0][name].predict(some), kinds[1][name].predict(some))
+    torch.testing.assert_close(kinds[0]["target_mean"].predict(some)[0], train.target[train.mask].mean(0))
+    t = 4
+    wanted = train.target[train.lengths > t, t].mean(0)
+    torch.testing.assert_close(kinds[0]["position_mean"].predict(some)[some.at == t][0], wanted)
+    x, y = train.draft[train.mask].double(), train.target[train.mask].double()
+    a = torch.cat([x, torch.ones(len(x), 1)], 1)
+    exact = torch.linalg.lstsq(a, y).solution
+    means = scoring.Moments(D, D)
+    means.add(x.float()[:20], y.float()[:20])
+    means.add(x.float()[20:], y.float()[20:])
+    torch.testing.assert_close(means.ridge(1e-9)(x.float()).double(), a @ exact, atol=1e-4, rtol=1e-3)
+    partner = scoring.other_clip(test)
+    assert all(test.clips[i] != test.clips[j] and test.rows[i]["question"] == test.rows[j]["question"] for i, j in enumerate(partner))
+
+
+def test_sums_hold_where_channels_are_far_from_zero():
+    """Massive channels: a mean of 5,000 deviations must not drown what varies."""
+    torch.manual_seed(0)
+    x = torch.randn(5000, 8)
+    y = x @ torch.randn(8, 4) + 3
+    moved = x + torch.tensor([5000.0] + [0.0] * 7)
+    stats = scoring.Moments(8, 4)
+    for part in range(0, 5000, 500):
+        stats.add(moved[part : part + 500], y[part : part + 500])
+    assert float((stats.ridge(1e-9)(moved) - y).abs().max()) < 2e-2
+
+
+def test_states_that_are_not_finite_are_named():
+    states = random_states(4)
+    states.target[3, 0, 2] = float("nan")
+    with pytest.raises(UserError, match="Video-LLaVA's states of sample '3' are not finite"):
+        scoring.score(predictors(states), states, torch.randn(V, D))
+
+
+# ------------------------------------------------------------------------------------------------------------------ calibration
+
+
+def planted(rng, clips: int, positions: int, spread: float) -> Judged:
+    """Texts whose error rates differ from clip to clip: wrong with probability (1 - score) * a clip's own factor of mean 1."""
+    factor = rng.gamma(1 / spread, spread, clips)[:, None]
+    score = rng.beta(6, 1, (clips, positions))
+    wrong = rng.random((clips, positions)) < np.clip((1 - score) * factor * 0.5, 0, 1)
+    return Judged(score.ravel(), wrong.ravel(), np.repeat([f"c{i:04d}" for i in range(clips)], positions).tolist(), positions)
+
+
+def test_the_promise_holds_on_planted_clusters():
+    """200 data sets: certified thresholds break the promise in at most δ of them (within noise); the smallest threshold that merely
+    looks safe on the same clips breaks it far more often, so this test can fail."""
+    epsilon, delta = 0.05, 0.1
+    truth = planted(np.random.default_rng(12345), 40_000, 10, 1.0)
+    order = np.argsort(-truth.score)
+    risk_from = np.cumsum(truth.wrong[order]) / np.arange(1, len(order) + 1)
+    true_risk = lambda t: float(np.interp(-t, -truth.score[order], risk_from))  # noqa: E731
+    broken, naive_broken, found = 0, 0, 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        tune, calibration = planted(rng, 60, 10, 1.0), planted(rng, 400, 10, 1.0)
+        threshold = certify(tune, calibration, epsilon, delta)["threshold"]
+        if threshold is not None:
+            found += 1
+            broken += true_risk(threshold) > epsilon
+        grid = np.quantile(tune.score, np.linspace(0, 1, 50, endpoint=False))
+        naive = [t for t in grid if calibration.risk(t) <= epsilon]
+        naive_broken += bool(naive) and true_risk(min(naive)) > epsilon
+    assert found > 150, "a promise that is never made proves nothing"
+    assert broken <= 200 * delta + 1.645 * math.sqrt(200 * delta * (1 - delta))
+    assert naive_broken > 2 * 200 * delta
+
+
+def test_bets_are_fair():
+    """Under E z = 0 a p-value below δ is as rare as promised; under a clear deficit it is found; an excess is never certified."""
+    rng = np.random.default_rng(0)
+    epsilon, most = 0.1, 10.0
+
+    def draw(rate):
+        return rng.binomial(10, rate, 200) - epsilon * 10
+
+    assert np.mean([p_value(draw(0.1), epsilon, most) <= 0.1 for _ in range(400)]) <= 0.1 + 1.645 * math.sqrt(0.1 * 0.9 / 400)
+    assert np.mean([p_value(draw(0.02), epsilon, most) <= 0.1 for _ in range(50)]) > 0.95
+    assert all(p_value(draw(0.3), epsilon, most) > 0.5 for _ in range(50))
+    assert p_value(np.full(50, 9.0), epsilon, most, known=np.full(50, -1.0)) == 1.0  # sure bets that are lost leave no evidence
+
+
+def test_nothing_is_certified_where_nothing_is_right():
+    rng = np.random.default_rng(1)
+    bad = planted(rng, 50, 10, 0.5)
+    bad = Judged(bad.score, np.ones_like(bad.wrong), bad.clip, bad.most)
+    report = certify(bad, bad, 0.05, 0.1)
+    assert report["threshold"] is None and report["kept"] is None and report["clips"] == 50
+
+
+def test_steps_of_a_chain_count_once_in_all():
+    states = random_states(5)
+    there = torch.ones(N, S, G, dtype=torch.bool) & states.mask[..., None]
+    scores = Scores(torch.ones(N, S, G), torch.zeros(N, S, G, dtype=torch.int64), torch.zeros(N, S, G, dtype=torch.bool))
+    found = scoring.judged(scores, there, states)
+    excess = found.excess(0.5, 0.1)
+    assert excess == pytest.approx([0.9 * int(states.lengths[i : i + 2].sum()) for i in range(0, N, 2)])
+    assert found.most == 2 * S and excess.max() <= found.most
+
+
+def test_cosine_is_what_torch_says():
+    a, b = torch.randn(5, D), torch.randn(5, D)
+    torch.testing.assert_close(scoring.cosine_per_position(a, b), F.normalize(a, dim=-1).mul(F.normalize(b, dim=-1)).sum(-1))
