@@ -68,7 +68,8 @@ def modes(gammas: Sequence[int], adapters: Sequence[str]) -> list[Mode]:
     middle = gammas[len(gammas) // 2]
     return [
         *[Mode(draft, "token", g) for draft in (adapters[0], "ngram") for g in gammas],
-        *[Mode(draft, "token", middle) for draft in (*adapters[1:], "hybrid", "own", "template")],
+        Mode("hybrid", "token", gammas[-1]),
+        *[Mode(draft, "token", middle) for draft in (*adapters[1:], "own", "template", "lookup", "previous")],
         *[Mode(draft, accept, middle) for draft in adapters for accept in ("feature", "relaxed")],
     ]
 
@@ -82,19 +83,20 @@ def model_row(mode: Mode, row: dict[str, Any], timed: Timed, cost: dict[str, Any
     c = cost["c_chained" if mode.draft == "chained" else "c"]
     overhead = g * c
     verifications = sum(len(runs[0].rounds) for runs in timed.generations)
+    drafts = sum(len(r.proposed) for runs in timed.generations for r in runs[0].rounds) / max(1, verifications)  # none behind an EOS
     if mode.accept == "relaxed":
         kept = sum(r.num_accepted for runs in timed.generations for r in runs[0].rounds)
         recompute = sum(runs[0].ms.get("recompute", 0.0) for runs in timed.generations)
         rejection = recompute / max(1, verifications) / cost["t_target_ms"]
         tokens = kept / max(1, verifications)  # γ·a, without the bonus token
         modelled = metrics.modelled_speedup(tokens, overhead, rejection)
-        v = verification_cost(cost, g + 1) + rejection
+        v = verification_cost(cost, drafts + 1) + rejection
     else:
         modelled = metrics.modelled_speedup(metrics.tokens_per_pass_iid(a, g), overhead)
-        v = verification_cost(cost, g + 1)
+        v = verification_cost(cost, drafts + 1)
     emitted = sum(len(runs[0].token_ids) - 1 for runs in timed.generations)
     passes = sum(len(runs[0].rounds) or runs[0].passes for runs in timed.generations)
-    corrected = metrics.corrected_speedup(emitted / max(1, passes), g, c, v)
+    corrected = metrics.corrected_speedup(emitted / max(1, passes), drafts, c, v)
     measured = row["decode_speedup"]["value"]
     return {
         "modelled_speedup": modelled,
@@ -171,10 +173,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     methods = {"plain": lambda i: greedy(pair.target, prompts[i][0], cfg.max_new_tokens), **{m.name: method(m) for m in rows_of}}
     progress = lambda it: tqdm(it, desc="benchmark", unit="prompt", disable=None)  # noqa: E731
-    timed = measure.run_in_turns(methods, len(samples), cfg.repeats, cfg.warmup, progress)
+    measure.run_in_turns(methods, min(cfg.warmup, len(samples)), 1, iter)
+    proposers["previous"] = sources.open("previous")  # it has heard answers that are asked for again
+    timed = measure.run_in_turns(methods, len(samples), cfg.repeats, progress)
     plain = timed["plain"]
 
-    rows = []
+    rows, log_likelihood = [], measure.log_likelihoods(pair.target, [p for p, _ in prompts])
     for mode in rows_of:
         runs = timed[mode.name]
         emitted = sum(len(g[0].token_ids) - 1 for g in runs.generations)
@@ -191,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 for stage in sorted({s for g in runs.generations for s in g[0].ms})
             },
         }
-        row["fidelity"] = measure.fidelity(pair.target, [p for p, _ in prompts], samples, runs, plain)
+        row["fidelity"] = measure.fidelity(pair.target, log_likelihood, samples, runs, plain)
         row["exact_match"] = row["fidelity"]["exact_match"]["value"]
         row |= (
             model_row(mode, row, runs, cost)

@@ -94,7 +94,7 @@ def adapter_in_use(
     dtype: torch.dtype,
 ) -> InUse:
     """The adapter behind the fastest lossless row, and the same recipe at the width of the 7B models."""
-    if chained is not None and fastest_lossless(rows)["draft"] == "chained":
+    if chained is not None and fastest_lossless(rows)["draft"] in ("chained", "hybrid"):
         measured = acceptance["chains"]["chained"]
         where = (
             f"test positions, same prefix, drafts 1 to {measured['num_draft_tokens']} of a chain; "

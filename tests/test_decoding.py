@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 
+from feature_alignment import metrics
 from feature_alignment.decoding.acceptance import kept_drafts
 from feature_alignment.decoding.engine import greedy, speculate
-from feature_alignment.decoding.null_drafters import HybridProposer, NGram, TableProposer, Template
+from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, Previous, TableProposer
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.models.pair import EOS
@@ -31,10 +32,10 @@ def proposer_for(source: str, draft_model, target, adapter):
     texts = [("", greedy(target, prompt_of(*p), MAX).token_ids) for p in PROMPTS[1:]]
     if source == "hybrid":
         return HybridProposer(NGram(texts), ModelProposer(as_decoder(draft_model), adapter, target.lm_head), sure=0.6)
-    return TableProposer((Template if source == "template" else NGram)(texts))
+    return TableProposer(NULL_DRAFTERS[source](texts))
 
 
-@pytest.mark.parametrize("source", ["own", "aligned", "template", "ngram", "hybrid"])
+@pytest.mark.parametrize("source", ["own", "aligned", "hybrid", *NULL_DRAFTERS])
 @pytest.mark.parametrize("noise", [0.0, 0.02, 1.0])
 @pytest.mark.parametrize("gamma", [1, 2, 4, 7])
 def test_token_acceptance_is_plain_greedy(source, noise, gamma):
@@ -66,6 +67,8 @@ def oracle(target, draft, adapter, source, accept, threshold, gamma, prompt, dra
             g = full_states(draft, [*draft_prompt, *emitted, *drafts])[-1]
             expected.append(adapter(g))
             drafts.append(int((target.lm_head(expected[-1]) if source == "aligned" else draft.lm_head(g)).argmax()))
+            if drafts[-1] == EOS:
+                break
         if not drafts:
             emitted.append(says(emitted))
             continue
@@ -178,9 +181,9 @@ def test_a_hybrid_asks_the_model_only_where_the_table_is_unsure():
     asked = []
 
     class Watched(ModelProposer):
-        def propose(self, emitted, states, num_tokens, watch):
+        def propose(self, emitted, states, num_tokens, watch, floor=0.0):
             asked.append(len(emitted))
-            return super().propose(emitted, states, num_tokens, watch)
+            return super().propose(emitted, states, num_tokens, watch, floor)
 
     sure = NGram([("", plain.token_ids)] * 9)
     for table, calls in ((sure, 0), (NGram([("", [9])]), 1)):
@@ -189,3 +192,50 @@ def test_a_hybrid_asks_the_model_only_where_the_table_is_unsure():
         got = speculate(target, proposer, prompt_of(*PROMPTS[0]), prompt_of(*PROMPTS[0]), num_draft_tokens=4, max_new_tokens=20)
         assert got.token_ids == plain.token_ids
         assert bool(asked) == bool(calls)
+
+
+def test_lookup_goes_on_behind_the_longest_latest_match():
+    table = Lookup(encode=lambda question: [7, 8] if question else [])
+    assert table.next_token("", [5, 6, 9, 5, 6]) == 9
+    assert table.next_token("", [1, 6, 3, 5, 6, 4, 6]) == 4  # of equally long ones the latest
+    assert table.next_token("", [5, 6, 3, 1, 6, 4, 5, 6]) == 3  # a longer one wins
+    assert table.next_token("asked", [3, 7]) == 8 and table.next_token("", [3, 7]) is None
+
+
+def test_previous_says_what_the_answer_before_it_said():
+    table = Previous([("q", [4, 5, 6, 2])])
+    assert table.next_token("q", [4, 5]) == 6 and table.next_token("other", [4, 5]) is None
+    table.finished("q", [9, 8, 4, 7, 2])
+    assert table.next_token("q", [4]) == 7  # found at another place
+    assert table.next_token("q", [1]) == 8 and table.next_token("q", [1] * 5) is None  # not found: same place
+
+
+def test_an_answer_is_no_help_to_itself():
+    target, proposer = as_decoder(tiny_llama(0)), TableProposer(Previous([]))
+    run = lambda prompt: speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=20)  # noqa: E731
+    prompt, same_again = prompt_of(*PROMPTS[0]), prompt_of(*PROMPTS[0])
+    for _ in range(2):
+        assert all(r.proposed == [] for r in run(prompt).rounds)
+    assert sum(r.num_accepted for r in run(same_again).rounds) > 10  # another prompt that happens to have this answer
+
+
+@pytest.mark.parametrize("source", list(NULL_DRAFTERS))
+@pytest.mark.parametrize("gamma", [1, 3, 6])
+def test_tables_offline_are_tables_in_the_loop(source, gamma):
+    """`next_token` and `finished` over finished texts give the rounds of live decoding."""
+    model = tiny_llama(0)
+    with torch.no_grad():  # texts that repeat themselves and end
+        model.lm_head.weight[EOS] = model.lm_head.weight[greedy(as_decoder(model), prompt_of(*PROMPTS[0]), 12).token_ids[9]] * 1.01
+    target = as_decoder(model)
+    train = [("", greedy(target, prompt_of(1, 5, 9, i), MAX).token_ids) for i in range(3, 9)]
+    prompts = [prompt_of(*p) for p in [*PROMPTS, (1, 5, 9, 5), (1, 5, 9, 13, 2)]]
+    proposer, offline, kept = TableProposer(NULL_DRAFTERS[source](train)), NULL_DRAFTERS[source](train), 0
+    for prompt in prompts:
+        live = speculate(target, proposer, prompt, prompt, num_draft_tokens=gamma, max_new_tokens=MAX)
+        text = live.token_ids
+        bits = torch.tensor([[offline.next_token("", text[:t]) == text[t] for t in range(len(text))]])
+        offline.finished("", text)
+        blocks = metrics.decoding_blocks(bits, torch.ones_like(bits), gamma, torch.tensor([text[-1] == EOS]))
+        assert [r.num_accepted for r in live.rounds] == blocks.accepted[blocks.offered > 0].tolist()
+        kept += int(blocks.accepted.sum())
+    assert kept > 0
