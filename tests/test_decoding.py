@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
+from oracle import by_model, oracle
 
 from feature_alignment import metrics
 from feature_alignment.decoding.acceptance import kept_drafts
@@ -52,43 +53,6 @@ def test_token_acceptance_is_plain_greedy(source, noise, gamma):
         )
 
 
-def full_states(model, tokens):
-    return model.model(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
-
-
-@torch.inference_mode()
-def oracle(target, draft, adapter, source, accept, threshold, gamma, prompt, draft_prompt, limit):
-    """The same decoding from its definition, recomputing everything from scratch at every token. Returns tokens and kept counts."""
-    says = lambda text: int(target.lm_head(full_states(target, [*prompt, *text])[-1]).argmax())  # noqa: E731
-    emitted, accepted = [says([])], []
-    while emitted[-1] != EOS and len(emitted) < limit:
-        drafts, expected = [], []
-        for _ in range(min(gamma, limit - len(emitted) - 1)):
-            g = full_states(draft, [*draft_prompt, *emitted, *drafts])[-1]
-            expected.append(adapter(g))
-            drafts.append(int((target.lm_head(expected[-1]) if source == "aligned" else draft.lm_head(g)).argmax()))
-            if drafts[-1] == EOS:
-                break
-        if not drafts:
-            emitted.append(says(emitted))
-            continue
-        v = full_states(target, [*prompt, *emitted, *drafts])[-len(drafts) - 1 :]
-        wanted = target.lm_head(v).argmax(-1).tolist()
-        cosine = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(expected, v, strict=False)]
-        keep = [d == w for d, w in zip(drafts, wanted, strict=False)] if accept == "token" else [c > threshold for c in cosine]
-        if accept == "relaxed":
-            new = [d if k else w for d, w, k in zip(drafts, wanted, keep, strict=False)]
-            new.append(says([*emitted, *new]))
-        else:
-            n = keep.index(False) if False in keep else len(keep)
-            keep = [i < n for i in range(len(keep))]
-            new = [*drafts[:n], wanted[n]]
-        end = new.index(EOS) + 1 if EOS in new else len(new)
-        emitted += new[:end]
-        accepted.append(sum(k for i, k in enumerate(keep) if i < end))
-    return emitted, accepted
-
-
 @pytest.mark.parametrize("accept", ["token", "feature", "relaxed"])
 @pytest.mark.parametrize("source", ["own", "aligned"])
 @pytest.mark.parametrize("noise", [0.0, 0.05])
@@ -109,7 +73,8 @@ def test_caches_change_nothing(accept, source, noise, seed):
             num_draft_tokens=gamma,
             max_new_tokens=20,
         )
-        tokens, accepted = oracle(model, other, adapter, source, accept, threshold, gamma, prompt, DRAFT_PROMPT, 20)
+        definition = by_model(other, (2,), DRAFT_PROMPT, adapter, target.lm_head if source == "aligned" else None)
+        tokens, _, accepted = oracle(target, prompt, definition, accept, threshold, gamma, 20)
         assert got.token_ids == tokens
         assert [r.num_accepted for r in got.rounds] == accepted
 

@@ -154,7 +154,8 @@ def fidelity(
     """How a method's texts differ from the target's own: exact match, token agreement, log-likelihood, true facts, kept drafts.
 
     token_agreement: same token at the same place, over the longer text; log_likelihood: (prompt, text) -> the target's log-probability
-    of the text, reported per token; kept_differently: kept drafts the target would not have said, as synonyms or errors by the world's dictionary
+    of the text, reported per token; kept_differently: kept drafts the target would not have said, as synonyms or errors by the world's
+    dictionary
     """
     clips = [s.sequence for s in samples]
     pairs = list(zip(texts.texts, plain.texts, strict=True))
