@@ -42,6 +42,7 @@ class InferenceConfig(Common):
         threshold: cosine above which feature and relaxed keep a draft
         num_draft_tokens: drafts per verification
         max_new_tokens: longest answer, EOS included
+        temperature: above 0 the answer is sampled, with the law of sampling from Video-LLaVA alone; --accept token only
     """
 
     split: str = "test"
@@ -55,6 +56,7 @@ class InferenceConfig(Common):
     threshold: float = 0.9
     num_draft_tokens: int = 5
     max_new_tokens: int = 64
+    temperature: float = 0.0
 
 
 def choose_sample(cfg: InferenceConfig) -> Sample:
@@ -90,20 +92,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(InferenceConfig, argv, "feature_sd_inference")
     if min(cfg.num_draft_tokens, cfg.max_new_tokens) < 1:
         raise UserError("--num_draft_tokens and --max_new_tokens want at least 1.")
+    if cfg.temperature < 0 or (cfg.temperature and cfg.accept != "token"):
+        raise UserError(
+            f"--temperature {cfg.temperature} --accept {cfg.accept}: a temperature wants to be 0 (greedy) or above, and sampling is "
+            "lossless only where tokens are compared; pass --accept token."
+        )
     sample = choose_sample(cfg)
     from feature_alignment import artifacts
-    from feature_alignment.decoding.engine import greedy, speculate
+    from feature_alignment.decoding.engine import plain, speculate
+    from feature_alignment.decoding.sampling import Sampler
     from feature_alignment.decoding.sources import Sources
     from feature_alignment.models.pair import load_pair
 
     pair = load_pair(cfg)
     sources = Sources(pair, cfg, cfg.train_split)
-    proposer = sources.open(cfg.draft, compares=cfg.accept != "token")
+    sampler = Sampler(cfg.temperature, cfg.seed, cfg.device) if cfg.temperature else None
+    proposer = sources.open(cfg.draft, cfg.accept != "token", sampler)
     prompt, draft_prompt = pair.target.prepare(sample), pair.draft.prepare(sample)
     rule = {"accept": cfg.accept, "threshold": cfg.threshold, "num_draft_tokens": cfg.num_draft_tokens}
     for _ in range(2):  # the first run warms up
-        plain = greedy(pair.target, prompt, cfg.max_new_tokens)
-        generation = speculate(pair.target, proposer, prompt, draft_prompt, **rule, max_new_tokens=cfg.max_new_tokens)
+        alone = plain(pair.target, prompt, cfg.max_new_tokens, sampler)
+        generation = speculate(pair.target, proposer, prompt, draft_prompt, **rule, max_new_tokens=cfg.max_new_tokens, sampler=sampler)
 
     text = _text(pair.target, generation.token_ids)
     made_from = {"target": cfg.target_id, "draft": cfg.draft_id, **sources.files(cfg.draft)}
@@ -112,9 +121,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "sample": {"id": sample.id, "question": sample.question, "events": str(sample.events), "video": str(sample.video)},
         "text": text,
         **generation.as_dict(),
-        "plain_text": _text(pair.target, plain.token_ids),
-        "plain_ms": plain.total_ms,
-        "exact_match": generation.token_ids == plain.token_ids,
+        "plain_text": _text(pair.target, alone.token_ids),
+        "plain_ms": alone.total_ms,
+        "exact_match": generation.token_ids == alone.token_ids if sampler is None else None,  # two samples need not be equal
     }
     out = cfg.out / "sd" / f"{sample.id}.json"
     artifacts.write_json(out, result)
@@ -129,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "tokens": len(generation.token_ids),
             "tokens_per_pass": round(generation.tokens_per_pass, 3) if generation.passes else None,
             "ms": round(generation.total_ms, 2),
-            "plain_ms": round(plain.total_ms, 2),
+            "plain_ms": round(alone.total_ms, 2),
             "written": str(out),
         }
     )
