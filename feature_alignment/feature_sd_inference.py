@@ -40,7 +40,8 @@ class InferenceConfig(Common):
         train_split: whose answers ngram, template and previous know
         accept: token is lossless; feature and relaxed keep drafts by cosine
         threshold: cosine above which feature and relaxed keep a draft
-        num_draft_tokens: drafts per verification
+        num_draft_tokens: drafts per verification; with --adaptive the most
+        adaptive: draft on while one more token is expected to gain more than it costs, and not at all where nothing pays
         max_new_tokens: longest answer, EOS included
         temperature: above 0 the answer is sampled, with the law of sampling from Video-LLaVA alone; --accept token only
     """
@@ -55,6 +56,7 @@ class InferenceConfig(Common):
     accept: Literal["token", "feature", "relaxed"] = "token"
     threshold: float = 0.9
     num_draft_tokens: int = 5
+    adaptive: bool = False
     max_new_tokens: int = 64
     temperature: float = 0.0
 
@@ -100,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sample = choose_sample(cfg)
     from feature_alignment import artifacts
     from feature_alignment.decoding.engine import plain, speculate
+    from feature_alignment.decoding.pace import Pace
     from feature_alignment.decoding.sampling import Sampler
     from feature_alignment.decoding.sources import Sources
     from feature_alignment.models.pair import load_pair
@@ -110,9 +113,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     proposer = sources.open(cfg.draft, cfg.accept != "token", sampler)
     prompt, draft_prompt = pair.target.prepare(sample), pair.draft.prepare(sample)
     rule = {"accept": cfg.accept, "threshold": cfg.threshold, "num_draft_tokens": cfg.num_draft_tokens}
-    for _ in range(2):  # the first run warms up
+    how = {"max_new_tokens": cfg.max_new_tokens, "sampler": sampler, "pace": Pace() if cfg.adaptive else None}
+    for _ in range(2):  # the first run warms up, and teaches the pace
         alone = plain(pair.target, prompt, cfg.max_new_tokens, sampler)
-        generation = speculate(pair.target, proposer, prompt, draft_prompt, **rule, max_new_tokens=cfg.max_new_tokens, sampler=sampler)
+        generation = speculate(pair.target, proposer, prompt, draft_prompt, **rule, **how)
 
     text = _text(pair.target, generation.token_ids)
     made_from = {"target": cfg.target_id, "draft": cfg.draft_id, **sources.files(cfg.draft)}

@@ -18,7 +18,7 @@ def kept_drafts(rule: Rule, draft_ids: Tensor, target_ids: Tensor, cosine: Tenso
     cosine:     [g]        cos(A(g_t), v_t) of each draft; only `token` can do without
     returns:    [g] bool   `token` and `feature` stop at the first rejection, `relaxed` does not
     """
-    if rule == "token" or not len(draft_ids):
+    if rule == "token":
         return (draft_ids == target_ids).cumprod(0).bool()
     if cosine is None:
         raise ValueError(f"the rule {rule!r} compares hidden states, but this proposer gives none")

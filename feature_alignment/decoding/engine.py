@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from feature_alignment.decoding.acceptance import Rule, cosine_per_position, kept_drafts
+from feature_alignment.decoding.pace import Pace
 from feature_alignment.decoding.proposers import Draft, Proposer
 from feature_alignment.decoding.sampling import Sampler, pick
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.models.pair import EOS, Decoder, Prompt, State
 
 PREFILL_STAGES = ("target_prefill", "draft_prefill")
+DRAFT_STAGES = ("draft", "adapter", "head")
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Round:
     extra_token: int | None
     recomputed: bool
     ms: dict[str, float]
+    stopped: str  # why no more was drafted: "length", "EOS", "unsure", "no idea", or "off" where drafting does not pay
 
     @property
     def num_accepted(self) -> int:
@@ -104,13 +107,14 @@ def speculate(
     num_draft_tokens: int = 5,
     max_new_tokens: int = 64,
     sampler: Sampler | None = None,
+    pace: Pace | None = None,
 ) -> Generation:
     """Draft, verify, accept, roll back, until EOS or exactly `max_new_tokens`.
 
     accept="token" emits exactly what `greedy` emits; with a sampler it has the law of `plain` with one. The other rules are lossy:
     `feature` keeps drafts whose expected state has a cosine above `threshold`, up to the first rejection; `relaxed` keeps any such
     draft, puts the target's own token in the other places, and lets the target read the corrected block again (its time is the stage
-    "recompute", the rejection cost).
+    "recompute", the rejection cost). With a pace, `num_draft_tokens` is the most that are drafted.
     """
     if sampler is not None and accept != "token":
         raise ValueError(f"sampling is lossless under the token rule only, got {accept!r}")
@@ -119,14 +123,21 @@ def speculate(
     with watch("target_prefill"):
         state = target.prefill([prompt])
         token = pick(target.lm_head(state.last), sampler)[0]
-    proposer.start(draft_prompt, watch)
+    if started := pace is None or pace.drafting:
+        _start(proposer, draft_prompt, watch, pace)
     emitted, rounds, passes = [int(token)], [], 0
     states = state.last.new_empty(max_new_tokens, target.hidden_size)  # states[i] emitted emitted[i]
     states[0] = state.last[0]
     while emitted[-1] != EOS and len(emitted) < max_new_tokens:
         before = dict(watch.ms)
         room = min(num_draft_tokens, max_new_tokens - len(emitted) - 1)  # the round also emits a token of the target's own
-        draft = proposer.propose(emitted, states[: len(emitted)], room, watch) if room > 0 else Draft(torch.tensor([], dtype=torch.long))
+        floor = 0.0 if pace is None or room <= 0 else pace.next_floor()
+        draft = Draft(torch.tensor([], dtype=torch.long))
+        if room > 0 and floor is not None:
+            if not started:
+                _start(proposer, draft_prompt, watch, pace)
+                started = True
+            draft = proposer.propose(emitted, states[: len(emitted)], room, watch, floor)
         drafts = draft.token_ids.to(target.device)
         g, last = len(drafts), torch.tensor([emitted[-1]], device=target.device)
         with watch("verify"):
@@ -136,7 +147,9 @@ def speculate(
             passes += 1
         with watch("accept"):
             cosine = None if draft.aligned is None else cosine_per_position(draft.aligned, hidden[:g])
-            if sampler is None:
+            if not g:
+                kept, n, extra = drafts.bool(), 0, int(pick(logits, sampler).token)
+            elif sampler is None:
                 kept = kept_drafts(accept, drafts, says[:g], cosine, threshold)
                 n = int(kept.sum())
                 extra = int(says[n if accept != "relaxed" else g])
@@ -161,6 +174,10 @@ def speculate(
         ended = new.index(EOS) + 1 if EOS in new else len(new)
         states[len(emitted) : len(emitted) + ended] = hidden[:ended]
         emitted += new[:ended]
+        ms = {k: v - before.get(k, 0.0) for k, v in watch.ms.items() if v > before.get(k, 0.0)}
+        if pace is not None:
+            drafting = sum(ms.get(stage, 0.0) for stage in DRAFT_STAGES)
+            pace.passed(g, ended, drafting, sum(ms.values()) - drafting - ms.get("draft_prefill", 0.0))
         if room > 0:  # else there was room for one token more, which is the last
             rounds.append(
                 Round(
@@ -170,11 +187,27 @@ def speculate(
                     cosine=None if cosine is None else cosine.tolist(),
                     extra_token=extra if ended == len(new) else None,
                     recomputed=recomputed,
-                    ms={k: v - before.get(k, 0.0) for k, v in watch.ms.items() if v > before.get(k, 0.0)},
+                    ms=ms,
+                    stopped=_why(drafts, room, floor),
                 )
             )
-    proposer.finish(emitted)
+    if started:
+        proposer.finish(emitted)
     return Generation(emitted, passes, watch.now() - start, watch.ms, rounds)
+
+
+def _start(proposer: Proposer, prompt: Prompt, watch: Stopwatch, pace: Pace | None) -> None:
+    proposer.start(prompt, watch)
+    if pace is not None:
+        pace.started(watch.ms.get("draft_prefill", 0.0))
+
+
+def _why(drafts: Tensor, room: int, floor: float | None) -> str:
+    if len(drafts) == room:
+        return "length"
+    if len(drafts):
+        return "EOS" if int(drafts[-1]) == EOS else "unsure" if floor else "no idea"
+    return "off" if floor is None else "no idea"
 
 
 def _reread(target: Decoder, state: State, tokens: Tensor, n: int) -> Tensor:

@@ -6,7 +6,7 @@ Ratios are sums over sums, intervals resample clips, methods take turns on every
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -40,7 +40,9 @@ class Timed:
         return [runs[0].token_ids for runs in self.generations]
 
 
-def run_in_turns(methods: dict[str, Callable[[int], Generation]], num_prompts: int, repeats: int, progress: Callable) -> dict[str, Timed]:
+def run_in_turns(
+    methods: dict[Hashable, Callable[[int], Generation]], num_prompts: int, repeats: int, progress: Callable
+) -> dict[Hashable, Timed]:
     """Every method on every prompt, `repeats` times, the order rotating."""
     timed = {name: Timed([[] for _ in range(num_prompts)]) for name in methods}
     names = list(methods)
