@@ -10,8 +10,9 @@ from feature_alignment import artifacts
 from feature_alignment.chained_adapter import ChainedAdapter, load_chained_adapter
 from feature_alignment.config import Common
 from feature_alignment.console import UserError
-from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, NGram, TableProposer
+from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
+from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.hidden_adapter import HiddenAdapter, load_adapter
 from feature_alignment.models.pair import Decoder, Pair, load_draft
 
@@ -48,10 +49,11 @@ class Sources:
         draft = self._pair.draft
         return draft if draft.has_own_head else load_draft(dataclasses.replace(self._cfg, draft_layers=None))
 
-    def open(self, name: str, compares: bool = False) -> Proposer:
+    def open(self, name: str, compares: bool = False, sampler: Sampler | None = None) -> Proposer:
         """A source's proposer; raises UserError if what it needs is not there.
 
         compares: it must say which target states it expects, because the acceptance rule looks at them
+        sampler:  draws the drafts of a model
         """
         target, draft = self._pair.target, self._pair.draft
         if compares and (name not in ("own", "aligned", "chained") or (name == "own" and not draft.has_own_head)):
@@ -64,16 +66,30 @@ class Sources:
                 )
             )
         if name == "own":
-            return ModelProposer(draft, self.adapter, None) if compares else ModelProposer(self.full_draft(), None, None)
+            return ModelProposer(draft if compares else self.full_draft(), self.adapter if compares else None, None, sampler)
         if name == "aligned":
-            return ModelProposer(draft, self.adapter, target.lm_head)
+            return ModelProposer(draft, self.adapter, target.lm_head, sampler)
         if name == "chained":
-            return ChainedProposer(draft, self.chained_adapter, target.lm_head, target.embeddings)
+            return ChainedProposer(draft, self.chained_adapter, target.lm_head, target.embeddings, sampler)
         if name == "hybrid":
-            return HybridProposer(NGram(self.texts), ModelProposer(draft, self.adapter, target.lm_head))
+            return HybridProposer(self.ngram, self.open(self._hybrid_model, sampler=sampler))
+        if name == "ngram":
+            return TableProposer(self.ngram)
+        if name == "lookup":
+            return TableProposer(Lookup(encode=lambda question: target.tokenizer.encode(question, add_special_tokens=False)))
         return TableProposer(NULL_DRAFTERS[name](self.texts))
+
+    @cached_property
+    def ngram(self) -> NGram:
+        return NGram(self.texts)
+
+    @property
+    def _hybrid_model(self) -> str:
+        """Who drafts where the table is not sure: the chained adapter, if one has been trained."""
+        return "chained" if self.chained_path.is_file() else "aligned"
 
     def files(self, name: str) -> dict[str, Path]:
         """The files a source's drafts depend on."""
-        adapter, chained, texts = {"adapter": self.adapter_path}, {"chained_adapter": self.chained_path}, {"texts": self.texts_path}
-        return {"own": {}, "aligned": adapter, "chained": chained, "hybrid": adapter | texts}.get(name, texts)
+        models = {"own": {}, "aligned": {"adapter": self.adapter_path}, "chained": {"chained_adapter": self.chained_path}, "lookup": {}}
+        texts = {"texts": self.texts_path}
+        return models[self._hybrid_model] | texts if name == "hybrid" else models.get(name, texts)
