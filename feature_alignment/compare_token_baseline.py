@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from feature_alignment.config import Common, parse_config
-from feature_alignment.console import print_json_line, print_table, rate_text, run
+from feature_alignment.console import UserError, print_json_line, print_table, rate_text, run
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,21 @@ def null_drafter_reports(train: Sequence[dict], test: Sequence[dict], num_draft_
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(ComparisonConfig, argv, "compare_token_baseline")
+    if cfg.num_draft_tokens < 1:
+        raise UserError(f"--num_draft_tokens wants at least 1, got {cfg.num_draft_tokens}.")
+    from feature_alignment.processes import claimed
+
+    with claimed(cfg.out / "token_baseline"):
+        return compare(cfg)
+
+
+def compare(cfg: ComparisonConfig) -> dict[str, Any]:
+    """Compare; returns the content of comparison.json."""
     from feature_alignment import artifacts
+    from feature_alignment.answers import read_token_pairs
 
     path = cfg.token_pairs or cfg.out / "token_pairs" / f"{cfg.split}.json"
-    rows = artifacts.read_token_pairs(path)
+    rows = read_token_pairs(path)
     token_level = free_running_agreement(rows, cfg.num_draft_tokens)
 
     def percent(rate: dict[str, Any]) -> str:
@@ -113,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     acceptance_path = cfg.out / "acceptance" / "acceptance.json"
     train_path = cfg.out / "token_pairs" / f"{cfg.train_split}.json"
     if cfg.token_pairs is None:
-        acceptance = artifacts.read_json(
+        acceptance = artifacts.read_sealed(
             acceptance_path, "python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml"
         )
         made_from |= {"acceptance": acceptance_path, "train_token_pairs": train_path}
@@ -126,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         }
         report["aligned_token_level"] = {k: acceptance[k] for k in ("token_match", "acceptance_rate", "tokens_per_pass")}
         report["aligned_token_level"]["consecutive_accept"] = acceptance["consecutive_accept_token"]
-        report["nulls"] = null_drafter_reports(artifacts.read_token_pairs(train_path), rows, cfg.num_draft_tokens)
+        report["nulls"] = null_drafter_reports(read_token_pairs(train_path), rows, cfg.num_draft_tokens)
         table += [
             ("aligned drafts, token rule: consecutive acceptance", percent(acceptance["consecutive_accept_token"])),
             ("aligned drafts, cosine > 0.90: consecutive acceptance", percent(at["consecutive_accept"])),
@@ -141,9 +152,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report["rows"] = [{"what": what, "value": value} for what, value in table]
     report = {"meta": artifacts.provenance("compare_token_baseline", cfg, made_from), **report}
     out = cfg.out / "token_baseline"
-    artifacts.write_json(out / "comparison.json", report)
     markdown = ["| what | value, 95 % interval by clip |", "|---|---|", *[f"| {what} | {value} |" for what, value in table]]
     artifacts.write_text(out / "comparison.md", "\n".join(markdown) + "\n")
+    artifacts.write_sealed(out / "comparison.json", report, ("comparison.md",))
     print_table(f"{len(rows):,} pairs of {path}", ("what", "value [95 %]"), table)
     print(f"  mean matching prefix of the free-running texts: {token_level['mean_prefix']['value']:.5f} tokens")
     print_json_line(

@@ -64,8 +64,9 @@ def score(predict: Callable[[Tensor, int], Tensor], states: HiddenStates, head: 
     with torch.inference_mode():
         for row in range(len(states.draft)):
             n = int(states.lengths[row])
-            v = states.target[row, :n].float()
-            predicted = predict(states.draft[row, :n].float(), row)
+            g, v = states.draft[row, :n].float(), states.target[row, :n].float()
+            states.refuse_non_finite([row], g[None], v[None])
+            predicted = predict(g, row)
             cosine[row, :n] = cosine_per_position(predicted, v)
             match[row, :n] = (predicted @ head.T).argmax(-1) == (v @ head.T).argmax(-1)
     return Scores(cosine, match)
@@ -276,6 +277,14 @@ def per_position(scores: Scores, mask: Tensor) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(AcceptanceConfig, argv, "measure_feature_acceptance")
+    from feature_alignment.processes import claimed
+
+    with claimed(cfg.out / "acceptance"):
+        return measure(cfg)
+
+
+def measure(cfg: AcceptanceConfig) -> dict[str, Any]:
+    """Measure, or reuse what is there; returns the content of acceptance.json."""
     if cfg.num_draft_tokens < 1:
         raise UserError(f"--num_draft_tokens wants at least 1, got {cfg.num_draft_tokens}.")
     import torch
@@ -298,6 +307,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "adapter": path,
         "states": folder / cfg.split / "meta.json",
         "train": folder / cfg.train_split / "meta.json",
+        "validation": folder / cfg.validation_split / "meta.json",
     }
     report = artifacts.reusable(out / "acceptance.json", cfg, made_from)
     if report is None:
@@ -314,7 +324,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         artifacts.write_text(out / "per_position.csv", "\n".join([",".join(columns), *lines]) + "\n")
         plots.cosine_histogram(scores.cosine[test.mask].numpy(), scores.match[test.mask].numpy(), out / "cosine_histogram.png")
         plots.acceptance_by_position(report["per_position"], out / "acceptance_by_position.png")
-        artifacts.write_json(out / "acceptance.json", report)  # last: its presence means the pictures are there
+        beside = ("per_position.csv", "cosine_histogram.png", "acceptance_by_position.png")
+        artifacts.write_sealed(out / "acceptance.json", report, beside)  # last: its presence means the pictures are there
 
     rows = [("adapter", rate_text(report["cosine"]), rate_text(report["token_match"]), report["tokens_per_pass"])]
     rows += [(k, rate_text(v["cosine"]), rate_text(v["token_match"]), v["tokens_per_pass"]) for k, v in report["nulls"].items()]

@@ -85,12 +85,27 @@ def plot_curves(history: list[dict[str, float]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(TrainConfig, argv, "train_hidden_adapter", variant="adapter")
+    from feature_alignment.processes import claimed
+
+    with claimed(adapter_folder(cfg)):
+        return train(cfg)
+
+
+def adapter_folder(cfg: TrainConfig) -> Path:
+    chained = cfg.adapter == "chained"
+    return cfg.out / ("chained_adapter_blind" if chained and cfg.blind else "chained_adapter" if chained else "adapter")
+
+
+def train(cfg: TrainConfig) -> dict[str, Any]:
+    """Train, or reuse what is there; returns the adapter's meta."""
     if min(cfg.num_epochs, cfg.batch_size, cfg.bottleneck, cfg.roll_out_steps) < 1:
         raise UserError("--num_epochs, --batch_size, --bottleneck and --roll_out_steps want at least 1.")
     import torch
 
     from feature_alignment import artifacts, training
+    from feature_alignment.processes import check_device
 
+    check_device(cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     chained, hidden_states = cfg.adapter == "chained", cfg.out / "hidden_states"
@@ -104,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError(f"splits {cfg.train_split!r} and {cfg.validation_split!r} share clips; validation must not be trained on.")
     weights = {name: hidden_states / f"{name}.pt" for name in (("vl_lm_head", "vl_embeddings") if chained else ("vl_lm_head",))}
 
-    out = cfg.out / ("chained_adapter_blind" if chained and cfg.blind else "chained_adapter" if chained else "adapter")
+    out = adapter_folder(cfg)
     made_from = {k: f / "meta.json" for k, f in folders.items()} | weights
     meta = artifacts.reusable(out / "meta.json", cfg, made_from) if (out / "adapter.pt").is_file() else None
     if meta is not None:
@@ -112,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return meta
     start = time.time()
     matrices = [artifacts.load_pt(path, artifacts.EXTRACT.format(split=cfg.train_split)) for path in weights.values()]
-    train = training.train_chained if chained else training.train_hidden
-    adapter, history = train(states["train"], states["validation"], *matrices, cfg)
+    learn = training.train_chained if chained else training.train_hidden
+    adapter, history = learn(states["train"], states["validation"], *matrices, cfg)
     best = min(history, key=lambda h: h["validation_loss"])
     on_validation = lambda h: {k.removeprefix("validation_"): v for k, v in h.items() if k.startswith("validation_")}  # noqa: E731
     meta = artifacts.provenance(
@@ -122,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         made_from,
         geometry=adapter.geometry,
         parameters=adapter.num_parameters,
+        weights_hash=artifacts.weights_hash(adapter.state_dict()),
         draft_layers=a["draft_layers"],
         prefix=a["prefix"],
         best_epoch=best["epoch"],
@@ -132,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     artifacts.write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in history))
     plot_curves(history, out / "training_curves.png")
     artifacts.save_pt(out / "adapter.pt", {"meta": meta, "state_dict": {k: v.cpu() for k, v in adapter.state_dict().items()}})
-    artifacts.write_json(out / "meta.json", meta)
+    artifacts.write_sealed(out / "meta.json", meta, ("adapter.pt", "history.jsonl", "training_curves.png"))
     _show(meta, out, reused=False)
     return meta
 

@@ -132,8 +132,9 @@ def row_batches(states: HiddenStates, size: int, device: str, generator: torch.G
     n = len(states.draft)
     order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
     for rows in order.split(size):
-        mask = states.mask[rows]
-        yield states.draft[rows][mask].float().to(device), states.target[rows][mask].float().to(device)
+        mask, draft, target = states.mask[rows], states.draft[rows], states.target[rows]
+        states.refuse_non_finite(rows, draft, target)
+        yield draft[mask].float().to(device), target[mask].float().to(device)
 
 
 def train_hidden(states: HiddenStates, validation: HiddenStates, head: Tensor, cfg: Any) -> tuple[HiddenAdapter, History]:

@@ -25,7 +25,9 @@ LAYERS = [  # a module may import from its own row and from rows below
     {"models"},
     {"inputs", "demo"},
     {"hidden_states_writer"},
-    {"artifacts", "metrics", "closed_form", "processes"},
+    {"answers"},
+    {"artifacts", "verification", "metrics", "closed_form"},
+    {"processes", "pickles", "state_files"},
     {"config"},
     {"console"},
 ]

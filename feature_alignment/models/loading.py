@@ -20,6 +20,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from feature_alignment.console import UserError
+from feature_alignment.processes import check_device
 
 log = logging.getLogger(__name__)
 
@@ -106,15 +107,6 @@ def load_complete(cls: type[PreTrainedModel], path: str | Path, what: str, **opt
         lines = "\n".join(f"  {k.replace('_', ' ')}: {len(v)}, e.g. {', '.join(v[:3])}" for k, v in wrong.items() if v)
         raise UserError(f"{path} does not hold a complete {what}:\n{lines}\nDownload it again, or point to another directory.")
     return model
-
-
-def check_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UserError(f"--device {device}: wanted cpu, cuda or cuda:<number>.") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch {torch.__version__} sees no GPU. Type --device cpu, or install torch's CUDA build.")
 
 
 def _nf4(dtype: torch.dtype, unquantised: Sequence[str]):
