@@ -214,9 +214,8 @@ def _probed(decoder: Decoder, path: Path, side: int) -> Decoder:
     """The decoder itself, once it has read a blank picture and two tokens."""
     with loading.refused_if_it_fails(path) as made:
         made.append(decoder.encode_vision(torch.zeros(1, 1, 3, side, side)))
-        made.append(
-            decoder.step(State(DynamicCache(config=decoder.llama.config), made[0], 0), torch.tensor([[1, 1]], device=decoder.device))
-        )
+        nothing, two = State(DynamicCache(config=decoder.llama.config), made[0], 0), torch.tensor([[1, 1]], device=decoder.device)
+        made.append(decoder.step(nothing, two))
     return decoder
 
 
@@ -375,13 +374,11 @@ def check_pair(cfg: Common) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(CheckConfig, argv, "models/pair")
-    report = check_pair(cfg)
-    kinds, gib = report["models"], 2.0**30
-    counted = ("parameters", "layers", "hidden_size", "embedding_rows", "tokenizer_ids", "vision_tokens", "prompt_tokens")
-    rows = [
-        (key.replace("_", " "), *(f"{m[key]:,}" if isinstance(m[key], int) else m[key] for m in kinds.values()))
-        for key in ("checkpoint", "weights", *counted)
-    ]
+    report, gib = check_pair(cfg), 2.0**30
+    kinds = report["models"]
+    shown = ("checkpoint", "weights", "parameters", "layers", "hidden_size", "embedding_rows", "tokenizer_ids", "vision_tokens")
+    text = lambda value: f"{value:,}" if isinstance(value, int) else value  # noqa: E731
+    rows = [(key.replace("_", " "), *(text(m[key]) for m in kinds.values())) for key in (*shown, "prompt_tokens")]
     held = cfg.dtype if cfg.quantize == "none" else f"{cfg.quantize} and {cfg.dtype}"
     rows.append((f"weights as {held}", *(f"{m['weight_bytes'] / gib:.2f} GiB" for m in kinds.values())))
     rows.append((f"cache of one prompt and {_ROOM} tokens", *(f"{m['cache_bytes'] / gib:.2f} GiB" for m in kinds.values())))
