@@ -29,7 +29,7 @@ SCRIPTS = (
 )
 _LARGEST = 2**53  # every JSON reader keeps integers up to here
 _ALIASES = {"gamma": "num_draft_tokens", "gammas": "num_draft_tokens", "max_samples": "limit"}
-_LONGEST_CONFIG = 1_000_000
+_LONGEST_CONFIG = 100_000
 T = TypeVar("T", bound="Common")
 
 
@@ -214,8 +214,7 @@ def _file_flags(cls: type, path: Path, section: str, chosen: str | None) -> list
 
     try:
         text = path.read_text()
-        if len(text) > _LONGEST_CONFIG or any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, Loader=yaml.BaseLoader)):
-            raise UserError(f"{path}: wanted at most {_LONGEST_CONFIG:,} characters and no aliases (*name), which could grow without end.")
+        _refuse_endless(path, text)
         content = yaml.load(text, Loader=yaml.BaseLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
@@ -235,6 +234,17 @@ def _file_flags(cls: type, path: Path, section: str, chosen: str | None) -> list
                 raise UserError(f"{path}: unknown key `{part}.{key}`; known here: {', '.join(sorted(allowed))}.")
             flags.append(f"--{key}={value if isinstance(value, str) else json.dumps(_unquoted_numbers(value))}")
     return flags
+
+
+def _refuse_endless(path: Path, text: str) -> None:
+    """raises UserError for YAML that is small to write and large to read: aliases multiply, brackets in brackets take for ever"""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text[: _LONGEST_CONFIG + 1], Loader=yaml.BaseLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > 10 or len(text) > _LONGEST_CONFIG:
+            raise UserError(f"{path}: wanted at most {_LONGEST_CONFIG:,} characters, 10 levels of nesting and no aliases (*name).")
 
 
 def _unquoted_numbers(value: Any) -> Any:
