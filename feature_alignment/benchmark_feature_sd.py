@@ -122,6 +122,14 @@ def acceptance_of(timed: Timed, clips: Sequence[str], accept: str) -> dict[str, 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(BenchmarkConfig, argv, "benchmark_feature_sd")
+    from feature_alignment.processes import claimed
+
+    with claimed(cfg.out / "benchmark"):
+        return benchmark(cfg)
+
+
+def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
+    """Measure, or reuse what is there; returns the content of benchmark.json."""
     if (
         not cfg.num_draft_tokens
         or min(*cfg.num_draft_tokens, cfg.most_draft_tokens, cfg.repeats, 1 if cfg.limit is None else cfg.limit) < 1
@@ -139,11 +147,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.metrics import break_even
     from feature_alignment.models.pair import load_pair
 
-    samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions)
+    samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions, allow_outside=cfg.allow_outside)
     number = min(cfg.limit or len(samples), len(samples))
     samples = [samples[i * len(samples) // number] for i in range(number)]  # spread over the clips, which the intervals resample
     acceptance_path = cfg.out / "acceptance" / "acceptance.json"
-    acceptance = artifacts.read_json(acceptance_path, MEASURE)
+    acceptance = artifacts.read_sealed(acceptance_path, MEASURE)
     out = cfg.out / "benchmark"
     made_from = {
         "target": cfg.target_id,
@@ -152,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "adapter": cfg.out / "adapter" / "adapter.pt",
         "chained_adapter": cfg.out / "chained_adapter" / "adapter.pt",
         "texts": cfg.out / "token_pairs" / f"{cfg.train_split}.json",
+        "manifest": cfg.manifests[cfg.split],
+        "clips": list(dict.fromkeys(path for s in samples for path in (s.events, s.video))),
         **({"questions": cfg.questions} if cfg.questions else {}),
     }
     result = artifacts.reusable(out / "benchmark.json", cfg, made_from)
@@ -230,8 +240,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         },
         "targets": targets.read(in_use, rows),
     }
-    artifacts.write_json(out / "benchmark.json", result)
     report.write_benchmark_report(result, out)
+    artifacts.write_sealed(out / "benchmark.json", result, ("report.md", "report.html", "speedup.png", "stages.png"))  # last
     _show(result, out, reused=False)
     return result
 

@@ -71,7 +71,7 @@ def choose_sample(cfg: InferenceConfig) -> Sample:
         if missing:
             raise UserError(f"{', '.join(missing)} missing: --events, --video and --question belong together.")
         return Sample(id=f"{cfg.video.stem}--{cfg.events.stem}", sequence="user", question=cfg.question, events=cfg.events, video=cfg.video)
-    samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions)
+    samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions, allow_outside=cfg.allow_outside)
     if cfg.sample is None:
         return samples[0]
     found = [s for s in samples if s.id == cfg.sample]
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         generation = speculate(pair.target, proposer, prompt, draft_prompt, **rule, **how)
 
     text = _text(pair.target, generation.token_ids)
-    made_from = {"target": cfg.target_id, "draft": cfg.draft_id, **sources.files(cfg.draft)}
+    made_from = {"target": cfg.target_id, "draft": cfg.draft_id, **sources.files(cfg.draft), "clip": [sample.events, sample.video]}
     result = {
         "meta": artifacts.provenance("feature_sd_inference", cfg, made_from),
         "sample": {"id": sample.id, "question": sample.question, "events": str(sample.events), "video": str(sample.video)},
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "exact_match": generation.token_ids == alone.token_ids if sampler is None else None,  # two samples need not be equal
     }
     out = cfg.out / "sd" / f"{sample.id}.json"
-    artifacts.write_json(out, result)
+    artifacts.write_sealed(out, result)
     print(f"question  {sample.question}\nanswer    {text}")
     if not result["exact_match"]:
         print(f"plain     {result['plain_text']}")

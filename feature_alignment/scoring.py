@@ -23,7 +23,6 @@ from feature_alignment.artifacts import HiddenStates
 from feature_alignment.calibration import Judged
 from feature_alignment.chained_adapter import ChainedAdapter, chain_over, text_batches
 from feature_alignment.closed_form import Moments, PositionMeans
-from feature_alignment.console import UserError
 from feature_alignment.decoding.acceptance import cosine_per_position
 
 POSITIONS = 1024  # at a time: their logits are the largest thing in memory
@@ -59,14 +58,10 @@ def positions(states: HiddenStates, device: str = "cpu", number: int = POSITIONS
     """
     width = states.mask.shape[1]
     for rows in torch.arange(len(states.mask)).split(max(1, number // width)):
-        mask = states.mask[rows]
+        mask, draft, target = states.mask[rows], states.draft[rows], states.target[rows]
+        states.refuse_non_finite(rows, draft, target)
         row, at = mask.nonzero(as_tuple=True)
-        found = [part[rows][mask].float().to(device) for part in (states.draft, states.target)]
-        for who, part in zip(("EventGPT", "Video-LLaVA"), found, strict=True):
-            if not torch.isfinite(part).all():
-                bad = int(rows[row[(~torch.isfinite(part).all(-1)).cpu().nonzero()[0, 0]]])
-                raise UserError(f"{who}'s states of sample {states.rows[bad].get('id', bad)!r} are not finite. Extract them again.")
-        yield Positions(*found, rows[row], at)
+        yield Positions(draft[mask].float().to(device), target[mask].float().to(device), rows[row], at)
 
 
 @torch.inference_mode()

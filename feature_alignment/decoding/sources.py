@@ -6,7 +6,7 @@ import dataclasses
 from functools import cached_property
 from pathlib import Path
 
-from feature_alignment import artifacts
+from feature_alignment.answers import read_token_pairs
 from feature_alignment.chained_adapter import ChainedAdapter, load_chained_adapter
 from feature_alignment.config import Common
 from feature_alignment.console import UserError
@@ -42,7 +42,10 @@ class Sources:
     @cached_property
     def texts(self) -> list[tuple[str, list[int]]]:
         """(question, tokens) of the target's answers on the training split."""
-        return [(r["query"], r["vl_tokens"]) for r in artifacts.read_token_pairs(self.texts_path)]
+        texts = [(r["query"], r["vl_tokens"]) for r in read_token_pairs(self.texts_path)]
+        if max((max(tokens, default=0) for _, tokens in texts)) >= self._pair.target.vocab_size:
+            raise UserError(f"{self.texts_path} holds ids beyond the {self._pair.target.vocab_size} of this pair: texts of another one.")
+        return texts
 
     def full_draft(self) -> Decoder:
         """The drafter at full depth: its own drafts need its own head."""
