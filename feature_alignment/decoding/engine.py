@@ -134,16 +134,21 @@ def speculate(
         floor = None if room <= 0 else 0.0 if pace is None else pace.next_floor()
         last = torch.tensor([emitted[-1]], device=target.device)
         if floor is None:  # room for the last token only, or drafts do not pay: as in plain decoding
+            first, read = len(emitted), []
             with watch("verify"):
-                state_of_it = target.step(state, last[None])[:, -1]
-                states[len(emitted)] = state_of_it[0]
-                emitted.append(int(pick(target.lm_head(state_of_it), sampler).token))
-                passes += 1
+                for _ in range(min(1 if pace is None else pace.rest, max_new_tokens - first)):
+                    read.append(target.step(state, last[None])[:, -1])
+                    last = pick(target.lm_head(read[-1]), sampler).token
+                    emitted.append(int(last))
+                    if emitted[-1] == EOS:
+                        break
+            states[first : len(emitted)] = torch.cat(read)
+            passes += len(read)
             ms = watch.ms["verify"] - before.get("verify", 0.0)
             if pace is not None:
-                pace.passed(0, 1, 0.0, ms)
+                pace.passed(0, len(read), 0.0, ms)
             if room > 0:
-                rounds.append(Round([], [], [], None, emitted[-1], False, {"verify": ms}, "off"))
+                rounds += [Round([], [], [], None, token, False, {"verify": ms / len(read)}, "off") for token in emitted[first:]]
             continue
         if not started:
             _start(proposer, draft_prompt, watch, pace)
