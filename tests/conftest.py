@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,23 @@ def tiny_run(tmp_path_factory) -> Path:
     }
     (root / "tiny.yaml").write_text(json.dumps(config))
     return root
+
+
+def main_of(script: str):
+    return import_module(f"feature_alignment.{script}").main
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_run) -> Path:
+    """The tiny run after all seven scripts."""
+    from feature_alignment.config import SCRIPTS
+
+    config = ["--config", str(tiny_run / "tiny.yaml")]
+    for split in ("train", "validation", "test"):
+        main_of("extract_hidden_states")([*config, "--split", split])
+    for blind in ("false", "true"):
+        main_of("train_hidden_adapter")([*config, "--adapter", "chained", "--bottleneck", "16", "--blind", blind])
+    main_of("train_hidden_adapter")([*config, "--adapter", "plain"])
+    for script in SCRIPTS[1:]:
+        main_of(script)([*config, *(["--hidden_size", "64"] if script == "hidden_adapter" else [])])
+    return tiny_run

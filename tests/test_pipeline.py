@@ -9,30 +9,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, main_of
 
 from feature_alignment import artifacts
-from feature_alignment.config import SCRIPTS
 from feature_alignment.console import UserError
-
-
-def main_of(script):
-    from importlib import import_module
-
-    return import_module(f"feature_alignment.{script}").main
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_run):
-    config = ["--config", str(tiny_run / "tiny.yaml")]
-    for split in ("train", "validation", "test"):
-        main_of("extract_hidden_states")([*config, "--split", split])
-    for blind in ("false", "true"):
-        main_of("train_hidden_adapter")([*config, "--adapter", "chained", "--bottleneck", "16", "--blind", blind])
-    main_of("train_hidden_adapter")([*config, "--adapter", "plain"])
-    for script in SCRIPTS[1:]:
-        main_of(script)([*config, *(["--hidden_size", "64"] if script == "hidden_adapter" else [])])
-    return tiny_run
 
 
 def read(path):
