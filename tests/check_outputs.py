@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT
+from test_readme import README, disagreements
 
 OUT = ROOT / "outputs" / "demo"
 FILES = [
@@ -73,3 +74,8 @@ def test_the_two_dialects_do_not_agree_at_token_level():
     comparison = json.loads((OUT / "token_baseline" / "comparison.json").read_text())
     assert comparison["token_level"]["position_match"]["value"] <= 0.02
     assert comparison["nulls"]["ngram"]["token_match"]["value"] <= 0.8
+
+
+def test_parameters_and_counts_are_those_of_readme():
+    wrong, compared = disagreements(README, OUT)
+    assert not wrong and (compared or "<!-- " not in README)
