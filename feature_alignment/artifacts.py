@@ -2,19 +2,25 @@
 
 Tensors are `.pt` files that open with `torch.load(path, mmap=True, weights_only=True)`; beside each file or directory lies a
 `meta.json`. Everything is written under a temporary name and renamed, so a final name always means a complete file.
+
+Every JSON is sealed: `content_hash` is a hash of the rest of it, `files` are hashes of what lies beside it, `made_from` of what it was
+made from. Whatever was altered since is refused when it is read, or made anew. To look through a whole run:
+
+    python -m feature_alignment.artifacts verify outputs/demo
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
 import time
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,21 +31,30 @@ import torch
 from torch import Tensor, nn
 
 from feature_alignment.config import Common, as_plain
-from feature_alignment.console import UserError, finite
+from feature_alignment.console import UserError, finite, mended_files
+from feature_alignment.pickles import check_pt
+from feature_alignment.processes import temporary_name
+from feature_alignment.state_files import frame_hash, row_hashes
 
-SCHEMA = 2  # of the JSON files: what an older version left is made anew, not reused
+log = logging.getLogger(__name__)
+
+SCHEMA = 3  # of the JSON files: what an older version left is made anew, not reused
 Module = TypeVar("Module", bound=nn.Module)
 EVENT_STATES = "egpt_event_states.pt"
+CHECKED_AT_ONCE = 1 << 30  # bytes of states that are compared with their hashes whenever they are loaded
+VERIFY = "python -m feature_alignment.artifacts verify outputs/<name>"
 EXTRACT = "python feature_alignment/extract_hidden_states.py --config configs/demo.yaml --split {split}"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it on success and removed on failure."""
+    """A temporary name beside `path`, renamed to it on success, once its bytes are on the disk, and removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = temporary_name(path)
     try:
         yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -55,14 +70,44 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
 
 
+def write_sealed(path: Path, content: dict[str, Any], beside: Sequence[str] = ()) -> None:
+    """JSON that tells later whether it, or one of the files `beside` it (paths from its folder), was altered."""
+    files = {name: file_hash(path.parent / name) for name in beside}
+    plain = json.loads(json.dumps(finite({**content, "files": files}), allow_nan=False))
+    write_json(path, {**plain, "content_hash": content_hash(plain)})
+
+
+def content_hash(content: dict[str, Any]) -> str:
+    """Of everything in a JSON object but its own `content_hash`."""
+    return config_hash({k: v for k, v in content.items() if k != "content_hash"})
+
+
 def read_json(path: Path, make_it: str) -> Any:
-    """A JSON file, or a UserError that names the command that makes it."""
+    """A JSON file, or a UserError that names the command that makes it; one that says its hash must still have it."""
     if not path.is_file():
         raise UserError(f"{path} is not there. Make it first:\n  {make_it}")
     try:
-        return json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}). Make it again:\n  {make_it}") from None
+    if isinstance(content, dict) and content.get("content_hash", content_hash(content)) != content_hash(content):
+        raise UserError(f"{path} was altered after it was written. Make it again:\n  {make_it}")
+    return content
+
+
+def read_sealed(path: Path, make_it: str) -> dict[str, Any]:
+    """A JSON object that one of these scripts wrote and nobody has altered, or a UserError that names the command that makes it."""
+    content = read_json(path, make_it)
+    if not isinstance(content, dict) or "content_hash" not in content:
+        raise UserError(f"{path} does not say its own hash: an older version wrote it, or somebody else. Make it again:\n  {make_it}")
+    return content
+
+
+def altered(path: Path, content: dict[str, Any], names: Iterable[str] | None = None) -> list[str]:
+    """Those of the files beside a sealed JSON at `path` (all, or `names`) that are gone or not as they were."""
+    files = content.get("files", {})
+    there = {name: path.parent / name for name in (files if names is None else names)}
+    return [name for name, file in there.items() if not file.is_file() or file_hash(file) != files.get(name)]
 
 
 def load_pt(path: Path, make_it: str) -> Any:
@@ -70,15 +115,39 @@ def load_pt(path: Path, make_it: str) -> Any:
     if not path.is_file():
         raise UserError(f"{path} is not there. Make it first:\n  {make_it}")
     try:
-        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        check_pt(path)
+        content = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        _refuse_views(content, path.stat().st_size)
+        return content
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, OSError, … for damaged files
-        reason = str(error).strip().splitlines()[0][:160]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
         raise UserError(f"{path} could not be read ({reason}). Make it again:\n  {make_it}") from None
 
 
+def _refuse_views(content: Any, file_bytes: int) -> None:
+    """A tensor may show one number a billion times; whoever copies it then needs the memory."""
+    for part in content.values() if isinstance(content, dict) else [content]:
+        if isinstance(part, Tensor):
+            if part.numel() * part.element_size() > file_bytes or not part.is_contiguous():
+                raise ValueError(f"a tensor of {tuple(part.shape)} shows more than the file holds")
+        elif isinstance(part, dict):
+            _refuse_views(part, file_bytes)
+
+
 def save_pt(path: Path, content: Any) -> None:
+    """The same content gives the same bytes, whoever writes it: torch would put a file's (temporary) name into the file."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with replacing(path) as temporary:
-        torch.save(content, temporary)
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def weights_hash(state_dict: Mapping[str, Tensor]) -> str:
+    """Of names and numbers alone: equal for two trainings that came to the same weights."""
+    digest = hashlib.sha256()
+    for name, tensor in state_dict.items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def file_hash(path: Path) -> str:
@@ -98,41 +167,65 @@ def config_hash(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def provenance(script: str, cfg: Common, made_from: dict[str, Path], **facts: Any) -> dict[str, Any]:
-    """The `meta` of everything a script writes. `made_from`: name -> file or checkpoint directory, stored as hashes."""
+Sources = Mapping[str, Path | Sequence[Path]]  # name -> a file, a checkpoint directory, or several files
+
+
+def provenance(script: str, cfg: Common, made_from: Sources, **facts: Any) -> dict[str, Any]:
+    """The `meta` of everything a script writes: settings, hashes of `made_from` and where it lay (`inputs`), what was mended."""
     return {
         "made_by": script,
         "argv": sys.argv[1:],
         "config": as_plain(cfg),
         **_identity(cfg, made_from),
+        "inputs": {name: str(p) if isinstance(p, Path) else [str(q) for q in p] for name, p in made_from.items()},
+        "mended": mended_files(),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
-        "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": {
+            "cpu": platform.machine(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **facts,
     }
 
 
-def _identity(cfg: Common, made_from: dict[str, Path]) -> dict[str, Any]:
+def _identity(cfg: Common, made_from: Sources) -> dict[str, Any]:
     settings = {k: v for k, v in as_plain(cfg).items() if k != "resume"}
-    hashes = {name: file_hash(path) for name, path in made_from.items() if path.exists()}
+    hashes = {name: source_hash(source) for name, source in made_from.items() if not isinstance(source, Path) or source.exists()}
     return {"schema": SCHEMA, "config_hash": config_hash(settings), "made_from": hashes}
 
 
-def identity_of(cfg: Common, made_from: dict[str, Path]) -> str:
+def identity_of(cfg: Common, made_from: Sources) -> str:
     """One short hash of the settings and the files something is made from."""
     return config_hash(_identity(cfg, made_from))
 
 
-def reusable(path: Path, cfg: Common, made_from: dict[str, Path]) -> dict[str, Any] | None:
-    """The JSON at `path` if `--resume` is on and it was made with these settings from these very files, else None."""
+def source_hash(source: Path | Sequence[Path]) -> str:
+    """Of a file, a checkpoint directory, or several files in their order."""
+    return file_hash(source) if isinstance(source, Path) else config_hash({str(i): file_hash(path) for i, path in enumerate(source)})
+
+
+def reusable(path: Path, cfg: Common, made_from: Sources) -> dict[str, Any] | None:
+    """The JSON at `path` if `--resume` is on, it was made with these settings from these very files, and neither it nor a file
+    beside it was altered since; else None."""
     if not (cfg.resume and path.is_file()):
         return None
-    content = read_json(path, f"rm {path}")
+    try:
+        content = read_sealed(path, f"rm {path}")
+    except UserError as error:
+        log.warning("%s  It is made anew.", str(error).splitlines()[0])
+        return None
     meta = content.get("meta", content)
-    same = all(meta.get(key) == value for key, value in _identity(cfg, made_from).items())
-    return content if same else None
+    if any(meta.get(key) != value for key, value in _identity(cfg, made_from).items()):
+        return None
+    if changed := altered(path, content):
+        log.warning("%s: %s was altered or is gone; all of it is made anew.", path.parent, ", ".join(changed))
+        return None
+    return content
 
 
 def _git_commit() -> str | None:
@@ -168,6 +261,14 @@ class HiddenStates:
     meta: dict[str, Any]
     events: Tensor | None = None
 
+    def refuse_non_finite(self, rows: Tensor | Sequence[int], *states: Tensor) -> None:
+        """raises UserError, naming the first sample of `rows` [b] of which one of `states` [b, ...] is not finite"""
+        for part in states:
+            bad = ~torch.isfinite(part.flatten(1)).all(1)
+            if bad.any():
+                row = self.rows[int(rows[int(bad.nonzero()[0])])]
+                raise UserError(f"sample {row['id']}: its states are not finite. Look for what was altered:\n  {VERIFY}")
+
     @property
     def ended(self) -> Tensor:
         """[n] bool: texts that end with EOS, not at the length limit."""
@@ -186,15 +287,27 @@ def load_trained(path: Path, kind: str, build: Callable[..., Module], size: str,
     raises: UserError for a file of another kind, or a damaged one
     """
     saved = load_pt(path, make_it)
-    geometry = saved.get("meta", {}).get("geometry", {}) if isinstance(saved, dict) else {}
-    if size not in geometry or "state_dict" not in saved:
+    meta = saved.get("meta") if isinstance(saved, dict) else None
+    geometry, layers = (meta.get("geometry"), meta.get("draft_layers")) if isinstance(meta, dict) else (None, None)
+    if not isinstance(geometry, dict) or size not in geometry or not isinstance(saved.get("state_dict"), dict):
         raise UserError(f"{path} is not {kind} (wanted meta with its geometry, and state_dict). Train one:\n  {make_it}")
-    module = build(**geometry)
+    if not isinstance(layers, list) or not layers or not all(type(k) is int for k in layers):
+        raise UserError(f"{path} does not say which of EventGPT's layers it reads (draft_layers {layers!r}). Train it again:\n  {make_it}")
+    beside = path.parent / "meta.json"
+    if beside.is_file() and altered(beside, read_json(beside, make_it), [path.name]):
+        raise UserError(f"{path} is not the file that {beside} describes; one of them was altered. Train it again:\n  {make_it}")
     try:
+        with torch.device("meta"):  # shapes first: the sizes a file states may be anything
+            shapes = {name: tensor.shape for name, tensor in build(**geometry).state_dict().items()}
+        if shapes != {name: tensor.shape for name, tensor in saved["state_dict"].items()}:
+            raise ValueError("its weights do not fit its geometry")
+        if not all(torch.isfinite(tensor).all() for tensor in saved["state_dict"].values()):
+            raise ValueError("it holds weights that are not finite")
+        module = build(**geometry)
         module.load_state_dict(saved["state_dict"])
-    except RuntimeError as error:
-        raise UserError(f"{path} is damaged: {error}. Train it again:\n  {make_it}") from None
-    return module.eval(), saved["meta"]
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {str(error)[:300]}. Train it again:\n  {make_it}") from None
+    return module.eval(), meta
 
 
 def layer_file(layer: int) -> str:
@@ -210,7 +323,12 @@ def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, eve
     events: read EventGPT's event states as well
     """
     command = EXTRACT.format(split=directory.name)
-    meta = read_json(directory / "meta.json", command)
+    meta = read_sealed(directory / "meta.json", command)
+    small = [n for n in meta["files"] if n.endswith((".pt", ".jsonl"))]
+    if changed := altered(directory / "meta.json", meta, small):
+        raise UserError(
+            f"{directory}: {', '.join(changed)} was altered after this split was extracted. Make it again:\n  {command} --no_resume"
+        )
     name, there = "egpt_hidden_states.pt", meta["draft_layers"]
     if meta.get("separate_layers"):
         if layers is None or len(layers) != 1 or layers[0] not in there:
@@ -224,14 +342,11 @@ def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, eve
         raise UserError(
             f"{directory} holds EventGPT's layers {there} as one state, not {list(layers)}. Extract those, or all with --separate_layers."
         )
-    draft, target = (load_pt(directory / file, command) for file in (name, "vl_hidden_states.pt"))
     positions = load_pt(directory / "positions.pt", command)
-    try:
-        rows = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory / 'samples.jsonl'}: {error}. Make it again:\n  {command}") from None
-    shapes = {"egpt": tuple(draft.shape), "vl": tuple(target.shape), "token_ids": tuple(positions["token_ids"].shape), "rows": len(rows)}
-    if draft.ndim != 3 or draft.shape[:2] != target.shape[:2] or draft.shape[:2] != positions["token_ids"].shape or len(rows) != len(draft):
+    rows = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
+    draft, target = (_load_states(directory / file, rows, meta, command) for file in (name, "vl_hidden_states.pt"))
+    if draft.shape[:2] != target.shape[:2] or draft.shape[:2] != positions["token_ids"].shape:
+        shapes = {"egpt": draft.shape, "vl": target.shape, "token_ids": positions["token_ids"].shape}
         raise UserError(f"the files in {directory} do not fit each other: {shapes}. Make them again:\n  {command}")
     for file, tensor, width in ((name, draft, "hidden_size_draft"), ("vl_hidden_states.pt", target, "hidden_size_target")):
         if tensor.shape[-1] != meta[width]:
@@ -242,62 +357,30 @@ def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, eve
             raise UserError(
                 f"{directory} holds no event states, which the chained adapter reads. Extract them:\n  {command} --event_states"
             )
-        seen = load_pt(directory / EVENT_STATES, command)
+        seen = _load_states(directory / EVENT_STATES, rows, meta, command)
     return HiddenStates(draft, target, **{k: positions[k] for k in ("token_ids", "mask", "lengths")}, rows=rows, meta=meta, events=seen)
 
 
-# ------------------------------------------------------------------------------------------------------- answers of both models
-
-
-def write_token_pairs(path: Path, meta: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
-    """{meta, results: [{sample_id, sequence, query, and of both models the tokens and the text of its own answer}]}, row by row."""
-    keys = ("egpt_tokens", "egpt_text", "vl_tokens", "vl_text")
-    with replacing(path) as temporary, temporary.open("w") as stream:
-        stream.write('{"meta": ' + json.dumps(finite(meta), allow_nan=False) + ',\n"results": [')
-        for i, r in enumerate(rows):
-            result = {"sample_id": r["id"], "sequence": r["sequence"], "query": r["question"], **{k: r[k] for k in keys}}
-            stream.write(",\n" * bool(i) + json.dumps(result))
-        stream.write("]}\n")
-
-
-def read_token_pairs(path: Path) -> list[dict[str, Any]]:
-    """Rows with `egpt_tokens` and `vl_tokens`, from `{"results": [...]}`."""
-    content = read_json(path, EXTRACT.format(split="test"))
-    rows = content.get("results") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f'{path} holds no rows; wanted {{"results": [{{"egpt_tokens": […], "vl_tokens": […], …}}]}}.')
-    for i, row in enumerate(rows):
-        for key in ("egpt_tokens", "vl_tokens"):
-            tokens = row.get(key) if isinstance(row, dict) else None
-            if not isinstance(tokens, list) or not all(isinstance(t, int) and not isinstance(t, bool) for t in tokens):
-                raise UserError(f"{path}, row {i}: {key} must be a list of token ids.")
-    return rows
-
-
-Answers = dict[str, tuple[array, array]]  # sample id -> Video-LLaVA's tokens, EventGPT's tokens
-
-
-def load_answers(path: Path, settings: dict[str, Any], sample_ids: Sequence[str]) -> Answers:
-    """Both models' own answers from a token pairs file.
-
-    settings: of the run that wants them; a file that says it was made by other models, clips or limits is refused
-    raises:   UserError if they do not fit, or a sample has none
-    """
-    content = read_json(path, "leave --answers out, and they are generated")
-    made = content.get("meta", {}).get("settings", {})
-    wrong = [k for k in ("target", "draft", "manifest", "dtype", "max_new_tokens") if k in made and made[k] != settings[k]]
-    if wrong:
-        lines = "".join(f"\n  {k}: {made[k]} there, {settings[k]} now" for k in wrong)
-        raise UserError(f"{path} holds answers of another run:{lines}\nLeave --answers out to generate them.")
-    try:
-        found = {str(r["sample_id"]): (array("i", r["vl_tokens"]), array("i", r["egpt_tokens"])) for r in content["results"]}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: {error!r}; wanted results with sample_id, vl_tokens, egpt_tokens.") from None
-    answers = {i: found[i] for i in sample_ids if i in found and all(1 <= len(a) <= settings["max_new_tokens"] for a in found[i])}
-    if len(answers) < len(sample_ids):
-        without = next(i for i in sample_ids if i not in answers)
+def _load_states(path: Path, rows: Sequence[dict[str, Any]], meta: dict[str, Any], command: str) -> Tensor:
+    """One file of states, memory-mapped. Its frame is compared with its hash, its rows with theirs where that takes a second."""
+    states = load_pt(path, command)
+    if not isinstance(states, Tensor) or states.ndim != 3 or not 0 < len(states) == len(rows):
+        raise UserError(f"{path} does not hold the {len(rows)} rows of samples.jsonl. Make it again:\n  {command} --no_resume")
+    if frame_hash(path, states.nbytes) != meta["frames"].get(path.name):
         raise UserError(
-            f"{path} has answers of 1 to {settings['max_new_tokens']} tokens for {len(answers)} of {len(sample_ids)} samples, "
-            f"none for {without!r}. Leave --answers out to generate them."
+            f"{path} is not the file that its meta.json describes: files swapped, or altered? Make it again:\n  {command} --no_resume"
         )
-    return answers
+    if states.nbytes <= CHECKED_AT_ONCE:
+        for about, found in zip(rows, row_hashes(path, len(rows), states[0].nbytes), strict=True):
+            if about["sha256"][path.name] != found:
+                raise UserError(f"{path}: the states of sample {about['id']} were altered. Make them again:\n  {command} --no_resume")
+    else:
+        log.info("%s: %.3g GB are not compared with their hashes now; that takes\n  %s", path, states.nbytes / 1e9, VERIFY)
+    return states
+
+
+if __name__ == "__main__":
+    from feature_alignment.console import run
+    from feature_alignment.verification import main
+
+    run(main)

@@ -34,6 +34,7 @@ class BenchmarkConfig(Common):
         split: manifest the prompts are taken from
         train_split: whose answers the null drafters know
         num_draft_tokens: drafts per verification, one row each
+        most_draft_tokens: the most drafts per verification of the adaptive rows
         threshold: cosine above which feature and relaxed keep a draft
         max_new_tokens: longest answer, EOS included
         repeats: timed runs of every method on every prompt
@@ -43,6 +44,7 @@ class BenchmarkConfig(Common):
     split: str = "test"
     train_split: str = "train"
     num_draft_tokens: list[int] = dataclasses.field(default_factory=lambda: [3, 5, 8])
+    most_draft_tokens: int = 24
     threshold: float = 0.9
     max_new_tokens: int = 64
     repeats: int = 3
@@ -51,24 +53,23 @@ class BenchmarkConfig(Common):
 
 @dataclass(frozen=True)
 class Mode:
-    """One row of the benchmark: who drafts, what is kept."""
+    """One row of the benchmark: who drafts, how much, what is kept."""
 
     draft: str
     accept: str
     num_draft_tokens: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.draft} + {self.accept}, {self.num_draft_tokens} drafts"
+    adaptive: bool = False
 
 
-def modes(gammas: Sequence[int], adapters: Sequence[str]) -> list[Mode]:
+def modes(gammas: Sequence[int], most: int, adapters: Sequence[str]) -> list[Mode]:
     """Adapted drafts (the first of `adapters` at every length) under all rules; the others losslessly, for comparison: the n-gram
-    table at every length too, because a draft costs it nothing."""
+    table at every length too, because a draft costs it nothing. At most `most` drafts where the length adapts."""
     middle = gammas[len(gammas) // 2]
     return [
         *[Mode(draft, "token", g) for draft in (adapters[0], "ngram") for g in gammas],
-        *[Mode(draft, "token", middle) for draft in (*adapters[1:], "hybrid", "own", "template")],
+        Mode("hybrid", "token", gammas[-1]),
+        *[Mode(draft, "token", most, adaptive=True) for draft in (adapters[0], "hybrid", "own")],
+        *[Mode(draft, "token", middle) for draft in (*adapters[1:], "own", "template", "lookup", "previous")],
         *[Mode(draft, accept, middle) for draft in adapters for accept in ("feature", "relaxed")],
     ]
 
@@ -82,19 +83,20 @@ def model_row(mode: Mode, row: dict[str, Any], timed: Timed, cost: dict[str, Any
     c = cost["c_chained" if mode.draft == "chained" else "c"]
     overhead = g * c
     verifications = sum(len(runs[0].rounds) for runs in timed.generations)
+    drafts = sum(len(r.proposed) for runs in timed.generations for r in runs[0].rounds) / max(1, verifications)  # none behind an EOS
     if mode.accept == "relaxed":
         kept = sum(r.num_accepted for runs in timed.generations for r in runs[0].rounds)
         recompute = sum(runs[0].ms.get("recompute", 0.0) for runs in timed.generations)
         rejection = recompute / max(1, verifications) / cost["t_target_ms"]
         tokens = kept / max(1, verifications)  # γ·a, without the bonus token
         modelled = metrics.modelled_speedup(tokens, overhead, rejection)
-        v = verification_cost(cost, g + 1) + rejection
+        v = verification_cost(cost, drafts + 1) + rejection
     else:
         modelled = metrics.modelled_speedup(metrics.tokens_per_pass_iid(a, g), overhead)
-        v = verification_cost(cost, g + 1)
+        v = verification_cost(cost, drafts + 1)
     emitted = sum(len(runs[0].token_ids) - 1 for runs in timed.generations)
     passes = sum(len(runs[0].rounds) or runs[0].passes for runs in timed.generations)
-    corrected = metrics.corrected_speedup(emitted / max(1, passes), g, c, v)
+    corrected = metrics.corrected_speedup(emitted / max(1, passes), drafts, c, v)
     measured = row["decode_speedup"]["value"]
     return {
         "modelled_speedup": modelled,
@@ -120,24 +122,36 @@ def acceptance_of(timed: Timed, clips: Sequence[str], accept: str) -> dict[str, 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(BenchmarkConfig, argv, "benchmark_feature_sd")
-    if not cfg.num_draft_tokens or min(*cfg.num_draft_tokens, cfg.repeats, 1 if cfg.limit is None else cfg.limit) < 1:
-        raise UserError("--num_draft_tokens, --repeats and --limit want numbers of at least 1.")
+    from feature_alignment.processes import claimed
+
+    with claimed(cfg.out / "benchmark"):
+        return benchmark(cfg)
+
+
+def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
+    """Measure, or reuse what is there; returns the content of benchmark.json."""
+    if (
+        not cfg.num_draft_tokens
+        or min(*cfg.num_draft_tokens, cfg.most_draft_tokens, cfg.repeats, 1 if cfg.limit is None else cfg.limit) < 1
+    ):
+        raise UserError("--num_draft_tokens, --most_draft_tokens, --repeats and --limit want numbers of at least 1.")
     from tqdm import tqdm
 
     from feature_alignment import artifacts, report, targets
     from feature_alignment.decoding import measure
     from feature_alignment.decoding.engine import PREFILL_STAGES, greedy, speculate
     from feature_alignment.decoding.null_drafters import NULL_DRAFTERS
+    from feature_alignment.decoding.pace import Pace
     from feature_alignment.decoding.sources import Sources
     from feature_alignment.inputs.samples import read_samples
     from feature_alignment.metrics import break_even
     from feature_alignment.models.pair import load_pair
 
-    samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions)
+    samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions, allow_outside=cfg.allow_outside)
     number = min(cfg.limit or len(samples), len(samples))
     samples = [samples[i * len(samples) // number] for i in range(number)]  # spread over the clips, which the intervals resample
     acceptance_path = cfg.out / "acceptance" / "acceptance.json"
-    acceptance = artifacts.read_json(acceptance_path, MEASURE)
+    acceptance = artifacts.read_sealed(acceptance_path, MEASURE)
     out = cfg.out / "benchmark"
     made_from = {
         "target": cfg.target_id,
@@ -146,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "adapter": cfg.out / "adapter" / "adapter.pt",
         "chained_adapter": cfg.out / "chained_adapter" / "adapter.pt",
         "texts": cfg.out / "token_pairs" / f"{cfg.train_split}.json",
+        "manifest": cfg.manifests[cfg.split],
+        "clips": list(dict.fromkeys(path for s in samples for path in (s.events, s.video))),
         **({"questions": cfg.questions} if cfg.questions else {}),
     }
     result = artifacts.reusable(out / "benchmark.json", cfg, made_from)
@@ -157,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError(f"{acceptance_path} does not know {made_from['chained_adapter']} yet. Measure again:\n  {MEASURE}")
     pair = load_pair(cfg)
     sources = Sources(pair, cfg, cfg.train_split)
-    rows_of = modes(cfg.num_draft_tokens, ("chained", "aligned") if has_chain else ("aligned",))
+    rows_of = modes(cfg.num_draft_tokens, cfg.most_draft_tokens, ("chained", "aligned") if has_chain else ("aligned",))
     proposers = {name: sources.open(name) for name in {mode.draft for mode in rows_of}}
     adapter, chained = sources.adapter, sources.chained_adapter if has_chain else None
     prompts = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]
@@ -167,16 +183,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     def method(mode: Mode) -> Callable[[int], Generation]:
         rule = {"accept": mode.accept, "threshold": cfg.threshold, "num_draft_tokens": mode.num_draft_tokens}
-        return lambda i: speculate(pair.target, proposers[mode.draft], *prompts[i], **rule, max_new_tokens=cfg.max_new_tokens)
+        how = {"max_new_tokens": cfg.max_new_tokens, "pace": Pace() if mode.adaptive else None}
+        return lambda i: speculate(pair.target, proposers[mode.draft], *prompts[i], **rule, **how)
 
-    methods = {"plain": lambda i: greedy(pair.target, prompts[i][0], cfg.max_new_tokens), **{m.name: method(m) for m in rows_of}}
+    methods = {"plain": lambda i: greedy(pair.target, prompts[i][0], cfg.max_new_tokens), **{m: method(m) for m in rows_of}}
     progress = lambda it: tqdm(it, desc="benchmark", unit="prompt", disable=None)  # noqa: E731
-    timed = measure.run_in_turns(methods, len(samples), cfg.repeats, cfg.warmup, progress)
+    measure.run_in_turns(methods, min(cfg.warmup, len(samples)), 1, iter)
+    proposers["previous"] = sources.open("previous")  # it has heard answers that are asked for again
+    timed = measure.run_in_turns(methods, len(samples), cfg.repeats, progress)
     plain = timed["plain"]
 
-    rows = []
+    rows, log_likelihood = [], measure.log_likelihoods(pair.target, [p for p, _ in prompts])
     for mode in rows_of:
-        runs = timed[mode.name]
+        runs = timed[mode]
         emitted = sum(len(g[0].token_ids) - 1 for g in runs.generations)
         row: dict[str, Any] = {
             **dataclasses.asdict(mode),
@@ -191,11 +210,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 for stage in sorted({s for g in runs.generations for s in g[0].ms})
             },
         }
-        row["fidelity"] = measure.fidelity(pair.target, [p for p, _ in prompts], samples, runs, plain)
+        row["fidelity"] = measure.fidelity(pair.target, log_likelihood, samples, runs, plain)
         row["exact_match"] = row["fidelity"]["exact_match"]["value"]
         row |= (
             model_row(mode, row, runs, cost)
-            if mode.draft in ("aligned", "chained")
+            if mode.draft in ("aligned", "chained") and not mode.adaptive
             else {"modelled_speedup": None, "corrected_speedup": None}
         )
         rows.append(row)
@@ -221,8 +240,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         },
         "targets": targets.read(in_use, rows),
     }
-    artifacts.write_json(out / "benchmark.json", result)
     report.write_benchmark_report(result, out)
+    artifacts.write_sealed(out / "benchmark.json", result, ("report.md", "report.html", "speedup.png", "stages.png"))  # last
     _show(result, out, reused=False)
     return result
 

@@ -165,6 +165,7 @@ def text_batches(states: HiddenStates, batches: Iterable[Tensor], device: str) -
     for rows in batches:
         s = int(states.lengths[rows].max())
         parts = (states.target[rows, :s].float(), states.token_ids[rows, :s], states.mask[rows, :s], states.events[rows].float())
+        states.refuse_non_finite(rows, parts[0], parts[3])
         yield Texts(*(part.to(device) for part in parts))
 
 

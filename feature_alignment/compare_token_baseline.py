@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_alignment.config import Common, parse_config
-from feature_alignment.console import markdown_table, print_json_line, print_table, rate_text, run
+from feature_alignment.console import UserError, markdown_table, print_json_line, print_table, rate_text, run
 
 if TYPE_CHECKING:
     from feature_alignment.artifacts import HiddenStates
@@ -57,6 +57,7 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict]) -> dict[st
     import torch
 
     from feature_alignment import artifacts, token_adapter
+    from feature_alignment.answers import read_token_pairs
     from feature_alignment.comparison import verified
     from feature_alignment.decoding.measure import median_ms
     from feature_alignment.decoding.stopwatch import Stopwatch
@@ -64,7 +65,7 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict]) -> dict[st
     path = cfg.out / "token_baseline" / "token_adapter.pt"
     if cfg.train_token_adapter:
         train, validation = (
-            artifacts.read_token_pairs(cfg.out / "token_pairs" / f"{split}.json") for split in (cfg.train_split, cfg.validation_split)
+            read_token_pairs(cfg.out / "token_pairs" / f"{split}.json") for split in (cfg.train_split, cfg.validation_split)
         )
         vocabulary = len(artifacts.load_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", artifacts.EXTRACT.format(split=cfg.train_split)))
         longest = max(len(r[k]) for r in (*train, *validation, *rows) for k in ("egpt_tokens", "vl_tokens"))
@@ -156,14 +157,25 @@ def tables(report: dict[str, Any], num_draft_tokens: int) -> list[tuple[str, tup
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(ComparisonConfig, argv, "compare_token_baseline")
+    if cfg.num_draft_tokens < 1:
+        raise UserError(f"--num_draft_tokens wants at least 1, got {cfg.num_draft_tokens}.")
+    from feature_alignment.processes import claimed
+
+    with claimed(cfg.out / "token_baseline"):
+        return compare(cfg)
+
+
+def compare(cfg: ComparisonConfig) -> dict[str, Any]:
+    """Compare; returns the content of comparison.json."""
     import torch
 
     from feature_alignment import artifacts, comparison, plots
+    from feature_alignment.answers import read_token_pairs
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     path = cfg.token_pairs or cfg.out / "token_pairs" / f"{cfg.split}.json"
-    rows, out = artifacts.read_token_pairs(path), cfg.out / "token_baseline"
+    rows, out = read_token_pairs(path), cfg.out / "token_baseline"
     report: dict[str, Any] = {"token_level": comparison.free_running_agreement(rows, cfg.num_draft_tokens)}
     report |= dict.fromkeys(("feature_level", "aligned_token_level", "chained_token_level", "token_adapter", "own_drafts"))
     report |= {"feature_rules": {}, "kept_by_cosine": {}, "examples": [], "nulls": {}}
@@ -174,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             report["nulls"] = comparison.null_drafter_reports(first, second, g)
     else:
         acceptance_path, train_path = cfg.out / "acceptance" / "acceptance.json", cfg.out / "token_pairs" / f"{cfg.train_split}.json"
-        acceptance = artifacts.read_json(acceptance_path, MEASURE)
+        acceptance = artifacts.read_sealed(acceptance_path, MEASURE)
         states = artifacts.load_hidden_states(cfg.out / "hidden_states" / cfg.split, cfg.draft_layers)
         made_from |= {"acceptance": acceptance_path, "train_token_pairs": train_path}
         levels = {"aligned": acceptance | {"params": acceptance["adapter"]["params"]}}
@@ -190,16 +202,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if "egpt_drafts" in states.rows[0]:
             drafts = comparison.right([r["egpt_drafts"] for r in states.rows], states.rows)
             report["own_drafts"] = {**comparison.verified(drafts, states.rows, g), "params": 0}
-        report["nulls"] = comparison.null_drafter_reports(artifacts.read_token_pairs(train_path), rows, g)
+        report["nulls"] = comparison.null_drafter_reports(read_token_pairs(train_path), rows, g)
         if states.rows[0].get("facts"):
             report["kept_by_cosine"], report["examples"] = judge_kept(cfg, states)
             plots.threshold_sweep(report["kept_by_cosine"], out)
     shown = tables(report, g)
     report["rows"] = [{"table": title, **dict(zip(header, row, strict=True))} for title, header, lines in shown for row in lines]
     report = {"meta": artifacts.provenance("compare_token_baseline", cfg, made_from), **report}
-    artifacts.write_json(out / "comparison.json", report)
     markdown = [f"**{title}**\n\n{markdown_table(header, lines)}\n" for title, header, lines in shown]
     artifacts.write_text(out / "comparison.md", "\n".join(markdown))
+    beside = ("comparison.md", *(("threshold_sweep.png",) if report["kept_by_cosine"] else ()))
+    artifacts.write_sealed(out / "comparison.json", report, beside)
     for title, header, lines in shown:
         print_table(title, header, lines)
     if report["examples"]:

@@ -64,7 +64,7 @@ def verified(bits: Tensor, rows: Sequence[dict[str, Any]], num_draft_tokens: int
     }
 
 
-def right(drafts: Sequence[Sequence[int]], rows: Sequence[dict[str, Any]]) -> Tensor:
+def right(drafts: Sequence[Sequence[int | None]], rows: Sequence[dict[str, Any]]) -> Tensor:
     """Where drafts are the target's tokens: [n, longest text] bool."""
     bits = torch.zeros(len(rows), max(len(r["vl_tokens"]) for r in rows), dtype=torch.bool)
     for i, (draft, row) in enumerate(zip(drafts, rows, strict=True)):
@@ -74,13 +74,14 @@ def right(drafts: Sequence[Sequence[int]], rows: Sequence[dict[str, Any]]) -> Te
 
 
 def null_drafter_reports(train: Sequence[dict], rows: Sequence[dict], num_draft_tokens: int) -> dict[str, Any]:
-    """Each null drafter on the target's own texts (the trace identity makes that exact for lossless decoding)."""
+    """Each null drafter on the target's own texts, in their order (the trace identity makes that exact for lossless decoding)."""
     reports = {}
     for name, fit in NULL_DRAFTERS.items():
         table, drafts = fit([(r["query"], r["vl_tokens"]) for r in train]), []
         for row in rows:
             tokens = row["vl_tokens"]
             drafts.append([table.next_token(row["query"], tokens[:t]) for t in range(len(tokens))])
+            table.finished(row["query"], tokens)
         reports[name] = {**verified(right(drafts, rows), rows, num_draft_tokens), "params": 0}
     return reports
 

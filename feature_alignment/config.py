@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import typing
 from collections.abc import Sequence
@@ -26,7 +27,9 @@ SCRIPTS = (
     "feature_sd_inference",
     "benchmark_feature_sd",
 )
+_LARGEST = 2**53  # every JSON reader keeps integers up to here
 _ALIASES = {"gamma": "num_draft_tokens", "gammas": "num_draft_tokens", "max_samples": "limit"}
+_LONGEST_CONFIG = 100_000
 T = TypeVar("T", bound="Common")
 
 
@@ -39,6 +42,7 @@ class Common:
         draft_id: checkpoint directory of the drafter (EventGPT)
         manifests: sample list of each split, JSON lines or the EventGPT/DSEC JSON
         questions: ask every clip these instead of its own: a JSON list, or one per line
+        allow_outside: clips of a manifest may lie outside its own folder
         event_window_ms: cut event streams to this many milliseconds, at most 100 (default: whole; 100 ms or more are refused)
         event_start_ms: where the window begins, from a file's first event on; a sample's own `event_start_ms` wins
         frame_sampling: which eight frames: linspace (first to last, as Video-LLaVA was trained) or arange (as its model card shows)
@@ -60,6 +64,7 @@ class Common:
     draft_id: Path = Path("data/demo/eventgpt")
     manifests: dict[str, Path] = field(default_factory=dict)
     questions: Path | None = None
+    allow_outside: bool = False
     event_window_ms: float | None = None
     event_start_ms: float = 0.0
     frame_sampling: Literal["linspace", "arange"] = "linspace"
@@ -113,12 +118,27 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
     if values["output_dir"] is None:
         values["output_dir"] = Path("outputs") / (Path(config_path).stem if config_path else "default")
     cfg = cls(**values)
+    _refuse_senseless(cfg)
     if show:
         import yaml
 
         print(yaml.safe_dump(as_plain(cfg), sort_keys=False), end="")
         sys.exit(0)
     return cfg
+
+
+def _refuse_senseless(cfg: Common) -> None:
+    """raises UserError for numbers that no setting can mean"""
+    for name, value in as_plain(cfg).items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
+            raise UserError(f"--{name} {value}: wanted a finite number.")
+        if any(isinstance(v, int) and abs(v) > _LARGEST for v in numbers):
+            raise UserError(f"--{name} {value}: wanted a number of at most {_LARGEST:,}.")
+    if cfg.threads < 0 or cfg.seed < 0:
+        raise UserError(f"--threads {cfg.threads}, --seed {cfg.seed}: wanted 0 or more.")
+    if cfg.threads > 1024:
+        raise UserError(f"--threads {cfg.threads}: wanted at most 1,024.")
 
 
 def as_plain(cfg: Any) -> dict[str, Any]:
@@ -193,8 +213,10 @@ def _file_flags(cls: type, path: Path, section: str, chosen: str | None) -> list
     import yaml
 
     try:
-        content = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text()
+        _refuse_endless(path, text)
+        content = yaml.load(text, Loader=yaml.BaseLoader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     known = {"common", *SCRIPTS, "train_hidden_adapter.plain", "train_hidden_adapter.chained"}
     if not isinstance(content, dict) or not set(content) <= known:
@@ -212,6 +234,17 @@ def _file_flags(cls: type, path: Path, section: str, chosen: str | None) -> list
                 raise UserError(f"{path}: unknown key `{part}.{key}`; known here: {', '.join(sorted(allowed))}.")
             flags.append(f"--{key}={value if isinstance(value, str) else json.dumps(_unquoted_numbers(value))}")
     return flags
+
+
+def _refuse_endless(path: Path, text: str) -> None:
+    """raises UserError for YAML that is small to write and large to read: aliases multiply, brackets in brackets take for ever"""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text[: _LONGEST_CONFIG + 1], Loader=yaml.BaseLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > 10 or len(text) > _LONGEST_CONFIG:
+            raise UserError(f"{path}: wanted at most {_LONGEST_CONFIG:,} characters, 10 levels of nesting and no aliases (*name).")
 
 
 def _unquoted_numbers(value: Any) -> Any:

@@ -1,4 +1,8 @@
-"""What a script says and how it ends: logs on stderr, results on stdout, a user's mistake as one message and exit code 2."""
+"""What a script says and how it ends: logs on stderr, results on stdout, a user's mistake as one message and exit code 2.
+
+Exit codes: 0 done; 2 something the user can mend, said in one message (a mistake, a damaged file, a full disk, too little memory);
+130 Ctrl-C; 143 SIGTERM. Whatever the code, what has its final name is complete.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,12 @@ import math
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
+
+log = logging.getLogger(__name__)
 
 
 class UserError(Exception):
@@ -17,23 +25,58 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a script's `main`: a UserError becomes its message and exit code 2, Ctrl-C exit code 130."""
+    """Run a script's `main` and end with one of the exit codes above. SIGTERM unwinds like Ctrl-C: locks and temporary files go."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("transformers", "httpx", "matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _stop(str(error))
     except BrokenPipeError:  # `… | head` closed our stdout: not an error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # no room, no permission, a file that vanished: the machine's matter, not the program's
+        _stop(f"{error.filename or 'a file'}: {error.strerror or error}. What is complete is kept; mend this and type the same again.")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in ("not enough memory", "out of memory")):
+            raise
+        _stop(f"this needs more memory than there is ({str(error)[:200]}). Type smaller sizes or a smaller --batch_size.")
+
+
+def _stop(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+_mended: dict[str, dict[str, str]] = {}  # file -> kind -> message
+
+
+def mended(path: str | Path, kind: str, message: str) -> None:
+    """Say once what was changed in a file before it was used; it is counted in the `meta` of what comes of it.
+
+    kind: what is counted, a few words; message: what was done, with its numbers
+    """
+    known = _mended.setdefault(str(path), {})
+    if known.get(kind) != message:
+        known[kind] = message
+        log.warning("%s: %s", path, message)
+
+
+def mended_in(*paths: str | Path) -> list[str]:
+    """The kinds of changes made in these files."""
+    return [kind for path in paths for kind in _mended.get(str(path), {})]
+
+
+def mended_files() -> dict[str, int]:
+    """Kind -> number of files that this process has mended."""
+    return dict(Counter(kind for kinds in _mended.values() for kind in kinds))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -18,9 +18,12 @@ hidden_states/ into one and run the command with `--merge`. All ways give the sa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,7 +34,7 @@ from feature_alignment.console import UserError, print_json_line, print_table, r
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from feature_alignment.artifacts import Answers
+    from feature_alignment.answers import Answers
     from feature_alignment.hidden_states_writer import HiddenStatesWriter
     from feature_alignment.inputs.samples import Sample
     from feature_alignment.models.pair import Decoder, Pair
@@ -93,8 +96,12 @@ def extract(
     """
     from tqdm import tqdm
 
-    from feature_alignment.artifacts import EVENT_STATES
+    from feature_alignment.artifacts import EVENT_STATES, file_hash
+    from feature_alignment.console import mended_in
     from feature_alignment.models.batches import ClipBatch
+
+    folder = cfg.manifests[cfg.split].resolve().parent
+    hash_of = functools.cache(lambda path: [os.path.relpath(path.resolve(), folder), file_hash(path)])
 
     todo = [rows for rows in mine if any(place[row] not in writer.done for row in rows)]
     total, began = sum(map(len, todo)), time.perf_counter()
@@ -117,8 +124,12 @@ def extract(
             ):
                 length = min(len(v), len(g))  # `own` is paired by index, up to the shorter text
                 about = {"id": sample.id, "sequence": sample.sequence, "question": sample.question, "facts": sample.facts}
+                about["clip"] = dict(hash_of(path) for path in (sample.events, sample.video))
+                if mended := mended_in(sample.events, sample.video):
+                    about["mended"] = mended
                 for who, decoder, tokens in (("vl", pair.target, vl_tokens), ("egpt", pair.draft, egpt_tokens)):
                     about |= {f"{who}_tokens": tokens, f"{who}_text": decoder.tokenizer.decode(tokens, skip_special_tokens=True)}
+                about["cut"] = cuts(vl_tokens, egpt_tokens, read, cfg)
                 kept = {**draft_files(pair.draft, g[:length], cfg), "vl_hidden_states.pt": v[:length]}
                 if events is not None:
                     kept[EVENT_STATES] = events
@@ -130,6 +141,15 @@ def extract(
             if n == 0 and first:
                 seconds = (time.perf_counter() - began) / len(rows) * total
                 log.info("extract  %s: about %.0f s for %d rows, judging by the first batch", cfg.split, seconds, total)
+
+
+def cuts(vl_tokens: list[int], egpt_tokens: list[int], read: list[int], cfg: ExtractConfig) -> list[str]:
+    """What a row lacks because of a limit: these are counted in `meta` and printed."""
+    from feature_alignment.models.pair import EOS
+
+    named = {"Video-LLaVA's answer reached max_new_tokens": vl_tokens, "EventGPT's answer reached max_new_tokens": egpt_tokens}
+    found = [name for name, tokens in named.items() if tokens[-1] != EOS]
+    return [*found, "states beyond max_positions not kept"] if len(read) == cfg.max_positions and read[-1] != EOS else found
 
 
 def draft_files(draft: Decoder, hidden: Tensor, cfg: ExtractConfig) -> dict[str, Tensor]:
@@ -152,14 +172,15 @@ def settings_of(cfg: ExtractConfig) -> dict[str, Any]:
         "answers": cfg.answers,
         "questions": cfg.questions,
     }
-    elsewhere = ("target_id", "draft_id", "manifests", "answers", "questions", "resume", "output_dir", "threads", "seed", "merge")
+    elsewhere = {"target_id", "draft_id", "manifests", "answers", "questions", "allow_outside"}
+    elsewhere |= {"resume", "output_dir", "threads", "seed", "merge"}
     settings = {k: v for k, v in as_plain(cfg).items() if k not in elsewhere}
     return settings | {k: file_hash(p) if p and p.exists() else None for k, p in paths.items()}
 
 
 def known_answers(cfg: ExtractConfig, settings: dict[str, Any], sample_ids: Sequence[str]) -> Answers | None:
     """Answers to read instead of generating them: those asked for, or what an earlier run of the same models left here."""
-    from feature_alignment.artifacts import load_answers
+    from feature_alignment.answers import load_answers
 
     if cfg.answers:
         return load_answers(cfg.answers, settings, sample_ids)
@@ -174,32 +195,58 @@ def known_answers(cfg: ExtractConfig, settings: dict[str, Any], sample_ids: Sequ
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(ExtractConfig, argv, "extract_hidden_states")
+    from feature_alignment import hidden_states_writer as files
+    from feature_alignment.inputs.samples import read_samples
+    from feature_alignment.processes import check_device, claimed, processes
+
+    shard, shards = parse_shard(cfg)
+    check_device(cfg.device)
+    samples = read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions, cfg.allow_outside)
+    settings = settings_of(cfg)
+    out = cfg.out / "hidden_states" / (files.shard_name(cfg.split, shard, shards) if cfg.shard else cfg.split)
+    rank, world, device, wait = processes(cfg.device)
+    if cfg.resume and files.complete(out, settings):
+        return report(cfg, out, reused=True, first=rank == 0)
+    with claimed(out) if rank == 0 else nullcontext():
+        if cfg.merge:
+            token_pairs = cfg.out / "token_pairs" / f"{cfg.split}.json"
+            files.merge_shards(out, settings, {s.id: row for row, s in enumerate(samples)}, token_pairs, cfg.resume)
+        else:
+            fill(cfg, samples, settings, out, (shard, shards), (rank, world, device, wait))
+    return report(cfg, out, reused=False, first=rank == 0)
+
+
+def fill(
+    cfg: ExtractConfig,
+    samples: Sequence[Sample],
+    settings: dict[str, Any],
+    out: Path,
+    part: tuple[int, int],
+    process: tuple[int, int, str, Callable[[], None]],
+) -> None:
+    """Extract this process's rows of `samples` into `out`; the first process makes the files and gives them their names.
+
+    part: shard i of n; process: number, how many, device, wait, as `processes` says
+    """
     import torch
 
     from feature_alignment import artifacts
     from feature_alignment import hidden_states_writer as files
-    from feature_alignment.inputs.samples import read_samples
     from feature_alignment.models.batches import batches
     from feature_alignment.models.pair import load_draft, load_pair
-    from feature_alignment.processes import processes
 
-    shard, shards = parse_shard(cfg)
-    samples, settings = read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions), settings_of(cfg)
-    out = cfg.out / "hidden_states" / (files.shard_name(cfg.split, shard, shards) if cfg.shard else cfg.split)
-    token_pairs = None if cfg.shard else cfg.out / "token_pairs" / f"{cfg.split}.json"
-    rank, world, device, wait = processes(cfg.device)
-    if cfg.resume and files.complete(out, settings):
-        return report(cfg, out, reused=True, first=rank == 0)
-    if cfg.merge:
-        files.merge_shards(out, settings, {s.id: row for row, s in enumerate(samples)}, token_pairs, cfg.resume)
-        return report(cfg, out, reused=False)
-
+    (shard, shards), (rank, world, device, wait) = part, process
     answers = known_answers(cfg, settings, [s.id for s in samples])
     pair = load_pair(dataclasses.replace(cfg, device=device))
+    refuse_foreign_ids(answers, pair.target.vocab_size)
     speaker = pair.draft
     if (cfg.own_drafts or not answers) and not pair.draft.has_own_head:
         speaker = load_draft(dataclasses.replace(cfg, device=device, draft_layers=None))
     parts = batches(samples, cfg.batch_size)[shard - 1 :: shards]
+    if not parts:
+        raise UserError(
+            f"--shard {cfg.shard}: {len(samples)} rows in batches of {cfg.batch_size} leave nothing for it; wanted fewer shards."
+        )
     place = {row: i for i, row in enumerate(row for part in parts for row in part)}
     width, dtype = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens), getattr(torch, cfg.store_dtype)
     nothing = draft_files(pair.draft, torch.empty(0, pair.draft.hidden_size), cfg)
@@ -220,15 +267,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     wait()
     if rank:
         writer = files.HiddenStatesWriter(out, len(place), shapes, dtype, rank)
-    extract(pair, speaker, samples, parts[rank::world], cfg, writer, answers, place, first=rank == 0)
+    try:
+        extract(pair, speaker, samples, parts[rank::world], cfg, writer, answers, place, first=rank == 0)
+        wait()
+        if rank == 0:
+            artifacts.save_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", pair.target.head_weight.detach().cpu().clone())
+            if cfg.event_states:
+                artifacts.save_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", pair.target.embeddings.cpu().clone())
+            writer.finish(describe(pair, cfg, settings, len(place)), None if cfg.shard else cfg.out / "token_pairs" / f"{cfg.split}.json")
+    finally:
+        writer.close()
     wait()
-    if rank == 0:
-        artifacts.save_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", pair.target.head_weight.detach().cpu().clone())
-        if cfg.event_states:
-            artifacts.save_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", pair.target.embeddings.cpu().clone())
-        writer.finish(describe(pair, cfg, settings, len(place)), token_pairs)
-    wait()
-    return report(cfg, out, reused=False, first=rank == 0)
+
+
+def refuse_foreign_ids(answers: Answers | None, vocab_size: int) -> None:
+    """raises UserError for answers with an id that the pair does not share"""
+    for sample_id, texts in (answers or {}).items():
+        if max(map(max, texts)) >= vocab_size:
+            raise UserError(f"the answers of sample {sample_id} hold ids beyond the {vocab_size} of this pair: texts of another one.")
 
 
 def parse_shard(cfg: ExtractConfig) -> tuple[int, int]:
@@ -280,9 +336,12 @@ def report(cfg: ExtractConfig, out: Path, reused: bool, first: bool = True) -> d
     rows = [(who, meta["rows"], meta["positions"], size, "+".join(map(str, layers)), norm) for who, size, layers, norm in models]
     if not reused:
         print_table(f"hidden states of {out.name}, prefix: {cfg.prefix}", ("model", "rows", "positions", "width", "layers", "norm"), rows)
+    for kind, count in {**meta["mended"], **meta["cut"]}.items():
+        log.info("extract  %s: %d of %d rows", kind, count, meta["rows"])
     if cfg.shard:
         log.info("extract  with the folders of all shards under %s, run the command with --merge instead of --shard", out.parent)
-    print_json_line({"split": cfg.split, "rows": meta["rows"], "positions": meta["positions"], "reused": reused, "written": str(out)})
+    counted = {key: meta[key] for key in ("rows", "positions", "mended", "cut")}
+    print_json_line({"split": cfg.split, **counted, "reused": reused, "written": str(out)})
     return meta
 
 

@@ -35,12 +35,15 @@ class InferenceConfig(Common):
         video: a video file or a folder of frames instead of a sample's video
         question: the question about them
         draft: own = the drafter's own tokens; aligned = its adapted states through the target's head; chained = the chained adapter
-            from the target's last state; ngram and template look at no picture; hybrid = ngram where it is sure, else aligned
-        train_split: whose answers ngram and template know
+            from the target's last state; ngram, template, lookup and previous look at no picture; hybrid = ngram where it is sure,
+            else chained (aligned where no chained adapter has been trained)
+        train_split: whose answers ngram, template and previous know
         accept: token is lossless; feature and relaxed keep drafts by cosine
         threshold: cosine above which feature and relaxed keep a draft
-        num_draft_tokens: drafts per verification
+        num_draft_tokens: drafts per verification; with --adaptive the most
+        adaptive: draft on while one more token is expected to gain more than it costs, and not at all where nothing pays
         max_new_tokens: longest answer, EOS included
+        temperature: above 0 the answer is sampled, with the law of sampling from Video-LLaVA alone; --accept token only
     """
 
     split: str = "test"
@@ -48,12 +51,14 @@ class InferenceConfig(Common):
     events: Path | None = None
     video: Path | None = None
     question: str | None = None
-    draft: Literal["own", "aligned", "chained", "hybrid", "ngram", "template"] = "aligned"
+    draft: Literal["own", "aligned", "chained", "hybrid", "ngram", "template", "lookup", "previous"] = "aligned"
     train_split: str = "train"
     accept: Literal["token", "feature", "relaxed"] = "token"
     threshold: float = 0.9
     num_draft_tokens: int = 5
+    adaptive: bool = False
     max_new_tokens: int = 64
+    temperature: float = 0.0
 
 
 def choose_sample(cfg: InferenceConfig) -> Sample:
@@ -66,7 +71,7 @@ def choose_sample(cfg: InferenceConfig) -> Sample:
         if missing:
             raise UserError(f"{', '.join(missing)} missing: --events, --video and --question belong together.")
         return Sample(id=f"{cfg.video.stem}--{cfg.events.stem}", sequence="user", question=cfg.question, events=cfg.events, video=cfg.video)
-    samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions)
+    samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions, allow_outside=cfg.allow_outside)
     if cfg.sample is None:
         return samples[0]
     found = [s for s in samples if s.id == cfg.sample]
@@ -89,34 +94,43 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(InferenceConfig, argv, "feature_sd_inference")
     if min(cfg.num_draft_tokens, cfg.max_new_tokens) < 1:
         raise UserError("--num_draft_tokens and --max_new_tokens want at least 1.")
+    if cfg.temperature < 0 or (cfg.temperature and cfg.accept != "token"):
+        raise UserError(
+            f"--temperature {cfg.temperature} --accept {cfg.accept}: a temperature wants to be 0 (greedy) or above, and sampling is "
+            "lossless only where tokens are compared; pass --accept token."
+        )
     sample = choose_sample(cfg)
     from feature_alignment import artifacts
-    from feature_alignment.decoding.engine import greedy, speculate
+    from feature_alignment.decoding.engine import plain, speculate
+    from feature_alignment.decoding.pace import Pace
+    from feature_alignment.decoding.sampling import Sampler
     from feature_alignment.decoding.sources import Sources
     from feature_alignment.models.pair import load_pair
 
     pair = load_pair(cfg)
     sources = Sources(pair, cfg, cfg.train_split)
-    proposer = sources.open(cfg.draft, compares=cfg.accept != "token")
+    sampler = Sampler(cfg.temperature, cfg.seed, cfg.device) if cfg.temperature else None
+    proposer = sources.open(cfg.draft, cfg.accept != "token", sampler)
     prompt, draft_prompt = pair.target.prepare(sample), pair.draft.prepare(sample)
     rule = {"accept": cfg.accept, "threshold": cfg.threshold, "num_draft_tokens": cfg.num_draft_tokens}
-    for _ in range(2):  # the first run warms up
-        plain = greedy(pair.target, prompt, cfg.max_new_tokens)
-        generation = speculate(pair.target, proposer, prompt, draft_prompt, **rule, max_new_tokens=cfg.max_new_tokens)
+    how = {"max_new_tokens": cfg.max_new_tokens, "sampler": sampler, "pace": Pace() if cfg.adaptive else None}
+    for _ in range(2):  # the first run warms up, and teaches the pace
+        alone = plain(pair.target, prompt, cfg.max_new_tokens, sampler)
+        generation = speculate(pair.target, proposer, prompt, draft_prompt, **rule, **how)
 
     text = _text(pair.target, generation.token_ids)
-    made_from = {"target": cfg.target_id, "draft": cfg.draft_id, **sources.files(cfg.draft)}
+    made_from = {"target": cfg.target_id, "draft": cfg.draft_id, **sources.files(cfg.draft), "clip": [sample.events, sample.video]}
     result = {
         "meta": artifacts.provenance("feature_sd_inference", cfg, made_from),
         "sample": {"id": sample.id, "question": sample.question, "events": str(sample.events), "video": str(sample.video)},
         "text": text,
         **generation.as_dict(),
-        "plain_text": _text(pair.target, plain.token_ids),
-        "plain_ms": plain.total_ms,
-        "exact_match": generation.token_ids == plain.token_ids,
+        "plain_text": _text(pair.target, alone.token_ids),
+        "plain_ms": alone.total_ms,
+        "exact_match": generation.token_ids == alone.token_ids if sampler is None else None,  # two samples need not be equal
     }
     out = cfg.out / "sd" / f"{sample.id}.json"
-    artifacts.write_json(out, result)
+    artifacts.write_sealed(out, result)
     print(f"question  {sample.question}\nanswer    {text}")
     if not result["exact_match"]:
         print(f"plain     {result['plain_text']}")
@@ -128,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "tokens": len(generation.token_ids),
             "tokens_per_pass": round(generation.tokens_per_pass, 3) if generation.passes else None,
             "ms": round(generation.total_ms, 2),
-            "plain_ms": round(plain.total_ms, 2),
+            "plain_ms": round(alone.total_ms, 2),
             "written": str(out),
         }
     )

@@ -150,6 +150,11 @@ def decoder_layer_ms(width: int, tokens: Sequence[int], repeats: int, device: st
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(AdapterConfig, argv, "hidden_adapter")
+    if not cfg.tokens or min(*cfg.tokens, cfg.repeats, cfg.num_taps) < 1:
+        raise UserError("--tokens, --repeats and --num_taps want numbers of at least 1.")
+    from feature_alignment.processes import check_device
+
+    check_device(cfg.device)
     torch.set_num_threads(cfg.threads or 1)  # spinning threads on a busy machine cost far more than they give here
     try:
         adapter = HiddenAdapter(cfg.hidden_size * cfg.num_taps, cfg.hidden_size, cfg.bottleneck)

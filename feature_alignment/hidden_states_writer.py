@@ -4,17 +4,19 @@
     train/             the same .pt files, positions.pt, samples.jsonl, meta.json: one rename, once every row is there
 
 Every `.pt` has its full size from the start and is sparse; a row is written at its place in the file, not through a memory map,
-whose touched pages would count as this process's memory. A process notes its rows in its own progress file after their states.
+whose touched pages would count as this process's memory. A process notes its rows in its own progress file after their states,
+each with the hashes of its states; a resumed run does again what does not have its hash, or whose note is damaged.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
-import struct
-import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feature_alignment.artifacts import EVENT_STATES, read_json, write_json, write_token_pairs
+from feature_alignment.answers import write_token_pairs
+from feature_alignment.artifacts import EVENT_STATES, altered, load_pt, read_json, read_sealed, save_pt, write_json, write_sealed
 from feature_alignment.console import UserError
+from feature_alignment.state_files import frame_hash, row_hash, row_hashes, storage_offset
 
+log = logging.getLogger(__name__)
 ANEW = "the same command with --no_resume"
 
 
@@ -34,11 +39,14 @@ def unfinished(directory: Path) -> Path:
 
 
 def complete(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The meta of the complete run in `directory`, if these settings made it."""
+    """The meta of the complete run in `directory`, if these settings made it and all small files are as they were."""
     if unfinished(directory).is_dir() or not (directory / "meta.json").is_file():
         return None
-    meta = read_json(directory / "meta.json", ANEW)
+    meta = read_sealed(directory / "meta.json", ANEW)
     if _changed(meta.get("settings", {}), settings):
+        return None
+    if changed := altered(directory / "meta.json", meta):
+        log.warning("%s: %s was altered or is gone; the split is extracted anew.", directory, ", ".join(changed))
         return None
     _sweep(directory)
     return meta
@@ -92,14 +100,26 @@ def rows_done(directory: Path) -> set[int]:
     return {row for row, *_ in _notes(unfinished(directory))}
 
 
+def _note(about: dict[str, Any]) -> bytes:
+    """One line of a progress file: a checksum, and what it is of."""
+    text = json.dumps(about).encode()
+    return f"{zlib.crc32(text):08x} ".encode() + text + b"\n"
+
+
+def _read_note(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None for one that a kill cut off or something altered."""
+    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    return json.loads(text) if line.endswith(b"\n") and checksum == f"{zlib.crc32(text):08x}".encode() else None
+
+
 def _notes(part: Path) -> Iterator[tuple[int, Path, int]]:
-    """Every noted row with its progress file and the byte its note begins at; a note cut off by a kill does not count."""
+    """Every row that has a whole note, with its progress file and the byte its note begins at."""
     for path in sorted(part.glob("progress-*.txt")):
         at = 0
         with path.open("rb") as stream:
             for line in stream:
-                if line.endswith(b"\n"):
-                    yield json.loads(line)["row"], path, at
+                if about := _read_note(line):
+                    yield about["row"], path, at
                 at += len(line)
 
 
@@ -107,16 +127,6 @@ def _sweep(directory: Path) -> None:
     """Remove from a complete run what only the unfinished one needed; done after the rename, so that no kill can lose rows."""
     for leftover in (*directory.glob("progress-*.txt"), directory / "settings.json"):
         leftover.unlink(missing_ok=True)
-
-
-def storage_offset(path: Path) -> int:
-    """The byte where the numbers of a bare tensor begin: a `.pt` is a zip whose one data record is not compressed."""
-    with zipfile.ZipFile(path) as archive:
-        record = next(i for i in archive.infolist() if i.filename.endswith("/data/0"))
-    with path.open("rb") as stream:
-        stream.seek(record.header_offset + 26)
-        name, extra = struct.unpack("<HH", stream.read(4))
-    return record.header_offset + 30 + name + extra
 
 
 def check_room(directory: Path, needed_bytes: int) -> None:
@@ -154,9 +164,30 @@ class HiddenStatesWriter:
                 os.replace(fresh, self.part / name)
         self._files = {name: os.open(self.part / name, os.O_RDWR) for name in shapes}
         self._offsets = {name: storage_offset(self.part / name) for name in shapes}
-        self._progress = _open_progress(self.part / f"progress-{rank}.txt")
-        self.done = rows_done(directory)
-        self._waiting: list[str] = []
+        self._progress = [_open_progress(self.part / f"progress-{rank}.txt")]
+        self.done = self._intact() if rank == 0 else rows_done(directory)
+        self._waiting: list[dict[str, Any]] = []
+
+    def _intact(self) -> set[int]:
+        """Noted rows whose states have the hashes they were noted with; others are done again."""
+        noted = {row: self._about(path, at)["sha256"] for row, path, at in _notes(self.part)}
+        wrong: set[int] = set()
+        for name in self._shapes if noted else ():
+            for row, found in enumerate(row_hashes(self.part / name, max(noted) + 1, row_bytes([self._shapes[name]], self._dtype))):
+                if row in noted and noted[row][name] != found:
+                    wrong.add(row)
+        if wrong:
+            log.warning("%s: %d of %d noted rows were altered since; they are done again.", self.part, len(wrong), len(noted))
+            self._forget(wrong)
+        return set(noted) - wrong
+
+    def _forget(self, rows: set[int]) -> None:
+        """Take the notes of `rows` out of every progress file."""
+        for path in self.part.glob("progress-*.txt"):
+            kept = [line for line in path.read_bytes().splitlines(keepends=True) if (a := _read_note(line)) and a["row"] not in rows]
+            with path.open("r+b") as stream:  # in place: the open file is the lock
+                stream.truncate(0)
+                stream.write(b"".join(kept))
 
     def write(self, row: int, states: Mapping[str, Tensor], token_ids: Sequence[int], about: dict[str, Any]) -> None:
         """Store one row; it counts from the next `commit` on.
@@ -164,24 +195,36 @@ class HiddenStatesWriter:
         states: file name -> [n, size], any dtype; of event states all positions. token_ids: n
         raises: UserError for states that are not finite
         """
-        n = len(token_ids)
+        n, hashes = len(token_ids), {}
         for name, tensor in states.items():
-            if not torch.isfinite(tensor).all():
-                raise UserError(f"sample {about['id']}: {name} would hold non-finite states; check the model's dtype and inputs.")
+            stored = tensor.to(self._dtype)  # where float16 ends, bfloat16 goes on
+            if not torch.isfinite(stored).all():
+                raise UserError(
+                    f"sample {about['id']}: {name} would hold non-finite states as {str(self._dtype)[6:]}; "
+                    "check the model's dtype and inputs, or --store_dtype."
+                )
             positions, size = self._shapes[name]
             if tensor.shape != (positions if name == EVENT_STATES else n, size) or not 1 <= n <= self._longest:
                 raise ValueError(f"{name}, row {row}: states {tuple(tensor.shape)} for {n} tokens of at most {self._longest}")
-            self._put(name, row, tensor.to(self._dtype).contiguous().view(torch.uint8).numpy().data)
-        self._waiting.append(json.dumps({"row": row, "read": list(token_ids), **about}) + "\n")
+            data = stored.contiguous().view(torch.uint8).numpy().data.cast("B")
+            hashes[name] = row_hash(data, row_bytes([self._shapes[name]], self._dtype))
+            self._put(name, row, data)
+        self._waiting.append({"row": row, "read": list(token_ids), **about, "sha256": hashes})
 
     def copy(self, row: int, source: Path, source_row: int, about: dict[str, Any]) -> None:
-        """Store a row of another complete run, whose files have the same names, shapes and dtype; `about` has its text as `read`."""
+        """Store a row of another complete run, whose files have the same names, shapes and dtype; `about` has its text as `read`.
+
+        raises: UserError for states that do not have the hash they were written with
+        """
         for name, (positions, size) in self._shapes.items():
-            at = storage_offset(source / name) + source_row * row_bytes([(positions, size)], self._dtype)
+            length = row_bytes([(positions, size)], self._dtype)
             n = positions if name == EVENT_STATES else len(about["read"])
             with (source / name).open("rb") as stream:
-                self._put(name, row, memoryview(os.pread(stream.fileno(), n * size * self._dtype.itemsize, at)))
-        self._waiting.append(json.dumps({"row": row, **about}) + "\n")
+                data = os.pread(stream.fileno(), n * size * self._dtype.itemsize, storage_offset(source / name) + source_row * length)
+            if row_hash(data, length) != about["sha256"][name]:
+                raise UserError(f"{source / name}: the states of sample {about['id']} are not those that were written. Copy it again.")
+            self._put(name, row, memoryview(data))
+        self._waiting.append({"row": row, **about})
 
     def _put(self, name: str, row: int, data: memoryview) -> None:
         at = self._offsets[name] + row * row_bytes([self._shapes[name]], self._dtype)
@@ -194,40 +237,47 @@ class HiddenStatesWriter:
         """Note the rows written since the last commit. States reach the disk first: a noted row is there even if the power fails."""
         for stream in self._files.values():
             os.fdatasync(stream)
-        lines = "".join(self._waiting).encode()
-        if lines and os.write(self._progress, lines) != len(lines):
+        lines = b"".join(map(_note, self._waiting))
+        if lines and os.write(*self._progress, lines) != len(lines):
             raise OSError(f"{self.part}: the disk took only part of the progress notes")
-        os.fdatasync(self._progress)
-        self.done |= {json.loads(line)["row"] for line in self._waiting}
+        os.fdatasync(*self._progress)
+        self.done |= {about["row"] for about in self._waiting}
         self._waiting.clear()
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """What was said about every row, in their order, one at a time; `read` is the text the states stand on."""
         where = {row: (path, at) for row, path, at in _notes(self.part)}
-        streams = {path: path.open("rb") for path, _ in set(where.values())}
         for row in range(self._rows):
-            path, at = where[row]
-            streams[path].seek(at)
-            about = json.loads(streams[path].readline())
+            about = self._about(*where[row])
             del about["row"]
             yield about
-        for stream in streams.values():
-            stream.close()
+
+    def _about(self, path: Path, at: int) -> dict[str, Any]:
+        with path.open("rb") as stream:
+            stream.seek(at)
+            return _read_note(stream.readline()) or {}
 
     def finish(self, meta: dict[str, Any], token_pairs: Path | None = None) -> None:
         """Write what goes beside the states (and the answers to `token_pairs`) and give everything its final name at once."""
         count, width = self._rows, self._longest
-        if token_pairs:
-            write_token_pairs(token_pairs, meta, self.rows())
+        counts: dict[str, Counter[str]] = {"mended": Counter(), "cut": Counter()}
         token_ids, lengths = torch.zeros(count, width, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
         with (self.part / "samples.jsonl").open("w") as stream:
             for row, about in enumerate(self.rows()):
                 read = about.pop("read")
+                for kind, counter in counts.items():
+                    counter.update(about.get(kind, ()))
                 token_ids[row, : len(read)], lengths[row] = torch.tensor(read), len(read)
                 stream.write(json.dumps(about) + "\n")
-        positions = {"token_ids": token_ids, "mask": torch.arange(width) < lengths[:, None], "lengths": lengths}
-        torch.save(positions, self.part / "positions.pt")
-        write_json(self.part / "meta.json", {**meta, "positions": int(lengths.sum())})
+        save_pt(self.part / "positions.pt", {"token_ids": token_ids, "mask": torch.arange(width) < lengths[:, None], "lengths": lengths})
+        meta = {**meta, "positions": int(lengths.sum()), **counts}
+        beside = ["positions.pt", "samples.jsonl", *[f"../{p.name}" for p in sorted(self.directory.parent.glob("vl_*.pt"))]]
+        if token_pairs:
+            write_token_pairs(token_pairs, meta, self.rows())
+            beside.append(os.path.relpath(token_pairs, self.directory))
+        sizes = {name: count * row_bytes([shape], self._dtype) for name, shape in self._shapes.items()}
+        frames = {name: frame_hash(self.part / name, size) for name, size in sizes.items()}
+        write_sealed(self.part / "meta.json", {**meta, "frames": frames}, beside)
         shutil.rmtree(self.part / "fresh", ignore_errors=True)
         if self.directory.is_dir():  # made with other settings, and --no_resume was given
             shutil.rmtree(self.directory)
@@ -236,8 +286,10 @@ class HiddenStatesWriter:
         self.close()
 
     def close(self) -> None:
-        for stream in (*self._files.values(), self._progress):
+        """Let go of the files; a second call does nothing."""
+        for stream in (*self._files.values(), *self._progress):
             os.close(stream)
+        self._files, self._progress = {}, []
 
 
 def shard_name(split: str, shard: int, shards: int) -> str:
@@ -251,7 +303,7 @@ def merge_shards(directory: Path, settings: dict[str, Any], places: Mapping[str,
     raises:   UserError if shards are missing, unfinished, or of other settings
     """
     found = sorted(directory.parent.glob(f"{directory.name}.shard-*-of-*/meta.json"))
-    metas = {path.parent: read_json(path, "the same command with --shard and --no_resume") for path in found}
+    metas = {path.parent: read_sealed(path, "the same command with --shard and --no_resume") for path in found}
     shards = int(found[0].parent.name.rpartition("-")[2]) if found else 1
     wanted = [directory.with_name(shard_name(directory.name, i + 1, shards)) for i in range(shards)]
     if missing := [folder.name for folder in wanted if folder not in metas]:
@@ -263,16 +315,17 @@ def merge_shards(directory: Path, settings: dict[str, Any], places: Mapping[str,
         if changed or not head.is_file():
             what = "\n  ".join(changed) or f"{head} is not there: copy it from any of the machines"
             raise UserError(f"{folder} cannot be merged:\n  {what}")
-    first = torch.load(wanted[0] / "vl_hidden_states.pt", mmap=True, weights_only=True)
-    names = sorted(p.name for p in wanted[0].glob("*_states*.pt"))
-    shapes = {name: tuple(torch.load(wanted[0] / name, mmap=True, weights_only=True).shape[1:]) for name in names}
+    first = load_pt(wanted[0] / "vl_hidden_states.pt", "copy it again")
+    shapes = {name: tuple(load_pt(wanted[0] / name, "copy it again").shape[1:]) for name in metas[wanted[0]]["frames"]}
     check_room(directory.parent, (len(places) - len(rows_done(directory))) * row_bytes(shapes.values(), first.dtype))
     if resume:
         refuse_changes(directory, settings)
     begin(directory, settings, resume)
     writer = HiddenStatesWriter(directory, len(places), shapes, first.dtype)
     for folder in wanted:
-        positions = torch.load(folder / "positions.pt", weights_only=True)
+        if changed := altered(folder / "meta.json", metas[folder], ("positions.pt", "samples.jsonl")):
+            raise UserError(f"{folder}: {', '.join(changed)} was altered after it was written. Copy it again.")
+        positions = load_pt(folder / "positions.pt", "copy it again")
         with (folder / "samples.jsonl").open() as stream:
             for i, line in enumerate(stream):
                 about, n = json.loads(line), int(positions["lengths"][i])

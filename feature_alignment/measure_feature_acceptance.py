@@ -166,6 +166,14 @@ def calibrations(cfg: AcceptanceConfig, head: Tensor, measured: dict[str, tuple[
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(AcceptanceConfig, argv, "measure_feature_acceptance")
+    from feature_alignment.processes import claimed
+
+    with claimed(cfg.out / "acceptance"):
+        return measure(cfg)
+
+
+def measure(cfg: AcceptanceConfig) -> dict[str, Any]:
+    """Measure, or reuse what is there; returns the content of acceptance.json."""
     if cfg.num_draft_tokens < 1 or not (0 < cfg.epsilon < 1 and 0 < cfg.delta < 1):
         raise UserError("--num_draft_tokens wants at least 1, --epsilon and --delta a number between 0 and 1.")
     import torch
@@ -212,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         artifacts.write_text(out / "per_position.csv", "\n".join([",".join(columns), *lines]) + "\n")
         plots.acceptance(report, scores, test, out)
         artifacts.write_text(out / "summary.md", summary(report))
-        artifacts.write_json(out / "acceptance.json", report)  # last: its presence means the rest is there
+        beside = ("scores.pt", "per_position.csv", "summary.md", *(f"{name}.png" for name in plots.ACCEPTANCE))
+        artifacts.write_sealed(out / "acceptance.json", report, beside)  # last: its presence means the rest is there
 
     for title, header, rows in tables(report):
         print_table(title, header, rows)

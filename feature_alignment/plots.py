@@ -17,6 +17,9 @@ from feature_alignment.scoring import Scores
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"  # Okabe and Ito
 
 
+ACCEPTANCE = ("cosine_histogram", "reliability", "accepted_lengths", "acceptance_by_position", "predictors")
+
+
 def _save(figure: Any, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)

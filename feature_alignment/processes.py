@@ -1,10 +1,24 @@
-"""One process or many: torchrun starts the same script several times and says so in the environment."""
+"""One process or many: torchrun starts the same script several times and says so in the environment; what one process writes, no
+other may write at the same time.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import json
+import logging
 import os
-from collections.abc import Callable
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from feature_alignment.console import UserError
+
+log = logging.getLogger(__name__)
 
 
 def processes(device: str) -> tuple[int, int, str, Callable[[], None]]:
@@ -15,3 +29,96 @@ def processes(device: str) -> tuple[int, int, str, Callable[[], None]]:
 
     state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))  # the last one may be hours behind the first
     return state.process_index, state.num_processes, str(state.device) if device == "cuda" else device, state.wait_for_everyone
+
+
+def check_device(device: str) -> None:
+    """raises UserError for a device that torch does not know or this machine does not have"""
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UserError(f"--device {device}: wanted cpu, cuda or cuda:<number>.") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: torch {torch.__version__} sees no GPU. Type --device cpu, or install torch's CUDA build.")
+    if kind not in ("cpu", "cuda", "meta"):
+        raise UserError(f"--device {device}: wanted cpu, cuda or cuda:<number>.")
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """What is written at `path` is ours alone while this lasts. `<path>.lock` says whose it is; the kernel lets go of it when its
+    process ends, however it ends, so a lock that can be had again was left by a process that died.
+
+    raises: UserError that names the owner and since when, or a folder that cannot be written
+    """
+    lock = path.with_name(path.name + ".lock")
+    made = [folder for folder in lock.parents if not folder.exists()]
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        stream = _take(lock, path)
+    except OSError as error:
+        raise UserError(f"nothing can be written to {lock.parent} ({error.strerror}). Give an --output_dir that can be written.") from None
+    try:
+        _sweep(path)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(stream)
+        for folder in made:  # a refused run leaves no empty folders behind
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _take(lock: Path, path: Path) -> int:
+    """The open, locked file at `lock`, with our name in it."""
+    host = socket.gethostname()
+    while True:
+        stream = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = _owner(stream)
+            os.close(stream)
+            raise UserError(f"{path} is being written by {_name(owner)}. Wait for it, or give another --output_dir.") from None
+        if lock.is_file() and os.fstat(stream).st_ino == lock.stat().st_ino:
+            break
+        os.close(stream)  # its owner removed it between our opening and locking it
+    owner = _owner(stream)
+    if owner and owner.get("host") != host:  # a shared disk: whether it still runs cannot be seen from here
+        os.close(stream)
+        raise UserError(f"{path} was claimed by {_name(owner)}. If that run has ended, type:\n  rm {lock}")
+    if owner:
+        log.warning("%s was being written by %s, which died; going on.", path, _name(owner))
+    os.ftruncate(stream, 0)
+    os.pwrite(stream, json.dumps({"pid": os.getpid(), "host": host, "since": time.time()}).encode(), 0)
+    return stream
+
+
+def _owner(stream: int) -> dict[str, Any] | None:
+    """Who wrote the lock; None for an empty one, {} where it cannot be told."""
+    content = os.pread(stream, 1000, 0)
+    try:
+        found = json.loads(content) if content else None
+        return found if found is None or isinstance(found, dict) else {}
+    except ValueError:
+        return {"host": socket.gethostname()}  # half written: its process died while doing so
+
+
+def _name(owner: dict[str, Any] | None) -> str:
+    if not owner or not isinstance(owner.get("since"), int | float):
+        return "another process"
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["since"]))
+    minutes = (time.time() - owner["since"]) / 60
+    return f"process {owner.get('pid')} on {owner.get('host')}, since {when} ({minutes:.1f} minutes)"
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes a file before it gets its name."""
+    return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a killed owner left half written at `path` or in it."""
+    for leftover in (*path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"), *path.glob(".*.tmp*")):
+        leftover.unlink(missing_ok=True)

@@ -23,7 +23,6 @@ from feature_alignment.artifacts import HiddenStates
 from feature_alignment.calibration import Judged
 from feature_alignment.chained_adapter import ChainedAdapter, chain_over, text_batches
 from feature_alignment.closed_form import Moments, PositionMeans
-from feature_alignment.console import UserError
 from feature_alignment.decoding.acceptance import cosine_per_position
 
 POSITIONS = 1024  # at a time: their logits are the largest thing in memory
@@ -59,14 +58,10 @@ def positions(states: HiddenStates, device: str = "cpu", number: int = POSITIONS
     """
     width = states.mask.shape[1]
     for rows in torch.arange(len(states.mask)).split(max(1, number // width)):
-        mask = states.mask[rows]
+        mask, draft, target = states.mask[rows], states.draft[rows], states.target[rows]
+        states.refuse_non_finite(rows, draft, target)
         row, at = mask.nonzero(as_tuple=True)
-        found = [part[rows][mask].float().to(device) for part in (states.draft, states.target)]
-        for who, part in zip(("EventGPT", "Video-LLaVA"), found, strict=True):
-            if not torch.isfinite(part).all():
-                bad = int(rows[row[(~torch.isfinite(part).all(-1)).cpu().nonzero()[0, 0]]])
-                raise UserError(f"{who}'s states of sample {states.rows[bad].get('id', bad)!r} are not finite. Extract them again.")
-        yield Positions(*found, rows[row], at)
+        yield Positions(draft[mask].float().to(device), target[mask].float().to(device), rows[row], at)
 
 
 @torch.inference_mode()
@@ -108,12 +103,14 @@ def null_predictors(train: HiddenStates, validation: HiddenStates, test: HiddenS
         statistics.add(some.draft, some.target)
     by_position = means.by_position()
     mean_seconds = time.perf_counter() - began
-    fits = {str(s): statistics.ridge(s) for s in RIDGE_STRENGTHS}
-    reads = lambda fit: lambda some: fit(some.draft)  # noqa: E731
-    tried = score({name: reads(fit) for name, fit in fits.items()}, validation, head)
-    best = max(tried, key=lambda name: float(tried[name].cosine.sum()))
+    best, most, ridge = 0.0, -1.0, None
+    for strength in RIDGE_STRENGTHS:  # one at a time: a full map at width 4096 takes 67 MB
+        fit = statistics.ridge(strength)
+        cosine = float(score({"ridge": lambda some, fit=fit: fit(some.draft)}, validation, head)["ridge"].cosine.sum())
+        if cosine > most:
+            best, most, ridge = strength, cosine, fit
     seconds = time.perf_counter() - began
-    low_rank = statistics.ridge(float(best), min(rank, d_target))
+    low_rank = statistics.ridge(best, min(rank, d_target))
     partner = torch.tensor(other_clip(test))
 
     def shuffled(some: Positions) -> Tensor:
@@ -125,8 +122,8 @@ def null_predictors(train: HiddenStates, validation: HiddenStates, test: HiddenS
             lambda some: by_position[some.at.clamp(max=len(by_position) - 1).to(device)], by_position.numel(), mean_seconds
         ),
         "shuffled": Fitted(shuffled),
-        "ridge": Fitted(reads(fits[best]), fits[best].num_parameters, seconds),
-        "ridge_rank_r": Fitted(reads(low_rank), low_rank.num_parameters, seconds),
+        "ridge": Fitted(lambda some: ridge(some.draft), ridge.num_parameters, seconds),
+        "ridge_rank_r": Fitted(lambda some: low_rank(some.draft), low_rank.num_parameters, seconds),
     }
     if d_draft % d_target == 0:
         nulls = {"identity": Fitted(lambda some: some.draft[:, -d_target:])} | nulls

@@ -73,7 +73,7 @@ def read(adapter: InUse, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "speedup",
             GOAL,
             lossless["speedup"],
-            f"end to end, lossless, {lossless['draft']} drafts, {lossless['num_draft_tokens']} a round; "
+            f"end to end, lossless, {lossless['draft']} drafts, {'up to ' * lossless['adaptive']}{lossless['num_draft_tokens']} a round; "
             f"decoding alone {lossless['decode_speedup']['value']:.2f}; best null drafter end to end {null:.2f}",
         ),
     ]
@@ -94,7 +94,7 @@ def adapter_in_use(
     dtype: torch.dtype,
 ) -> InUse:
     """The adapter behind the fastest lossless row, and the same recipe at the width of the 7B models."""
-    if chained is not None and fastest_lossless(rows)["draft"] == "chained":
+    if chained is not None and fastest_lossless(rows)["draft"] in ("chained", "hybrid"):
         measured = acceptance["chains"]["chained"]
         where = (
             f"test positions, same prefix, drafts 1 to {measured['num_draft_tokens']} of a chain; "

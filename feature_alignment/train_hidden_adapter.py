@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -95,13 +95,32 @@ def plot_curves(history: list[dict[str, float]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(TrainConfig, argv, "train_hidden_adapter", variant="adapter")
+    from contextlib import nullcontext
+
+    from feature_alignment.processes import claimed, processes
+
+    rank, world, device, wait = processes(cfg.device)
+    with claimed(adapter_folder(cfg)) if rank == 0 else nullcontext():
+        meta = train(cfg, rank, world, device, wait)
+        wait()  # nobody leaves before all is written
+    return meta
+
+
+def adapter_folder(cfg: TrainConfig) -> Path:
+    names = {"hidden": "adapter", "plain": "plain_adapter", "chained": "chained_adapter_blind" if cfg.blind else "chained_adapter"}
+    return cfg.out / names[cfg.adapter]
+
+
+def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[], None]) -> dict[str, Any]:
+    """Train, or reuse what is there, as process `rank` of `world`; returns the adapter's meta."""
     if min(cfg.num_epochs, cfg.patience, cfg.batch_size, cfg.bottleneck, cfg.roll_out_steps, cfg.linear_units + 1) < 1:
         raise UserError("--num_epochs, --patience, --batch_size, --bottleneck and --roll_out_steps want at least 1, --linear_units 0.")
     import torch
 
     from feature_alignment import artifacts, training
-    from feature_alignment.processes import processes
+    from feature_alignment.processes import check_device
 
+    check_device(cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     chained, folder = cfg.adapter == "chained", cfg.out / "hidden_states"
@@ -117,20 +136,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError(f"splits {cfg.train_split!r} and {cfg.validation_split!r} share clips; validation must not be trained on.")
     weights = {name: folder / f"{name}.pt" for name in (("vl_lm_head", "vl_embeddings") if chained else ("vl_lm_head",))}
 
-    names = {"hidden": "adapter", "plain": "plain_adapter", "chained": "chained_adapter_blind" if cfg.blind else "chained_adapter"}
-    out = cfg.out / names[cfg.adapter]
+    out = adapter_folder(cfg)
     made_from = {k: split / "meta.json" for k, split in splits.items()} | weights
-    rank, world, device, wait = processes(cfg.device)
     meta = artifacts.reusable(out / "meta.json", cfg, made_from) if (out / "adapter.pt").is_file() else None
     if meta is not None:
         return _show(meta, out, reused=True) if rank == 0 else meta
     wait()  # everyone has looked before anything changes
     start = time.time()
     matrices = [artifacts.load_pt(path, artifacts.EXTRACT.format(split=cfg.train_split)) for path in weights.values()]
-    train = training.train_chained if chained else training.train_hidden
+    learn = training.train_chained if chained else training.train_hidden
     unfinished = training.Checkpoint(out / "unfinished.pt", artifacts.identity_of(cfg, made_from), cfg.resume)
     here = dataclasses.replace(cfg, device=device)
-    adapter, history = train(states["train"], states["validation"], *matrices, here, unfinished, training.Part(rank, world))
+    adapter, history = learn(states["train"], states["validation"], *matrices, here, unfinished, training.Part(rank, world))
     best = min(history, key=lambda h: h["validation_loss"])
     on_validation = lambda h: {k.removeprefix("validation_"): v for k, v in h.items() if k.startswith("validation_")}  # noqa: E731
     meta = artifacts.provenance(
@@ -139,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         made_from,
         geometry=adapter.geometry,
         parameters=adapter.num_parameters,
+        weights_hash=artifacts.weights_hash(adapter.state_dict()),
         draft_layers=a["draft_layers"],
         prefix=a["prefix"],
         best_epoch=best["epoch"],
@@ -151,10 +169,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         artifacts.write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in history))
         plot_curves(history, out / "training_curves.png")
         artifacts.save_pt(out / "adapter.pt", {"meta": meta, "state_dict": {k: v.cpu() for k, v in adapter.state_dict().items()}})
-        artifacts.write_json(out / "meta.json", meta)
+        artifacts.write_sealed(out / "meta.json", meta, ("adapter.pt", "history.jsonl", "training_curves.png"))
         unfinished.path.unlink(missing_ok=True)
         _show(meta, out, reused=False)
-    wait()
     return meta
 
 

@@ -253,8 +253,9 @@ def train_hidden(
 
     def row_batches(some: HiddenStates, batches: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in batches:
-            mask = some.mask[rows]
-            yield some.draft[rows][mask].float().to(cfg.device), some.target[rows][mask].float().to(cfg.device)
+            mask, draft, target = some.mask[rows], some.draft[rows], some.target[rows]
+            some.refuse_non_finite(rows, draft, target)
+            yield draft[mask].float().to(cfg.device), target[mask].float().to(cfg.device)
 
     sample_g, sample_v = next(row_batches(states, shuffled(len(states.draft), 512, 0, 0)))
     scale = Scale(sample_g.mean(0), sample_g.std(0).clamp(min=1e-4), sample_v.std(0).clamp(min=1e-4))

@@ -11,6 +11,7 @@ from feature_alignment.artifacts import HiddenStates
 from feature_alignment.chained_adapter import ChainedAdapter, chain_over, load_chained_adapter, text_batches
 from feature_alignment.console import UserError
 from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.null_drafters import HybridProposer, NGram
 from feature_alignment.decoding.proposers import ChainedProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.measure_feature_acceptance import chain_report
@@ -101,6 +102,33 @@ def test_token_acceptance_is_plain_greedy(gamma, seed):
         plain = greedy(target, prompt_of(*prompt), 30)
         got = speculate(target, proposer, prompt_of(*prompt), prompt_of(*prompt), num_draft_tokens=gamma, max_new_tokens=30)
         assert got.token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("sure", [0.2, 0.5])
+@pytest.mark.parametrize("gamma", [2, 5])
+def test_a_hybrid_chains_over_the_tables_tokens(sure, gamma):
+    """Each of its drafts is the table's where that is sure, else what a chain begun anew and told all drafts so far would say."""
+    model, adapter = tiny_llama(0), an_adapter()
+    target, chained = proposer_of(model, adapter)
+    table = NGram([("", greedy(target, prompt_of(*p), 30).token_ids) for p in PROMPTS[1:]])
+    prompt, spoke = prompt_of(*PROMPTS[0]), [0, 0]
+    got = speculate(target, HybridProposer(table, chained, sure), prompt, prompt, num_draft_tokens=gamma, max_new_tokens=30)
+    assert got.token_ids == greedy(target, prompt, 30).token_ids
+    at = 1
+    for r in got.rounds:
+        text = got.token_ids[:at]
+        states = full_states(model, [*PROMPTS[0], *text])[len(PROMPTS[0]) - 1 : -1].detach()
+        for drafted in r.proposed:
+            token, share = table.guess("", text)
+            spoke[share >= sure] += 1
+            if share < sure:
+                fresh = proposer_of(model, adapter)[1]
+                fresh.start(prompt, Stopwatch())
+                token = int(fresh.propose(text, states, 1, Stopwatch()).token_ids)
+            assert token == drafted
+            text = [*text, drafted]
+        at += r.num_accepted + 1
+    assert min(spoke) > 0
 
 
 def full_states(model, tokens):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
+from oracle import by_model, oracle
 
+from feature_alignment import metrics
 from feature_alignment.decoding.acceptance import kept_drafts
 from feature_alignment.decoding.engine import greedy, speculate
-from feature_alignment.decoding.null_drafters import HybridProposer, NGram, TableProposer, Template
+from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, Previous, TableProposer
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.models.pair import EOS
@@ -31,10 +33,10 @@ def proposer_for(source: str, draft_model, target, adapter):
     texts = [("", greedy(target, prompt_of(*p), MAX).token_ids) for p in PROMPTS[1:]]
     if source == "hybrid":
         return HybridProposer(NGram(texts), ModelProposer(as_decoder(draft_model), adapter, target.lm_head), sure=0.6)
-    return TableProposer((Template if source == "template" else NGram)(texts))
+    return TableProposer(NULL_DRAFTERS[source](texts))
 
 
-@pytest.mark.parametrize("source", ["own", "aligned", "template", "ngram", "hybrid"])
+@pytest.mark.parametrize("source", ["own", "aligned", "hybrid", *NULL_DRAFTERS])
 @pytest.mark.parametrize("noise", [0.0, 0.02, 1.0])
 @pytest.mark.parametrize("gamma", [1, 2, 4, 7])
 def test_token_acceptance_is_plain_greedy(source, noise, gamma):
@@ -49,41 +51,6 @@ def test_token_acceptance_is_plain_greedy(source, noise, gamma):
         assert 1 + sum(r.num_accepted for r in got.rounds) + (got.passes - sum(r.extra_token is None for r in got.rounds)) == len(
             got.token_ids
         )
-
-
-def full_states(model, tokens):
-    return model.model(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
-
-
-@torch.inference_mode()
-def oracle(target, draft, adapter, source, accept, threshold, gamma, prompt, draft_prompt, limit):
-    """The same decoding from its definition, recomputing everything from scratch at every token. Returns tokens and kept counts."""
-    says = lambda text: int(target.lm_head(full_states(target, [*prompt, *text])[-1]).argmax())  # noqa: E731
-    emitted, accepted = [says([])], []
-    while emitted[-1] != EOS and len(emitted) < limit:
-        drafts, expected = [], []
-        for _ in range(min(gamma, limit - len(emitted) - 1)):
-            g = full_states(draft, [*draft_prompt, *emitted, *drafts])[-1]
-            expected.append(adapter(g))
-            drafts.append(int((target.lm_head(expected[-1]) if source == "aligned" else draft.lm_head(g)).argmax()))
-        if not drafts:
-            emitted.append(says(emitted))
-            continue
-        v = full_states(target, [*prompt, *emitted, *drafts])[-len(drafts) - 1 :]
-        wanted = target.lm_head(v).argmax(-1).tolist()
-        cosine = [float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(expected, v, strict=False)]
-        keep = [d == w for d, w in zip(drafts, wanted, strict=False)] if accept == "token" else [c > threshold for c in cosine]
-        if accept == "relaxed":
-            new = [d if k else w for d, w, k in zip(drafts, wanted, keep, strict=False)]
-            new.append(says([*emitted, *new]))
-        else:
-            n = keep.index(False) if False in keep else len(keep)
-            keep = [i < n for i in range(len(keep))]
-            new = [*drafts[:n], wanted[n]]
-        end = new.index(EOS) + 1 if EOS in new else len(new)
-        emitted += new[:end]
-        accepted.append(sum(k for i, k in enumerate(keep) if i < end))
-    return emitted, accepted
 
 
 @pytest.mark.parametrize("accept", ["token", "feature", "relaxed"])
@@ -106,7 +73,8 @@ def test_caches_change_nothing(accept, source, noise, seed):
             num_draft_tokens=gamma,
             max_new_tokens=20,
         )
-        tokens, accepted = oracle(model, other, adapter, source, accept, threshold, gamma, prompt, DRAFT_PROMPT, 20)
+        definition = by_model(other, (2,), DRAFT_PROMPT, adapter, target.lm_head if source == "aligned" else None)
+        tokens, _, accepted = oracle(target, prompt, definition, accept, threshold, gamma, 20)
         assert got.token_ids == tokens
         assert [r.num_accepted for r in got.rounds] == accepted
 
@@ -178,9 +146,9 @@ def test_a_hybrid_asks_the_model_only_where_the_table_is_unsure():
     asked = []
 
     class Watched(ModelProposer):
-        def propose(self, emitted, states, num_tokens, watch):
+        def propose(self, emitted, states, num_tokens, watch, floor=0.0):
             asked.append(len(emitted))
-            return super().propose(emitted, states, num_tokens, watch)
+            return super().propose(emitted, states, num_tokens, watch, floor)
 
     sure = NGram([("", plain.token_ids)] * 9)
     for table, calls in ((sure, 0), (NGram([("", [9])]), 1)):
@@ -189,3 +157,50 @@ def test_a_hybrid_asks_the_model_only_where_the_table_is_unsure():
         got = speculate(target, proposer, prompt_of(*PROMPTS[0]), prompt_of(*PROMPTS[0]), num_draft_tokens=4, max_new_tokens=20)
         assert got.token_ids == plain.token_ids
         assert bool(asked) == bool(calls)
+
+
+def test_lookup_goes_on_behind_the_longest_latest_match():
+    table = Lookup(encode=lambda question: [7, 8] if question else [])
+    assert table.next_token("", [5, 6, 9, 5, 6]) == 9
+    assert table.next_token("", [1, 6, 3, 5, 6, 4, 6]) == 4  # of equally long ones the latest
+    assert table.next_token("", [5, 6, 3, 1, 6, 4, 5, 6]) == 3  # a longer one wins
+    assert table.next_token("asked", [3, 7]) == 8 and table.next_token("", [3, 7]) is None
+
+
+def test_previous_says_what_the_answer_before_it_said():
+    table = Previous([("q", [4, 5, 6, 2])])
+    assert table.next_token("q", [4, 5]) == 6 and table.next_token("other", [4, 5]) is None
+    table.finished("q", [9, 8, 4, 7, 2])
+    assert table.next_token("q", [4]) == 7  # found at another place
+    assert table.next_token("q", [1]) == 8 and table.next_token("q", [1] * 5) is None  # not found: same place
+
+
+def test_an_answer_is_no_help_to_itself():
+    target, proposer = as_decoder(tiny_llama(0)), TableProposer(Previous([]))
+    run = lambda prompt: speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=20)  # noqa: E731
+    prompt, same_again = prompt_of(*PROMPTS[0]), prompt_of(*PROMPTS[0])
+    for _ in range(2):
+        assert all(r.proposed == [] for r in run(prompt).rounds)
+    assert sum(r.num_accepted for r in run(same_again).rounds) > 10  # another prompt that happens to have this answer
+
+
+@pytest.mark.parametrize("source", list(NULL_DRAFTERS))
+@pytest.mark.parametrize("gamma", [1, 3, 6])
+def test_tables_offline_are_tables_in_the_loop(source, gamma):
+    """`next_token` and `finished` over finished texts give the rounds of live decoding."""
+    model = tiny_llama(0)
+    with torch.no_grad():  # texts that repeat themselves and end
+        model.lm_head.weight[EOS] = model.lm_head.weight[greedy(as_decoder(model), prompt_of(*PROMPTS[0]), 12).token_ids[9]] * 1.01
+    target = as_decoder(model)
+    train = [("", greedy(target, prompt_of(1, 5, 9, i), MAX).token_ids) for i in range(3, 9)]
+    prompts = [prompt_of(*p) for p in [*PROMPTS, (1, 5, 9, 5), (1, 5, 9, 13, 2)]]
+    proposer, offline, kept = TableProposer(NULL_DRAFTERS[source](train)), NULL_DRAFTERS[source](train), 0
+    for prompt in prompts:
+        live = speculate(target, proposer, prompt, prompt, num_draft_tokens=gamma, max_new_tokens=MAX)
+        text = live.token_ids
+        bits = torch.tensor([[offline.next_token("", text[:t]) == text[t] for t in range(len(text))]])
+        offline.finished("", text)
+        blocks = metrics.decoding_blocks(bits, torch.ones_like(bits), gamma, torch.tensor([text[-1] == EOS]))
+        assert [r.num_accepted for r in live.rounds] == blocks.accepted[blocks.offered > 0].tolist()
+        kept += int(blocks.accepted.sum())
+    assert kept > 0

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import SHARED, needs
 
+from feature_alignment import console
 from feature_alignment.console import UserError
-from feature_alignment.inputs import events as events_module
 from feature_alignment.inputs.events import check_events, load_events
 
 
@@ -37,7 +37,7 @@ def log_of(caplog):
 
 @pytest.fixture(autouse=True)
 def heard_once():
-    events_module._say.cache_clear()
+    console._mended.clear()
 
 
 # ---- writers, word by word

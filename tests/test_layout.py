@@ -26,7 +26,9 @@ LAYERS = [  # a module may import from its own row and from rows below
     {"models"},
     {"inputs", "demo"},
     {"hidden_states_writer"},
-    {"artifacts", "metrics", "closed_form", "calibration", "token_adapter", "processes"},
+    {"answers"},
+    {"artifacts", "verification", "metrics", "closed_form", "calibration", "token_adapter"},
+    {"processes", "pickles", "state_files"},
     {"config"},
     {"console"},
 ]

@@ -227,7 +227,7 @@ def test_sums_hold_where_channels_are_far_from_zero():
 def test_states_that_are_not_finite_are_named():
     states = random_states(4)
     states.target[3, 0, 2] = float("nan")
-    with pytest.raises(UserError, match="Video-LLaVA's states of sample '3' are not finite"):
+    with pytest.raises(UserError, match="sample 3: its states are not finite"):
         scoring.score(predictors(states), states, torch.randn(V, D))
 
 

@@ -131,17 +131,19 @@ def test_a_second_run_reuses_everything(finished, capsys):
 @pytest.mark.parametrize(
     "extra",
     [
-        *[["--draft", source] for source in ("own", "chained", "hybrid", "ngram", "template")],
+        *[["--draft", source] for source in ("own", "chained", "hybrid", "ngram", "template", "lookup", "previous")],
+        *[["--draft", source, "--temperature", "0.8"] for source in ("own", "hybrid")],
         ["--draft", "own", "--accept", "feature"],
         ["--draft", "chained", "--accept", "relaxed", "--threshold", "0.1"],
         ["--accept", "feature", "--threshold", "0.5"],
         ["--accept", "relaxed"],
         ["--gamma", "1"],
+        ["--draft", "chained", "--adaptive", "--num_draft_tokens", "9"],
     ],
 )
 def test_inference_in_every_mode(finished, extra):
     result = main_of("feature_sd_inference")(["--config", str(finished / "tiny.yaml"), *extra])
-    assert result["exact_match"] or "--accept" in extra
+    assert result["exact_match"] or "--accept" in extra or "--temperature" in extra
 
 
 @pytest.mark.parametrize("prefix", ["drafter", "own"])
@@ -184,6 +186,8 @@ def test_early_exit_runs_end_to_end(finished, tmp_path):
         ("feature_sd_inference", ["--sample", "nobody"], "no sample 'nobody'"),
         ("feature_sd_inference", ["--question", "Why?"], "belong together"),
         ("feature_sd_inference", ["--num_draft_tokens", "0"], "at least 1"),
+        ("feature_sd_inference", ["--temperature", "0.5", "--accept", "relaxed"], "pass --accept token"),
+        ("feature_sd_inference", ["--temperature", "-1"], "0 .greedy. or above"),
         ("hidden_adapter", ["--bottleneck", "0"], "must be positive"),
         ("benchmark_feature_sd", ["--repeats", "0"], "at least 1"),
     ],

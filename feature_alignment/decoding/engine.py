@@ -1,4 +1,4 @@
-"""Plain greedy decoding and speculative decoding of one prompt, over the same target and the same token counter.
+"""Plain decoding and speculative decoding of one prompt, over the same target and the same token counter.
 
 One round, with g drafts d1..dg after the last emitted token x:
 
@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from feature_alignment.decoding.acceptance import Rule, cosine_per_position, kept_drafts
-from feature_alignment.decoding.proposers import Proposer
+from feature_alignment.decoding.pace import Pace
+from feature_alignment.decoding.proposers import Draft, Proposer
+from feature_alignment.decoding.sampling import Sampler, pick
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.models.pair import EOS, Decoder, Prompt, State
 
 PREFILL_STAGES = ("target_prefill", "draft_prefill")
+DRAFT_STAGES = ("draft", "adapter", "head")
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Round:
     extra_token: int | None
     recomputed: bool
     ms: dict[str, float]
+    stopped: str  # why no more was drafted: "length", "EOS", "unsure", "no idea", or "off" where drafting does not pay
 
     @property
     def num_accepted(self) -> int:
@@ -72,18 +76,23 @@ class Generation:
 
 
 @torch.inference_mode()
-def greedy(target: Decoder, prompt: Prompt, max_new_tokens: int) -> Generation:
-    """The baseline: the target alone, one token per pass, up to and including the first EOS."""
+def plain(target: Decoder, prompt: Prompt, max_new_tokens: int, sampler: Sampler | None = None) -> Generation:
+    """The baseline: the target alone, one token per pass, up to and including the first EOS; greedy without a sampler."""
     watch = Stopwatch(target.device)
     start = watch.now()
     with watch("target_prefill"):
-        state, token = _first_token(target, prompt)
+        state = target.prefill([prompt])
+        token = pick(target.lm_head(state.last), sampler)[0]
     emitted = [int(token)]
     with watch("verify"):
         while emitted[-1] != EOS and len(emitted) < max_new_tokens:
-            token = target.lm_head(target.step(state, token[None])[:, -1]).argmax(-1)
+            token = pick(target.lm_head(target.step(state, token[None])[:, -1]), sampler)[0]
             emitted.append(int(token))
     return Generation(emitted, len(emitted) - 1, watch.now() - start, watch.ms)
+
+
+def greedy(target: Decoder, prompt: Prompt, max_new_tokens: int) -> Generation:
+    return plain(target, prompt, max_new_tokens)
 
 
 @torch.inference_mode()
@@ -97,41 +106,60 @@ def speculate(
     threshold: float = 0.9,
     num_draft_tokens: int = 5,
     max_new_tokens: int = 64,
+    sampler: Sampler | None = None,
+    pace: Pace | None = None,
 ) -> Generation:
     """Draft, verify, accept, roll back, until EOS or exactly `max_new_tokens`.
 
-    accept="token" emits exactly what `greedy` emits. The other rules are lossy: `feature` keeps drafts whose expected state has
-    a cosine above `threshold`, up to the first rejection; `relaxed` keeps any such draft, puts the target's own token in the other
-    places, and lets the target read the corrected block again (its time is the stage "recompute", the rejection cost).
+    accept="token" emits exactly what `greedy` emits; with a sampler it has the law of `plain` with one. The other rules are lossy:
+    `feature` keeps drafts whose expected state has a cosine above `threshold`, up to the first rejection; `relaxed` keeps any such
+    draft, puts the target's own token in the other places, and lets the target read the corrected block again (its time is the stage
+    "recompute", the rejection cost). With a pace, `num_draft_tokens` is the most that are drafted.
     """
+    if sampler is not None and accept != "token":
+        raise ValueError(f"sampling is lossless under the token rule only, got {accept!r}")
     watch = Stopwatch(target.device)
     start = watch.now()
     with watch("target_prefill"):
-        state, token = _first_token(target, prompt)
-    proposer.start(draft_prompt, watch)
+        state = target.prefill([prompt])
+        token = pick(target.lm_head(state.last), sampler)[0]
+    if started := pace is None or pace.drafting:
+        _start(proposer, draft_prompt, watch, pace)
     emitted, rounds, passes = [int(token)], [], 0
     states = state.last.new_empty(max_new_tokens, target.hidden_size)  # states[i] emitted emitted[i]
     states[0] = state.last[0]
     while emitted[-1] != EOS and len(emitted) < max_new_tokens:
         before = dict(watch.ms)
-        g = min(num_draft_tokens, max_new_tokens - len(emitted) - 1)  # the round also emits a token of the target's own
-        draft = proposer.propose(emitted, states[: len(emitted)], g, watch) if g > 0 else None
-        last = torch.tensor([emitted[-1]], device=target.device)
+        room = min(num_draft_tokens, max_new_tokens - len(emitted) - 1)  # the round also emits a token of the target's own
+        floor = 0.0 if pace is None or room <= 0 else pace.next_floor()
+        draft = Draft(torch.tensor([], dtype=torch.long))
+        if room > 0 and floor is not None:
+            if not started:
+                _start(proposer, draft_prompt, watch, pace)
+                started = True
+            draft = proposer.propose(emitted, states[: len(emitted)], room, watch, floor)
+        drafts = draft.token_ids.to(target.device)
+        g, last = len(drafts), torch.tensor([emitted[-1]], device=target.device)
         with watch("verify"):
-            block = last if draft is None else torch.cat([last, draft.token_ids])
-            hidden = target.step(state, block[None])[0]  # [g + 1, d]
-            says = target.lm_head(hidden).argmax(-1)  # [g + 1]
+            hidden = target.step(state, torch.cat([last, drafts])[None])[0]  # [g + 1, d]
+            logits = target.lm_head(hidden)
+            says = logits.argmax(-1)  # [g + 1]
             passes += 1
-        if draft is None:  # room for one token more, which is the last
-            emitted.append(int(says[0]))
-            continue
         with watch("accept"):
             cosine = None if draft.aligned is None else cosine_per_position(draft.aligned, hidden[:g])
-            kept = kept_drafts(accept, draft.token_ids, says[:g], cosine, threshold)
+            if not g:
+                kept, n, extra = drafts.bool(), 0, int(pick(logits, sampler).token)
+            elif sampler is None:
+                kept = kept_drafts(accept, drafts, says[:g], cosine, threshold)
+                n = int(kept.sum())
+                extra = int(says[n if accept != "relaxed" else g])
+            else:
+                kept, behind = sampler.judge(drafts, draft.probs, sampler.probs(logits))
+                n, extra = int(kept.sum()), int(behind)
+        tokens, recomputed = drafts[:n], False
         if accept == "relaxed":
-            tokens = torch.where(kept, draft.token_ids, says[:g])
+            tokens = torch.where(kept, drafts, says[:g])
             recomputed = not bool(kept.all())
-            extra = int(says[g])
             if recomputed:
                 with watch("recompute"):
                     n = g - int(kept.int().argmin())
@@ -140,32 +168,46 @@ def speculate(
                     extra = int(target.lm_head(reread[-1]).argmax(-1))
                     passes += 1
         else:
-            recomputed, n = False, int(kept.sum())
-            tokens, extra = draft.token_ids[:n], int(says[n])
             with watch("rollback"):
                 target.rollback(state, g - n)
         new = [*tokens.tolist(), extra]
         ended = new.index(EOS) + 1 if EOS in new else len(new)
         states[len(emitted) : len(emitted) + ended] = hidden[:ended]
         emitted += new[:ended]
-        kept_list = [k and i < ended for i, k in enumerate(kept.tolist())]  # nothing behind EOS counts
-        rounds.append(
-            Round(
-                proposed=draft.token_ids.tolist(),
-                target_says=says[:g].tolist(),
-                kept=kept_list,
-                cosine=None if cosine is None else cosine.tolist(),
-                extra_token=extra if ended == len(new) else None,
-                recomputed=recomputed,
-                ms={k: v - before.get(k, 0.0) for k, v in watch.ms.items() if v > before.get(k, 0.0)},
+        ms = {k: v - before.get(k, 0.0) for k, v in watch.ms.items() if v > before.get(k, 0.0)}
+        if pace is not None:
+            drafting = sum(ms.get(stage, 0.0) for stage in DRAFT_STAGES)
+            pace.passed(g, ended, drafting, sum(ms.values()) - drafting - ms.get("draft_prefill", 0.0))
+        if room > 0:  # else there was room for one token more, which is the last
+            rounds.append(
+                Round(
+                    proposed=drafts.tolist(),
+                    target_says=says[:g].tolist(),
+                    kept=[k and i < ended for i, k in enumerate(kept.tolist())],  # nothing behind EOS counts
+                    cosine=None if cosine is None else cosine.tolist(),
+                    extra_token=extra if ended == len(new) else None,
+                    recomputed=recomputed,
+                    ms=ms,
+                    stopped=_why(drafts, room, floor),
+                )
             )
-        )
+    if started:
+        proposer.finish(emitted)
     return Generation(emitted, passes, watch.now() - start, watch.ms, rounds)
 
 
-def _first_token(target: Decoder, prompt: Prompt) -> tuple[State, Tensor]:
-    state = target.prefill([prompt])
-    return state, target.lm_head(state.last).argmax(-1)
+def _start(proposer: Proposer, prompt: Prompt, watch: Stopwatch, pace: Pace | None) -> None:
+    proposer.start(prompt, watch)
+    if pace is not None:
+        pace.started(watch.ms.get("draft_prefill", 0.0))
+
+
+def _why(drafts: Tensor, room: int, floor: float | None) -> str:
+    if len(drafts) == room:
+        return "length"
+    if len(drafts):
+        return "EOS" if int(drafts[-1]) == EOS else "unsure" if floor else "no idea"
+    return "off" if floor is None else "no idea"
 
 
 def _reread(target: Decoder, state: State, tokens: Tensor, n: int) -> Tensor:

@@ -6,8 +6,9 @@ Ratios are sums over sums, intervals resample clips, methods take turns on every
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,9 @@ class Timed:
 
 
 def run_in_turns(
-    methods: dict[str, Callable[[int], Generation]], num_prompts: int, repeats: int, warmup: int, progress: Callable
-) -> dict[str, Timed]:
-    """Every method on every prompt, `repeats` times, the order rotating; the first `warmup` prompts are run once before."""
-    for i in range(min(warmup, num_prompts)):
-        for method in methods.values():
-            method(i)
+    methods: dict[Hashable, Callable[[int], Generation]], num_prompts: int, repeats: int, progress: Callable
+) -> dict[Hashable, Timed]:
+    """Every method on every prompt, `repeats` times, the order rotating."""
     timed = {name: Timed([[] for _ in range(num_prompts)]) for name in methods}
     names = list(methods)
     for i in progress(range(num_prompts)):
@@ -133,18 +131,33 @@ def costs(
     }
 
 
-def verification_cost(cost: dict[str, Any], num_tokens: int) -> float:
+def verification_cost(cost: dict[str, Any], num_tokens: float) -> float:
     """v(num_tokens), linear between the measured points."""
     points = sorted((int(k), v) for k, v in cost["v"].items())
     return float(np.interp(num_tokens, [k for k, _ in points], [v for _, v in points]))
 
 
-@torch.inference_mode()
-def fidelity(target: Decoder, prompts: Sequence[Prompt], samples: Sequence[Sample], texts: Timed, plain: Timed) -> dict[str, Any]:
+def log_likelihoods(target: Decoder, prompts: Sequence[Prompt]) -> Callable[[int, tuple[int, ...]], float]:
+    """(prompt, text) -> the target's log-probability of the text behind the prompt, computed once for each."""
+
+    @cache
+    @torch.inference_mode()
+    def log_likelihood(i: int, tokens: tuple[int, ...]) -> float:
+        ids = torch.tensor([tokens], device=target.device)
+        log_p = target.lm_head(target.teacher_force(target.prefill([prompts[i]]), ids)).float().log_softmax(-1)
+        return float(log_p.gather(-1, ids[..., None]).sum())
+
+    return log_likelihood
+
+
+def fidelity(
+    target: Decoder, log_likelihood: Callable[[int, tuple[int, ...]], float], samples: Sequence[Sample], texts: Timed, plain: Timed
+) -> dict[str, Any]:
     """How a method's texts differ from the target's own: exact match, token agreement, log-likelihood, true facts, kept drafts.
 
-    token_agreement: same token at the same place, over the longer text; log_likelihood: the target's mean log-probability of an
-    emitted token; kept_differently: kept drafts the target would not have said, as synonyms or errors by the world's dictionary
+    token_agreement: same token at the same place, over the longer text; log_likelihood: (prompt, text) -> the target's log-probability
+    of the text, reported per token; kept_differently: kept drafts the target would not have said, as synonyms or errors by the world's
+    dictionary
     """
     clips = [s.sequence for s in samples]
     pairs = list(zip(texts.texts, plain.texts, strict=True))
@@ -156,12 +169,8 @@ def fidelity(target: Decoder, prompts: Sequence[Prompt], samples: Sequence[Sampl
             np.array([float(max(len(a), len(b))) for a, b in pairs]),
         ).rate(clips),
     }
-    likelihood = []
-    for prompt, (tokens, _) in zip(prompts, pairs, strict=True):
-        ids = torch.tensor([tokens], device=target.device)
-        log_p = target.lm_head(target.teacher_force(target.prefill([prompt]), ids)).float().log_softmax(-1)
-        likelihood.append(float(log_p.gather(-1, ids[..., None]).sum()))
-    report["log_likelihood"] = Counts(np.array(likelihood), np.array([float(len(a)) for a, _ in pairs])).rate(clips)
+    likelihood = np.array([log_likelihood(i, tuple(tokens)) for i, tokens in enumerate(texts.texts)])
+    report["log_likelihood"] = Counts(likelihood, np.array([float(len(a)) for a, _ in pairs])).rate(clips)
     if all(s.facts for s in samples):
         report |= _judged_by_the_world(target, samples, texts)
     return report

@@ -10,41 +10,69 @@ import torch
 from torch import Tensor
 
 from feature_alignment.chained_adapter import ChainedAdapter
+from feature_alignment.decoding.sampling import Pick, Sampler, pick
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.models.pair import Decoder, Prompt, State
+from feature_alignment.models.pair import EOS, Decoder, Prompt, State
 
 
 @dataclass(frozen=True)
 class Draft:
-    """token_ids [g] int64; aligned [g, d_target] = A(g_t), the target states expected to emit them, or None."""
+    """Proposed tokens, possibly none.
+
+    token_ids:  [g] int64
+    aligned:    [g, d_target] = A(g_t), the target states expected to emit them, or None
+    probs:      [g, v], what each token was drawn from; None: none was drawn
+    confidence: the chance that all are kept, as far as it was asked for
+    """
 
     token_ids: Tensor
-    aligned: Tensor | None
+    aligned: Tensor | None = None
+    probs: Tensor | None = None
+    confidence: float = 1.0
+
+    @classmethod
+    def of(cls, picks: Sequence[Pick], aligned: Sequence[Tensor | None], confidence: float) -> Draft:
+        """From one token after the other, at least one: a pick of one row and [1, d_target] each."""
+        probs = [p.probs for p in picks]
+        both = (torch.cat(list(x)) if x[0] is not None else None for x in (aligned, probs))
+        return cls(torch.cat([p.token for p in picks]), *both, confidence)
 
 
 class Proposer(Protocol):
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """Read a new prompt."""
 
-    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch) -> Draft:
-        """Draft the tokens after `emitted` (all text so far, never shorter than in the call before).
+    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
+        """Draft at most num_tokens tokens behind `emitted` (the text so far; what the target has said of it never changes), none
+        behind an EOS.
 
-        states: [n, d_target], the target's own states that emitted the first n of them
+        states: [n, d_target], the target's own states that emitted the first n tokens; the others are drafts themselves
+        floor:  the draft whose chance to be kept, with all before it, is below this is the last. Drafts that cost nothing ignore it
         """
 
+    def finish(self, emitted: Sequence[int]) -> None:
+        """The text is complete."""
 
-class ModelProposer:
+
+class ModelProposer(Proposer):
     """EventGPT drafts, token by token, and is fed what it drafted.
 
-    target_head: W, target states -> logits. Given, the drafts are `aligned` = argmax W A(g); without it they are the drafter's
-                 `own` = argmax of its own head.
+    target_head: W, target states -> logits. Given, the drafts are `aligned`, from W A(g); without it they are the drafter's `own`,
+                 from its own head.
     adapter:     A; without it (own drafts) no state is expected, and only the `token` rule can judge the drafts
+    sampler:     draws the drafts; without it they are the most likely tokens
     """
 
-    def __init__(self, draft: Decoder, adapter: Callable[[Tensor], Tensor] | None, target_head: Callable[[Tensor], Tensor] | None) -> None:
+    def __init__(
+        self,
+        draft: Decoder,
+        adapter: Callable[[Tensor], Tensor] | None,
+        target_head: Callable[[Tensor], Tensor] | None,
+        sampler: Sampler | None = None,
+    ) -> None:
         if target_head is not None and adapter is None:
             raise ValueError("aligned drafts need an adapter")
-        self._draft, self._adapter, self._target_head = draft, adapter, target_head
+        self._draft, self._adapter, self._target_head, self._sampler = draft, adapter, target_head, sampler
         self._state: State | None = None
         self._read: list[int] = []  # tokens in the drafter's cache behind the prompt
 
@@ -54,25 +82,23 @@ class ModelProposer:
         self._read = []
 
     @torch.inference_mode()
-    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch) -> Draft:
+    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
         with watch("draft"):
             hidden = self._catch_up(emitted)
-        tokens, aligned = [], []
-        for i in range(num_tokens):
-            if i:
+        picks, aligned, chance = [], [], 1.0
+        while not picks or (len(picks) < num_tokens and chance >= floor and int(picks[-1].token) != EOS):
+            if picks:
                 with watch("draft"):
-                    hidden = self._draft.step(self._state, tokens[-1][None])[:, -1]
-            expected = None
-            if self._adapter is not None:
-                with watch("adapter"):
-                    expected = self._adapter(hidden)
-                aligned.append(expected)
+                    hidden = self._draft.step(self._state, picks[-1].token[None])[:, -1]
+            with watch("adapter"):
+                aligned.append(None if self._adapter is None else self._adapter(hidden))
             with watch("head"):
-                logits = self._draft.lm_head(hidden) if self._target_head is None else self._target_head(expected)
-                tokens.append(logits.argmax(-1))
-        token_ids = torch.cat(tokens)
-        self._read += token_ids[:-1].tolist()  # the last draft has not been read
-        return Draft(token_ids, torch.cat(aligned) if aligned else None)
+                logits = self._draft.lm_head(hidden) if self._target_head is None else self._target_head(aligned[-1])
+                picks.append(pick(logits, self._sampler, confidence=floor > 0))
+            chance *= picks[-1].confidence
+        draft = Draft.of(picks, aligned, chance)
+        self._read += draft.token_ids[:-1].tolist()  # the last draft has not been read
+        return draft
 
     def _catch_up(self, emitted: Sequence[int]) -> Tensor:
         """Roll back what was not kept, read what was emitted instead; returns the state behind the last emitted token."""
@@ -85,15 +111,23 @@ class ModelProposer:
         return self._draft.step(self._state, missing)[:, -1]
 
 
-class ChainedProposer:
+class ChainedProposer(Proposer):
     """The chained adapter drafts from the target's last verified state; EventGPT is asked once, for what it sees.
 
     target_head: W, target states -> logits
     embeddings:  [v, d_target], the target's input embeddings of the shared ids
+    sampler:     draws the drafts; without it they are the most likely tokens
     """
 
-    def __init__(self, draft: Decoder, adapter: ChainedAdapter, target_head: Callable[[Tensor], Tensor], embeddings: Tensor) -> None:
-        self._draft, self._adapter, self._target_head = draft, adapter, target_head
+    def __init__(
+        self,
+        draft: Decoder,
+        adapter: ChainedAdapter,
+        target_head: Callable[[Tensor], Tensor],
+        embeddings: Tensor,
+        sampler: Sampler | None = None,
+    ) -> None:
+        self._draft, self._adapter, self._target_head, self._sampler = draft, adapter, target_head, sampler
         with torch.inference_mode():
             self._tokens = adapter.tokens(embeddings)
 
@@ -101,22 +135,40 @@ class ChainedProposer:
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         with watch("draft_prefill"):
             self._seen = self._adapter.see(self._draft.vision_states(prompt.ids[None], self._draft.encode_vision(prompt.pixels[None])))
-        self._memory: Tensor | None = None
-        self._read = 0  # how many tokens of the text the memory holds
+        self._memory: Tensor | None = None  # [1, w] of the verified text
+        self._read = 0  # how many tokens that is
+        self._ahead: list[int] = []  # drafts read behind it,
+        self._chain: Tensor | None = None  # and the memory [1, 1, w] with them
 
     @torch.inference_mode()
-    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch) -> Draft:
+    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
         with watch("adapter"):
-            new = torch.tensor([emitted[self._read :]], device=states.device)
-            memories = self._adapter.read(states[None, self._read :], self._tokens[new], self._memory)
-            self._memory, self._read = memories[:, -1], len(emitted)  # verified; drafts below do not touch it
-            memory = memories[:, -1:]
-        tokens, expected = [], []
-        for i in range(num_tokens):
+            self._catch_up(emitted, states)
+        picks, expected, chance = [], [], 1.0
+        while not picks or (len(picks) < num_tokens and chance >= floor and int(picks[-1].token) != EOS):
             with watch("adapter"):
-                if i:
-                    memory = self._adapter.read(expected[-1], self._tokens[tokens[-1]][:, None], memory[:, -1])
-                expected.append(self._adapter.expect(memory, self._seen))
+                if picks:
+                    self._chain = self._adapter.read(expected[-1][:, None], self._tokens[picks[-1].token][:, None], self._chain[:, -1])
+                expected.append(self._adapter.expect(self._chain, self._seen)[:, 0])
             with watch("head"):
-                tokens.append(self._target_head(expected[-1][:, 0]).argmax(-1))
-        return Draft(torch.cat(tokens), torch.cat(expected, 1)[0])
+                picks.append(pick(self._target_head(expected[-1]), self._sampler, confidence=floor > 0))
+            chance *= picks[-1].confidence
+        draft = Draft.of(picks, expected, chance)
+        self._ahead += draft.token_ids[:-1].tolist()
+        return draft
+
+    def _catch_up(self, emitted: Sequence[int], states: Tensor) -> None:
+        """Read what has been verified since the last call; then the tokens behind it, for which only expected states are there."""
+        n = len(states)
+        if n > self._read:
+            new = torch.tensor([emitted[self._read : n]], device=states.device)
+            memories = self._adapter.read(states[None, self._read :], self._tokens[new], self._memory)
+            self._memory, self._read = memories[:, -1], n
+            self._ahead, self._chain = [], memories[:, -1:]
+        behind = list(emitted[n:])
+        if behind[: len(self._ahead)] != self._ahead:
+            self._ahead, self._chain = [], self._memory[:, None]
+        for token in behind[len(self._ahead) :]:
+            expected = self._adapter.expect(self._chain, self._seen)
+            self._chain = self._adapter.read(expected, self._tokens[token][None, None], self._chain[:, -1])
+        self._ahead = behind

@@ -6,12 +6,13 @@ import dataclasses
 from functools import cached_property
 from pathlib import Path
 
-from feature_alignment import artifacts
+from feature_alignment.answers import read_token_pairs
 from feature_alignment.chained_adapter import ChainedAdapter, load_chained_adapter
 from feature_alignment.config import Common
 from feature_alignment.console import UserError
-from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, NGram, TableProposer
+from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
+from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.hidden_adapter import HiddenAdapter, load_adapter
 from feature_alignment.models.pair import Decoder, Pair, load_draft
 
@@ -41,17 +42,21 @@ class Sources:
     @cached_property
     def texts(self) -> list[tuple[str, list[int]]]:
         """(question, tokens) of the target's answers on the training split."""
-        return [(r["query"], r["vl_tokens"]) for r in artifacts.read_token_pairs(self.texts_path)]
+        texts = [(r["query"], r["vl_tokens"]) for r in read_token_pairs(self.texts_path)]
+        if max((max(tokens, default=0) for _, tokens in texts)) >= self._pair.target.vocab_size:
+            raise UserError(f"{self.texts_path} holds ids beyond the {self._pair.target.vocab_size} of this pair: texts of another one.")
+        return texts
 
     def full_draft(self) -> Decoder:
         """The drafter at full depth: its own drafts need its own head."""
         draft = self._pair.draft
         return draft if draft.has_own_head else load_draft(dataclasses.replace(self._cfg, draft_layers=None))
 
-    def open(self, name: str, compares: bool = False) -> Proposer:
+    def open(self, name: str, compares: bool = False, sampler: Sampler | None = None) -> Proposer:
         """A source's proposer; raises UserError if what it needs is not there.
 
         compares: it must say which target states it expects, because the acceptance rule looks at them
+        sampler:  draws the drafts of a model
         """
         target, draft = self._pair.target, self._pair.draft
         if compares and (name not in ("own", "aligned", "chained") or (name == "own" and not draft.has_own_head)):
@@ -64,16 +69,30 @@ class Sources:
                 )
             )
         if name == "own":
-            return ModelProposer(draft, self.adapter, None) if compares else ModelProposer(self.full_draft(), None, None)
+            return ModelProposer(draft if compares else self.full_draft(), self.adapter if compares else None, None, sampler)
         if name == "aligned":
-            return ModelProposer(draft, self.adapter, target.lm_head)
+            return ModelProposer(draft, self.adapter, target.lm_head, sampler)
         if name == "chained":
-            return ChainedProposer(draft, self.chained_adapter, target.lm_head, target.embeddings)
+            return ChainedProposer(draft, self.chained_adapter, target.lm_head, target.embeddings, sampler)
         if name == "hybrid":
-            return HybridProposer(NGram(self.texts), ModelProposer(draft, self.adapter, target.lm_head))
+            return HybridProposer(self.ngram, self.open(self._hybrid_model, sampler=sampler))
+        if name == "ngram":
+            return TableProposer(self.ngram)
+        if name == "lookup":
+            return TableProposer(Lookup(encode=lambda question: target.tokenizer.encode(question, add_special_tokens=False)))
         return TableProposer(NULL_DRAFTERS[name](self.texts))
+
+    @cached_property
+    def ngram(self) -> NGram:
+        return NGram(self.texts)
+
+    @property
+    def _hybrid_model(self) -> str:
+        """Who drafts where the table is not sure: the chained adapter, if one has been trained."""
+        return "chained" if self.chained_path.is_file() else "aligned"
 
     def files(self, name: str) -> dict[str, Path]:
         """The files a source's drafts depend on."""
-        adapter, chained, texts = {"adapter": self.adapter_path}, {"chained_adapter": self.chained_path}, {"texts": self.texts_path}
-        return {"own": {}, "aligned": adapter, "chained": chained, "hybrid": adapter | texts}.get(name, texts)
+        models = {"own": {}, "aligned": {"adapter": self.adapter_path}, "chained": {"chained_adapter": self.chained_path}, "lookup": {}}
+        texts = {"texts": self.texts_path}
+        return models[self._hybrid_model] | texts if name == "hybrid" else models.get(name, texts)

@@ -11,24 +11,26 @@ Each reader returns what the file says; `events.load_events` brings it into one 
 
 from __future__ import annotations
 
+import bisect
 import io
-import logging
-import pickle
+import math
 import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from feature_alignment.console import UserError
-
-log = logging.getLogger(__name__)
+from feature_alignment.console import UserError, mended
+from feature_alignment.pickles import ArraysOnly, look_through
 
 EVENT_FIELDS = ("x", "y", "t", "p")
 INSTALL = "pip install -e '.[events]'"
 DSEC_HW = N_IMAGENET_HW = (480, 640)
+MAX_UNPACKED_BYTES = 1 << 30  # of one packed file, or of one window
+MAX_CHUNK_BYTES = 1 << 26  # of HDF5, which unpacks a whole chunk for one number
 _FIELD_NAMES = (EVENT_FIELDS, ("x_pos", "y_pos", "timestamp", "polarity"))
 
 
@@ -64,70 +66,92 @@ def read_event_file(path: Path, start_us: int = 0, window_us: int | None = None)
 
 # ---- NumPy files
 
-# What a pickled dict of plain arrays needs, and nothing else. Newer NumPy pickles name numpy._core, older ones numpy.core.
-_SAFE_GLOBALS = {
-    (module, name)
-    for root in ("numpy.core", "numpy._core")
-    for module, name in ((f"{root}.multiarray", "_reconstruct"), (f"{root}.multiarray", "scalar"), (f"{root}.numeric", "_frombuffer"))
-} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
 
-
-class _ArraysOnly(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        if (module, name) not in _SAFE_GLOBALS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+def _plain_array(stream: BinaryIO, size: int) -> np.ndarray:
+    """The array of a `.npy` of `size` bytes, without objects; ValueError for one whose header promises more than is there."""
+    version = np.lib.format.read_magic(stream)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(stream)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    promised, there = math.prod(shape) * dtype.itemsize, size - stream.tell()
+    if min(shape, default=0) < 0 or promised > there:
+        raise ValueError(f"its header promises {shape} of {dtype}, {promised:,} bytes; {there:,} are there")
+    stream.seek(0)
+    return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def _read_npy(path: Path) -> dict[str, np.ndarray]:
     """EventGPT's pickled dict, without giving the pickle any code to run; or an array with fields x, y, t, p."""
-    stream = io.BytesIO(path.read_bytes())
+    data = path.read_bytes()
+    stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(stream)
         if dtype.names and set(EVENT_FIELDS) <= set(dtype.names) and not dtype.hasobject:
             stream.seek(0)
-            content = np.lib.format.read_array(stream, allow_pickle=False)
+            content = _plain_array(stream, len(data))
             return {k: content[k] for k in EVENT_FIELDS}
         if dtype != object or shape != ():
             raise UserError(f"{path} holds an array of {dtype} with shape {shape}; wanted EventGPT's pickled dict of x, y, t, p.")
-        content = _ArraysOnly(stream).load()
+        look_through(data[stream.tell() :])
+        content = ArraysOnly(stream).load()
         content = content.item() if isinstance(content, np.ndarray) and content.shape == () else content
+        if not isinstance(content, dict) or not all(isinstance(k, str) for k in content) or not set(EVENT_FIELDS) <= set(content):
+            found = sorted(str(k)[:40] for k in content)[:20] if isinstance(content, dict) else type(content).__name__
+            raise UserError(f"{path} holds {found}; wanted a dict with x, y, t and p.")
+        return {k: _flat(content[k], k, len(data)) for k in EVENT_FIELDS}
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise anything; nothing in it has been run
-        raise UserError(f"{path} could not be read as a dict of event arrays: {error}. Only plain NumPy arrays are accepted.") from None
-    if not isinstance(content, dict) or not set(EVENT_FIELDS) <= set(content):
-        found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path} holds {found}; wanted a dict with x, y, t and p.")
-    return {k: np.asarray(content[k]) for k in EVENT_FIELDS}
+        raise UserError(
+            f"{path} could not be read as a dict of event arrays: {str(error)[:200]}. Only plain NumPy arrays are accepted."
+        ) from None
+
+
+def _flat(column: Any, name: str, file_bytes: int) -> np.ndarray:
+    """A column of the pickled dict; ValueError for one that is no plain array, or a view of less than it shows."""
+    if isinstance(column, list) and all(type(v) in (int, float, bool) for v in column):
+        column = np.array(column)
+    if type(column) is not np.ndarray:
+        raise ValueError(f"{name} is a {type(column).__name__}, wanted an array of numbers")
+    if column.nbytes > file_bytes:
+        raise ValueError(f"{name} shows {column.nbytes:,} bytes, more than the file's {file_bytes:,}")
+    return column
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     """N-ImageNet: one structured array `event_data`, or four arrays x_pos, y_pos, timestamp, polarity."""
     try:
-        with np.load(path) as archive:  # allow_pickle is off
-            if "event_data" in archive:
-                table = archive["event_data"]
-                content = {k: table[k] for k in table.dtype.names or ()}
-            else:
-                wanted = {k for names in _FIELD_NAMES for k in names}
-                content = {k: archive[k] for k in archive.files if k in wanted}
-            found = sorted(content) if content else archive.files
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} could not be read as .npz: {error}. Only plain NumPy arrays are accepted.") from None
+        with zipfile.ZipFile(path) as archive:
+            members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
+            wanted = ["event_data"] if "event_data" in members else [k for k in members if any(k in names for names in _FIELD_NAMES)]
+            unpacked = sum(members[k].file_size for k in wanted)
+            if unpacked > MAX_UNPACKED_BYTES:
+                raise ValueError(f"unpacked it takes {unpacked:,} bytes; at most {MAX_UNPACKED_BYTES:,} are read")
+            content = {}
+            for name in wanted:
+                with archive.open(members[name]) as stream:
+                    content[name] = _plain_array(stream, members[name].file_size)
+    except Exception as error:  # of zipfile, zlib, lzma, NumPy; nothing has been run
+        raise UserError(f"{path} could not be read as .npz: {str(error)[:200]}. Only plain NumPy arrays are accepted.") from None
+    if "event_data" in content:
+        table = content["event_data"]
+        content = {k: table[k] for k in table.dtype.names or ()}
     for names in _FIELD_NAMES:
         if set(names) <= set(content):
             return dict(zip(EVENT_FIELDS, (content[k] for k in names), strict=True))
-    raise UserError(f"{path} holds {found}; wanted `event_data` with fields x, y, t, p, or x_pos, y_pos, timestamp, polarity.")
+    raise UserError(
+        f"{path} holds {sorted(content or members)[:20]}; wanted `event_data` with fields x, y, t, p, or x_pos, y_pos, timestamp, polarity."
+    )
 
 
 # ---- DSEC
 
 
 def _read_dsec(path: Path, start_us: int, window_us: int | None) -> RawEvents:
-    """A time window of DSEC's events.h5: events/{x, y, t, p}, optional ms_to_idx and t_offset. t comes back absolute."""
+    """A time window of DSEC's events.h5: events/{x, y, t, p}, optional t_offset. t comes back absolute."""
     try:
         import h5py
         import hdf5plugin  # noqa: F401  registers the blosc codec DSEC is compressed with
@@ -135,40 +159,56 @@ def _read_dsec(path: Path, start_us: int, window_us: int | None) -> RawEvents:
         raise UserError(f"{path} is HDF5, and {error.name} is not installed. Type:\n  {INSTALL}") from None
     try:
         with h5py.File(path, "r") as file:
-            if "events" not in file or not set(EVENT_FIELDS) <= set(file["events"]):
-                raise UserError(f"{path} holds {sorted(file)}; wanted DSEC's layout: events/x, events/y, events/t, events/p.")
-            group = file["events"]
-            columns = {k: group[k] for k in EVENT_FIELDS}
+            group = _own(file, "events", h5py.Group) if "events" in file else {}
+            if not set(EVENT_FIELDS) <= set(group):
+                raise UserError(f"{path} holds {sorted(file)[:20]}; wanted DSEC's layout: events/x, events/y, events/t, events/p.")
+            columns = {k: _column(_own(group, k, h5py.Dataset)) for k in EVENT_FIELDS}
             lengths = {k: c.shape for k, c in columns.items()}
             if len(set(lengths.values())) != 1 or len(columns["t"].shape) != 1:
                 raise UserError(f"{path}: x, y, t, p must be flat and equally long, got shapes {lengths}.")
             count = len(columns["t"])
-            offset = int(file["t_offset"][()]) if "t_offset" in file else 0
+            offset = int(_own(file, "t_offset", h5py.Dataset)[()]) if "t_offset" in file else 0
             first = int(columns["t"][0]) if count else 0
             rows = slice(0, count)
             if count and window_us is not None:
-                begin, end = first + start_us, first + start_us + window_us
-                rows = _rows_between(columns["t"], file.get("ms_to_idx"), begin, end)
+                rows = _rows_between(columns["t"], first + start_us, first + start_us + window_us)
             elif count:
                 refuse_long(int(columns["t"][-1]) - first, str(path))  # before reading an hour of driving
+            needed = sum((rows.stop - rows.start) * c.dtype.itemsize for c in columns.values())
+            if needed > MAX_UNPACKED_BYTES:
+                raise ValueError(f"{rows.stop - rows.start:,} events would take {needed:,} bytes; at most {MAX_UNPACKED_BYTES:,} are read")
             events = {k: c[rows] for k, c in columns.items()}
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} could not be read: {error}\nIf it names a filter or a plugin, type:\n  {INSTALL}") from None
+    except UserError:
+        raise
+    except Exception as error:  # the library raises errors of every kind
+        raise UserError(f"{path} could not be read: {str(error)[:300]}\nIf it names a filter or a plugin, type:\n  {INSTALL}") from None
     # DSEC stores t as uint32 and an offset beyond 2**32: NumPy 2 refuses their sum, older ones wrapped it
     events["t"] = events["t"].astype(np.int64) + offset
     return RawEvents(events, DSEC_HW, first + offset)
 
 
-def _rows_between(t, ms_to_idx, begin_us: int, end_us: int) -> slice:
-    """Rows with begin_us <= t < end_us. ms_to_idx[m] is the first row with t >= 1000 m; without it the column is read whole."""
-    low, high = 0, len(t)
-    if ms_to_idx is not None and len(ms_to_idx):
-        last = len(ms_to_idx) - 1
-        low = int(ms_to_idx[min(max(begin_us // 1000, 0), last)])
-        ceiling = -(-end_us // 1000)
-        high = int(ms_to_idx[ceiling]) if 0 <= ceiling <= last else len(t)
-    near = t[low:high].astype(np.int64)
-    return slice(low + int(np.searchsorted(near, begin_us)), low + int(np.searchsorted(near, end_us)))
+def _own(group: Any, name: str, kind: type) -> Any:
+    """A part of an HDF5 file that lies in this very file; ValueError for a link into another one."""
+    if type(group.get(name, getlink=True)).__name__ != "HardLink" or not isinstance(group[name], kind):
+        raise ValueError(f"{name} is no {kind.__name__.lower()} of this file")
+    return group[name]
+
+
+def _column(dataset: Any) -> Any:
+    """A dataset of numbers in the file itself, whose pieces can be unpacked one at a time."""
+    if dataset.dtype.kind not in "iuf" or dataset.external or dataset.is_virtual:
+        raise ValueError(f"{dataset.name} is stored in another file, or holds {dataset.dtype}; wanted numbers")
+    if dataset.chunks and math.prod(dataset.chunks) * dataset.dtype.itemsize > MAX_CHUNK_BYTES:
+        raise ValueError(
+            f"{dataset.name} comes in pieces of {dataset.chunks} numbers; at most {MAX_CHUNK_BYTES:,} bytes are unpacked at once"
+        )
+    return dataset
+
+
+def _rows_between(t: Any, begin_us: int, end_us: int) -> slice:
+    """Rows with begin_us <= t < end_us, by bisection: about sixty numbers of an hour's recording are read. DSEC's own index
+    (`ms_to_idx`) is not asked, so it cannot mislead."""
+    return slice(bisect.bisect_left(t, begin_us), bisect.bisect_left(t, end_us))
 
 
 def refuse_long(span_us: int, name: str, limit_us: int = 100_000) -> None:
@@ -197,10 +237,12 @@ def _read_aedat4(path: Path) -> RawEvents:
         for packet in decoder:
             if "events" in packet:
                 parts.append(packet["events"])
-    except Exception as error:  # the library raises several unrelated types
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises several unrelated types; its panics are not even Exceptions
         if not parts:
-            raise UserError(f"{path} could not be read as .aedat4: {error}") from None
-        log.warning("%s: cut off after %d events (%s); they are used.", path, sum(map(len, parts)), error)
+            raise UserError(f"{path} could not be read as .aedat4: {str(error)[:200]}") from None
+        mended(path, "cut off", f"cut off after {sum(map(len, parts))} events ({error}); they are used.")
     if not parts:
         raise UserError(f"{path} holds no event stream.")
     table = np.concatenate(parts)
@@ -236,8 +278,8 @@ def _read_prophesee(path: Path) -> RawEvents:
 
 
 def _sensor(header: str) -> tuple[int, int] | None:
-    geometry = re.search(r"^% geometry (\d+)x(\d+)", header, re.MULTILINE)
-    width, height = (re.search(rf"\b{side}[ =](\d+)", header, re.IGNORECASE) for side in ("width", "height"))
+    geometry = re.search(r"^% geometry (\d{1,5})x(\d{1,5})\b", header, re.MULTILINE)
+    width, height = (re.search(rf"\b{side}[ =](\d{{1,5}})\b", header, re.IGNORECASE) for side in ("width", "height"))
     if geometry:
         return int(geometry[2]), int(geometry[1])
     return (int(height[1]), int(width[1])) if width and height else None
@@ -246,7 +288,7 @@ def _sensor(header: str) -> tuple[int, int] | None:
 def _words(path: Path, body: bytes, dtype: str) -> np.ndarray:
     size = np.dtype(dtype).itemsize
     if len(body) % size:
-        log.warning("%s: ends in the middle of a word; the last %d bytes are dropped.", path, len(body) % size)
+        mended(path, "cut off", f"ends in the middle of a word; the last {len(body) % size} bytes are dropped.")
     return np.frombuffer(body[: len(body) // size * size], dtype)
 
 
@@ -270,7 +312,7 @@ def _fill(values: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 def _warn_early(path: Path, dropped: int) -> None:
     if dropped:
-        log.warning("%s: %d events before the first time stamp are dropped.", path, dropped)
+        mended(path, "events without a time stamp dropped", f"{dropped} events before the first time stamp are dropped.")
 
 
 def _decode_evt2(path: Path, body: bytes, order: str = "<") -> dict[str, np.ndarray]:

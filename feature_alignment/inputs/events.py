@@ -5,19 +5,17 @@ A stream is a dict of four equally long arrays: x, y (pixels), t (microseconds, 
 
 from __future__ import annotations
 
-import functools
-import logging
+import math
 from pathlib import Path
 
 import numpy as np
 
-from feature_alignment.console import UserError
+from feature_alignment.console import UserError, mended
 from feature_alignment.inputs.event_files import read_event_file, refuse_long
 
-log = logging.getLogger(__name__)
-
 MAX_WINDOW_US = 100_000  # EventGPT was built for windows shorter than this
-MAX_COORDINATE = 8192  # where a file does not state its sensor's size
+MAX_COORDINATE = 4096  # of any sensor; the largest made so far has 1280 x 720 pixels
+_FARTHEST = 2**61  # differences of numbers below it fit 64 bits
 _WHITE, _DARKER, _BRIGHTER = 255, (0, 0, 255), (255, 0, 0)
 
 
@@ -30,7 +28,7 @@ def load_events(path: str | Path, window_ms: float | None = None, start_ms: floa
     """
     if window_ms is not None and not 0 < window_ms <= MAX_WINDOW_US / 1000:
         raise UserError(f"--event_window_ms {window_ms:g}: wanted more than 0 and at most {MAX_WINDOW_US // 1000}.")
-    if start_ms < 0 or (start_ms and window_ms is None):
+    if not 0 <= start_ms < math.inf or (start_ms and window_ms is None):
         raise UserError(f"--event_start_ms {start_ms:g}: wanted 0 or more, together with --event_window_ms.")
     path = Path(path)
     start_us, window_us = round(start_ms * 1000), None if window_ms is None else round(window_ms * 1000)
@@ -63,12 +61,18 @@ def check_events(
     t = events["t"]
     if t.dtype.kind == "f" and float(np.ptp(t)) < 10 and (t != np.floor(t)).any():
         raise UserError(f"{name}: time stamps from {t.min():g} to {t.max():g} look like seconds; wanted microseconds.")
+    for k in ("x", "y", "t"):
+        low, high = events[k].min(), events[k].max()
+        if not -_FARTHEST < low <= high < _FARTHEST:
+            raise UserError(f"{name}: {k} goes from {low:g} to {high:g}; wanted {'microseconds' if k == 't' else 'pixels'}.")
+        if k != "t" and events[k].dtype.kind == "f" and (events[k] != np.floor(events[k])).any():
+            raise UserError(f"{name}: {k} holds fractions of pixels; wanted whole ones.")
     x, y, t = (events[k].astype(np.int64) for k in ("x", "y", "t"))
     p = _polarity(events["p"], name)
 
     backward = int((np.diff(t) < 0).sum())
     if backward:
-        _say(f"{name}: time went backward {backward} times; sorted by t.")
+        mended(name, "sorted by time", f"time went backward {backward} times; sorted by t.")
         order = np.argsort(t, kind="stable")
         x, y, t, p = x[order], y[order], t[order], p[order]
     if window_us is None:
@@ -79,14 +83,14 @@ def check_events(
         x, y, t, p = x[rows], y[rows], t[rows], p[rows]
         _enough(len(t), f"{name}, {window_us / 1000:g} ms from {start_us / 1000:g} ms on,")
 
-    h, w = sensor_hw or (MAX_COORDINATE, MAX_COORDINATE)
+    h, w = (min(side, MAX_COORDINATE) for side in sensor_hw or (MAX_COORDINATE, MAX_COORDINATE))
     inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
     outside = int(len(x) - inside.sum())
     if outside * 2 > len(x):
         extent = f"coordinates from ({x.min()}, {y.min()}) to ({x.max()}, {y.max()})"
         raise UserError(f"{name}: {extent}; {outside} of {len(x)} events lie outside a sensor of {w} x {h} pixels.")
     if outside:
-        _say(f"{name}: {outside} of {len(x)} events outside {w} x {h} pixels are dropped.")
+        mended(name, "events outside the sensor dropped", f"{outside} of {len(x)} events outside {w} x {h} pixels are dropped.")
         x, y, t, p = x[inside], y[inside], t[inside], p[inside]
         _enough(len(t), name)
     return {"x": x, "y": y, "t": t, "p": p}
@@ -98,7 +102,7 @@ def _polarity(p: np.ndarray, name: str) -> np.ndarray:
     if values <= {0, 1}:
         return p.astype(np.uint8)
     if values <= {-1, 1}:
-        _say(f"{name}: {int((p == -1).sum())} of {len(p)} polarities are -1; read as 0 (darker).")
+        mended(name, "polarity -1 read as 0", f"{int((p == -1).sum())} of {len(p)} polarities are -1; read as 0 (darker).")
         return (p == 1).astype(np.uint8)
     raise UserError(f"{name}: polarity holds {sorted(values)}; wanted 0 (darker) and 1 (brighter), or -1 and 1.")
 
@@ -106,12 +110,6 @@ def _polarity(p: np.ndarray, name: str) -> np.ndarray:
 def _enough(count: int, name: str) -> None:
     if count < 5:
         raise UserError(f"{name} holds {count} events; EventGPT needs at least 5, one for each of its five slices.")
-
-
-@functools.cache
-def _say(message: str) -> None:
-    """Log once: every sample of a clip reads the same file."""
-    log.warning(message)
 
 
 def slice_by_count(num_events: int, num_slices: int) -> list[slice]:

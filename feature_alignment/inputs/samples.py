@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from feature_alignment.console import UserError
+
+_LONGEST_QUESTION = 2000  # characters
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,31 @@ class Sample:
     facts: dict[str, Any] | None = None
     event_start_ms: float | None = None  # where this clip begins in a long event file
 
+    def __post_init__(self) -> None:
+        """raises UserError for what would go wrong far from here: a name no file can have, a question that stands for the clip"""
+        if not re.fullmatch(r"[^/\\\0]{1,150}", self.id) or self.id.startswith("."):
+            raise UserError(f"id {self.id[:60]!r}: files are named after it; wanted 1 to 150 characters, no slash, no dot in front.")
+        if not isinstance(self.question, str) or not 1 <= len(self.question.strip()) <= _LONGEST_QUESTION:
+            raise UserError(f"question {str(self.question)[:60]!r}: wanted a text of 1 to {_LONGEST_QUESTION} characters.")
+        if found := re.search(r"<(event|video|image|ev_start|ev_end|/?s|unk|pad)>", self.question):
+            raise UserError(f"question {self.question[:60]!r}: {found[0]} stands for something else in a prompt.")
+        if not isinstance(self.answer, str | None) or not isinstance(self.facts, dict | None):
+            raise UserError("wanted a text as answer and an object as facts, or null.")
+        if self.event_start_ms is not None and not 0 <= self.event_start_ms < math.inf:
+            raise UserError(f"event_start_ms {self.event_start_ms}: wanted 0 or more.")
+        try:
+            "".join((self.id, self.sequence, self.question, self.answer or "")).encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair
+            raise UserError(f"{error.object[error.start : error.end]!r} is no character of a text.") from None
 
-def read_samples(manifests: Mapping[str, Path], split: str, limit: int | None = None, questions: Path | None = None) -> list[Sample]:
+
+def read_samples(
+    manifests: Mapping[str, Path], split: str, limit: int | None = None, questions: Path | None = None, allow_outside: bool = False
+) -> list[Sample]:
     """The samples of a split in the file's order; UserError for anything missing or malformed.
 
-    questions: a file of questions that every clip is asked instead of its own
+    questions:     a file of questions that every clip is asked instead of its own
+    allow_outside: clips may lie outside the manifest's folder, its data root; a manifest of somebody else could name any file
     """
     if split not in manifests:
         raise UserError(f"no manifest for split {split!r}; the config's `manifests` has: {', '.join(sorted(manifests)) or 'none'}.")
@@ -54,12 +77,29 @@ def read_samples(manifests: Mapping[str, Path], split: str, limit: int | None = 
     samples = _from_json(path, text, split) if text.lstrip().startswith("[") else _from_lines(path, text)
     if not samples:
         raise UserError(f"{path} is empty.")
+    if not allow_outside:
+        _stay_inside(path, samples)
     if questions is not None:
-        samples = _ask(samples, read_questions(questions))
+        try:
+            samples = _ask(samples, read_questions(questions))
+        except UserError as error:
+            raise UserError(f"{questions}: {error}") from None
     twice = [i for i, n in Counter(s.id for s in samples).items() if n > 1]
     if twice:
         raise UserError(f"{path}: id {twice[0]!r} occurs twice; wanted a different one for every sample.")
     return samples[:limit]
+
+
+def _stay_inside(path: Path, samples: list[Sample]) -> None:
+    """raises UserError for a clip that does not lie under the manifest's folder, once `..` and symbolic links are followed"""
+    root = path.parent.resolve()
+    for clip in {clip: None for s in samples for clip in (s.events, s.video)}:
+        try:
+            inside = clip.resolve().is_relative_to(root)
+        except (OSError, RuntimeError, ValueError):  # links in a circle, a byte no path has
+            inside = False
+        if not inside:
+            raise UserError(f"{path} names {clip}, which lies outside its folder {root}. If you trust the file, type --allow_outside.")
 
 
 def _from_lines(path: Path, text: str) -> list[Sample]:
@@ -70,9 +110,9 @@ def _from_lines(path: Path, text: str) -> list[Sample]:
             start_ms = row.get("event_start_ms")
             samples.append(
                 Sample(
-                    id=str(row["id"]),
-                    sequence=str(row["sequence"]),
-                    question=str(row["question"]),
+                    id=_name(row, "id"),
+                    sequence=_name(row, "sequence"),
+                    question=row["question"],
                     events=path.parent / row["events"],
                     video=path.parent / row["video"],
                     answer=row.get("answer"),
@@ -80,7 +120,9 @@ def _from_lines(path: Path, text: str) -> list[Sample]:
                     event_start_ms=None if start_ms is None else float(start_ms),
                 )
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: {error!r}; wanted JSON with id, sequence, question, events, video.") from None
     return samples
 
@@ -89,7 +131,7 @@ def _from_json(path: Path, text: str, split: str) -> list[Sample]:
     """One sample for each question and answer of the rows of `split` (`val` counts as validation; rows without one as any)."""
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     samples, split_of = [], {}
     for number, row in enumerate(rows, 1):
@@ -98,7 +140,7 @@ def _from_json(path: Path, text: str, split: str) -> list[Sample]:
             sequence = Path(row["event_data"]).parent.name
             if split_of.setdefault(sequence, its_split) != its_split:
                 raise UserError(
-                    f"{path}, row {number}: sequence {sequence!r} is in split {split_of[sequence]!r} and in {its_split!r}. Its clips "
+                    f"sequence {sequence!r} is in split {split_of[sequence]!r} and in {its_split!r}. Its clips "
                     "overlap, so a test on it would be no test; give every sequence one split."
                 )
             if its_split != split:
@@ -110,7 +152,7 @@ def _from_json(path: Path, text: str, split: str) -> list[Sample]:
             for k, (question, answer) in enumerate(pairs):
                 samples.append(
                     Sample(
-                        id=str(row["id"]) if len(pairs) == 1 else f"{row['id']}-q{k}",
+                        id=_name(row, "id") if len(pairs) == 1 else f"{_name(row, 'id')}-q{k}",
                         sequence=sequence,
                         question=re.sub(r"<(event|image|video)>", "", question).strip(),
                         events=_beside(path, row["event_data"], "event_npy"),
@@ -118,6 +160,8 @@ def _from_json(path: Path, text: str, split: str) -> list[Sample]:
                         answer=answer,
                     )
                 )
+        except UserError as error:
+            raise UserError(f"{path}, row {number}: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, row {number}: {error!r}; wanted id, event_data, mp4_data or video_data, conversations.") from None
     if rows and not samples:
@@ -126,21 +170,30 @@ def _from_json(path: Path, text: str, split: str) -> list[Sample]:
     return samples
 
 
+def _name(row: dict[str, Any], key: str) -> str:
+    if not isinstance(row[key], str | int):
+        raise ValueError(f"{key}: wanted a text or a number, got {type(row[key]).__name__}")
+    return str(row[key])
+
+
 def _beside(path: Path, name: str, folder: str) -> Path:
     """A data file named with or without the folder all of its kind lie in."""
     plain = path.parent / name
-    return plain if plain.exists() or Path(name).parts[0] == folder else path.parent / folder / name
+    return plain if plain.exists() or Path(name).parts[:1] == (folder,) else path.parent / folder / name
 
 
 def read_questions(path: Path) -> list[str]:
     """Questions of a file: a JSON list of strings or of {"question": …}, or one per line."""
     if not path.is_file():
         raise UserError(f"no questions at {path}; --questions wants a JSON list or one question per line.")
-    text = path.read_text()
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text: {error}") from None
     if text.lstrip().startswith("["):
         try:
             questions = [row if isinstance(row, str) else row["question"] for row in json.loads(text)]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f'{path}: {error!r}; wanted a JSON list of strings or of {{"question": …}}.') from None
     else:
         questions = [line.strip() for line in text.splitlines() if line.strip()]

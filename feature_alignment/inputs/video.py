@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from feature_alignment.console import UserError
-
-log = logging.getLogger(__name__)
+from feature_alignment.console import UserError, mended
 
 NUM_FRAMES = 8
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # whatever the suffix says: Pillow knows others that start programs
+MAX_PIXELS = 1 << 25  # of a frame: 8K
+# Containers that hold their frames themselves. FFmpeg also knows playlists, which make it open other files and addresses.
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,mpeg,mpegts,mpegvideo,asf,flv,ogg,ivf,h264,hevc,m4v,mxf,nut,dv"
+_OPEN_SAFELY = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
 
 
 def sample_indices(num_frames: int, wanted: int = NUM_FRAMES, sampling: str = "linspace") -> list[int]:
@@ -42,15 +44,16 @@ def read_frames(path: str | Path, wanted: int = NUM_FRAMES, sampling: str = "lin
         if not files:
             raise UserError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {path}.")
         _say_if_few(path, len(files), wanted)
-        return np.stack([np.asarray(Image.open(files[i]).convert("RGB")) for i in sample_indices(len(files), wanted, sampling)])
+        return _stack([_read_image(files[i]) for i in sample_indices(len(files), wanted, sampling)], path)
     if not path.is_file():
         raise UserError(f"no video at {path}; --video wants a video file or a folder of frames.")
     import av  # 0.2 s, not needed for --help
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), options=_OPEN_SAFELY) as container:
             if not container.streams.video:
                 raise UserError(f"{path} has no video stream.")
+            _refuse_large(path, container.streams.video[0])
             times, end_s = [], 0.0
             for packet in container.demux():
                 if packet.pts is not None:
@@ -64,19 +67,43 @@ def read_frames(path: str | Path, wanted: int = NUM_FRAMES, sampling: str = "lin
         times.sort()
         keep = [times[i] for i in sample_indices(len(times), wanted, sampling)]
         found: dict[int, np.ndarray] = {}
-        with av.open(str(path)) as container:
+        with av.open(str(path), options=_OPEN_SAFELY) as container:
             container.streams.video[0].codec_context.thread_count = 1
             for frame in container.decode(video=0):
+                _refuse_large(path, frame)
                 if frame.pts in keep:
                     found[frame.pts] = frame.to_ndarray(format="rgb24")
                 if len(found) == len(set(keep)):
                     break
-    except av.error.FFmpegError as error:
-        raise UserError(f"{path} could not be decoded: {error}") from None
+    except (av.error.FFmpegError, MemoryError, ValueError, OverflowError) as error:
+        raise UserError(f"{path} could not be decoded: {str(error)[:200]}") from None
     missing = [t for t in keep if t not in found]
     if missing:
         raise UserError(f"{path} is damaged: {len(set(missing))} of {len(set(keep))} wanted frames could not be decoded.")
-    return np.stack([found[t] for t in keep])
+    return _stack([found[t] for t in keep], path)
+
+
+def _read_image(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path, formats=_IMAGE_FORMATS) as image:
+            _refuse_large(path, image)
+            return np.asarray(image.convert("RGB"))
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's formats raise errors of every kind
+        raise UserError(f"{path} could not be read as an image ({', '.join(_IMAGE_FORMATS)}): {str(error)[:200]}") from None
+
+
+def _refuse_large(path: Path, picture: Any) -> None:
+    """picture: anything with a width and a height, looked at before its pixels take memory"""
+    if (picture.width or 0) * (picture.height or 0) > MAX_PIXELS:
+        raise UserError(f"{path}: frames of {picture.width} x {picture.height} pixels; at most {MAX_PIXELS:,} pixels are read.")
+
+
+def _stack(images: list[np.ndarray], path: Path) -> np.ndarray:
+    if len({image.shape for image in images}) > 1:
+        raise UserError(f"{path}: its frames differ in size ({sorted({i.shape[:2] for i in images})}); wanted one size.")
+    return np.stack(images)
 
 
 def _refuse_cut(path: Path, container, end_s: float) -> None:
@@ -88,10 +115,9 @@ def _refuse_cut(path: Path, container, end_s: float) -> None:
         raise UserError(f"{path} is cut off: a gif ends with a `;`, this one does not.")
 
 
-@functools.cache
 def _say_if_few(path: Path, num_frames: int, wanted: int) -> None:
     if num_frames < wanted:
-        log.warning("%s: has %d frames where %d are wanted; some are repeated.", path, num_frames, wanted)
+        mended(path, "frames repeated", f"has {num_frames} frames where {wanted} are wanted; some are repeated.")
 
 
 def clip_pixels(images: Sequence[np.ndarray], processor) -> np.ndarray:

@@ -7,11 +7,14 @@ safetensors, in one file or in shards; transformers reads them all, and `load_mo
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedModel
@@ -20,12 +23,26 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from feature_alignment.console import UserError
+from feature_alignment.inputs.video import clip_pixels
+from feature_alignment.processes import check_device
 
 log = logging.getLogger(__name__)
 
 GPU_EXTRA = "pip install -e '.[gpu]'"
 PROBE_QUESTION = "What are the key elements in this scene?"
 LLAMA_VOCABULARY = 32_000  # of the released pair; prompt lengths are known for it
+# What a stranger's config.json may say before anything is built from it
+LARGEST = {
+    "num_hidden_layers": 512,
+    "num_attention_heads": 1024,
+    "hidden_size": 1 << 16,
+    "intermediate_size": 1 << 20,
+    "vocab_size": 1 << 22,
+    "image_size": 4096,
+    "patch_size": 4096,
+    "shortest_edge": 4096,
+}
+_RUNS_CODE = ("auto_map", "custom_pipelines", "trust" + "_remote_code")
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: four bits, a byte for every 64, a float for every 256 of those
 
 
@@ -35,7 +52,7 @@ def find_checkpoint(path: Path, flag: str) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(str(path).removeprefix("hub:")))
+            path = Path(snapshot_download(str(path).removeprefix("hub:")))
         except Exception as error:  # network, name, access: errors of several libraries
             raise UserError(f"{flag} {path}: not in the cache and could not be downloaded: {_first_line(error)}") from None
     if not (path / "config.json").is_file():
@@ -43,7 +60,44 @@ def find_checkpoint(path: Path, flag: str) -> Path:
             f"no checkpoint at {path} (no config.json there); {flag} wants a directory that from_pretrained can load, "
             "or hub:organisation/name."
         )
+    look_through(path)
     return path
+
+
+def look_through(path: Path) -> None:
+    """raises UserError for a checkpoint directory that asks for code of its own, for files outside itself, or for impossible sizes
+
+    transformers would ask at the keyboard whether to run such code; here nobody is asked.
+    """
+    if (path / "adapter_config.json").exists():
+        raise UserError(f"{path} holds a PEFT adapter, which names a model somewhere else; merge it into its model and save that.")
+    for file in sorted(f for f in path.glob("*.json") if f.name not in ("tokenizer.json", "vocab.json")):
+        try:
+            content = json.loads(file.read_text())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file} is not valid JSON ({_first_line(error)}). Download it again, or point to another directory.") from None
+        for key, value in _entries(content):
+            if key in _RUNS_CODE and value:
+                raise UserError(f"{file} asks to run code of its own ({key}: {str(value)[:80]}); only plain checkpoints are loaded.")
+            if "attn_implementation" in key and "/" in str(value):
+                raise UserError(f"{file} asks for attention code from elsewhere ({str(value)[:80]}); only plain checkpoints are loaded.")
+            if key == "weight_map" and (outside := [n for n in _names(value) if Path(n).name != n]):
+                raise UserError(f"{file} names weights outside its directory: {outside[0]!r}. Download it again.")
+            sizes = value if isinstance(value, list) else [value]
+            if key in LARGEST and any(type(v) is not int or not 1 <= v <= LARGEST[key] for v in sizes if v is not None):
+                raise UserError(f"{file}: {key} is {str(value)[:80]}; wanted a number from 1 to {LARGEST[key]:,}.")
+
+
+def _entries(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of nested JSON with its value."""
+    if isinstance(content, dict):
+        yield from content.items()
+    for part in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        yield from _entries(part)
+
+
+def _names(weight_map: Any) -> list[str]:
+    return [str(name) for name in weight_map.values()] if isinstance(weight_map, dict) else ["/"]
 
 
 def load_model(
@@ -72,6 +126,8 @@ def load_model(
         log.warning("%s: flash_attention_2 needs flash-attn and a GPU; running sdpa instead.", what)
         attn_implementation = "sdpa"
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if not random_weights:
+        _refuse_promises(cls, Path(path), what, config)
     if random_weights:
         if quantize != "none":
             raise UserError("--random_weights and --quantize do not go together: there are no weights to read in 4 bits.")
@@ -93,6 +149,20 @@ def load_model(
     return model
 
 
+def _refuse_promises(cls: type[PreTrainedModel], path: Path, what: str, config: Any) -> None:
+    """raises UserError for a config.json whose model has far more parameters than the weights beside it: what is missing would be
+    made up, in full size, before it is found missing"""
+    try:
+        with torch.device("meta"):
+            skeleton = cls._from_config(config or cls.config_class.from_pretrained(str(path)))
+    except Exception as error:  # a damaged config raises errors of many kinds
+        raise UserError(f"{path} could not be loaded as {what}: {_first_line(error)}") from None
+    promised = sum(p.numel() for p in skeleton.parameters())
+    there = sum(f.stat().st_size for f in path.iterdir() if f.suffix in (".safetensors", ".bin"))
+    if promised > 4 * there:  # a parameter takes at least half a byte
+        raise UserError(f"{path}: its config.json promises {promised:,} parameters, its weights are {there:,} bytes. Download it again.")
+
+
 def load_complete(cls: type[PreTrainedModel], path: str | Path, what: str, **options):
     """`from_pretrained` that refuses (UserError) a checkpoint of which transformers would silently initialise or drop a tensor."""
     try:
@@ -108,13 +178,17 @@ def load_complete(cls: type[PreTrainedModel], path: str | Path, what: str, **opt
     return model
 
 
-def check_device(device: str) -> None:
+@contextmanager
+def refused_if_it_fails(path: Path) -> Iterator[list[torch.Tensor]]:
+    """Try a loaded model, putting what it makes into the list: a config.json that loads and does not work, or weights whose states are
+    not finite, are a UserError"""
+    made: list[torch.Tensor] = []
     try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UserError(f"--device {device}: wanted cpu, cuda or cuda:<number>.") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch {torch.__version__} sees no GPU. Type --device cpu, or install torch's CUDA build.")
+        yield made
+    except Exception as error:  # whatever layer stumbles over it
+        raise UserError(f"{path}: its config.json does not fit its weights: {_first_line(error)}") from None
+    if not all(torch.isfinite(states).all() for states in made):
+        raise UserError(f"{path}: its weights make states that are not finite in {str(made[0].dtype)[6:]}.")
 
 
 def _nf4(dtype: torch.dtype, unquantised: Sequence[str]):
@@ -160,7 +234,13 @@ def load_processor(path: Path, image_size: int, default: bool = False) -> CLIPIm
         processor = CLIPImageProcessorPil.from_pretrained(str(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: its preprocessor_config.json could not be loaded: {_first_line(error)}") from None
-    crop = processor.crop_size["height"], processor.crop_size["width"]
+    try:
+        pixels = clip_pixels([np.zeros((image_size // 2 + 1, image_size, 3), np.uint8)], processor)
+        crop = processor.crop_size["height"], processor.crop_size["width"]
+    except Exception as error:  # settings that Pillow or NumPy stumble over
+        raise UserError(f"{path}: its preprocessor_config.json makes no pixels: {_first_line(error)}") from None
+    if not np.isfinite(pixels).all():
+        raise UserError(f"{path}: its preprocessor_config.json makes pixels that are not finite.")
     if crop != (image_size, image_size):
         raise UserError(
             f"{path}: preprocessor_config.json crops to {crop[0]} x {crop[1]}, the vision tower wants {image_size} x {image_size} pixels."

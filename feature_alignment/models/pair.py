@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -209,6 +210,15 @@ class Decoder:
         return torch.cat([first, self.step(state, token_ids[:, :-1])], dim=1)
 
 
+def _probed(decoder: Decoder, path: Path, side: int) -> Decoder:
+    """The decoder itself, once it has read a blank picture and two tokens."""
+    with loading.refused_if_it_fails(path) as made:
+        made.append(decoder.encode_vision(torch.zeros(1, 1, 3, side, side)))
+        nothing, two = State(DynamicCache(config=decoder.llama.config), made[0], 0), torch.tensor([[1, 1]], device=decoder.device)
+        made.append(decoder.step(nothing, two))
+    return decoder
+
+
 @dataclass(frozen=True)
 class Pair:
     target: Decoder
@@ -236,7 +246,7 @@ def load_target(cfg: Common) -> Decoder:
     def read_pixels(sample: Sample) -> Tensor:
         return torch.from_numpy(clip_pixels(read_frames(sample.video, sampling=cfg.frame_sampling), processor))
 
-    return Decoder(
+    decoder = Decoder(
         model.model.language_model,
         model.lm_head,
         tokenizer,
@@ -248,6 +258,7 @@ def load_target(cfg: Common) -> Decoder:
         placeholder=model.config.video_token_index,
         vision_tokens=vision_tokens,
     )
+    return _probed(decoder, cfg.target_id, model.config.vision_config.image_size)
 
 
 def load_draft(cfg: Common) -> Decoder:
@@ -265,7 +276,7 @@ def load_draft(cfg: Common) -> Decoder:
         images = event_inputs.event_images(stream, eventgpt.NUM_EVENT_SLICES, tuple(canvas) if fits else None)
         return torch.from_numpy(clip_pixels(images, processor)).bfloat16().float()  # the released code rounds pixels to bfloat16
 
-    return Decoder(
+    decoder = Decoder(
         model.model,
         model.lm_head,
         tokenizer,
@@ -278,6 +289,7 @@ def load_draft(cfg: Common) -> Decoder:
         placeholder=eventgpt.EVENT_TOKEN_INDEX,
         vision_tokens=vision_tokens,
     )
+    return _probed(decoder, cfg.draft_id, model.config.vision_config.image_size)
 
 
 class Opened(NamedTuple):
@@ -320,8 +332,7 @@ def open_draft(cfg: Common) -> Opened:
 
 
 def _options(cfg: Common) -> dict[str, Any]:
-    names = ("device_map", "quantize", "attn_implementation", "random_weights", "seed")
-    return {name: getattr(cfg, name) for name in names}
+    return {name: getattr(cfg, name) for name in ("device_map", "quantize", "attn_implementation", "random_weights", "seed")}
 
 
 @dataclass(frozen=True)
@@ -363,22 +374,11 @@ def check_pair(cfg: Common) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(CheckConfig, argv, "models/pair")
-    report = check_pair(cfg)
-    kinds, gib = report["models"], 2.0**30
-    rows = [
-        (key.replace("_", " "), *(f"{m[key]:,}" if isinstance(m[key], int) else m[key] for m in kinds.values()))
-        for key in (
-            "checkpoint",
-            "weights",
-            "parameters",
-            "layers",
-            "hidden_size",
-            "embedding_rows",
-            "tokenizer_ids",
-            "vision_tokens",
-            "prompt_tokens",
-        )
-    ]
+    report, gib = check_pair(cfg), 2.0**30
+    kinds = report["models"]
+    shown = ("checkpoint", "weights", "parameters", "layers", "hidden_size", "embedding_rows", "tokenizer_ids", "vision_tokens")
+    text = lambda value: f"{value:,}" if isinstance(value, int) else value  # noqa: E731
+    rows = [(key.replace("_", " "), *(text(m[key]) for m in kinds.values())) for key in (*shown, "prompt_tokens")]
     held = cfg.dtype if cfg.quantize == "none" else f"{cfg.quantize} and {cfg.dtype}"
     rows.append((f"weights as {held}", *(f"{m['weight_bytes'] / gib:.2f} GiB" for m in kinds.values())))
     rows.append((f"cache of one prompt and {_ROOM} tokens", *(f"{m['cache_bytes'] / gib:.2f} GiB" for m in kinds.values())))

@@ -1,0 +1,106 @@
+"""Pickles from strangers: looked through before anything opens them, then opened by readers that know a handful of names.
+
+A pickle is a program. Which functions it may call is one question; the other is what it can do with none: a tuple a million deep
+crashes Python when it becomes a key, 300 bytes can ask for gigabytes. Both `.npy` of EventGPT and every `.pt` pass through here.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MAX_TUPLES = 10_000  # an adapter has about a hundred; hashing Python's tuples, nested, recurses in C without a limit
+MAX_OPCODES = 5_000_000
+MAX_PT_PICKLE = 1 << 26  # the pickle of a `.pt` holds names and shapes; its numbers lie beside it
+_TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"}
+_BY_NAME = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"}
+_TORCH = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"} | {
+    f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
+}
+
+
+def look_through(data: bytes, names: set[str] | None = None) -> None:
+    """raises pickle.UnpicklingError for a pickle that is cut off or too deep, or asks for a name outside `names` (None: any)"""
+    tuples = 0
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            tuples += opcode.name in _TUPLES
+            if count > MAX_OPCODES or tuples > MAX_TUPLES:
+                raise pickle.UnpicklingError(f"it takes more than {count if count > MAX_OPCODES else tuples - 1:,} steps to build")
+            if names is not None and (opcode.name in _BY_NAME or (opcode.name == "GLOBAL" and argument not in names)):
+                raise pickle.UnpicklingError(f"it asks for {argument or opcode.name}")
+    except (ValueError, IndexError, AttributeError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+        raise pickle.UnpicklingError(f"it is cut off or damaged: {error}") from None
+
+
+def check_pt(path: Path) -> None:
+    """raises pickle.UnpicklingError for a `.pt` that torch.save has not written: another format, packed, or asking for anything but
+    tensors, numbers and plain containers"""
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            names = [m.filename for m in members]
+            programs = [m for m in members if m.filename.endswith(".pkl")]
+            if len(programs) != 1 or not programs[0].filename.endswith("data.pkl") or len(set(names)) < len(names):
+                raise pickle.UnpicklingError(f"it holds {', '.join(p.filename for p in programs) or 'no data.pkl'}; wanted one data.pkl")
+            if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > size for m in members) or programs[0].file_size > MAX_PT_PICKLE:
+                raise pickle.UnpicklingError("parts of it are packed, or larger than the file")
+            look_through(archive.read(programs[0]), _TORCH)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        raise pickle.UnpicklingError(f"it is no zip of torch.save, or damaged: {error}") from None
+
+
+# ---- plain arrays: what NumPy's own pickles call, by functions that can do nothing else
+
+_DTYPE = re.compile(r"[<>|=]?([biuf]\d{1,2}|\?|O8?|[bhilqBHILQefd])")
+
+
+def _dtype(code: str, *_: Any) -> np.dtype:
+    if not (isinstance(code, str) and _DTYPE.fullmatch(code)):
+        raise pickle.UnpicklingError(f"it asks for numpy.dtype({str(code)[:40]!r})")
+    return np.dtype(code, copy=True)  # its byte order is set next; NumPy's own must not change
+
+
+def _reconstruct(kind: Any, *_: Any) -> np.ndarray:
+    return np.ndarray.__new__(np.ndarray, (0,), "b")  # its contents come with the state
+
+
+def _frombuffer(buffer: Any, dtype: np.dtype, shape: Any, order: str = "C", *_: Any) -> np.ndarray:
+    return np.frombuffer(bytes(buffer), dtype=dtype).reshape(shape, order=order)
+
+
+def _scalar(dtype: np.dtype, data: bytes) -> Any:
+    return np.frombuffer(bytes(data), dtype=dtype, count=1)[0]
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """How older pickles store bytes. Other encodings could double their input, forty times over."""
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"it asks for the encoding {str(encoding)[:40]!r}")
+    return str(text).encode("latin1")
+
+
+_READERS: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): "ndarray",  # named, never called
+    ("numpy", "dtype"): _dtype,
+    ("_codecs", "encode"): _encode,
+}
+for _root in ("numpy.core", "numpy._core"):  # newer NumPy pickles name numpy._core, older ones numpy.core
+    _READERS |= {(f"{_root}.multiarray", "_reconstruct"): _reconstruct, (f"{_root}.multiarray", "scalar"): _scalar}
+    _READERS |= {(f"{_root}.numeric", "_frombuffer"): _frombuffer}
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Builds dicts, lists and NumPy arrays, and calls nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _READERS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return _READERS[module, name]

@@ -1,0 +1,96 @@
+"""Speculative decoding from its definition, without a cache or a memory: everything is recomputed at every token. Slow and short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from feature_alignment.decoding.acceptance import cosine_per_position
+from feature_alignment.models.pair import EOS, Decoder
+
+# (emitted, drafts so far) -> the next draft, None for no idea, and the target state expected to emit it, where one is expected
+NextDraft = Callable[[list[int], list[int]], tuple[int | None, Tensor | None]]
+
+
+def states_behind(llama, tokens: Sequence[int]) -> Tensor:
+    """[n, d]: the last states of one full pass."""
+    return llama(input_ids=torch.tensor([list(tokens)]), use_cache=False).last_hidden_state[0]
+
+
+@torch.inference_mode()
+def oracle(
+    target: Decoder, prompt: Sequence[int], next_draft: NextDraft, accept: str, threshold: float, gamma: int, limit: int
+) -> tuple[list[int], list[list[int]], list[int]]:
+    """The text, the drafts of every round, and how many of them were kept."""
+    says = lambda text: int(target.lm_head(states_behind(target.llama, [*prompt, *text])[-1]).argmax())  # noqa: E731
+    emitted, proposed, accepted = [says([])], [], []
+    while emitted[-1] != EOS and len(emitted) < limit:
+        room = min(gamma, limit - len(emitted) - 1)
+        drafts, expected = [], []
+        while len(drafts) < room and EOS not in drafts:
+            token, state = next_draft(emitted, drafts)
+            if token is None:
+                break
+            drafts.append(token)
+            expected.append(state)
+        v = states_behind(target.llama, [*prompt, *emitted, *drafts])[-len(drafts) - 1 :]
+        wanted = target.lm_head(v).argmax(-1).tolist()
+        if accept == "token":
+            keep = [d == w for d, w in zip(drafts, wanted, strict=False)]
+        else:
+            keep = [float(cosine_per_position(e, s)) > threshold for e, s in zip(expected, v, strict=False)]
+        if accept == "relaxed":
+            new = [d if k else w for d, w, k in zip(drafts, wanted, keep, strict=False)]
+            new.append(says([*emitted, *new]))
+        else:
+            n = keep.index(False) if False in keep else len(keep)
+            keep = [i < n for i in range(len(keep))]
+            new = [*drafts[:n], wanted[n]]
+        end = new.index(EOS) + 1 if EOS in new else len(new)
+        emitted += new[:end]
+        if room > 0:
+            proposed.append(drafts)
+            accepted.append(sum(k for i, k in enumerate(keep) if i < end))
+    return emitted, proposed, accepted
+
+
+def by_model(model, taps: Sequence[int], prompt: Sequence[int], adapter, head) -> NextDraft:
+    """Own (no target head given) and aligned drafts; `model` is the whole drafter, `taps` the layers its decoder reads."""
+
+    def next_draft(emitted: list[int], drafts: list[int]) -> tuple[int, Tensor | None]:
+        every = model.model(input_ids=torch.tensor([[*prompt, *emitted, *drafts]]), use_cache=False, output_hidden_states=True)
+        g = torch.cat([every.hidden_states[k][0, -1] for k in taps])
+        expected = None if adapter is None else adapter(g)
+        return int((model.lm_head(g) if head is None else head(expected)).argmax()), expected
+
+    return next_draft
+
+
+def by_chain(draft: Decoder, draft_prompt, adapter, target: Decoder, prompt: Sequence[int]) -> NextDraft:
+    def next_draft(emitted: list[int], drafts: list[int]) -> tuple[int, Tensor]:
+        seen = adapter.see(draft.vision_states(draft_prompt.ids[None], draft.encode_vision(draft_prompt.pixels[None])))
+        table = adapter.tokens(target.embeddings)
+        states = states_behind(target.llama, [*prompt, *emitted])[len(prompt) - 1 : -1]  # states[i] emitted emitted[i]
+        memory = adapter.read(states[None], table[torch.tensor([emitted])], None)[:, -1:]
+        for token in drafts:
+            memory = adapter.read(adapter.expect(memory, seen), table[torch.tensor([[token]])], memory[:, -1])
+        expected = adapter.expect(memory, seen)[0, 0]
+        return int(target.lm_head(expected).argmax()), expected
+
+    return next_draft
+
+
+def by_table(table, question: str = "") -> NextDraft:
+    return lambda emitted, drafts: (table.next_token(question, [*emitted, *drafts]), None)
+
+
+def by_both(table, model: NextDraft, sure: float, question: str = "") -> NextDraft:
+    """The n-gram table where it is sure, else the model."""
+
+    def next_draft(emitted: list[int], drafts: list[int]) -> tuple[int | None, None]:
+        token, share = table.guess(question, [*emitted, *drafts])
+        return (token if share >= sure else model(emitted, drafts)[0]), None
+
+    return next_draft

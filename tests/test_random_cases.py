@@ -1,0 +1,118 @@
+"""Random cases: `token` is plain greedy decoding, and every rule proposes and keeps what the oracle does. Double precision, so that
+a difference is an error and never a near-tie."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import pytest
+import torch
+from conftest import VOCAB, as_decoder, noisy_copy, prompt_of, tiny_llama
+from oracle import by_both, by_chain, by_model, by_table, oracle
+
+from feature_alignment.chained_adapter import ChainedAdapter
+from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
+from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
+from feature_alignment.hidden_adapter import HiddenAdapter
+from feature_alignment.models.pair import EOS
+
+PER_TEST, FAST, ALL = 20, 4, 100  # cases of one test; tests by default, and with the slow ones
+D = 32
+
+
+@cache
+def a_target(seed: int):
+    return tiny_llama(seed, layers=1 + seed % 3).double()
+
+
+@cache
+def a_drafter(seed: int, noise: float):
+    return noisy_copy(a_target(seed), noise, seed)
+
+
+@cache
+def an_adapter(width: int, scale: float) -> HiddenAdapter:
+    torch.manual_seed(width)
+    adapter = HiddenAdapter(width, D, 8).double().eval()
+    torch.nn.init.normal_(adapter.up.weight, std=scale)
+    return adapter
+
+
+@cache
+def a_chained(seed: int) -> ChainedAdapter:
+    torch.manual_seed(seed)
+    adapter = ChainedAdapter(D, D, 1, 16).double().eval()
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter *= 4  # as it begins, it would say the same whatever it reads
+    return adapter
+
+
+class Case:
+    """One random case: a target, a proposer, and the proposer's definition for the oracle."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, r = seed, random.Random(seed)
+        self.accept = r.choice(["token", "token", "feature", "relaxed"])
+        sources = ["own", "aligned", "chained"] + (["hybrid"] * 4 + [*NULL_DRAFTERS] if self.accept == "token" else [])
+        self.source = r.choice(sources)
+        self.gamma, self.limit = r.randint(1, 6), r.randint(1, 16)
+        self.threshold = r.choice([-1.0, 0.0, 0.3, 0.7, 0.9, 0.97])
+        ids = lambda: (1, *r.choices(range(3, VOCAB), k=r.randint(1, 6)))  # noqa: E731
+        self.prompt = ids()
+        draft_prompt = self.prompt if r.random() < 0.6 else ids()
+        which, noise = r.randrange(6), r.choice([0.0, 0.02, 0.1, 1.0])
+        model, drafter = a_target(which), a_drafter(which, noise)
+        self.target = target = as_decoder(model)
+        if r.random() < 0.6:  # a text that ends: EOS is said instead of one of its tokens
+            token = r.choice(greedy(target, prompt_of(*self.prompt), 12).token_ids)
+            with torch.no_grad():
+                target._head.weight[EOS] = target._head.weight[token] * 1.01
+        self.draft_prompt = prompt_of(*draft_prompt)
+        texts = [("", greedy(target, prompt_of(*p), self.limit).token_ids) for p in (ids(), ids(), self.prompt[:-1] or self.prompt)]
+        table = NULL_DRAFTERS[self.source](texts) if self.source in NULL_DRAFTERS else NGram(texts)
+        if self.source == "lookup":
+            table = Lookup(encode=lambda question: self.prompt)
+        layers = model.config.num_hidden_layers
+        model_source = r.choice(["aligned", "chained"]) if self.source == "hybrid" else self.source
+        own_expects = self.accept != "token"
+        taps = (layers,) if model_source == "own" else tuple(sorted(r.sample(range(1, layers + 1), r.randint(1, layers))))
+        draft = as_decoder(drafter, taps)
+        adapter = an_adapter(D * len(taps), r.choice([0.02, 0.3]))
+        if self.source in NULL_DRAFTERS:
+            self.proposer, self.definition = TableProposer(table), by_table(table)
+            return
+        if model_source == "chained":
+            chained = a_chained(r.randrange(3))
+            proposer = ChainedProposer(draft, chained, target.lm_head, target.embeddings)
+            definition = by_chain(draft, self.draft_prompt, chained, target, self.prompt)
+        else:
+            adapter = adapter if model_source == "aligned" or own_expects else None
+            head = target.lm_head if model_source == "aligned" else None
+            proposer = ModelProposer(draft, adapter, head)
+            definition = by_model(drafter, taps, draft_prompt, adapter, head)
+        if self.source == "hybrid":
+            sure = r.choice([0.0, 0.4, 0.6, 1.0])
+            proposer, definition = HybridProposer(table, proposer, sure), by_both(table, definition, sure)
+        self.proposer, self.definition = proposer, definition
+
+    def __repr__(self) -> str:
+        return f"case {self.seed}: {self.source} + {self.accept}, {self.gamma} drafts, at most {self.limit} tokens"
+
+
+@pytest.mark.parametrize("number", [pytest.param(i, marks=[] if i < FAST else [pytest.mark.slow]) for i in range(ALL)])
+@torch.inference_mode()
+def test_random_cases(number):
+    kept = 0
+    for seed in range(number * PER_TEST, (number + 1) * PER_TEST):
+        case = Case(seed)
+        rule = {"accept": case.accept, "threshold": case.threshold, "num_draft_tokens": case.gamma, "max_new_tokens": case.limit}
+        got = speculate(case.target, case.proposer, prompt_of(*case.prompt), case.draft_prompt, **rule)
+        if case.accept == "token":
+            assert got.token_ids == greedy(case.target, prompt_of(*case.prompt), case.limit).token_ids, case
+        wanted = oracle(case.target, case.prompt, case.definition, case.accept, case.threshold, case.gamma, case.limit)
+        assert (got.token_ids, [r.proposed for r in got.rounds], [r.num_accepted for r in got.rounds]) == wanted, case
+        kept += sum(r.num_accepted for r in got.rounds)
+    assert kept > 0  # the cases are not about zeros
