@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT
+from test_readme import README, disagreements
 
 from feature_alignment.verification import verify
 
@@ -80,3 +81,8 @@ def test_the_two_dialects_do_not_agree_at_token_level():
 def test_the_run_is_what_it_was_when_it_was_made():
     findings, compared = verify(OUT)
     assert not findings and compared["rows"] > 10_000
+
+
+def test_parameters_and_counts_are_those_of_readme():
+    wrong, compared = disagreements(README, OUT)
+    assert not wrong and (compared or "<!-- " not in README)

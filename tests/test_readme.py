@@ -1,21 +1,35 @@
-"""Every command of README is one that works: its flags are known, its script is there, and the cheap ones run."""
+"""Every command of README is one that works: its flags are known, its script is there, and the cheap ones run. Every number of a
+measured table is the one in the JSON it came from; a comment behind the table says which (see `disagreements`)."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+OUT = ROOT / "outputs" / "demo"
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 LINES = [line.strip() for block in BLOCKS for line in re.sub(r"\\\n\s*", "", block).splitlines() if line.strip()]
 SCRIPTS = [line for line in LINES if "feature_alignment/" in line]
+
+# A table, and behind it what its numbers come from: <!-- file.json, made <meta.created>; then one line per row -->
+TABLE = re.compile(r"^((?:\|.*\|\n)+)(\n*(?:<!-- \S+\.json(?:.|\n)*?-->\n*)*)", re.MULTILINE)
+SOURCE = re.compile(r"<!-- (\S+\.json), made (\S+)\n((?:.|\n)*?)-->")
+NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?(?: %)?")
+MEASURED = re.compile(r"\d\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]")  # a value with its interval
 
 
 def words_of(line):
     return shlex.split(line, comments=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------ commands
 
 
 def test_the_two_commands_are_there():
@@ -39,3 +53,110 @@ def test_each_command_is_understood(line, capsys):
 @pytest.mark.parametrize("line", [line for line in SCRIPTS if "hidden_adapter.py --hidden" in line])
 def test_the_cost_of_the_adapter_is_as_said(line):
     assert import_module("feature_alignment.hidden_adapter").main(words_of(line)[2:])["parameters"] == 2_101_504
+
+
+# ------------------------------------------------------------------------------------------------------------------- numbers
+
+
+def disagreements(readme: str, out: Path) -> tuple[list[str], int]:
+    """The numbers of a README's marked tables that are not in the JSON files under `out`, and how many numbers were compared.
+
+    Behind a table stands one comment for each file its rows come from, with the file's own `meta.created`:
+
+        <!-- acceptance/acceptance.json, made 2026-01-31T12:00:00Z
+        * = chains/* : cosine | steps/token_match | tokens_per_pass
+        ridge regression = nulls/ridge : cosine | token_match | tokens_per_pass
+        -->
+
+    Left of `=` the row's first cell, or `*` for rows not named; then a path, where `*` stands for that cell and `[name]` picks the
+    item of a list whose values spell the name; then the keys of each further column, `-` for none. A number agrees if one under its
+    keys rounds to it. Of another run than the one README tells of, only whole numbers (parameters, counts) are compared: all others
+    depend on the machine.
+    """
+    wrong, compared = [], 0
+    for table, comments in TABLE.findall(readme):
+        rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()[2:]]
+        sources = [(out / name, made, dict(_rule(line) for line in lines.splitlines())) for name, made, lines in SOURCE.findall(comments)]
+        for first, *cells in rows if sources else []:
+            path, made, rules = next(s for s in sources if first in s[2] or ("*" in s[2] and not any(first in t[2] for t in sources)))
+            content = json.loads(path.read_text())
+            where, columns = rules.get(first, rules.get("*"))
+            same_run = made == content["meta"]["created"]
+            try:
+                part = _at(content, where.replace("*", first))
+            except (KeyError, StopIteration):
+                wrong += [f"{path.name}, {first}: nothing at {where}"] if same_run else []
+                continue
+            for cell, keys in zip(cells, columns, strict=True):
+                known = [n for key in keys for n in _numbers(_at(part, key))]
+                for text in NUMBER.findall(cell):
+                    measured = "." in text or "," in text  # others are words: "drafts 1 to 5"
+                    if not measured or ("." in text and not same_run):
+                        continue
+                    compared += 1
+                    wrong += [] if any(_rounds_to(n, text) for n in known) else [f"{path.name}, {first}: {text} is not among {known[:6]}"]
+    return wrong, compared
+
+
+def _rule(line: str) -> tuple[str, tuple[str, list[list[str]]]]:
+    row, rest = line.split(" = ")
+    path, columns = rest.split(" : ")
+    return row.strip(), (path.strip(), [[k.strip() for k in c.split(",") if k.strip() != "-"] for c in columns.split("|")])
+
+
+def _at(content, path: str):
+    """What lies at a path. A list that is not picked from stands for all its items. `.` is the file itself."""
+    for step in re.findall(r"\[[^\]]*\]|[^/\[]+", path) if path != "." else []:
+        if step.startswith("["):
+            spelt = re.findall(r"[\w.]+", step)
+            content = next(item for item in content if set(spelt) <= {str(v) for v in item.values() if not isinstance(v, dict | list)})
+        else:
+            content = [item[step] for item in content] if isinstance(content, list) else content[step]
+    return content
+
+
+def _numbers(content) -> list[float]:
+    """All numbers in a value, those in its texts included; of a rate not its percentiles."""
+    if isinstance(content, dict) and "ci95" in content and "value" in content:
+        content = [content.get(k) for k in ("value", "ci95", "count", "total")]
+    if isinstance(content, dict | list):
+        return [n for item in (content.values() if isinstance(content, dict) else content) for n in _numbers(item)]
+    if isinstance(content, str):
+        return [float(text.replace(",", "").removesuffix(" %")) for text in NUMBER.findall(content)]
+    return [] if content is None or isinstance(content, bool) else [float(content)]
+
+
+def _rounds_to(number: float, text: str) -> bool:
+    digits = len(text.removesuffix(" %").partition(".")[2])
+    return f"{number * (100 if text.endswith('%') else 1):,.{digits}f}" in (text.removesuffix(" %"), f"-{text}")
+
+
+def test_numbers_that_differ_from_their_file_are_found(tmp_path):
+    rows = [
+        {"draft": "own", "accept": "token", "g": g, "speedup": {"value": g / 7, "ci95": [0.4, 0.5]}, "params": 1000 * g} for g in (3, 5)
+    ]
+    (tmp_path / "b.json").write_text(json.dumps({"meta": {"created": "now"}, "rows": rows, "note": "1,234 in all, 12.5 %", "part": 0.125}))
+    right = "| a | speed | params |\n|---|---|---|\n| own + token, 3 | 0.43 [0.40, 0.50] in 3 drafts | 3,000 |\n| all | 12.5 % | 1,234 |\n"
+    mark = "\n<!-- b.json, made {}\n* = rows[*] : speedup | params\nall = . : part | note\n-->\n"
+    assert disagreements(right + mark.format("now"), tmp_path) == ([], 6)
+    assert disagreements(right + mark.format("then"), tmp_path) == ([], 2)
+    assert disagreements(right, tmp_path) == ([], 0)
+    for old, new in (("0.43", "0.44"), ("0.40", "0.41"), ("3,000", "5,000"), ("12.5 %", "12.6 %"), ("1,234", "1,235")):
+        (found,) = disagreements((right + mark.format("now")).replace(old, new, 1), tmp_path)[0]
+        assert new in found
+    (found,) = disagreements((right + mark.format("now")).replace("own + token, 3", "own + token, 4"), tmp_path)[0]
+    assert "nothing at" in found
+
+
+@pytest.mark.skipif("<!-- " not in README, reason="README marks no table")
+def test_every_measured_table_says_where_it_comes_from():
+    unmarked = [table for table, comments in TABLE.findall(README) if MEASURED.search(table) and not SOURCE.search(comments)]
+    assert not unmarked
+
+
+@pytest.mark.skipif(not OUT.is_dir(), reason="no outputs of a whole run are here")
+def test_numbers_are_those_of_the_run_they_came_from():
+    wrong, compared = disagreements(README, OUT)
+    assert not wrong
+    if not compared:
+        pytest.skip("README marks no table")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
 
-Rule = Literal["token", "feature", "relaxed"]
+Keep = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]  # a rule of one's own: what it would keep, [g] bool
+Rule = Literal["token", "feature", "relaxed"] | Keep
 
 
 def kept_drafts(rule: Rule, draft_ids: Tensor, target_ids: Tensor, cosine: Tensor | None, threshold: float) -> Tensor:
@@ -16,8 +18,10 @@ def kept_drafts(rule: Rule, draft_ids: Tensor, target_ids: Tensor, cosine: Tenso
     draft_ids:  [g] int64  proposed tokens
     target_ids: [g] int64  what the target would have said in the same places
     cosine:     [g]        cos(A(g_t), v_t) of each draft; only `token` can do without
-    returns:    [g] bool   `token` and `feature` stop at the first rejection, `relaxed` does not
+    returns:    [g] bool   all but `relaxed` stop at the first rejection
     """
+    if callable(rule):
+        return rule(draft_ids, target_ids, cosine, threshold).cumprod(0).bool()
     if rule == "token":
         return (draft_ids == target_ids).cumprod(0).bool()
     if cosine is None:

@@ -16,6 +16,7 @@ import io
 import math
 import re
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,16 +55,9 @@ def read_event_file(path: Path, start_us: int = 0, window_us: int | None = None)
         raise UserError(f"no event file at {path}; --events wants an EventGPT .npy, .npz, DSEC .h5, Prophesee .dat or .raw, or .aedat4.")
     with open(path, "rb") as file:
         head = file.read(4096)
-    if head.startswith(b"\x93NUMPY"):
-        return RawEvents(_read_npy(path))
-    if head.startswith(b"PK"):
-        return RawEvents(_read_npz(path), N_IMAGENET_HW)
-    if head.startswith(b"\x89HDF\r\n\x1a\n"):
-        return _read_dsec(path, start_us, window_us)
-    if head.startswith(b"#!AER-DAT4"):
-        return _read_aedat4(path)
-    if head.startswith(b"%"):
-        return _read_prophesee(path)
+    for first_bytes, read in READERS.items():
+        if head.startswith(first_bytes):
+            return read(path, start_us, window_us)
     raise UserError(
         f"{path} is not an event file this project knows (it starts with {head[:12]!r}); known: EventGPT .npy (a dict of x, y, t, p), "
         "N-ImageNet .npz, DSEC events.h5, Prophesee .dat, .raw in EVT2 or EVT3, iniVation .aedat4."
@@ -362,6 +356,15 @@ def _decode_evt3(path: Path, body: bytes, order: str = "<") -> dict[str, np.ndar
     _warn_early(path, int(len(word) - keep.sum()))
     word = word[keep]
     return {"x": x[keep], "y": _fill(value, row)[word] & 0x7FF, "t": t[word], "p": p[keep]}
+
+
+READERS: dict[bytes, Callable[[Path, int, int | None], RawEvents]] = {  # by a file's first bytes: path, start_us, window_us -> events
+    b"\x93NUMPY": lambda path, *_: RawEvents(_read_npy(path)),
+    b"PK": lambda path, *_: RawEvents(_read_npz(path), N_IMAGENET_HW),
+    b"\x89HDF\r\n\x1a\n": _read_dsec,
+    b"#!AER-DAT4": lambda path, *_: _read_aedat4(path),
+    b"%": lambda path, *_: _read_prophesee(path),
+}
 
 
 def save_events(path: Path, stream: dict[str, np.ndarray]) -> None:
