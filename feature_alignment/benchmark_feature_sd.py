@@ -69,13 +69,14 @@ class Mode:
 
 def modes(gammas: Sequence[int], most: int, adapters: Sequence[str]) -> list[Mode]:
     """Adapted drafts (the first of `adapters` at every length) under all rules; the others losslessly, for comparison: the n-gram
-    table at every length too, because a draft costs it nothing. At most `most` drafts where the length adapts."""
+    table at the longer lengths too, because a draft costs it nothing. At most `most` drafts where the length adapts."""
     middle = gammas[len(gammas) // 2]
+    adaptive = [Mode(draft, "token", most, adaptive=True) for draft in (adapters[0], "hybrid", "own")]
     return [
-        *[Mode(draft, "token", g) for draft in (adapters[0], "ngram") for g in gammas],
-        Mode("hybrid", "token", gammas[-1]),
-        *[Mode(draft, "token", most, adaptive=True) for draft in (adapters[0], "hybrid", "own")],
-        Mode(adapters[0], "token", most, adaptive=True, overlap=True),
+        *[Mode(adapters[0], "token", g) for g in gammas],
+        *[Mode("ngram", "token", g) for g in gammas[len(gammas) // 2 :]],
+        *adaptive,
+        dataclasses.replace(adaptive[0], overlap=True),
         *[Mode(draft, "token", middle) for draft in (*adapters[1:], "own", "template", "lookup", "previous")],
         *[Mode(draft, accept, middle) for draft in adapters for accept in ("feature", "relaxed")],
     ]
