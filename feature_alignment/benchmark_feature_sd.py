@@ -59,16 +59,24 @@ class Mode:
     accept: str
     num_draft_tokens: int
     adaptive: bool = False
+    overlap: bool = False
+
+    @property
+    def drafts_per_round(self) -> str:
+        """As a reader is told it."""
+        return f"{'up to ' * self.adaptive}{self.num_draft_tokens}{', overlapped' * self.overlap}"
 
 
 def modes(gammas: Sequence[int], most: int, adapters: Sequence[str]) -> list[Mode]:
     """Adapted drafts (the first of `adapters` at every length) under all rules; the others losslessly, for comparison: the n-gram
-    table at every length too, because a draft costs it nothing. At most `most` drafts where the length adapts."""
+    table at the longer lengths too, because a draft costs it nothing. At most `most` drafts where the length adapts."""
     middle = gammas[len(gammas) // 2]
+    adaptive = [Mode(draft, "token", most, adaptive=True) for draft in (adapters[0], "hybrid", "own")]
     return [
-        *[Mode(draft, "token", g) for draft in (adapters[0], "ngram") for g in gammas],
-        Mode("hybrid", "token", gammas[-1]),
-        *[Mode(draft, "token", most, adaptive=True) for draft in (adapters[0], "hybrid", "own")],
+        *[Mode(adapters[0], "token", g) for g in gammas],
+        *[Mode("ngram", "token", g) for g in gammas[len(gammas) // 2 :]],
+        *adaptive,
+        dataclasses.replace(adaptive[0], overlap=True),
         *[Mode(draft, "token", middle) for draft in (*adapters[1:], "own", "template", "lookup", "previous")],
         *[Mode(draft, accept, middle) for draft in adapters for accept in ("feature", "relaxed")],
     ]
@@ -183,7 +191,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
 
     def method(mode: Mode) -> Callable[[int], Generation]:
         rule = {"accept": mode.accept, "threshold": cfg.threshold, "num_draft_tokens": mode.num_draft_tokens}
-        how = {"max_new_tokens": cfg.max_new_tokens, "pace": Pace() if mode.adaptive else None}
+        how = {"max_new_tokens": cfg.max_new_tokens, "pace": Pace() if mode.adaptive else None, "overlap": mode.overlap}
         return lambda i: speculate(pair.target, proposers[mode.draft], *prompts[i], **rule, **how)
 
     methods = {"plain": lambda i: greedy(pair.target, prompts[i][0], cfg.max_new_tokens), **{m: method(m) for m in rows_of}}
@@ -199,6 +207,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
         emitted = sum(len(g[0].token_ids) - 1 for g in runs.generations)
         row: dict[str, Any] = {
             **dataclasses.asdict(mode),
+            "drafts_per_round": mode.drafts_per_round,
             "threshold": cfg.threshold if mode.accept != "token" else None,
             "draft_layers": None if mode.draft in NULL_DRAFTERS else list(pair.draft.taps) if mode.draft != "own" else "all",
             "speedup": measure.speedup(plain, runs, clips, lambda g: g.total_ms),

@@ -44,6 +44,7 @@ class InferenceConfig(Common):
         threshold: cosine above which feature and relaxed keep a draft
         num_draft_tokens: drafts per verification; with --adaptive the most
         adaptive: draft on while one more token is expected to gain more than it costs, and not at all where nothing pays
+        overlap: EventGPT reads its prompt in a thread of its own while Video-LLaVA reads its own; for a second core
         max_new_tokens: longest answer, EOS included
         temperature: above 0 the answer is sampled, with the law of sampling from Video-LLaVA alone; --accept token only
         verbose: every round with its milliseconds per stage and why it drafted no more, in colour on a terminal
@@ -60,6 +61,7 @@ class InferenceConfig(Common):
     threshold: float = 0.9
     num_draft_tokens: int = 5
     adaptive: bool = False
+    overlap: bool = False
     max_new_tokens: int = 64
     temperature: float = 0.0
     verbose: bool = False
@@ -122,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     proposer = sources.open(cfg.draft, cfg.accept != "token", sampler)
     prompt, draft_prompt = pair.target.prepare(sample), pair.draft.prepare(sample)
     rule = {"accept": cfg.accept, "threshold": cfg.threshold, "num_draft_tokens": cfg.num_draft_tokens}
-    how = {"max_new_tokens": cfg.max_new_tokens, "sampler": sampler, "pace": Pace() if cfg.adaptive else None}
+    how = {"max_new_tokens": cfg.max_new_tokens, "sampler": sampler, "pace": Pace() if cfg.adaptive else None, "overlap": cfg.overlap}
     for _ in range(2):  # the first run warms up, and teaches the pace
         alone = plain(pair.target, prompt, cfg.max_new_tokens, sampler)
         generation = speculate(pair.target, proposer, prompt, draft_prompt, **rule, **how)

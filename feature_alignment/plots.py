@@ -167,7 +167,7 @@ def speedup_bars(rows: list[dict[str, Any]], path: Path) -> None:
         error = np.nan_to_num(np.abs(ends - value[:, None])).T
         axis.barh(y + shift, value, 0.38, xerr=error, color=colour, label=label, ecolor="#333333", capsize=2)
     axis.set_yticks(
-        y, [f"{r['draft']} + {r['accept']}, {r['num_draft_tokens']} drafts" + ("" if r["accept"] == "token" else " (lossy)") for r in rows]
+        y, [f"{r['draft']} + {r['accept']}, {r['drafts_per_round']} drafts" + ("" if r["accept"] == "token" else " (lossy)") for r in rows]
     )
     axis.invert_yaxis()
     axis.axvline(1.0, color=GREY)
@@ -183,7 +183,7 @@ def stage_stack(baseline: dict[str, Any], rows: list[dict[str, Any]], path: Path
     colours = ["#999999", "#CCCCCC", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#F0E442", "#CC79A7", "#D55E00"]
     n = baseline["prompts"]
     bars = [("plain greedy", {"target_prefill": baseline["prefill_ms"] / n, "verify": baseline["decode_ms"] / n})]
-    bars += [(f"{r['draft']} + {r['accept']}, {r['num_draft_tokens']}", r["ms"]) for r in rows]
+    bars += [(f"{r['draft']} + {r['accept']}, {r['drafts_per_round']}", r["ms"]) for r in rows]
     figure, axis = plt.subplots(figsize=(9, 0.4 * len(bars) + 1.6), layout="constrained")
     left = np.zeros(len(bars))
     for stage, colour in zip(stages, colours, strict=True):

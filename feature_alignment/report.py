@@ -23,7 +23,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     rows, cost, base = result["rows"], result["cost"], result["baselines"][0]
     speed = [
         [
-            f"{r['draft']} + {r['accept']}, {'up to ' * r['adaptive']}{r['num_draft_tokens']}",
+            f"{r['draft']} + {r['accept']}, {r['drafts_per_round']}",
             rate_text(r["speedup"], 2, unit="x"),
             rate_text(r["decode_speedup"], 2, unit="x"),
             _number(r["tokens_per_pass"]),

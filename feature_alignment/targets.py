@@ -73,7 +73,7 @@ def read(adapter: InUse, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "speedup",
             GOAL,
             lossless["speedup"],
-            f"end to end, lossless, {lossless['draft']} drafts, {'up to ' * lossless['adaptive']}{lossless['num_draft_tokens']} a round; "
+            f"end to end, lossless, {lossless['draft']} drafts, {lossless['drafts_per_round']} a round; "
             f"decoding alone {lossless['decode_speedup']['value']:.2f}; best null drafter end to end {null:.2f}",
         ),
     ]

@@ -104,8 +104,7 @@ def test_token_acceptance_is_plain_greedy(gamma, seed):
         assert got.token_ids == plain.token_ids
 
 
-@pytest.mark.parametrize("sure", [0.2, 0.5])
-@pytest.mark.parametrize("gamma", [2, 5])
+@pytest.mark.parametrize(("sure", "gamma"), [(0.2, 5), (0.5, 3)])
 def test_a_hybrid_chains_over_the_tables_tokens(sure, gamma):
     """Each of its drafts is the table's where that is sure, else what a chain begun anew and told all drafts so far would say."""
     model, adapter = tiny_llama(0), an_adapter()

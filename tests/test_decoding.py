@@ -219,3 +219,21 @@ def test_a_trace_shows_every_token_for_what_it_was(colour):
     assert text.count(kinds["rejected"] + "<") == sum(len(r.proposed) - r.num_accepted for r in got.rounds) > 0
     assert text.count("<") == len(own) + sum(len(r.proposed) for r in got.rounds)
     assert ("\033" in text) is colour and text.count("kept ") == len(got.rounds) and "verify" in text
+
+
+@pytest.mark.parametrize("source", ["aligned", "hybrid", "ngram"])
+def test_reading_the_prompts_side_by_side_changes_nothing(source):
+    model, threads = tiny_llama(0), torch.get_num_threads()
+    target, rounds = as_decoder(model), []
+    for overlap in (False, True):
+        proposer = proposer_for(source, noisy_copy(model, 0.02), target, small_adapter())
+        got = [speculate(target, proposer, prompt_of(*p), prompt_of(*p), overlap=overlap, max_new_tokens=MAX) for p in PROMPTS]
+        rounds.append([(g.token_ids, [(r.proposed, r.kept) for r in g.rounds]) for g in got])
+    assert rounds[0] == rounds[1] and torch.get_num_threads() == threads
+
+
+def test_a_drafter_that_fails_beside_is_heard():
+    target, prompt = as_decoder(tiny_llama(0)), prompt_of(*PROMPTS[0])
+    proposer = ModelProposer(None, None, None)
+    with pytest.raises(AttributeError, match="prefill"):
+        speculate(target, proposer, prompt, prompt, overlap=True)

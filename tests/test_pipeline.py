@@ -139,6 +139,7 @@ def test_a_second_run_reuses_everything(finished, capsys):
         ["--accept", "relaxed"],
         ["--gamma", "1"],
         ["--draft", "chained", "--adaptive", "--num_draft_tokens", "9", "--verbose"],
+        *[["--draft", source, "--overlap"] for source in ("aligned", "chained", "ngram")],
     ],
 )
 def test_inference_in_every_mode(finished, extra):

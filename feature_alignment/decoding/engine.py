@@ -10,6 +10,8 @@ Before each round the target's cache holds the prompt and all emitted tokens but
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,11 +84,11 @@ def plain(target: Decoder, prompt: Prompt, max_new_tokens: int, sampler: Sampler
     start = watch.now()
     with watch("target_prefill"):
         state = target.prefill([prompt])
-        token = pick(target.lm_head(state.last), sampler)[0]
+        token = pick(target.lm_head(state.last), sampler).token
     emitted = [int(token)]
     with watch("verify"):
         while emitted[-1] != EOS and len(emitted) < max_new_tokens:
-            token = pick(target.lm_head(target.step(state, token[None])[:, -1]), sampler)[0]
+            token = pick(target.lm_head(target.step(state, token[None])[:, -1]), sampler).token
             emitted.append(int(token))
     return Generation(emitted, len(emitted) - 1, watch.now() - start, watch.ms)
 
@@ -108,6 +110,7 @@ def speculate(
     max_new_tokens: int = 64,
     sampler: Sampler | None = None,
     pace: Pace | None = None,
+    overlap: bool = False,
 ) -> Generation:
     """Draft, verify, accept, roll back, until EOS or exactly `max_new_tokens`.
 
@@ -115,16 +118,22 @@ def speculate(
     `feature` keeps drafts whose expected state has a cosine above `threshold`, up to the first rejection; `relaxed` keeps any such
     draft, puts the target's own token in the other places, and lets the target read the corrected block again (its time is the stage
     "recompute", the rejection cost). With a pace, `num_draft_tokens` is the most that are drafted.
+
+    overlap: the drafter reads its prompt in a thread of its own while the target reads its own (for a second core); the stage
+             "draft_prefill" is then what is waited for it
     """
     if sampler is not None and accept != "token":
         raise ValueError(f"sampling is lossless under the token rule only, got {accept!r}")
     watch = Stopwatch(target.device)
     start = watch.now()
+    started, reading = pace is None or pace.drafting, None
+    if started and overlap:
+        reading = _in_a_thread(proposer.start, draft_prompt, Stopwatch(target.device))
     with watch("target_prefill"):
         state = target.prefill([prompt])
-        token = pick(target.lm_head(state.last), sampler)[0]
-    if started := pace is None or pace.drafting:
-        _start(proposer, draft_prompt, watch, pace)
+        token = pick(target.lm_head(state.last), sampler).token
+    if started:
+        _start(proposer, draft_prompt, watch, pace, reading)
     emitted, rounds, passes = [int(token)], [], 0
     states = state.last.new_empty(max_new_tokens, target.hidden_size)  # states[i] emitted emitted[i]
     states[0] = state.last[0]
@@ -211,10 +220,22 @@ def speculate(
     return Generation(emitted, passes, watch.now() - start, watch.ms, rounds)
 
 
-def _start(proposer: Proposer, prompt: Prompt, watch: Stopwatch, pace: Pace | None) -> None:
-    proposer.start(prompt, watch)
+def _start(proposer: Proposer, prompt: Prompt, watch: Stopwatch, pace: Pace | None, reading: Future | None = None) -> None:
+    if reading is None:
+        proposer.start(prompt, watch)
+    else:
+        with watch("draft_prefill"):
+            reading.result()
     if pace is not None:
         pace.started(watch.ms.get("draft_prefill", 0.0))
+
+
+def _in_a_thread(call: Callable, *args: Any) -> Future:
+    """A call begun beside this one; torch lets go of Python's lock while it multiplies. No more torch threads than there were."""
+    pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+    future = pool.submit(call, *args)
+    pool.shutdown(wait=False)
+    return future
 
 
 def _why(drafts: Tensor, room: int, floor: float) -> str:
