@@ -219,6 +219,9 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
                 for stage in sorted({s for g in runs.generations for s in g[0].ms})
             },
         }
+        drafted = sum(len(r.proposed) for g in runs.generations for r in g[0].rounds)
+        spent = sum(g[0].ms.get("adapter", 0.0) for g in runs.generations)
+        row["adapter_ms_per_draft"] = spent / drafted if spent else None
         row["fidelity"] = measure.fidelity(pair.target, log_likelihood, samples, runs, plain)
         row["exact_match"] = row["fidelity"]["exact_match"]["value"]
         row |= (

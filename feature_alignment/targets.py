@@ -21,13 +21,14 @@ WIDTH, EVENT_TOKENS = 4096, 582  # of EventGPT-7B: 5 temporal and 577 spatial to
 class InUse:
     """The adapter behind the fastest lossless row, as the targets read it.
 
-    overhead_ms: of one drafted token, here and at width 4096; measured: its part of acceptance.json; where: what that was measured on
+    overhead_ms: of one drafted token, in that row's decoding, in a loop of nothing else, and so at width 4096
+    measured: its part of acceptance.json; where: what that was measured on
     """
 
     name: str
     parameters: int
     parameters_wide: int
-    overhead_ms: tuple[float, float]
+    overhead_ms: tuple[float, float, float]
     measured: dict[str, Any]
     where: str
 
@@ -59,7 +60,8 @@ def read(adapter: InUse, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             0.5,
             adapter.overhead_ms[0],
             adapter.overhead_ms[0],
-            f"median per drafted token on this device; {adapter.overhead_ms[1]:.3f} at width 4096, here as well",
+            f"per drafted token while decoding on this device; {adapter.overhead_ms[1]:.3f} in a loop of its own, "
+            f"{adapter.overhead_ms[2]:.3f} so at width 4096",
         ),
         over("cosine", 0.9, adapter.measured["cosine"], adapter.where),
         over(
@@ -94,6 +96,7 @@ def adapter_in_use(
     dtype: torch.dtype,
 ) -> InUse:
     """The adapter behind the fastest lossless row, and the same recipe at the width of the 7B models."""
+    live = fastest_lossless(rows)["adapter_ms_per_draft"] or cost["t_adapter_ms"]  # own drafts need no adapter
     if chained is not None and fastest_lossless(rows)["draft"] in ("chained", "hybrid"):
         measured = acceptance["chains"]["chained"]
         where = (
@@ -101,9 +104,9 @@ def adapter_in_use(
             f"the hidden adapter: {acceptance['cosine']['value']:.3f}"
         )
         wide = ChainedAdapter(WIDTH, WIDTH, EVENT_TOKENS, chained.geometry["width"]).to(device, dtype)
-        ms = cost["t_chained_ms"], chained_ms(wide, Stopwatch(device))
+        ms = live, cost["t_chained_ms"], chained_ms(wide, Stopwatch(device))
         return InUse("chained", chained.num_parameters, wide.num_parameters, ms, measured, where)
     taps = adapter.d_draft // adapter.d_target
     wide = HiddenAdapter(WIDTH * taps, WIDTH, adapter.bottleneck)
-    ms = cost["t_adapter_ms"], forward_ms(wide, 1, WIDTH * taps, 100, device, dtype)
+    ms = live, cost["t_adapter_ms"], forward_ms(wide, 1, WIDTH * taps, 100, device, dtype)
     return InUse("hidden", adapter.num_parameters, wide.num_parameters, ms, acceptance, "test positions, same prefix")
