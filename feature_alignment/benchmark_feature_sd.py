@@ -28,7 +28,8 @@ MEASURE = "python feature_alignment/measure_feature_acceptance.py --config confi
 
 @dataclass(frozen=True)
 class BenchmarkConfig(Common):
-    """Measure speed-up and fidelity of every mode on the same prompts, in one process.
+    """Measure speed-up and fidelity of every mode on the same prompts, in one process, and read off the six targets. Reads both
+    checkpoints, the adapters and acceptance/; writes benchmark.json, report.md, report.html and pictures under benchmark/.
 
     Args:
         split: manifest the prompts are taken from

@@ -30,7 +30,8 @@ LAYOUT_7B = (32_000, 64)  # vocabulary of the released models, longest answer: w
 
 @dataclass(frozen=True)
 class ComparisonConfig(Common):
-    """Compare token-level with feature-level acceptance.
+    """Compare token-level with feature-level acceptance, and name the words that only a cosine would keep. Reads token_pairs/ and
+    acceptance/; writes comparison.json, comparison.md and a picture under token_baseline/.
 
     Args:
         token_pairs: free-running answers of both models; default token_pairs/<split>.json of this run. Of another file the first half

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InferenceConfig(Common):
-    """Decode one answer speculatively and show every round.
+    """Decode one answer speculatively, show every round, and compare it with plain decoding. Reads both checkpoints, what the drafts
+    need and one sample; writes sd/<sample id>.json.
 
     Args:
         split: manifest the sample is taken from

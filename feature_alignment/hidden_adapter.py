@@ -25,7 +25,8 @@ TRAIN = "python feature_alignment/train_hidden_adapter.py --config configs/demo.
 
 @dataclass(frozen=True)
 class AdapterConfig(Common):
-    """Print the parameters, FLOPs, bytes and measured time of an adapter.
+    """Print the parameters, FLOPs, bytes and measured time of an adapter, beside one decoder layer of its width and one step of the
+    configured Video-LLaVA. Reads that checkpoint, writes nothing.
 
     Args:
         hidden_size: width of the target's hidden states

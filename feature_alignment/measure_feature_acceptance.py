@@ -33,7 +33,8 @@ CHAINED = {"chained": "chained_adapter", "chained, without events": "chained_ada
 
 @dataclass(frozen=True)
 class AcceptanceConfig(Common):
-    """Measure the adapters on hidden states they have not seen.
+    """Measure the adapters on hidden states they have not seen, beside null predictors. Reads hidden_states/ and the adapters there are;
+    writes acceptance.json, summary.md, per_position.csv and pictures under acceptance/.
 
     Args:
         split: what is measured
