@@ -212,6 +212,8 @@ def source_hash(source: Path | Sequence[Path]) -> str:
 def reusable(path: Path, cfg: Common, made_from: Sources) -> dict[str, Any] | None:
     """The JSON at `path` if `--resume` is on, it was made with these settings from these very files, and neither it nor a file
     beside it was altered since; else None."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and a file is to be written there; move it away.")
     if not (cfg.resume and path.is_file()):
         return None
     try:

@@ -10,7 +10,9 @@ writes  sd/<sample id>.json: text, token ids, every round with its drafts, what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,6 +47,7 @@ class InferenceConfig(Common):
         adaptive: draft on while one more token is expected to gain more than it costs, and not at all where nothing pays
         max_new_tokens: longest answer, EOS included
         temperature: above 0 the answer is sampled, with the law of sampling from Video-LLaVA alone; --accept token only
+        verbose: every round with its milliseconds per stage and why it drafted no more, in colour on a terminal
     """
 
     split: str = "test"
@@ -60,6 +63,7 @@ class InferenceConfig(Common):
     adaptive: bool = False
     max_new_tokens: int = 64
     temperature: float = 0.0
+    verbose: bool = False
 
 
 def choose_sample(cfg: InferenceConfig) -> Sample:
@@ -81,14 +85,19 @@ def choose_sample(cfg: InferenceConfig) -> Sample:
     return found[0]
 
 
-def print_trace(generation: Generation, tokenizer: Any) -> None:
-    """One line per round: kept drafts plain, rejected ones in parentheses, the target's own token in brackets."""
-    rows = []
-    for i, r in enumerate(generation.rounds):
-        words = [(tokenizer.decode([t]) if k else f"({tokenizer.decode([t])})") for t, k in zip(r.proposed, r.kept, strict=True)]
-        words += [f"[{tokenizer.decode([r.extra_token])}]"] if r.extra_token is not None else []
-        rows.append((" ".join(words), f"{i + 1}", f"{r.num_accepted}/{len(r.proposed)}", round(sum(r.ms.values()), 2)))
-    print_table("rounds: kept (rejected) [target's own]", ("drafts", "round", "kept", "ms"), rows)
+def print_trace(generation: Generation, decode: Callable[[list[int]], str], verbose: bool) -> None:
+    """The rounds as a table, or one by one with their stages; in colour on a terminal that wants it (no-color.org)."""
+    from feature_alignment.decoding.trace import legend, tokens_of, trace_lines
+
+    if verbose:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print(f"\nrounds: {legend(colour)}", *trace_lines(generation, decode, colour), sep="\n")
+        return
+    rows = [
+        (tokens_of(r, decode, colour=False), f"{i + 1}", f"{r.num_accepted}/{len(r.proposed)}", round(sum(r.ms.values()), 2))
+        for i, r in enumerate(generation.rounds)
+    ]
+    print_table(f"rounds: {legend(colour=False)}", ("drafts", "round", "kept", "ms"), rows)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -135,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"question  {sample.question}\nanswer    {text}")
     if not result["exact_match"]:
         print(f"plain     {result['plain_text']}")
-    print_trace(generation, pair.target.tokenizer)
+    print_trace(generation, pair.target.tokenizer.decode, cfg.verbose)
     print_json_line(
         {
             "text": text,

@@ -156,17 +156,29 @@ class HiddenStatesWriter:
         self._rows, self._shapes, self._dtype = rows, dict(shapes), dtype
         self._longest = shapes["vl_hidden_states.pt"][0]
         for name, shape in shapes.items():
-            if rank == 0 and not (self.part / name).is_file():
-                fresh = self.part / "fresh" / name  # torch writes the file's name into the file: it must be the final one
-                fresh.parent.mkdir(exist_ok=True)
-                with torch.serialization.skip_data():
-                    torch.save(torch.empty(rows, *shape, dtype=dtype), fresh)
-                os.replace(fresh, self.part / name)
+            if rank == 0:
+                self._lay_out(name, rows * row_bytes([shape], dtype))
         self._files = {name: os.open(self.part / name, os.O_RDWR) for name in shapes}
         self._offsets = {name: storage_offset(self.part / name) for name in shapes}
         self._progress = [_open_progress(self.part / f"progress-{rank}.txt")]
         self.done = self._intact() if rank == 0 else rows_done(directory)
         self._waiting: list[dict[str, Any]] = []
+
+    def _lay_out(self, name: str, rows_bytes: int) -> None:
+        """A new sparse file at full size, unless one is there that has this very frame."""
+        fresh = self.part / "fresh" / name  # torch writes the file's name into the file: it must be the final one
+        fresh.parent.mkdir(exist_ok=True)
+        try:
+            with torch.serialization.skip_data():
+                torch.save(torch.empty(self._rows, *self._shapes[name], dtype=self._dtype), fresh)
+        except RuntimeError as error:  # what torch makes of a disk that is full, or does not take files this large
+            raise UserError(f"{self.part} could not be laid out with {rows_bytes:,} bytes for {name}: {str(error)[:120]}") from None
+        try:
+            if (self.part / name).is_file() and frame_hash(self.part / name, rows_bytes) == frame_hash(fresh, rows_bytes):
+                return
+        except UserError:
+            log.warning("%s was damaged; its rows are done again.", self.part / name)
+        os.replace(fresh, self.part / name)
 
     def _intact(self) -> set[int]:
         """Noted rows whose states have the hashes they were noted with; others are done again."""

@@ -96,17 +96,17 @@ def _take(lock: Path, path: Path) -> int:
 
 
 def _owner(stream: int) -> dict[str, Any] | None:
-    """Who wrote the lock; None for an empty one, {} where it cannot be told."""
+    """Who wrote the lock; None for one that does not say."""
     content = os.pread(stream, 1000, 0)
     try:
         found = json.loads(content) if content else None
-        return found if found is None or isinstance(found, dict) else {}
+        return found if isinstance(found, dict) else None
     except ValueError:
-        return {"host": socket.gethostname()}  # half written: its process died while doing so
+        return None  # half written: its process died while doing so
 
 
 def _name(owner: dict[str, Any] | None) -> str:
-    if not owner or not isinstance(owner.get("since"), int | float):
+    if not owner or not isinstance(owner.get("since"), int | float) or not 0 < owner["since"] < 1e11:
         return "another process"
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["since"]))
     minutes = (time.time() - owner["since"]) / 60

@@ -105,7 +105,7 @@ class _Run:
         if gone := [path for path in paths if not path.exists()]:
             self.find("stale", record, f"made from {name}, {gone[0]}, which is gone")
         elif source_hash(paths if isinstance(places, list) else paths[0]) != wanted:
-            self.find("stale", record, f"made from another {name} than {paths[0]} is now")
+            self.find("stale", record, f"made from another {name} than {', '.join(map(str, paths[:2]))}{' …' * (len(paths) > 2)} is now")
 
     def here(self, path: Path, meta: dict[str, Any]) -> Path:
         """Where a source lies now: beside the results, if it lay beside them and the whole run was moved."""

@@ -9,6 +9,8 @@ import torch
 from conftest import ROOT
 from test_readme import README, disagreements
 
+from feature_alignment.verification import verify
+
 OUT = ROOT / "outputs" / "demo"
 FILES = [
     *[
@@ -74,6 +76,11 @@ def test_the_two_dialects_do_not_agree_at_token_level():
     comparison = json.loads((OUT / "token_baseline" / "comparison.json").read_text())
     assert comparison["token_level"]["position_match"]["value"] <= 0.02
     assert comparison["nulls"]["ngram"]["token_match"]["value"] <= 0.8
+
+
+def test_the_run_is_what_it_was_when_it_was_made():
+    findings, compared = verify(OUT)
+    assert not findings and compared["rows"] > 10_000
 
 
 def test_parameters_and_counts_are_those_of_readme():

@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from feature_alignment.config import SCRIPTS
 from feature_alignment.models.pair import Decoder, Prompt
 
 torch.set_num_threads(1)
@@ -120,9 +121,7 @@ def main_of(script: str):
 
 @pytest.fixture(scope="session")
 def finished(tiny_run) -> Path:
-    """The tiny run after all seven scripts."""
-    from feature_alignment.config import SCRIPTS
-
+    """`tiny_run` after all seven scripts; read it, write elsewhere."""
     config = ["--config", str(tiny_run / "tiny.yaml")]
     for split in ("train", "validation", "test"):
         main_of("extract_hidden_states")([*config, "--split", split])

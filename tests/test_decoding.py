@@ -12,6 +12,7 @@ from feature_alignment.decoding.acceptance import kept_drafts
 from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, Previous, TableProposer
 from feature_alignment.decoding.proposers import ModelProposer
+from feature_alignment.decoding.trace import trace_lines
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.models.pair import EOS
 
@@ -204,3 +205,17 @@ def test_tables_offline_are_tables_in_the_loop(source, gamma):
         assert [r.num_accepted for r in live.rounds] == blocks.accepted[blocks.offered > 0].tolist()
         kept += int(blocks.accepted.sum())
     assert kept > 0
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_a_trace_shows_every_token_for_what_it_was(colour):
+    model = tiny_llama(0)
+    target, prompt = as_decoder(model), prompt_of(*PROMPTS[0])
+    got = speculate(target, ModelProposer(as_decoder(noisy_copy(model, 0.02)), None, None), prompt, prompt, max_new_tokens=30)
+    text = "\n".join(trace_lines(got, lambda ids: f"<{ids[0]}>", colour))
+    kinds = {"kept": "\033[32m", "rejected": "\033[31;9m", "own": "\033[1;34m"} if colour else {"kept": "", "rejected": "(", "own": "["}
+    own = [got.token_ids[0], *[r.extra_token for r in got.rounds if r.extra_token is not None]]
+    assert text.count(kinds["own"] + "<") == len(own)
+    assert text.count(kinds["rejected"] + "<") == sum(len(r.proposed) - r.num_accepted for r in got.rounds) > 0
+    assert text.count("<") == len(own) + sum(len(r.proposed) for r in got.rounds)
+    assert ("\033" in text) is colour and text.count("kept ") == len(got.rounds) and "verify" in text

@@ -138,7 +138,7 @@ def test_a_second_run_reuses_everything(finished, capsys):
         ["--accept", "feature", "--threshold", "0.5"],
         ["--accept", "relaxed"],
         ["--gamma", "1"],
-        ["--draft", "chained", "--adaptive", "--num_draft_tokens", "9"],
+        ["--draft", "chained", "--adaptive", "--num_draft_tokens", "9", "--verbose"],
     ],
 )
 def test_inference_in_every_mode(finished, extra):

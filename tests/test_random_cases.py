@@ -12,6 +12,7 @@ from conftest import VOCAB, as_decoder, noisy_copy, prompt_of, tiny_llama
 from oracle import by_both, by_chain, by_model, by_table, oracle
 
 from feature_alignment.chained_adapter import ChainedAdapter
+from feature_alignment.decoding.batch import speculate_batch
 from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
@@ -51,22 +52,25 @@ def a_chained(seed: int) -> ChainedAdapter:
 
 
 class Case:
-    """One random case: a target, a proposer, and the proposer's definition for the oracle."""
+    """One random case: a target, a proposer, and the proposer's definition for the oracle.
 
-    def __init__(self, seed: int) -> None:
+    like: a case whose target and lengths this one shares, a row of the same batch
+    """
+
+    def __init__(self, seed: int, like: Case | None = None) -> None:
         self.seed, r = seed, random.Random(seed)
-        self.accept = r.choice(["token", "token", "feature", "relaxed"])
+        self.accept = "token" if like else r.choice(["token", "token", "feature", "relaxed"])
         sources = ["own", "aligned", "chained"] + (["hybrid"] * 4 + [*NULL_DRAFTERS] if self.accept == "token" else [])
         self.source = r.choice(sources)
-        self.gamma, self.limit = r.randint(1, 6), r.randint(1, 16)
+        self.gamma, self.limit = (like.gamma, like.limit) if like else (r.randint(1, 6), r.randint(1, 16))
         self.threshold = r.choice([-1.0, 0.0, 0.3, 0.7, 0.9, 0.97])
         ids = lambda: (1, *r.choices(range(3, VOCAB), k=r.randint(1, 6)))  # noqa: E731
         self.prompt = ids()
         draft_prompt = self.prompt if r.random() < 0.6 else ids()
-        which, noise = r.randrange(6), r.choice([0.0, 0.02, 0.1, 1.0])
-        model, drafter = a_target(which), a_drafter(which, noise)
-        self.target = target = as_decoder(model)
-        if r.random() < 0.6:  # a text that ends: EOS is said instead of one of its tokens
+        self.which, noise = like.which if like else r.randrange(6), r.choice([0.0, 0.02, 0.1, 1.0])
+        model, drafter = a_target(self.which), a_drafter(self.which, noise)
+        self.target = target = like.target if like else as_decoder(model)
+        if like is None and r.random() < 0.6:  # a text that ends: EOS is said instead of one of its tokens
             token = r.choice(greedy(target, prompt_of(*self.prompt), 12).token_ids)
             with torch.no_grad():
                 target._head.weight[EOS] = target._head.weight[token] * 1.01
@@ -116,3 +120,33 @@ def test_random_cases(number):
         assert (got.token_ids, [r.proposed for r in got.rounds], [r.num_accepted for r in got.rounds]) == wanted, case
         kept += sum(r.num_accepted for r in got.rounds)
     assert kept > 0  # the cases are not about zeros
+
+
+@pytest.mark.parametrize("number", [pytest.param(i, marks=[] if i < FAST else [pytest.mark.slow]) for i in range(ALL)])
+@torch.inference_mode()
+def test_random_batches(number):
+    """Every row of a batch is what decoding its prompt alone gives, to the token and to the kept draft."""
+    kept = 0
+    for seed in range(number * 5, number * 5 + 5):
+        cases = [first := Case(10_000 + seed)]
+        cases += [Case(20_000 + 10 * seed + i, like=first) for i in range(seed % 5)]
+        rule = {"num_draft_tokens": first.gamma, "max_new_tokens": first.limit}
+        prompts, draft_prompts = [prompt_of(*c.prompt) for c in cases], [c.draft_prompt for c in cases]
+        alone = [speculate(c.target, c.proposer, p, c.draft_prompt, **rule) for c, p in zip(cases, prompts, strict=True)]
+        got = speculate_batch(first.target, [c.proposer for c in cases], prompts, draft_prompts, **rule)
+        assert got.token_ids == [g.token_ids for g in alone], cases
+        for case, accepted, g in zip(cases, got.accepted, alone, strict=True):
+            rounds = [r.num_accepted for r in g.rounds]
+            assert accepted[: len(rounds)] == rounds and not any(accepted[len(rounds) :]), case  # a last token without drafts
+        assert got.passes == max(g.passes for g in alone)
+        kept += sum(map(sum, got.accepted))
+    assert kept > 0
+
+
+def test_a_plain_batch_is_greedy_decoding():
+    target = as_decoder(a_target(0))
+    prompts = [prompt_of(1, 5, 9, 13), prompt_of(1, 40), prompt_of(1, 7, 7, 7, 20, 33)]
+    got = speculate_batch(target, [TableProposer(Lookup())] * 3, prompts, prompts, num_draft_tokens=0, max_new_tokens=12)
+    assert got.token_ids == [greedy(target, p, 12).token_ids for p in prompts] and not any(map(sum, got.accepted))
+    with pytest.raises(ValueError, match="3 prompts, 2 draft prompts and 1 proposers"):
+        speculate_batch(target, [TableProposer(Lookup())], prompts, prompts[:2])

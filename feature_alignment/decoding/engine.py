@@ -18,7 +18,7 @@ from torch import Tensor
 
 from feature_alignment.decoding.acceptance import Rule, cosine_per_position, kept_drafts
 from feature_alignment.decoding.pace import Pace
-from feature_alignment.decoding.proposers import Draft, Proposer
+from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.sampling import Sampler, pick
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.models.pair import EOS, Decoder, Prompt, State
@@ -131,15 +131,31 @@ def speculate(
     while emitted[-1] != EOS and len(emitted) < max_new_tokens:
         before = dict(watch.ms)
         room = min(num_draft_tokens, max_new_tokens - len(emitted) - 1)  # the round also emits a token of the target's own
-        floor = 0.0 if pace is None or room <= 0 else pace.next_floor()
-        draft = Draft(torch.tensor([], dtype=torch.long))
-        if room > 0 and floor is not None:
-            if not started:
-                _start(proposer, draft_prompt, watch, pace)
-                started = True
-            draft = proposer.propose(emitted, states[: len(emitted)], room, watch, floor)
+        floor = None if room <= 0 else 0.0 if pace is None else pace.next_floor()
+        last = torch.tensor([emitted[-1]], device=target.device)
+        if floor is None:  # room for the last token only, or drafts do not pay: as in plain decoding
+            first, read = len(emitted), []
+            with watch("verify"):
+                for _ in range(min(1 if pace is None else pace.rest, max_new_tokens - first)):
+                    read.append(target.step(state, last[None])[:, -1])
+                    last = pick(target.lm_head(read[-1]), sampler).token
+                    emitted.append(int(last))
+                    if emitted[-1] == EOS:
+                        break
+            states[first : len(emitted)] = torch.cat(read)
+            passes += len(read)
+            ms = watch.ms["verify"] - before.get("verify", 0.0)
+            if pace is not None:
+                pace.passed(0, len(read), 0.0, ms)
+            if room > 0:
+                rounds += [Round([], [], [], None, token, False, {"verify": ms / len(read)}, "off") for token in emitted[first:]]
+            continue
+        if not started:
+            _start(proposer, draft_prompt, watch, pace)
+            started = True
+        draft = proposer.propose(emitted, states[: len(emitted)], room, watch, floor)
         drafts = draft.token_ids.to(target.device)
-        g, last = len(drafts), torch.tensor([emitted[-1]], device=target.device)
+        g = len(drafts)
         with watch("verify"):
             hidden = target.step(state, torch.cat([last, drafts])[None])[0]  # [g + 1, d]
             logits = target.lm_head(hidden)
@@ -178,19 +194,18 @@ def speculate(
         if pace is not None:
             drafting = sum(ms.get(stage, 0.0) for stage in DRAFT_STAGES)
             pace.passed(g, ended, drafting, sum(ms.values()) - drafting - ms.get("draft_prefill", 0.0))
-        if room > 0:  # else there was room for one token more, which is the last
-            rounds.append(
-                Round(
-                    proposed=drafts.tolist(),
-                    target_says=says[:g].tolist(),
-                    kept=[k and i < ended for i, k in enumerate(kept.tolist())],  # nothing behind EOS counts
-                    cosine=None if cosine is None else cosine.tolist(),
-                    extra_token=extra if ended == len(new) else None,
-                    recomputed=recomputed,
-                    ms=ms,
-                    stopped=_why(drafts, room, floor),
-                )
+        rounds.append(
+            Round(
+                proposed=drafts.tolist(),
+                target_says=says[:g].tolist(),
+                kept=[k and i < ended for i, k in enumerate(kept.tolist())],  # nothing behind EOS counts
+                cosine=None if cosine is None else cosine.tolist(),
+                extra_token=extra if ended == len(new) else None,
+                recomputed=recomputed,
+                ms=ms,
+                stopped=_why(drafts, room, floor),
             )
+        )
     if started:
         proposer.finish(emitted)
     return Generation(emitted, passes, watch.now() - start, watch.ms, rounds)
@@ -202,12 +217,12 @@ def _start(proposer: Proposer, prompt: Prompt, watch: Stopwatch, pace: Pace | No
         pace.started(watch.ms.get("draft_prefill", 0.0))
 
 
-def _why(drafts: Tensor, room: int, floor: float | None) -> str:
+def _why(drafts: Tensor, room: int, floor: float) -> str:
     if len(drafts) == room:
         return "length"
-    if len(drafts):
-        return "EOS" if int(drafts[-1]) == EOS else "unsure" if floor else "no idea"
-    return "off" if floor is None else "no idea"
+    if not len(drafts):
+        return "no idea"
+    return "EOS" if int(drafts[-1]) == EOS else "unsure" if floor else "no idea"
 
 
 def _reread(target: Decoder, state: State, tokens: Tensor, n: int) -> Tensor:

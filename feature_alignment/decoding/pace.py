@@ -12,6 +12,7 @@ last passes; nothing is known in advance.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 
@@ -36,10 +37,14 @@ class Pace:
     def drafting(self) -> bool:
         return self._wait <= 0
 
+    @property
+    def rest(self) -> int:
+        """How many passes to go without drafts, where next_floor says so."""
+        return max(1, math.ceil(self._wait))
+
     def next_floor(self) -> float | None:
         """The chance below which the coming round drafts no further; None: this pass does without drafts."""
         if not self.drafting:
-            self._wait -= 1
             return None
         unclear = self._verify and self._tokens / self._ms * statistics.median(self._verify) < CLEAR
         if unclear and (len(self._pass) < 3 or self._since_pass >= (12 if self._credit > 2 * ALLOWANCE else 3)):
@@ -54,9 +59,11 @@ class Pace:
         return None
 
     def passed(self, drafts: int, tokens: int, draft_ms: float, other_ms: float) -> None:
-        """A pass of the target is over: how many drafts it verified, tokens it emitted, what drafting took and what everything else."""
+        """A pass of the target is over: how many drafts it verified, tokens it emitted, what drafting took and what everything else.
+        Without drafts these may be several passes of a token each."""
         if not drafts:
-            self._pass.append(other_ms)
+            self._pass.append(other_ms / tokens)
+            self._wait -= tokens
             self._since_pass = 0
             return
         self._since_pass += 1

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 # split -> (first seed, clips, questions asked about each)
 SPLITS = {
-    "train": (2_000_000, 1500, 2),
+    "train": (2_000_000, 1200, 2),
     "validation": (2_400_000, 120, 3),
     "calibration": (2_600_000, 600, 1),
     "test": (2_800_000, 64, 4),

@@ -62,7 +62,7 @@ def check_events(
     if t.dtype.kind == "f" and float(np.ptp(t)) < 10 and (t != np.floor(t)).any():
         raise UserError(f"{name}: time stamps from {t.min():g} to {t.max():g} look like seconds; wanted microseconds.")
     for k in ("x", "y", "t"):
-        low, high = events[k].min(), events[k].max()
+        low, high = events[k].min().item(), events[k].max().item()
         if not -_FARTHEST < low <= high < _FARTHEST:
             raise UserError(f"{name}: {k} goes from {low:g} to {high:g}; wanted {'microseconds' if k == 't' else 'pixels'}.")
         if k != "t" and events[k].dtype.kind == "f" and (events[k] != np.floor(events[k])).any():

@@ -232,7 +232,7 @@ def load_processor(path: Path, image_size: int, default: bool = False) -> CLIPIm
         return CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=side)
     try:
         processor = CLIPImageProcessorPil.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files raise errors of many kinds
         raise UserError(f"{path}: its preprocessor_config.json could not be loaded: {_first_line(error)}") from None
     try:
         pixels = clip_pixels([np.zeros((image_size // 2 + 1, image_size, 3), np.uint8)], processor)

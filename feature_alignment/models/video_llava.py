@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import VideoLlavaForConditionalGeneration
 
+from feature_alignment.console import UserError
 from feature_alignment.models.loading import load_model
 
 PROMPT = "USER: <video>\n{question} ASSISTANT:"
@@ -27,7 +28,7 @@ def encode_prompt(tokenizer, question: str, num_video_tokens: int) -> list[int]:
     ids = tokenizer(PROMPT.format(question=question)).input_ids
     video = tokenizer.convert_tokens_to_ids("<video>")
     if ids.count(video) != 1:
-        raise ValueError(f"wanted one <video> (id {video}) in the prompt, found {ids.count(video)}")
+        raise UserError(f"Video-LLaVA's tokenizer reads {ids.count(video)} <video> (id {video}) in a prompt with one: not its own files?")
     at = ids.index(video)
     return ids[:at] + [video] * num_video_tokens + ids[at + 1 :]
 

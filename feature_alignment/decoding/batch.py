@@ -1,0 +1,127 @@
+"""Speculative decoding of several prompts at once, each row advancing by what was kept of its own drafts.
+
+One pass verifies all rows' drafts. Rejected ones stay in the cache as holes that the mask hides for good; what is behind the last token
+of every row is cropped. Positions are each row's own, so a hole changes nothing but the work:
+
+    row 1 | prompt   | x d1 d2 d3 | x d1 ·  · |      kept 3, then 1
+    row 2 | prompt _ | x ·  ·  ·  | x d1 d2 · |      kept 0, then 2; _ pads the shorter prompt, · is a hole
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from feature_alignment.decoding.proposers import Proposer
+from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.models.pair import EOS, Decoder, Prompt, State
+
+
+@dataclass
+class Row:
+    """One prompt's text, the target's states that emitted it [n, d], and how many drafts were kept in each round."""
+
+    proposer: Proposer
+    emitted: list[int]
+    states: Tensor
+    accepted: list[int]
+
+
+@dataclass
+class BatchGeneration:
+    """Finished texts in the order of the prompts. `passes` counts the target's forward passes over the batch after its prefill."""
+
+    token_ids: list[list[int]]
+    accepted: list[list[int]]
+    passes: int
+    total_ms: float
+    ms: dict[str, float]
+
+
+@torch.inference_mode()
+def speculate_batch(
+    target: Decoder,
+    proposers: Sequence[Proposer],
+    prompts: Sequence[Prompt],
+    draft_prompts: Sequence[Prompt],
+    *,
+    num_draft_tokens: int = 5,
+    max_new_tokens: int = 64,
+) -> BatchGeneration:
+    """Token acceptance for every prompt; each text is what greedy decoding of its prompt alone gives. Finished rows leave the batch.
+
+    proposers: one per prompt, not shared; with num_draft_tokens=0 none is asked, which is plain decoding of a batch
+    """
+    if not len(proposers) == len(prompts) == len(draft_prompts) > 0:
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(draft_prompts)} draft prompts and {len(proposers)} proposers; wanted as many of each"
+        )
+    watch = Stopwatch(target.device)
+    start = watch.now()
+    with watch("target_prefill"):
+        state, seen, place = _prefill(target, prompts)
+        first = target.lm_head(state.last).argmax(-1).tolist()
+    everyone = [Row(p, [token], h[None], []) for p, token, h in zip(proposers, first, state.last, strict=True)]
+    if num_draft_tokens:
+        for row, draft_prompt in zip(everyone, draft_prompts, strict=True):
+            row.proposer.start(draft_prompt, watch)
+    rows, passes = everyone, 0
+    while True:
+        going = [i for i, row in enumerate(rows) if row.emitted[-1] != EOS and len(row.emitted) < max_new_tokens]
+        if not going:
+            break
+        if len(going) < len(rows):
+            with watch("rollback"):
+                rows, index = [rows[i] for i in going], torch.tensor(going, device=target.device)
+                state.cache.batch_select_indices(index)
+                seen, place = seen[index], place[index]
+        drafts = []
+        for row in rows:
+            room = min(num_draft_tokens, max_new_tokens - len(row.emitted) - 1)
+            drafts.append(row.proposer.propose(row.emitted, row.states, room, watch).token_ids.tolist() if room > 0 else [])
+        with watch("verify"):
+            width = 1 + max(map(len, drafts))
+            blocks = [[row.emitted[-1], *d] for row, d in zip(rows, drafts, strict=True)]
+            block = torch.tensor([[*b, *[0] * (width - len(b))] for b in blocks], device=target.device)
+            there = torch.arange(width, device=target.device) < torch.tensor([[len(b)] for b in blocks], device=target.device)
+            where = {
+                "position_ids": place + torch.arange(width, device=target.device),
+                "attention_mask": torch.cat([seen, there.long()], 1),
+            }
+            hidden = target.step(state, block, **where)  # [b, width, d]
+            says = target.lm_head(hidden).argmax(-1).tolist()
+            passes += 1
+        kept = []
+        with watch("accept"):
+            for row, drafted, said, h in zip(rows, drafts, says, hidden, strict=True):
+                n = next((i for i, (d, s) in enumerate(zip(drafted, said, strict=False)) if d != s), len(drafted))
+                new = [*drafted[:n], said[n]]
+                new = new[: new.index(EOS) + 1] if EOS in new else new
+                row.emitted += new
+                row.states = torch.cat([row.states, h[: len(new)]])
+                row.accepted.append(min(n, len(new)))
+                kept.append(1 + n)
+        with watch("rollback"):
+            kept_here = torch.tensor(kept, device=target.device)[:, None]
+            target.rollback(state, width - max(kept))
+            seen = torch.cat([seen, (torch.arange(max(kept), device=target.device) < kept_here).long()], 1)
+            place = place + kept_here
+    if num_draft_tokens:
+        for row in everyone:
+            row.proposer.finish(row.emitted)
+    return BatchGeneration([r.emitted for r in everyone], [r.accepted for r in everyone], passes, watch.now() - start, watch.ms)
+
+
+def _prefill(target: Decoder, prompts: Sequence[Prompt]) -> tuple[State, Tensor, Tensor]:
+    """Read prompts of unequal lengths, padded behind their ends, where nothing real looks. Returns the state with `last` on each
+    prompt's end, what of the cache is real [b, s], and each row's next position [b, 1]."""
+    ends = torch.tensor([[len(p.ids)] for p in prompts], device=target.device)
+    longest, shared = int(ends.max()), int(ends.min()) - 1
+    ids = torch.stack([torch.cat([p.ids, p.ids.new_zeros(longest - len(p.ids))]) for p in prompts]).to(target.device)
+    state = target.prefill_encoded(ids[:, :shared], target.encode_vision(torch.stack([p.pixels for p in prompts])))
+    tails = target.step(state, ids[:, shared:])
+    state.last = tails[torch.arange(len(prompts)), ends[:, 0] - 1 - shared]
+    return state, (torch.arange(longest, device=target.device) < ends).long(), ends

@@ -1,0 +1,422 @@
+"""Kills, full disks, folders that cannot be written, two runs at once: what has its final name is complete, and a rerun gives what an
+uninterrupted run gives. And two uninterrupted runs give the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, main_of
+from test_mutations import numbers, tree
+
+from feature_alignment import artifacts, console, verification
+from feature_alignment.console import UserError
+from feature_alignment.processes import claimed
+from feature_alignment.verification import WRONG, verify
+
+QUICK = ["--limit", "2", "--max_new_tokens", "6", "--repeats", "1", "--warmup", "0", "--num_draft_tokens", "2"]
+COMMANDS = {
+    "extraction": ("extract_hidden_states", ["--split", "train", "--no_resume"], "hidden_states/train"),
+    "training": ("train_hidden_adapter", ["--no_resume"], "adapter"),
+    "chained training": ("train_hidden_adapter", ["--adapter", "chained", "--bottleneck", "16", "--no_resume"], "chained_adapter"),
+    "acceptance": ("measure_feature_acceptance", ["--no_resume"], "acceptance"),
+    "comparison": ("compare_token_baseline", [], "token_baseline"),
+    "inference": ("feature_sd_inference", [], "sd"),
+    "benchmark": ("benchmark_feature_sd", [*QUICK, "--no_resume"], "benchmark"),
+}
+
+
+def some_slow(*quick: str) -> list:
+    """All commands; only the `quick` ones in the default run."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """The finished small run, copied: config and outputs."""
+    shutil.copytree(finished / "out", tmp_path / "out")
+    return ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path / "out")]
+
+
+def started(script: str, argv: list[str], before=lambda: None, stderr: int | None = None) -> int:
+    """A process of its own that runs the script as a command would, spared the seconds that imports take; returns its pid."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            silent = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silent, 1)
+            os.dup2(silent if stderr is None else stderr, 2)
+            sys.stderr = os.fdopen(2, "w", buffering=1)
+            before()
+            try:
+                console.run(lambda: main_of(script)(argv))
+                code = 0
+            except SystemExit as end:
+                code = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else 1)
+    return pid
+
+
+def ended(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def said_by(script: str, argv: list[str], before=lambda: None) -> tuple[int, str]:
+    """Exit code of a run and what it said on stderr."""
+    reads, writes = os.pipe()
+    pid = started(script, argv, before, writes)
+    os.close(writes)
+    with os.fdopen(reads) as stream:
+        said = stream.read()
+    return ended(pid), said
+
+
+def nothing_corrupt(out: Path) -> None:
+    """Whatever has its final name is what was written there; stale is allowed, for a new source may be there before what follows it."""
+    assert not [f for f in verify(out)[0] if f.state in ("altered", "missing")]
+
+
+def kill_again_and_again(name: str, run: list[str], out: Path, kills: int, seed: int) -> None:
+    """Kill a command at random moments of the time it takes, then let it finish; compare with what was there before."""
+    script, argv, _ = COMMANDS[name]
+    began = time.perf_counter()
+    assert ended(started(script, [*run, *argv])) == 0
+    seconds, wanted = time.perf_counter() - began, numbers(out, "")
+    moments = random.Random(seed)
+    for kill in range(kills):
+        how = (signal.SIGKILL, signal.SIGTERM)[kill % 2]
+        pid = started(script, [*run, *argv])
+        time.sleep(moments.uniform(0, 1.05) * seconds)
+        os.kill(pid, how)
+        assert ended(pid) in (-how, 128 + how, 0)
+        nothing_corrupt(out)
+        if how == signal.SIGTERM:
+            assert not list(out.rglob("*.lock")) and not [p for p in out.rglob(".*.tmp*") if p.stat().st_mtime > began]
+    assert ended(started(script, [*run, *[a for a in argv if a != "--no_resume"]])) == 0
+    assert numbers(out, "") == wanted
+    nothing_corrupt(out)
+    assert not list(out.rglob("*.lock")) and not list((out / COMMANDS[name][2]).glob(".*"))
+
+
+def test_a_few_kills(run, tmp_path):
+    kill_again_and_again("training", run, tmp_path / "out", 4, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_many_kills(run, tmp_path, name):
+    kill_again_and_again(name, run, tmp_path / "out", 30, 1)
+
+
+def test_a_kill_between_an_adapter_and_its_meta_is_seen(run, tmp_path, finished):
+    """Another adapter under the old meta would be reused as if it were the old one."""
+    folder = tmp_path / "out" / "adapter"
+    other = [*run, "--lr", "0.05"]
+    pid = os.fork()
+    if pid == 0:
+        artifacts.write_sealed = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # the last thing a training writes
+        main_of("train_hidden_adapter")(other)
+    assert ended(pid) == -signal.SIGKILL
+    assert (folder / "adapter.pt").read_bytes() != (finished / "out" / "adapter" / "adapter.pt").read_bytes()
+    with pytest.raises(UserError, match=r"adapter\.pt is not the file that .*meta\.json describes"):
+        main_of("measure_feature_acceptance")(run)
+    main_of("train_hidden_adapter")(run)
+    assert numbers(tmp_path / "out", "") == numbers(finished / "out", "")
+
+
+# ---- no room, no permission
+
+
+def only(size: int):
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+def untouched_but_unfinished(out: Path, before: dict[str, bytes]) -> bool:
+    return tree(out) == before and not list(out.rglob("*.lock")) and not list(out.rglob(".*.tmp*"))
+
+
+@pytest.mark.parametrize("name", some_slow("training", "comparison"))
+def test_a_file_that_cannot_grow(run, tmp_path, name):
+    """A limit on a file's size ends a write as a full disk does: in the middle."""
+    script, argv, _ = COMMANDS[name]
+    before = tree(tmp_path / "out")
+    code, said = said_by(script, [*run, *argv], only(256))
+    assert code == 2 and "Traceback" not in said and said.rpartition("error: ")[2].strip(), said
+    assert untouched_but_unfinished(tmp_path / "out", before)
+    assert ended(started(script, [*run, *argv])) == 0
+    nothing_corrupt(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("size", [1, 2_000, 8_000, 40_000])
+def test_a_file_that_can_grow_a_little(run, tmp_path, name, size):
+    script, argv, _ = COMMANDS[name]
+    code, said = said_by(script, [*run, *argv], only(size))
+    assert code in (0, 2) and "Traceback" not in said
+    nothing_corrupt(tmp_path / "out")
+    assert ended(started(script, [*run, *argv])) == 0
+    assert not [f for f in verify(tmp_path / "out")[0] if f.state in ("altered", "missing", "unfinished", "left over")]
+
+
+def mounted(folder: Path, *options: str) -> None:
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"mounting is not permitted here: {done.stderr.strip()[:80]}")
+
+
+@pytest.mark.parametrize("name", some_slow("acceptance"))
+def test_a_full_disk(run, tmp_path, name):
+    script, argv, _ = COMMANDS[name]
+    mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=8m", "tmpfs")
+    try:
+        out = tmp_path / "disk" / "out"
+        shutil.copytree(tmp_path / "out", out)
+        before, argv = tree(out), [*run[:-1], str(out), *argv]
+        ballast = tmp_path / "disk" / "ballast"
+        ballast.write_bytes(bytes(max(0, shutil.disk_usage(out).free - 12_000)))
+        code, said = said_by(script, argv)
+        assert code == 2 and ("No space left" in said or "bytes, its disk has" in said), said
+        assert untouched_but_unfinished(out, before)
+        ballast.unlink()
+        assert ended(started(script, argv)) == 0
+        nothing_corrupt(out)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
+
+
+@pytest.mark.parametrize("name", [n for n in COMMANDS if n != "inference"])  # one file, replaced at once: it needs no lock
+def test_a_folder_that_cannot_be_written(run, tmp_path, name):
+    script, argv, _ = COMMANDS[name]
+    mounted(tmp_path / "out", "--bind", str(tmp_path / "out"))
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(tmp_path / "out")], check=True)
+        code, said = said_by(script, [*run, *argv])
+        assert code == 2 and "Read-only file system" in said and "--output_dir" in said, said
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "out")], check=True)
+
+
+@pytest.mark.parametrize("name", ["extraction", "comparison"])
+def test_a_file_where_the_folder_should_be(run, tmp_path, name):
+    script, argv, _ = COMMANDS[name]
+    (tmp_path / "taken").write_text("mine")
+    extra = ["--token_pairs", str(tmp_path / "out" / "token_pairs" / "test.json")] if name == "comparison" else []
+    code, said = said_by(script, [*run[:-1], str(tmp_path / "taken"), *argv, *extra])
+    assert code == 2 and "nothing can be written to" in said and (tmp_path / "taken").read_text() == "mine", said
+
+
+# ---- two runs at once
+
+
+def test_the_second_run_is_told_whose_the_first_is(run, tmp_path):
+    with claimed(tmp_path / "out" / "adapter"):
+        lock = json.loads((tmp_path / "out" / "adapter.lock").read_text())
+        assert (lock["pid"], lock["host"]) == (os.getpid(), socket.gethostname())
+        code, said = said_by("train_hidden_adapter", run)
+        assert code == 2 and f"is being written by process {os.getpid()} on {socket.gethostname()}, since 20" in said
+        assert "minutes)" in said and "--output_dir" in said
+        assert ended(started("train_hidden_adapter", [*run, "--adapter", "chained", "--bottleneck", "16"])) == 0  # another folder
+    assert not (tmp_path / "out" / "adapter.lock").exists()
+    assert ended(started("train_hidden_adapter", run)) == 0
+
+
+@pytest.mark.parametrize("name", some_slow("training"))
+def test_two_at_once_are_one_after_all(run, tmp_path, name):
+    script, argv, _ = COMMANDS[name]
+    wanted = numbers(tmp_path / "out", "")
+    pids = [started(script, [*run, *argv]) for _ in range(2)]
+    codes = sorted(ended(pid) for pid in pids)
+    assert codes in ([0, 0], [0, 2])  # the second may have come when the first was done
+    nothing_corrupt(tmp_path / "out")
+    if name != "benchmark":  # quicker here than what was there
+        assert numbers(tmp_path / "out", "") == wanted
+
+
+def test_a_lock_of_the_dead_is_taken_over(tmp_path, caplog):
+    pid = os.fork()
+    if pid == 0:
+        with claimed(tmp_path / "adapter"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert ended(pid) == -signal.SIGKILL and (tmp_path / "adapter.lock").is_file()
+    (tmp_path / "adapter").mkdir()
+    for leftover in (tmp_path / ".adapter.77.tmp", tmp_path / "adapter" / ".adapter.77.tmp.pt"):
+        leftover.touch()
+    with claimed(tmp_path / "adapter"):
+        assert f"process {pid} on {socket.gethostname()}" in caplog.text and "which died; going on" in caplog.text
+        assert json.loads((tmp_path / "adapter.lock").read_text())["pid"] == os.getpid()
+    assert [p.name for p in tmp_path.rglob("*")] == ["adapter"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"pid": "x"}', '{"since": 1e400}'])
+def test_a_lock_that_says_nothing(tmp_path, content):
+    (tmp_path / "a.lock").write_text(content)
+    if content.startswith('{"'):  # whose it is cannot be told, and it may be another machine's
+        with pytest.raises(UserError, match=r"claimed by another process\.(.|\n)*rm "), claimed(tmp_path / "a"):
+            pass
+    else:
+        with claimed(tmp_path / "a"):
+            pass
+
+
+def test_a_lock_of_another_machine_is_left_alone(tmp_path):
+    content = json.dumps({"pid": 7, "host": "elsewhere", "since": time.time() - 600})
+    (tmp_path / "adapter.lock").write_text(content)
+    with (
+        pytest.raises(UserError, match=r"claimed by process 7 on elsewhere, since .* \(10\.0 minutes\)(.|\n)*rm "),
+        claimed(tmp_path / "adapter"),
+    ):
+        pass
+    assert (tmp_path / "adapter.lock").read_text() == content
+
+
+# ---- the same again
+
+
+def test_the_same_training_gives_the_same_weights(run, finished, tmp_path):
+    for argv in ([], ["--adapter", "chained", "--bottleneck", "16"]):
+        main_of("train_hidden_adapter")([*run, *argv, "--no_resume"])
+    main_of("measure_feature_acceptance")(run)
+    assert numbers(tmp_path / "out", "") == numbers(finished / "out", "")
+    main_of("train_hidden_adapter")([*run, "--seed", "1"])
+    assert numbers(tmp_path / "out", "")["adapter/meta.json"] != numbers(finished / "out", "")["adapter/meta.json"]
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_numbers(finished, tmp_path):
+    """Extraction, both trainings and acceptance, from nothing, in another folder."""
+    run = ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path)]
+    for split in ("train", "validation", "test"):
+        main_of("extract_hidden_states")([*run, "--split", split])
+    main_of("train_hidden_adapter")(run)
+    for blind in ("false", "true"):
+        main_of("train_hidden_adapter")([*run, "--adapter", "chained", "--bottleneck", "16", "--blind", blind])
+    main_of("measure_feature_acceptance")(run)
+    got, wanted = numbers(tmp_path, ""), numbers(finished / "out", "")
+    assert len(got) > 20 and got == {name: wanted[name] for name in got}
+
+
+def test_two_threads_give_nearly_the_same(finished, tmp_path):
+    """Sums are taken in another order: states differ by less than 1e-4 of their size, and meta says how many threads there were."""
+    run = ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path), "--split", "test", "--threads", "2"]
+    try:
+        assert main_of("extract_hidden_states")(run)["machine"]["threads"] == 2
+    finally:
+        torch.set_num_threads(1)
+    got, wanted = (artifacts.load_hidden_states(out / "hidden_states" / "test") for out in (tmp_path, finished / "out"))
+    assert wanted.meta["machine"]["threads"] == 1 and torch.equal(got.token_ids, wanted.token_ids)
+    for a, b in ((got.draft, wanted.draft), (got.target, wanted.target)):
+        assert float((a - b).abs().max()) <= 1e-4 * float(b.abs().max())
+
+
+# ---- numbers that are none
+
+
+@pytest.mark.parametrize("name", ["training", "chained training", "acceptance"])
+def test_states_that_are_not_finite_name_their_sample(run, tmp_path, monkeypatch, name):
+    """As if the files were too large to be compared with their hashes when they are loaded."""
+    monkeypatch.setattr(artifacts, "CHECKED_AT_ONCE", 0)
+    split = "test" if name == "acceptance" else "train"
+    folder = tmp_path / "out" / "hidden_states" / split
+    states = artifacts.load_hidden_states(folder)
+    from feature_alignment.state_files import storage_offset
+
+    path, row = folder / "vl_hidden_states.pt", 5
+    at = storage_offset(path) + row * states.target[0].nbytes
+    with path.open("r+b") as stream:
+        stream.seek(at)
+        stream.write(torch.tensor([float("nan")]).numpy().tobytes())
+    script, argv, _ = COMMANDS[name]
+    before = tree(tmp_path / "out")
+    with pytest.raises(UserError, match=f"sample {states.rows[row]['id']}: its states are not finite"):
+        main_of(script)([*run, *argv])
+    assert untouched_but_unfinished(tmp_path / "out", before)
+
+
+def test_what_is_mended_or_cut_is_counted(finished, tmp_path, capsys):
+    shutil.copytree(finished / "scenes", tmp_path / "scenes")
+    from feature_alignment.inputs.event_files import save_events
+    from feature_alignment.inputs.events import load_events
+
+    path = tmp_path / "scenes" / "events" / "test-0000.npy"
+    stream = load_events(path)
+    save_events(path, {**stream, "p": stream["p"].astype(int) * 2 - 1, "t": stream["t"][::-1]})
+    console._mended.clear()
+    run = ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path / "out"), "--split", "test", "--max_positions", "3"]
+    meta = main_of("extract_hidden_states")([*run, f'--manifests={{"test": "{tmp_path}/scenes/test.jsonl"}}'])
+    rows = [json.loads(line) for line in (tmp_path / "out" / "hidden_states" / "test" / "samples.jsonl").read_text().splitlines()]
+    limit = sum(r["vl_tokens"][-1] != 2 for r in rows)
+    assert meta["mended"] == {"sorted by time": 4, "polarity -1 read as 0": 4} and rows[0]["mended"]
+    assert meta["cut"]["Video-LLaVA's answer reached max_new_tokens"] == limit > 0
+    assert meta["cut"]["states beyond max_positions not kept"] == sum(len(r["vl_tokens"]) > 3 for r in rows)
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["mended"] == meta["mended"] and printed["cut"] == meta["cut"]
+
+
+# ---- the command that looks through a run
+
+
+def test_verify_as_a_command(run, tmp_path, capsys):
+    verification.main(["verify", str(tmp_path / "out")])
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["altered"] == summary["missing"] == summary["stale"] == 0
+    assert summary["compared"]["rows"] > 50 and summary["compared"]["sources"] > 20
+    with pytest.raises(UserError, match="no outputs at"):
+        verification.main(["verify", str(tmp_path / "absent")])
+    with pytest.raises(UserError, match="holds no results"):
+        verification.main(["verify", str(tmp_path / "out" / "sd")])
+    (tmp_path / "out" / "acceptance" / "per_position.csv").unlink()
+    command = [sys.executable, "-m", "feature_alignment.artifacts", "verify", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "acceptance/per_position.csv" in done.stdout and done.stderr.startswith("error: ")
+    assert json.loads(done.stdout.splitlines()[-1])["missing"] == 1
+
+
+def test_verify_follows_every_source(finished, tmp_path):
+    """A clip, a checkpoint and a manifest that change under a run make it stale, by name."""
+    for part in ("pair", "scenes"):
+        shutil.copytree(finished / part, tmp_path / part)
+    config = json.loads((finished / "tiny.yaml").read_text().replace(str(finished), str(tmp_path)))
+    (tmp_path / "tiny.yaml").write_text(json.dumps(config))
+    run = ["--config", str(tmp_path / "tiny.yaml"), "--split", "test"]
+    main_of("extract_hidden_states")(run)
+    main_of("feature_sd_inference")([*run, "--draft", "own"])
+    out = tmp_path / "out"
+    assert not [f for f in verify(out)[0] if f.state in WRONG]
+    (tmp_path / "moved").mkdir()
+    out.rename(tmp_path / "moved" / "elsewhere")
+    out = tmp_path / "moved" / "elsewhere"
+    assert not [f for f in verify(out)[0] if f.state in WRONG]
+    for file, about in (
+        ("scenes/video/test-0000.mp4", ["hidden_states/test", "sd/test-0000-q0.json"]),
+        ("scenes/test.jsonl", ["hidden_states/test/meta.json"]),
+        ("pair/eventgpt/config.json", ["hidden_states/test/meta.json", "sd/test-0000-q0.json"]),
+    ):
+        kept = (tmp_path / file).read_bytes()
+        (tmp_path / file).write_bytes(kept + b"\n")
+        found = {f.about: f.why for f in verify(out)[0] if f.state == "stale"}
+        assert set(about) <= set(found) and all(Path(file).parent.name in found[a] for a in about)
+        (tmp_path / file).write_bytes(kept)
