@@ -11,7 +11,7 @@ from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.console import UserError
 from feature_alignment.decoding.engine import greedy, speculate
-from feature_alignment.decoding.proposers import Draft, ModelProposer
+from feature_alignment.decoding.proposers import Draft, ModelProposer, Proposer
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.inputs import event_files
 from feature_alignment.inputs.event_files import RawEvents
@@ -20,13 +20,13 @@ from feature_alignment.inputs.events import event_images, load_events
 PROMPT, MAX = prompt_of(1, 5, 9, 13), 30
 
 
-class Lookup:
-    """Proposes what followed the last token where it occurred before. Any object with these two methods is a proposer."""
+class Lookup(Proposer):
+    """Proposes what followed the last token where it occurred before."""
 
     def start(self, prompt, watch):
         pass
 
-    def propose(self, emitted, states, num_tokens, watch):
+    def propose(self, emitted, states, num_tokens, watch, floor=0.0):
         text = list(emitted)
         with watch("draft"):
             for _ in range(num_tokens):

@@ -10,7 +10,7 @@ states are made of one random block, repeated with fresh noise in a few channels
 from __future__ import annotations
 
 import argparse
-import json
+import mmap
 import tempfile
 import threading
 import time
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from feature_alignment import artifacts, scoring
+from feature_alignment import scoring
+from feature_alignment.artifacts import HiddenStates
 from feature_alignment.closed_form import Moments
 from feature_alignment.console import print_json_line, print_table, run
 from feature_alignment.hidden_adapter import HiddenAdapter
@@ -46,8 +47,8 @@ class Memory:
         self._thread.join()
 
 
-def write_states(folder: Path, rows: int, longest: int, ragged: bool) -> artifacts.HiddenStates:
-    """A folder of paired states as extraction leaves it, bfloat16."""
+def write_states(folder: Path, rows: int, longest: int, ragged: bool) -> HiddenStates:
+    """Files of paired states as extraction leaves them, bfloat16, memory-mapped."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     lengths = torch.randint(longest // 2, longest + 1, (rows,)) if ragged else torch.full((rows,), longest)
@@ -56,8 +57,6 @@ def write_states(folder: Path, rows: int, longest: int, ragged: bool) -> artifac
     for name, values in files.items():
         with torch.serialization.skip_data():
             torch.save(torch.empty(rows, longest, WIDTH, dtype=torch.bfloat16), folder / name)
-        import mmap
-
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             tensor = torch.load(folder / name, mmap=True, weights_only=True)
         for first in range(0, rows, 64):
@@ -65,12 +64,9 @@ def write_states(folder: Path, rows: int, longest: int, ragged: bool) -> artifac
             part.copy_(values[: len(part)])
             part[..., :8] += torch.randn(*part.shape[:2], 8).bfloat16()
     mask = torch.arange(longest) < lengths[:, None]
-    torch.save({"token_ids": torch.zeros(rows, longest, dtype=torch.int64), "mask": mask, "lengths": lengths}, folder / "positions.pt")
-    lines = [json.dumps({"id": str(i), "sequence": str(i // 10), "question": f"q{i % 10}"}) for i in range(rows)]
-    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
-    meta = {"draft_layers": [32], "hidden_size_draft": WIDTH, "hidden_size_target": WIDTH, "prefix": "verifier"}
-    artifacts.write_json(folder / "meta.json", meta)
-    return artifacts.load_hidden_states(folder)
+    loaded = [torch.load(folder / name, mmap=True, weights_only=True) for name in files]
+    about = [{"id": str(i), "sequence": str(i // 10), "question": f"q{i % 10}"} for i in range(rows)]
+    return HiddenStates(*loaded, torch.zeros(rows, longest, dtype=torch.int64), mask, lengths, about, {})
 
 
 def matmul_rate(size: int = 2048) -> float:
