@@ -121,6 +121,8 @@ def tables(report: dict[str, Any], num_draft_tokens: int) -> list[tuple[str, tup
             ],
         )
     ]
+    header: tuple[str, ...]
+    keys: tuple[str, ...]
     sources = {"token-level adapter": report["token_adapter"], "EventGPT's own drafts": report["own_drafts"]}
     sources |= {"aligned drafts": report["aligned_token_level"], "chained drafts": report["chained_token_level"]}
     sources |= {f"null drafter {name}": r for name, r in report["nulls"].items()}

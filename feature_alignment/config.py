@@ -116,7 +116,7 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
     shared = {f.name for f in dataclasses.fields(Common)}
     own, common = parser.add_argument_group("flags of this script"), parser.add_argument_group("flags of all scripts")
     for f in dataclasses.fields(cls):
-        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+        default = f.default_factory() if callable(f.default_factory) else f.default
         text = helps[f.name].replace("%", "%%")
         if default not in (None, {}) and "default" not in text:
             text += " (default: " + json.dumps(default, default=str).strip('"') + ")"

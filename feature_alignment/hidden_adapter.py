@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def decoder_layer_ms(width: int, tokens: Sequence[int], repeats: int, device: st
     for n in tokens:
         x = torch.randn(1, n, width, device=device, dtype=dtype)
         places = rotary(x, torch.arange(n, device=device)[None])
-        found.append(call_ms(lambda x=x, places=places: layer(x, position_embeddings=places), repeats, device, warmup=2))
+        found.append(call_ms(partial(layer, x, position_embeddings=places), repeats, device, warmup=2))
     return found
 
 

@@ -145,7 +145,7 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
     wait()  # everyone has looked before anything changes
     start = time.time()
     matrices = [artifacts.load_pt(path, artifacts.EXTRACT.format(split=cfg.train_split)) for path in weights.values()]
-    learn = training.train_chained if chained else training.train_hidden
+    learn: Callable[..., tuple[Any, training.History]] = training.train_chained if chained else training.train_hidden
     unfinished = training.Checkpoint(out / "unfinished.pt", artifacts.identity_of(cfg, made_from), cfg.resume)
     here = dataclasses.replace(cfg, device=device)
     adapter, history = learn(states["train"], states["validation"], *matrices, here, unfinished, training.Part(rank, world))
