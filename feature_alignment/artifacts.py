@@ -277,6 +277,11 @@ class HiddenStates:
         return self.token_ids[torch.arange(len(self.lengths)), self.lengths - 1] == 2
 
     @property
+    def names(self) -> list[str]:
+        """The samples' ids."""
+        return [row["id"] for row in self.rows]
+
+    @property
     def clips(self) -> list[str]:
         """The cluster each row belongs to: intervals resample these."""
         return [row["sequence"] for row in self.rows]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,11 +49,12 @@ class Part(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The loss of a batch and what goes into the history, means over `n` positions."""
+    """The loss of a batch and what goes into the history, means over the `n` positions of some rows."""
 
     loss: Tensor
     parts: dict[str, Tensor]
     n: int
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def fit(
     evaluate: Callable[[], dict[str, float]],
     snapshot: Callable[[], Adapter],
     cfg: Any,
+    names: Sequence[str],
     checkpoint: Checkpoint | None = None,
     part: Part | None = None,
 ) -> tuple[Adapter, History]:
@@ -106,7 +108,8 @@ def fit(
     Returns the snapshot of the epoch with the lowest validation loss, and all epochs' scores. Epoch 0 is the adapter as it was given,
     so what is kept is never worse than that. Stopped at any moment and started again, it ends with the same bits.
 
-    epoch: its number -> (loss, parts, positions) of every batch, once through the training rows in that epoch's own order
+    epoch: its number -> every batch, once through the training rows in that epoch's own order
+    names: sample ids of the training rows
     """
     part = part or Part()
     optimiser = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -135,8 +138,11 @@ def fit(
                     warm = min(1.0, (step + 1) / max(1, steps // 20))
                     group["lr"] = cfg.lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
                 if not torch.isfinite(batch.loss):
-                    seen_loss = float(batch.loss.detach())
-                    raise UserError(f"the loss became {seen_loss} in epoch {number}, step {step}; try a lower --lr (now {cfg.lr}).")
+                    among = ", ".join(str(names[row]) for row in batch.rows[:3])
+                    raise UserError(
+                        f"the loss became {float(batch.loss.detach())} in epoch {number}, step {step}, on {len(batch.rows)} samples "
+                        f"({among}, …); try a lower --lr (now {cfg.lr})."
+                    )
                 everyone = torch.tensor(float(batch.n), device=batch.loss.device)
                 part.add(everyone)
                 optimiser.zero_grad()
@@ -268,8 +274,8 @@ def train_hidden(
 
     def epoch(number: int) -> Iterator[Batch]:
         batches = tuple(map(part.rows, shuffled(len(states.draft), cfg.batch_size, cfg.seed, number)))
-        for g, v in row_batches(states, batches):
-            yield score(g, v)
+        for rows, (g, v) in zip(batches, row_batches(states, batches), strict=True):
+            yield score(g, v)._replace(rows=tuple(rows.tolist()))
 
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
@@ -284,7 +290,7 @@ def train_hidden(
             starts[evaluate()["loss"]] = copy.deepcopy(adapter.state_dict())
         adapter.load_state_dict(starts[min(starts)])
     steps = math.ceil(len(states.draft) / cfg.batch_size)
-    return fit(adapter, epoch, steps, evaluate, lambda: scale.folded(adapter), cfg, checkpoint, part)
+    return fit(adapter, epoch, steps, evaluate, lambda: scale.folded(adapter), cfg, states.names, checkpoint, part)
 
 
 # ----------------------------------------------------------------------------------------------------------- the chained adapter
@@ -325,8 +331,8 @@ def train_chained(
 
     def epoch(number: int) -> Iterator[Batch]:
         batches = tuple(map(part.rows, shuffled(len(states.target), cfg.batch_size, cfg.seed, number)))
-        for texts in text_batches(states, batches, cfg.device):
-            yield score(texts)
+        for rows, texts in zip(batches, text_batches(states, batches, cfg.device), strict=True):
+            yield score(texts)._replace(rows=tuple(rows.tolist()))
 
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
@@ -334,4 +340,4 @@ def train_chained(
         return mean_over_positions((b.n, b.parts) for b in map(score, text_batches(validation, batches, cfg.device)))
 
     steps = math.ceil(len(states.target) / cfg.batch_size)
-    return fit(adapter, epoch, steps, evaluate, adapter.folded, cfg, checkpoint, part)
+    return fit(adapter, epoch, steps, evaluate, adapter.folded, cfg, states.names, checkpoint, part)

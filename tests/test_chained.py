@@ -170,7 +170,7 @@ def states_of(target, draft, prompts, limit) -> HiddenStates:
         ids[i, : len(text)] = torch.tensor(text)
         v[i, : len(text)] = target.teacher_force(target.prefill([prompt_of(*p)]), torch.tensor([text]))[0]
     lengths = torch.tensor([len(t) for t in texts])
-    rows = [{"sequence": str(i)} for i in range(len(texts))]
+    rows = [{"id": str(i), "sequence": str(i)} for i in range(len(texts))]
     return HiddenStates(v, v, ids, torch.arange(width) < lengths[:, None], lengths, rows, {}, events)
 
 

@@ -33,7 +33,7 @@ def states(n, seed, change=bent, s=6):
     torch.manual_seed(seed)
     g = torch.randn(n, s, D) * torch.logspace(-2, 2, D) + 3.0
     mask = torch.arange(s)[None] < torch.randint(2, s + 1, (n, 1))
-    rows = [{"sequence": f"{seed}-{i}"} for i in range(n)]
+    rows = [{"id": f"s{i}", "sequence": f"{seed}-{i}"} for i in range(n)]
     return HiddenStates(g, change(g), torch.zeros(n, s, dtype=torch.long), mask, mask.sum(1), rows, {})
 
 
@@ -125,7 +125,7 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, after):
 
 
 def test_a_loss_that_is_not_finite_stops_it():
-    with pytest.raises(UserError, match="lower --lr"):
+    with pytest.raises(UserError, match=r"on 16 samples \(s\d+, s\d+, s\d+, …\); try a lower --lr"):
         train_hidden(states(60, 1), states(20, 2), HEAD, config(mse_weight=float("inf")))
 
 
