@@ -19,6 +19,7 @@ from feature_alignment.config import Common, parse_config
 from feature_alignment.console import UserError, print_json_line, run
 
 if TYPE_CHECKING:
+    from feature_alignment.decoding.acceptance import Rule
     from feature_alignment.decoding.engine import Generation
     from feature_alignment.decoding.measure import Timed
 
@@ -28,7 +29,8 @@ MEASURE = "python feature_alignment/measure_feature_acceptance.py --config confi
 
 @dataclass(frozen=True)
 class BenchmarkConfig(Common):
-    """Measure speed-up and fidelity of every mode on the same prompts, in one process.
+    """Measure speed-up and fidelity of every mode on the same prompts, in one process, and read off the six targets. Reads both
+    checkpoints, the adapters and acceptance/; writes benchmark.json, report.md, report.html and pictures under benchmark/.
 
     Args:
         split: manifest the prompts are taken from
@@ -56,7 +58,7 @@ class Mode:
     """One row of the benchmark: who drafts, how much, what is kept."""
 
     draft: str
-    accept: str
+    accept: Rule
     num_draft_tokens: int
     adaptive: bool = False
     overlap: bool = False
@@ -78,7 +80,7 @@ def modes(gammas: Sequence[int], most: int, adapters: Sequence[str]) -> list[Mod
         *adaptive,
         dataclasses.replace(adaptive[0], overlap=True),
         *[Mode(draft, "token", middle) for draft in (*adapters[1:], "own", "template", "lookup", "previous")],
-        *[Mode(draft, accept, middle) for draft in adapters for accept in ("feature", "relaxed")],
+        *[mode for draft in adapters for mode in (Mode(draft, "feature", middle), Mode(draft, "relaxed", middle))],
     ]
 
 
@@ -114,7 +116,7 @@ def model_row(mode: Mode, row: dict[str, Any], timed: Timed, cost: dict[str, Any
     }
 
 
-def acceptance_of(timed: Timed, clips: Sequence[str], accept: str) -> dict[str, Any]:
+def acceptance_of(timed: Timed, clips: Sequence[str], accept: Rule) -> dict[str, Any]:
     """Kept / reached drafts over all rounds; under `relaxed` every draft is reached."""
     import numpy as np
 
@@ -126,6 +128,15 @@ def acceptance_of(timed: Timed, clips: Sequence[str], accept: str) -> dict[str, 
         kept.append(float(sum(r.num_accepted for r in rounds)))
         reached.append(float(sum(len(r.proposed) if accept == "relaxed" else min(r.num_accepted + 1, len(r.proposed)) for r in rounds)))
     return Counts(np.array(kept), np.array(reached)).rate(clips)
+
+
+def stages_of(timed: Timed) -> dict[str, float]:
+    """Mean milliseconds of a prompt in each stage."""
+
+    def spent(stage: str) -> float:
+        return float(timed.per_prompt(lambda g: g.ms.get(stage, 0.0)).mean())
+
+    return {stage: spent(stage) for stage in sorted({s for runs in timed.generations for s in runs[0].ms})}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -161,12 +172,13 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     acceptance_path = cfg.out / "acceptance" / "acceptance.json"
     acceptance = artifacts.read_sealed(acceptance_path, MEASURE)
     out = cfg.out / "benchmark"
-    made_from = {
+    chained_path = cfg.out / "chained_adapter" / "adapter.pt"
+    made_from: dict[str, Path | Sequence[Path]] = {
         "target": cfg.target_id,
         "draft": cfg.draft_id,
         "acceptance": acceptance_path,
         "adapter": cfg.out / "adapter" / "adapter.pt",
-        "chained_adapter": cfg.out / "chained_adapter" / "adapter.pt",
+        "chained_adapter": chained_path,
         "texts": cfg.out / "token_pairs" / f"{cfg.train_split}.json",
         "manifest": cfg.manifests[cfg.split],
         "clips": list(dict.fromkeys(path for s in samples for path in (s.events, s.video))),
@@ -176,9 +188,9 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     if result is not None:
         _show(result, out, reused=True)
         return result
-    has_chain = made_from["chained_adapter"].is_file()
+    has_chain = chained_path.is_file()
     if has_chain and "chained" not in acceptance["chains"]:
-        raise UserError(f"{acceptance_path} does not know {made_from['chained_adapter']} yet. Measure again:\n  {MEASURE}")
+        raise UserError(f"{acceptance_path} does not know {chained_path} yet. Measure again:\n  {MEASURE}")
     pair = load_pair(cfg)
     sources = Sources(pair, cfg, cfg.train_split)
     rows_of = modes(cfg.num_draft_tokens, cfg.most_draft_tokens, ("chained", "aligned") if has_chain else ("aligned",))
@@ -190,11 +202,27 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     cost = measure.costs(pair.target, pair.draft, adapter, chained, *prompts[0])
 
     def method(mode: Mode) -> Callable[[int], Generation]:
-        rule = {"accept": mode.accept, "threshold": cfg.threshold, "num_draft_tokens": mode.num_draft_tokens}
-        how = {"max_new_tokens": cfg.max_new_tokens, "pace": Pace() if mode.adaptive else None, "overlap": mode.overlap}
-        return lambda i: speculate(pair.target, proposers[mode.draft], *prompts[i], **rule, **how)
+        pace = Pace() if mode.adaptive else None
 
-    methods = {"plain": lambda i: greedy(pair.target, prompts[i][0], cfg.max_new_tokens), **{m: method(m) for m in rows_of}}
+        def answer(i: int) -> Generation:
+            prompt, draft_prompt = prompts[i]
+            return speculate(
+                pair.target,
+                proposers[mode.draft],
+                prompt,
+                draft_prompt,
+                accept=mode.accept,
+                threshold=cfg.threshold,
+                num_draft_tokens=mode.num_draft_tokens,
+                max_new_tokens=cfg.max_new_tokens,
+                pace=pace,
+                overlap=mode.overlap,
+            )
+
+        return answer
+
+    methods: dict[Any, Callable[[int], Generation]] = {m: method(m) for m in rows_of}
+    methods = {"plain": lambda i: greedy(pair.target, prompts[i][0], cfg.max_new_tokens), **methods}
     progress = lambda it: tqdm(it, desc="benchmark", unit="prompt", disable=None)  # noqa: E731
     measure.run_in_turns(methods, min(cfg.warmup, len(samples)), 1, iter)
     proposers["previous"] = sources.open("previous")  # it has heard answers that are asked for again
@@ -214,10 +242,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
             "decode_speedup": measure.speedup(plain, runs, clips, lambda g: g.decode_ms),
             "tokens_per_pass": emitted / max(1, sum(g[0].passes for g in runs.generations)),
             "acceptance_rate": acceptance_of(runs, clips, mode.accept),
-            "ms": {
-                stage: float(runs.per_prompt(lambda g, s=stage: g.ms.get(s, 0.0)).mean())
-                for stage in sorted({s for g in runs.generations for s in g[0].ms})
-            },
+            "ms": stages_of(runs),
         }
         drafted = sum(len(r.proposed) for g in runs.generations for r in g[0].rounds)
         spent = sum(g[0].ms.get("adapter", 0.0) for g in runs.generations)

@@ -93,10 +93,10 @@ class ChainedAdapter(nn.Module):
         plain.scale = None
         for layer, mean, std in ((plain.state, v_mean, v_std), (plain.token, x_mean, x_std)):
             layer.weight /= std
-            plain.state.bias -= layer.weight @ mean  # the two are only ever added
+            plain.state.bias.sub_(layer.weight @ mean)  # the two are only ever added
         for layer in () if self.geometry["blind"] else (plain.key, plain.value):
             layer.weight /= e_std
-            layer.bias -= layer.weight @ e_mean
+            layer.bias.sub_(layer.weight @ e_mean)
         plain.out.weight *= v_std[:, None]
         plain.out.bias.mul_(v_std).add_(v_mean)
         return plain
@@ -145,9 +145,8 @@ class ChainedAdapter(nn.Module):
 
     def _one_step(self, x: Tensor, memory: Tensor) -> Tensor:
         """The GRU's step from every position at once: [b, n, width] each."""
-        g = self.memory
-        weights = (g.weight_ih_l0, g.weight_hh_l0, g.bias_ih_l0, g.bias_hh_l0)
-        return torch.gru_cell(x.flatten(0, 1), memory.flatten(0, 1), *weights).unflatten(0, x.shape[:2])
+        w_ih, w_hh, b_ih, b_hh = self.memory.all_weights[0]
+        return torch.gru_cell(x.flatten(0, 1), memory.flatten(0, 1), w_ih, w_hh, b_ih, b_hh).unflatten(0, x.shape[:2])
 
 
 @dataclass(frozen=True)
@@ -162,6 +161,7 @@ class Texts:
 
 def text_batches(states: HiddenStates, batches: Iterable[Tensor], device: str) -> Iterator[Texts]:
     """The rows of each batch. States stay in order: the chained adapter reads texts."""
+    assert states.events is not None  # asked for when they were loaded
     for rows in batches:
         s = int(states.lengths[rows].max())
         parts = (states.target[rows, :s].float(), states.token_ids[rows, :s], states.mask[rows, :s], states.events[rows].float())

@@ -30,7 +30,8 @@ LAYOUT_7B = (32_000, 64)  # vocabulary of the released models, longest answer: w
 
 @dataclass(frozen=True)
 class ComparisonConfig(Common):
-    """Compare token-level with feature-level acceptance.
+    """Compare token-level with feature-level acceptance, and name the words that only a cosine would keep. Reads token_pairs/ and
+    acceptance/; writes comparison.json, comparison.md and a picture under token_baseline/.
 
     Args:
         token_pairs: free-running answers of both models; default token_pairs/<split>.json of this run. Of another file the first half
@@ -120,6 +121,8 @@ def tables(report: dict[str, Any], num_draft_tokens: int) -> list[tuple[str, tup
             ],
         )
     ]
+    header: tuple[str, ...]
+    keys: tuple[str, ...]
     sources = {"token-level adapter": report["token_adapter"], "EventGPT's own drafts": report["own_drafts"]}
     sources |= {"aligned drafts": report["aligned_token_level"], "chained drafts": report["chained_token_level"]}
     sources |= {f"null drafter {name}": r for name, r in report["nulls"].items()}

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import typing
+from argparse import HelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,15 +102,27 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
 
     from jsonargparse import ArgumentError, ArgumentParser
 
-    summary = (cls.__doc__ or "").split("Args:")[0].strip()
-    example = f"example: python feature_alignment/{section}.py --config configs/demo.yaml"
-    parser = ArgumentParser(prog=section, description=f"{summary} [{example}]", exit_on_error=False)
-    parser.add_argument("--config", help="YAML file with `common:` and one section per script")
+    parser = ArgumentParser(
+        prog=f"python feature_alignment/{section}.py",
+        usage="%(prog)s [--config FILE] [flags]",
+        description=(cls.__doc__ or "").split("Args:")[0].strip(),
+        epilog=f"example: python feature_alignment/{section}.py --config configs/demo.yaml",
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with `common:` and one section per script")
     parser.add_argument("--print_config", help="show the merged settings and stop", action="store_true")
     hints, helps = typing.get_type_hints(cls), _field_helps(cls)
+    shared = {f.name for f in dataclasses.fields(Common)}
+    own, common = parser.add_argument_group("flags of this script"), parser.add_argument_group("flags of all scripts")
     for f in dataclasses.fields(cls):
-        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-        parser.add_argument(f"--{f.name}", type=hints[f.name], default=default, help=helps[f.name])
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        text = helps[f.name].replace("%", "%%")
+        if default not in (None, {}) and "default" not in text:
+            text += " (default: " + json.dumps(default, default=str).strip('"') + ")"
+        group = common if f.name in shared else own
+        flag = group.add_argument(f"--{f.name}", type=hints[f.name], default=default, help=text)
+        flag.option_strings = flag.option_strings[:1]  # not the library's `--name+` for lists
     try:
         namespace = parser.parse_args(from_file + words)
         values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)}

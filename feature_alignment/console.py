@@ -12,12 +12,15 @@ import math
 import os
 import signal
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
+CONSOLE = 100  # characters a table may be wide
 
 
 class UserError(Exception):
@@ -80,14 +83,28 @@ def mended_files() -> dict[str, int]:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """An aligned plain-text table on stdout; the first column left, the others right."""
+    """An aligned plain-text table on stdout, the first column left, the others right, at most CONSOLE characters wide: columns that
+    do not fit follow in a block below, behind the first column again; longer texts are folded."""
     cells = [list(map(str, header)), *[[_cell(c) for c in row] for row in rows]]
-    widths = [max(len(r[i]) for r in cells) for i in range(len(header))]
+    first = max(len(row[0]) for row in cells)
+    folded = [[[row[0]], *(textwrap.wrap(c, max(20, CONSOLE - first - 4)) or [""] for c in row[1:])] for row in cells]
+    widths = [max(len(line) for row in folded for line in row[i]) for i in range(len(header))]
+    text = [any(len(row[i]) > 1 for row in folded) for i in range(len(header))]
+    blocks: list[list[int]] = [[0]]
+    for i in range(1, len(header)):
+        if len(blocks[-1]) > 1 and 2 + sum(widths[k] + 2 for k in blocks[-1]) + widths[i] > CONSOLE:
+            blocks.append([0])
+        blocks[-1].append(i)
     print(f"\n{title}")
-    for n, row in enumerate(cells):
-        print("  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip())
-        if n == 0:
-            print("  " + "  ".join("-" * w for w in widths))
+    for block in blocks:
+        for n, row in enumerate(folded):
+            for line in zip_longest(*(row[i] for i in block), fillvalue=""):
+                parts = (c.ljust(widths[i]) if i == 0 or text[i] else c.rjust(widths[i]) for i, c in zip(block, line, strict=True))
+                print("  " + "  ".join(parts).rstrip())
+            if n == 0:
+                print("  " + "  ".join("-" * widths[i] for i in block))
+        if block is not blocks[-1]:
+            print()
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

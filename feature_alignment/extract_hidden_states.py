@@ -44,7 +44,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExtractConfig(Common):
-    """Write hidden states of both models, teacher-forced on one token sequence.
+    """Write hidden states of both models, teacher-forced on one token sequence. Reads the clips of a manifest and both checkpoints;
+    writes hidden_states/<split>/ and token_pairs/<split>.json. A killed run goes on where it was.
 
     Args:
         split: which manifest

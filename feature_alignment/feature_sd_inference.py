@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InferenceConfig(Common):
-    """Decode one answer speculatively and show every round.
+    """Decode one answer speculatively, show every round, and compare it with plain decoding. Reads both checkpoints, what the drafts
+    need and one sample; writes sd/<sample id>.json.
 
     Args:
         split: manifest the sample is taken from
@@ -72,10 +73,10 @@ def choose_sample(cfg: InferenceConfig) -> Sample:
     from feature_alignment.inputs.samples import Sample, read_samples
 
     given = {"--events": cfg.events, "--video": cfg.video, "--question": cfg.question}
-    if any(given.values()):
-        missing = [k for k, v in given.items() if not v]
-        if missing:
-            raise UserError(f"{', '.join(missing)} missing: --events, --video and --question belong together.")
+    missing = [k for k, v in given.items() if not v]
+    if 0 < len(missing) < len(given):
+        raise UserError(f"{', '.join(missing)} missing: --events, --video and --question belong together.")
+    if cfg.events and cfg.video and cfg.question:
         return Sample(id=f"{cfg.video.stem}--{cfg.events.stem}", sequence="user", question=cfg.question, events=cfg.events, video=cfg.video)
     samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions, allow_outside=cfg.allow_outside)
     if cfg.sample is None:
@@ -123,14 +124,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sampler = Sampler(cfg.temperature, cfg.seed, cfg.device) if cfg.temperature else None
     proposer = sources.open(cfg.draft, cfg.accept != "token", sampler)
     prompt, draft_prompt = pair.target.prepare(sample), pair.draft.prepare(sample)
-    rule = {"accept": cfg.accept, "threshold": cfg.threshold, "num_draft_tokens": cfg.num_draft_tokens}
-    how = {"max_new_tokens": cfg.max_new_tokens, "sampler": sampler, "pace": Pace() if cfg.adaptive else None, "overlap": cfg.overlap}
+    pace = Pace() if cfg.adaptive else None
     for _ in range(2):  # the first run warms up, and teaches the pace
         alone = plain(pair.target, prompt, cfg.max_new_tokens, sampler)
-        generation = speculate(pair.target, proposer, prompt, draft_prompt, **rule, **how)
+        generation = speculate(
+            pair.target,
+            proposer,
+            prompt,
+            draft_prompt,
+            accept=cfg.accept,
+            threshold=cfg.threshold,
+            num_draft_tokens=cfg.num_draft_tokens,
+            max_new_tokens=cfg.max_new_tokens,
+            sampler=sampler,
+            pace=pace,
+            overlap=cfg.overlap,
+        )
 
     text = _text(pair.target, generation.token_ids)
-    made_from = {"target": cfg.target_id, "draft": cfg.draft_id, **sources.files(cfg.draft), "clip": [sample.events, sample.video]}
+    files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, **sources.files(cfg.draft)}
+    made_from = files | {"clip": [sample.events, sample.video]}
     result = {
         "meta": artifacts.provenance("feature_sd_inference", cfg, made_from),
         "sample": {"id": sample.id, "question": sample.question, "events": str(sample.events), "video": str(sample.video)},

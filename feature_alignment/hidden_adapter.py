@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ TRAIN = "python feature_alignment/train_hidden_adapter.py --config configs/demo.
 
 @dataclass(frozen=True)
 class AdapterConfig(Common):
-    """Print the parameters, FLOPs, bytes and measured time of an adapter.
+    """Print the parameters, FLOPs, bytes and measured time of an adapter, beside one decoder layer of its width and one step of the
+    configured Video-LLaVA. Reads that checkpoint, writes nothing.
 
     Args:
         hidden_size: width of the target's hidden states
@@ -144,7 +146,7 @@ def decoder_layer_ms(width: int, tokens: Sequence[int], repeats: int, device: st
     for n in tokens:
         x = torch.randn(1, n, width, device=device, dtype=dtype)
         places = rotary(x, torch.arange(n, device=device)[None])
-        found.append(call_ms(lambda x=x, places=places: layer(x, position_embeddings=places), repeats, device, warmup=2))
+        found.append(call_ms(partial(layer, x, position_embeddings=places), repeats, device, warmup=2))
     return found
 
 

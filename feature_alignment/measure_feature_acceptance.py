@@ -33,7 +33,8 @@ CHAINED = {"chained": "chained_adapter", "chained, without events": "chained_ada
 
 @dataclass(frozen=True)
 class AcceptanceConfig(Common):
-    """Measure the adapters on hidden states they have not seen.
+    """Measure the adapters on hidden states they have not seen, beside null predictors. Reads hidden_states/ and the adapters there are;
+    writes acceptance.json, summary.md, per_position.csv and pictures under acceptance/.
 
     Args:
         split: what is measured
@@ -59,7 +60,7 @@ class AcceptanceConfig(Common):
 def predictors_of(cfg: AcceptanceConfig, states: dict[str, HiddenStates], head: Tensor) -> dict[str, Fitted]:
     """The adapters there are, then what they must beat: name -> predictor. `adapter` is the hidden adapter."""
     from feature_alignment.hidden_adapter import load_adapter
-    from feature_alignment.scoring import Fitted, null_predictors
+    from feature_alignment.scoring import Fitted, null_predictors, reads
 
     test, found = states["test"], {}
     for name in ("adapter", "plain"):
@@ -67,7 +68,7 @@ def predictors_of(cfg: AcceptanceConfig, states: dict[str, HiddenStates], head: 
             adapter, meta = load_adapter(adapter_paths(cfg)[name], test.draft.shape[-1], test.meta["draft_layers"])
             found[name] = (adapter.to(head.device), meta["seconds"])
     rank = found["adapter"][0].bottleneck
-    fitted = {n: Fitted(lambda some, a=a: a(some.draft), a.num_parameters, seconds) for n, (a, seconds) in found.items()}
+    fitted = {n: Fitted(reads(a), a.num_parameters, seconds) for n, (a, seconds) in found.items()}
     return fitted | null_predictors(states["train"], states["validation"], test, rank, head)
 
 
@@ -150,7 +151,7 @@ def calibrations(cfg: AcceptanceConfig, head: Tensor, measured: dict[str, tuple[
     for split in (cfg.validation_split, cfg.calibration_split):
         states = artifacts.load_hidden_states(cfg.out / "hidden_states" / split, cfg.draft_layers)
         adapter = load_adapter(adapter_paths(cfg)["adapter"], states.draft.shape[-1])[0].to(head.device)
-        scores = scoring.score({"adapter": lambda some, a=adapter: a(some.draft)}, states, head)["adapter"]
+        scores = scoring.score({"adapter": scoring.reads(adapter)}, states, head)["adapter"]
         judged["adapter"][split] = scoring.judged(scores, states.mask, states)
         if "chained" in judged:
             judged["chained"][split] = scoring.judged(*score_chains(cfg, split, head)["chained"][:2], states)
@@ -234,7 +235,7 @@ def tables(report: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tupl
     """(title, header, rows) of what is shown, in the order it is shown."""
     g, meta = report["num_draft_tokens"], report["meta"]
     predictors = {"adapter": report} | ({"plain (TASKS.md)": report["plain"]} if report["plain"] else {}) | report["nulls"]
-    found = [
+    found: list[tuple[str, tuple[str, ...], list[tuple]]] = [
         (
             f"{meta['split']}, prefix: {meta['prefix']}, {report['cosine']['total']:,.0f} positions, {g} drafts a round",
             ("predictor", "cosine", "token match", "acceptance rate", "tokens per pass", "parameters", "seconds"),

@@ -150,7 +150,7 @@ def modelled_speedup(tokens: float, overhead: float, rejection_cost: float = 0.0
     return tokens / (1 + overhead + rejection_cost)
 
 
-def corrected_speedup(tokens: float, num_draft_tokens: int, c: float, v: float) -> float:
+def corrected_speedup(tokens: float, num_draft_tokens: float, c: float, v: float) -> float:
     """S = E / (g c + v): c = one draft, adapter and head included, v = one verification, both in target steps."""
     return tokens / (num_draft_tokens * c + v)
 

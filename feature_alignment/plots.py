@@ -118,7 +118,7 @@ def predictors_by_match(found: dict[str, dict[str, Any]], num_draft_tokens: int,
         error = np.abs(np.array([r[key]["ci95"] for r in found.values()], float) - value[:, None]).T
         axis.barh(y + shift, value, 0.38, xerr=np.nan_to_num(error), color=colour, label=key.replace("_", " "), ecolor="#333333", capsize=2)
     for at, r in zip(y, found.values(), strict=True):
-        axis.text(1.03, at, f"{r['tokens_per_pass']:.2f}", va="center")
+        axis.text(1.03, float(at), f"{r['tokens_per_pass']:.2f}", va="center")
     axis.set_yticks(y, list(found))
     axis.invert_yaxis()
     n = next(iter(found.values()))["cosine"]["total"]

@@ -51,6 +51,11 @@ class Scores:
 Predictor = Callable[[Positions], Tensor]  # -> [p, d_target]
 
 
+def reads(adapter: Callable[[Tensor], Tensor]) -> Predictor:
+    """What an adapter [p, d_draft] -> [p, d_target] predicts from EventGPT's states."""
+    return lambda some: adapter(some.draft)
+
+
 def positions(states: HiddenStates, device: str = "cpu", number: int = POSITIONS) -> Iterator[Positions]:
     """All real positions of a split, in order, about `number` at a time.
 
@@ -103,10 +108,10 @@ def null_predictors(train: HiddenStates, validation: HiddenStates, test: HiddenS
         statistics.add(some.draft, some.target)
     by_position = means.by_position()
     mean_seconds = time.perf_counter() - began
-    best, most, ridge = 0.0, -1.0, None
+    ridge, best, most = statistics.ridge(RIDGE_STRENGTHS[0]), 0.0, -1.0
     for strength in RIDGE_STRENGTHS:  # one at a time: a full map at width 4096 takes 67 MB
         fit = statistics.ridge(strength)
-        cosine = float(score({"ridge": lambda some, fit=fit: fit(some.draft)}, validation, head)["ridge"].cosine.sum())
+        cosine = float(score({"ridge": reads(fit)}, validation, head)["ridge"].cosine.sum())
         if cosine > most:
             best, most, ridge = strength, cosine, fit
     seconds = time.perf_counter() - began
@@ -122,8 +127,8 @@ def null_predictors(train: HiddenStates, validation: HiddenStates, test: HiddenS
             lambda some: by_position[some.at.clamp(max=len(by_position) - 1).to(device)], by_position.numel(), mean_seconds
         ),
         "shuffled": Fitted(shuffled),
-        "ridge": Fitted(lambda some: ridge(some.draft), ridge.num_parameters, seconds),
-        "ridge_rank_r": Fitted(lambda some: low_rank(some.draft), low_rank.num_parameters, seconds),
+        "ridge": Fitted(reads(ridge), ridge.num_parameters, seconds),
+        "ridge_rank_r": Fitted(reads(low_rank), low_rank.num_parameters, seconds),
     }
     if d_draft % d_target == 0:
         nulls = {"identity": Fitted(lambda some: some.draft[:, -d_target:])} | nulls
@@ -151,7 +156,7 @@ def chain_scores(
 
     events: row -> the row whose events it is shown instead of its own
     """
-    if events is not None:
+    if events is not None and states.events is not None:
         states = dataclasses.replace(states, events=states.events[torch.tensor(events)])
     shape, device = (*states.mask.shape, steps), str(head.device)
     cosine, says, there = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)

@@ -107,6 +107,6 @@ def adapter_in_use(
         ms = live, cost["t_chained_ms"], chained_ms(wide, Stopwatch(device))
         return InUse("chained", chained.num_parameters, wide.num_parameters, ms, measured, where)
     taps = adapter.d_draft // adapter.d_target
-    wide = HiddenAdapter(WIDTH * taps, WIDTH, adapter.bottleneck)
-    ms = live, cost["t_adapter_ms"], forward_ms(wide, 1, WIDTH * taps, 100, device, dtype)
-    return InUse("hidden", adapter.num_parameters, wide.num_parameters, ms, acceptance, "test positions, same prefix")
+    same = HiddenAdapter(WIDTH * taps, WIDTH, adapter.bottleneck)
+    ms = live, cost["t_adapter_ms"], forward_ms(same, 1, WIDTH * taps, 100, device, dtype)
+    return InUse("hidden", adapter.num_parameters, same.num_parameters, ms, acceptance, "test positions, same prefix")

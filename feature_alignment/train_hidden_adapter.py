@@ -31,7 +31,8 @@ from feature_alignment.console import UserError, print_json_line, print_table, r
 
 @dataclass(frozen=True)
 class TrainConfig(Common):
-    """Train an adapter on paired hidden states.
+    """Train an adapter on paired hidden states and keep its best epoch. Reads hidden_states/ of two splits; writes adapter.pt,
+    history.jsonl and training_curves.png under adapter/, plain_adapter/ or chained_adapter/. A killed run goes on at its last epoch.
 
     Args:
         adapter: hidden maps EventGPT's state on the same text; plain is the same by TASKS.md's recipe, for comparison; chained goes on
@@ -144,7 +145,7 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
     wait()  # everyone has looked before anything changes
     start = time.time()
     matrices = [artifacts.load_pt(path, artifacts.EXTRACT.format(split=cfg.train_split)) for path in weights.values()]
-    learn = training.train_chained if chained else training.train_hidden
+    learn: Callable[..., tuple[Any, training.History]] = training.train_chained if chained else training.train_hidden
     unfinished = training.Checkpoint(out / "unfinished.pt", artifacts.identity_of(cfg, made_from), cfg.resume)
     here = dataclasses.replace(cfg, device=device)
     adapter, history = learn(states["train"], states["validation"], *matrices, here, unfinished, training.Part(rank, world))

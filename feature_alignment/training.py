@@ -214,9 +214,9 @@ class Scale:
         plain = copy.deepcopy(adapter)
         with torch.no_grad():
             plain.down.weight /= self.std
-            plain.down.bias -= plain.down.weight @ self.mean
+            plain.down.bias.sub_(plain.down.weight @ self.mean)
             plain.up.weight *= self.std_target[:, None]
-            plain.up.bias *= self.std_target
+            plain.up.bias.mul_(self.std_target)
         return plain
 
 
@@ -314,7 +314,7 @@ def train_chained(
     sample = next(text_batches(states, shuffled(len(states.target), 512, 0, 0), cfg.device))
     real = sample.states[sample.mask]
     variance = float(real.var(0).mean())
-    num_events, d_event = states.events.shape[1:]
+    num_events, d_event = sample.events.shape[1:]
     adapter = ChainedAdapter(states.target.shape[-1], d_event, num_events, cfg.bottleneck, cfg.blind).to(cfg.device)
     adapter.standardise(real, embeddings, sample.events)
 

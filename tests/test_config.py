@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -13,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 from feature_alignment.config import SCRIPTS, Common, parse_config
-from feature_alignment.console import UserError
+from feature_alignment.console import CONSOLE, UserError, print_table
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,49 @@ def test_every_shipped_file_fits_every_script(script, path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_explains_every_flag_without_importing_torch(script):
+def test_help_explains_every_flag_without_importing_torch(script, capsys):
     code = f"import sys; sys.argv = ['x', '--help']; import runpy; runpy.run_path('feature_alignment/{script}.py', run_name='__main__')"
     probe = f"import sys, atexit; atexit.register(lambda: print('TORCH' if 'torch' in sys.modules else 'LIGHT')); {code}"
-    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "LIGHT" in done.stdout, done.stderr
-    for field_ in dataclasses.fields(config_class(script)):
-        assert f"--{field_.name}" in done.stdout
+    env = {**os.environ, "COLUMNS": "100"}
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "LIGHT" in done.stdout and not done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    usage, paragraph, _options, own, common, example = done.stdout.split("\n\n")
+    assert usage.startswith("usage: ") and len(paragraph.split()) > 15
+    cls = config_class(script)
+    shared = {f.name for f in dataclasses.fields(Common)}
+    names = {part: re.findall(r"^  --(\w+)", part, re.MULTILINE) for part in (own, common)}
+    assert own.startswith("flags of this script:") and names[own] == [f.name for f in dataclasses.fields(cls) if f.name not in shared]
+    assert common.startswith("flags of all scripts:") and names[common] == [f.name for f in dataclasses.fields(Common)]
+    words = shlex.split(example.split("LIGHT")[0].removeprefix("example: "))
+    assert words[:2] == ["python", f"feature_alignment/{script}.py"]
+    with pytest.raises(SystemExit):
+        parse_config(cls, [*words[2:], "--print_config"], script)
+    assert "target_id" in capsys.readouterr().out
+
+
+def test_results_go_to_stdout_and_logs_to_stderr(finished, tmp_path):
+    argv = ["--config", str(finished / "tiny.yaml"), "--split", "test", "--limit", "2", "--output_dir", str(tmp_path)]
+    command = [sys.executable, "feature_alignment/extract_hidden_states.py", *argv]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    results, logs = done.stdout.splitlines(), done.stderr.splitlines()
+    assert json.loads(results[-1])["rows"] == 2 and results[1].startswith("hidden states of test")
+    assert any("2 of 2 rows to do" in line for line in logs) and not set(logs) & set(results), logs
+
+
+@pytest.mark.parametrize("width", [3, 30, 150])
+def test_tables_are_readable_at_100_columns(capsys, width):
+    header, rows = (
+        ("what", *(f"column {i}" for i in range(12))),
+        [(f"row {k}", *(f"{k}.{i}" * 3 for i in range(11)), "w " * width) for k in range(3)],
+    )
+    print_table("title", header, rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= CONSOLE
+    said = " ".join(lines).split()
+    for word in (w for row in (header, *rows) for cell in row[1:] for w in cell.split()):
+        assert word in said
+    assert said.count("w") == 3 * width
 
 
 @pytest.mark.parametrize("argv", [["--lrr", "1"], ["--config", "absent.yaml"], ["--limit", "x"]])

@@ -215,7 +215,7 @@ def slot_accuracies(who: str, work: Path, out: Path) -> dict[str, float]:
         answers = model.generate(model.prefill([model.prepare(s) for s in asked]), 48)
         for sample, answer in zip(asked, answers, strict=True):
             for slot, value in captions.facts_in(model.tokenizer.decode(answer, skip_special_tokens=True)).items():
-                right.setdefault(slot, []).append(sample.facts[slot] == value)
+                right.setdefault(slot, []).append((sample.facts or {})[slot] == value)
     return {slot: float(np.mean(right[slot])) for slot in SLOTS if slot in right} | {
         "all": float(np.mean([r for answers in right.values() for r in answers]))
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from feature_alignment.inputs.video import NUM_FRAMES, sample_indices
 PAIR_SEED = 1_000_000  # scenes 1,000,000 onwards train the pair; adapters and tests see other seeds
 WIDTH, LAYERS, HEADS, INTERMEDIATE = 160, 10, 5, 432
 VOCAB, TARGET_ROWS = 1024, 1088  # as 32,000 and 32,064
-VISION = dict(
+VISION: dict[str, Any] = dict(
     hidden_size=128,
     intermediate_size=384,
     num_hidden_layers=3,
@@ -199,8 +200,8 @@ class Student:
             s, q = world.scene(rng.randrange(PAIR_SEED, PAIR_SEED + 200_000)), rng.randrange(10)
             answer = rng.choice((captions.target_answer, captions.draft_answer))(s, q)
             texts.append(f"USER: {captions.QUESTIONS[q]} ASSISTANT: {answer}" if rng.random() < 0.5 else answer)
-        ids = [torch.tensor([*self.tokenizer(t).input_ids, 2]) for t in texts]
-        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
+        texts_ids = [torch.tensor([*self.tokenizer(t).input_ids, 2]) for t in texts]
+        ids = nn.utils.rnn.pad_sequence(texts_ids, batch_first=True, padding_value=-100)
         hidden = self.llama(input_ids=ids[:, :-1].clamp(min=0), use_cache=False).last_hidden_state
         return F.cross_entropy(self.model.lm_head(hidden).float().flatten(0, 1), ids[:, 1:].flatten())
 

@@ -103,7 +103,8 @@ class _RoomyLayer(DynamicLayer):
     def __init__(self, layer: DynamicLayer, rows: Tensor, room: int) -> None:
         super().__init__()
         self.lazy_initialization(layer.keys, layer.values)
-        b, heads, self._length, d = len(rows), *layer.keys.shape[1:]
+        b = len(rows)
+        heads, self._length, d = layer.keys.shape[1:]
         self._buffers = [old.new_empty(b, heads, self._length + room, d) for old in (layer.keys, layer.values)]
         for new, old in zip(self._buffers, (layer.keys, layer.values), strict=True):
             torch.index_select(old, 0, rows, out=new[:, :, : self._length])

@@ -72,9 +72,10 @@ class EventGPTModel(LlamaModel):
 
     def __init__(self, config: EventGPTConfig) -> None:
         super().__init__(config)
-        width = config.hidden_size
-        self.visual_tower = _Tower(config.vision_config)
-        self.visual_projector = nn.Sequential(nn.Linear(config.vision_config.hidden_size, width), nn.GELU(), nn.Linear(width, width))
+        width, vision = config.hidden_size, config.vision_config
+        assert isinstance(vision, CLIPVisionConfig)  # EventGPTConfig made one of it
+        self.visual_tower = _Tower(vision)
+        self.visual_projector = nn.Sequential(nn.Linear(vision.hidden_size, width), nn.GELU(), nn.Linear(width, width))
         self.feature_adaptor = nn.Linear(width, width)
         self.post_init()
 

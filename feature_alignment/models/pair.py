@@ -62,7 +62,7 @@ class Decoder:
 
     def __init__(
         self,
-        llama: nn.Module,
+        llama: PreTrainedModel,
         lm_head: nn.Linear,
         tokenizer,
         encode_prompt: Callable[[str], Tensor],
@@ -71,7 +71,7 @@ class Decoder:
         splice: Callable[[Tensor, Tensor], Tensor],
         taps: Sequence[int] | None = None,
         device: str | None = None,
-        placeholder: int | None = None,
+        placeholder: int = -1,
         vision_tokens: int = 0,
     ) -> None:
         self.placeholder, self.vision_tokens = placeholder, vision_tokens
@@ -137,7 +137,7 @@ class Decoder:
         at = (ids[0] == self.placeholder).nonzero()[:, 0]
         ids = ids[:, : int(at[-1]) + 1].to(self.device)
         state = State(DynamicCache(config=self.llama.config), ids, 0)
-        return self._read(state, inputs_embeds=self._splice(ids, vision))[:, int(at[0]) :, -self.width :]
+        return self._read(state, {"inputs_embeds": self._splice(ids, vision)})[:, int(at[0]) :, -self.width :]
 
     @property
     def embeddings(self) -> Tensor:
@@ -154,7 +154,7 @@ class Decoder:
         """`prefill` of ids [b, s] for clips whose vision tokens [b, e, d] are there already; ids may end before the question."""
         ids = ids.to(self.device)
         state = State(DynamicCache(config=self.llama.config), ids, 0)
-        self._read(state, inputs_embeds=self._splice(ids, vision), keep=1)
+        self._read(state, {"inputs_embeds": self._splice(ids, vision)}, keep=1)
         return state
 
     @torch.inference_mode()
@@ -163,9 +163,9 @@ class Decoder:
 
         where: position_ids [b, k] and attention_mask [b, length + k], if the rows' texts are not equally long
         """
-        return self._read(state, input_ids=token_ids, **where)
+        return self._read(state, {"input_ids": token_ids, **where})
 
-    def _read(self, state: State, keep: int | None = None, **inputs: Tensor) -> Tensor:
+    def _read(self, state: State, inputs: dict[str, Tensor], keep: int | None = None) -> Tensor:
         several = len(self.taps) > 1
         out = self.llama(**inputs, past_key_values=state.cache, use_cache=True, output_hidden_states=several)
         if several:  # hidden_states[k] is the output of layer k, pre-norm; the very last one has passed the final norm
@@ -244,7 +244,7 @@ def load_target(cfg: Common) -> Decoder:
     model, tokenizer, processor, vision_tokens, _ = open_target(cfg)
 
     def read_pixels(sample: Sample) -> Tensor:
-        return torch.from_numpy(clip_pixels(read_frames(sample.video, sampling=cfg.frame_sampling), processor))
+        return torch.from_numpy(clip_pixels(list(read_frames(sample.video, sampling=cfg.frame_sampling)), processor))
 
     decoder = Decoder(
         model.model.language_model,
