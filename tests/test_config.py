@@ -119,8 +119,8 @@ def test_help_explains_every_flag_without_importing_torch(script, capsys):
     assert "target_id" in capsys.readouterr().out
 
 
-def test_results_go_to_stdout_and_logs_to_stderr(finished, tmp_path):
-    argv = ["--config", str(finished / "tiny.yaml"), "--split", "test", "--limit", "2", "--output_dir", str(tmp_path)]
+def test_results_go_to_stdout_and_logs_to_stderr(tiny_run, tmp_path):
+    argv = ["--config", str(tiny_run / "tiny.yaml"), "--split", "test", "--limit", "2", "--output_dir", str(tmp_path)]
     command = [sys.executable, "feature_alignment/extract_hidden_states.py", *argv]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     results, logs = done.stdout.splitlines(), done.stderr.splitlines()
