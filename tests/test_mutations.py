@@ -332,12 +332,19 @@ def numbers(folder: Path, but: str) -> dict[str, object]:
         elif name.endswith("adapter/meta.json"):
             found[name] = json.loads(data)["weights_hash"]
         elif name.startswith(("acceptance/acc", "token_baseline/comp", "token_pairs/")) and name.endswith(".json"):
-            found[name] = {k: v for k, v in json.loads(data).items() if k not in ("meta", "content_hash", "files")}
+            found[name] = without_times({k: v for k, v in json.loads(data).items() if k not in ("meta", "content_hash", "files")})
         elif name.startswith("sd/"):
             found[name] = json.loads(data)["token_ids"]
         elif name == "benchmark/benchmark.json":
             found[name] = [(r["draft"], r["accept"], r["exact_match"], r["tokens_per_pass"]) for r in json.loads(data)["rows"]]
     return found
+
+
+def without_times(content):
+    """JSON without the wall-clock times in it."""
+    if isinstance(content, dict):
+        return {k: without_times(v) for k, v in content.items() if k not in ("seconds", "overhead_ms")}
+    return [without_times(v) for v in content] if isinstance(content, list) else content
 
 
 def plan(count: int = MUTATIONS) -> list[tuple[int, str, list[str], str]]:
