@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 from test_readme import README, disagreements
 
+from feature_alignment.plots import ACCEPTANCE
 from feature_alignment.verification import verify
 
 OUT = ROOT / "outputs" / "demo"
@@ -25,10 +26,12 @@ FILES = [
     *[f"{kind}/{f}" for kind in ("adapter", "chained_adapter") for f in ("adapter.pt", "history.jsonl", "training_curves.png")],
     "acceptance/acceptance.json",
     "acceptance/per_position.csv",
-    "acceptance/cosine_histogram.png",
-    "acceptance/acceptance_by_position.png",
+    "acceptance/scores.pt",
+    "acceptance/summary.md",
+    *[f"acceptance/{name}.png" for name in ACCEPTANCE],
     "token_baseline/comparison.json",
     "token_baseline/comparison.md",
+    "token_baseline/threshold_sweep.png",
     "benchmark/benchmark.json",
     "benchmark/report.md",
     "benchmark/report.html",

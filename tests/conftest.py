@@ -64,6 +64,15 @@ def as_decoder(model: LlamaForCausalLM, taps=None) -> Decoder:
     return Decoder(model.model, model.lm_head, None, None, None, lambda pixels: pixels, embed, taps, placeholder=1, vision_tokens=1)
 
 
+def fork() -> int:
+    """os.fork for a process that used torch. The child lays torch's thread pool anew at once: where several threads would try to at the
+    same time, as those that load weights do, torch fails."""
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)
+    return pid
+
+
 def prompt_of(*ids: int) -> Prompt:
     return Prompt(torch.tensor(ids), torch.zeros(1))
 

@@ -15,7 +15,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, fork
 
 from feature_alignment import artifacts, extract_hidden_states
 from feature_alignment.config import parse_config
@@ -78,7 +78,7 @@ def test_a_batch_of_clips_says_and_thinks_what_each_question_alone_does(pair_and
 
 def forked(argv, environment=None) -> int:
     """A process of its own that runs the script, without the seconds that imports take; returns its pid."""
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         code = 1
         try:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, main_of
+from conftest import ROOT, fork, main_of
 from test_mutations import numbers, tree
 
 from feature_alignment import artifacts, console, verification
@@ -53,7 +53,7 @@ def run(finished, tmp_path):
 
 def started(script: str, argv: list[str], before=lambda: None, stderr: int | None = None) -> int:
     """A process of its own that runs the script as a command would, spared the seconds that imports take; returns its pid."""
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         code = 1
         try:
@@ -136,7 +136,7 @@ def test_a_kill_between_an_adapter_and_its_meta_is_seen(run, tmp_path, finished)
     """Another adapter under the old meta would be reused as if it were the old one."""
     folder = tmp_path / "out" / "adapter"
     other = [*run, "--lr", "0.05"]
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         artifacts.write_sealed = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # the last thing a training writes
         main_of("train_hidden_adapter")(other)
@@ -263,7 +263,7 @@ def test_two_at_once_are_one_after_all(run, tmp_path, name):
 
 
 def test_a_lock_of_the_dead_is_taken_over(tmp_path, caplog):
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         with claimed(tmp_path / "adapter"):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB  # noqa: F401  sets the threads
+from conftest import VOCAB  # noqa: F401  sets the threads, fork
 from PIL import Image
 
 from feature_alignment.answers import read_token_pairs
@@ -42,7 +42,7 @@ MEMORY = 192 << 20  # bytes that opening a refused file may touch
 def opened(open_it, folder: Path) -> tuple[str, int]:
     """The refusal's message and the memory it took; fails for anything but a refusal, a crash included."""
     reads, writes = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         outcome = {"error": "died"}
         try:
