@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB  # noqa: F401  sets the threads, fork
+from conftest import fork
 from PIL import Image
 
 from feature_alignment.answers import read_token_pairs
