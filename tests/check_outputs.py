@@ -83,7 +83,7 @@ def test_the_two_dialects_do_not_agree_at_token_level():
 
 def test_the_run_is_what_it_was_when_it_was_made():
     findings, compared = verify(OUT)
-    assert not findings and compared["rows"] > 10_000
+    assert not findings and compared["rows"] > 9_000
 
 
 def test_parameters_and_counts_are_those_of_readme():
