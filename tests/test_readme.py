@@ -109,7 +109,8 @@ def _at(content, path: str):
     for step in re.findall(r"\[[^\]]*\]|[^/\[]+", path) if path != "." else []:
         if step.startswith("["):
             spelt = re.findall(r"[\w.]+", step)
-            content = next(item for item in content if set(spelt) <= {str(v) for v in item.values() if not isinstance(v, dict | list)})
+            words = lambda item: re.findall(r"[\w.]+", " ".join(str(v) for v in item.values() if not isinstance(v, dict | list)))  # noqa: E731
+            content = next(item for item in content if set(spelt) <= set(words(item)))
         else:
             content = [item[step] for item in content] if isinstance(content, list) else content[step]
     return content
