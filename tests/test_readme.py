@@ -84,6 +84,8 @@ def disagreements(readme: str, out: Path) -> tuple[list[str], int]:
             same_run = made == content["meta"]["created"]
             try:
                 part = _at(content, where.replace("*", first))
+                if part is None:  # not trained in that run
+                    raise KeyError(where)
             except (KeyError, StopIteration):
                 wrong += [f"{path.name}, {first}: nothing at {where}"] if same_run else []
                 continue
