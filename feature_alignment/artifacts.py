@@ -295,11 +295,9 @@ def load_trained(path: Path, kind: str, build: Callable[..., Module], size: str,
     """
     saved = load_pt(path, make_it)
     meta = saved.get("meta") if isinstance(saved, dict) else None
-    geometry, layers = (meta.get("geometry"), meta.get("draft_layers")) if isinstance(meta, dict) else (None, None)
+    geometry = meta.get("geometry") if isinstance(meta, dict) else None
     if not isinstance(geometry, dict) or size not in geometry or not isinstance(saved.get("state_dict"), dict):
         raise UserError(f"{path} is not {kind} (wanted meta with its geometry, and state_dict). Train one:\n  {make_it}")
-    if not isinstance(layers, list) or not layers or not all(type(k) is int for k in layers):
-        raise UserError(f"{path} does not say which of EventGPT's layers it reads (draft_layers {layers!r}). Train it again:\n  {make_it}")
     beside = path.parent / "meta.json"
     if beside.is_file() and altered(beside, read_json(beside, make_it), [path.name]):
         raise UserError(f"{path} is not the file that {beside} describes; one of them was altered. Train it again:\n  {make_it}")
@@ -315,6 +313,14 @@ def load_trained(path: Path, kind: str, build: Callable[..., Module], size: str,
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {str(error)[:300]}. Train it again:\n  {make_it}") from None
     return module.eval(), meta
+
+
+def layers_read(path: Path, meta: dict[str, Any], make_it: str) -> list[int]:
+    """EventGPT's layers that the adapter at `path` was trained on, last the deepest; UserError if its meta does not say."""
+    layers = meta.get("draft_layers")
+    if not isinstance(layers, list) or not layers or not all(type(k) is int for k in layers):
+        raise UserError(f"{path} does not say which of EventGPT's layers it reads (draft_layers {layers!r}). Train it again:\n  {make_it}")
+    return layers
 
 
 def layer_file(layer: int) -> str:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from feature_alignment.artifacts import HiddenStates, load_trained
+from feature_alignment.artifacts import HiddenStates, layers_read, load_trained
 from feature_alignment.console import UserError
 
 HEADS = 4
@@ -184,9 +184,10 @@ def chain_over(adapter: ChainedAdapter, texts: Texts, embeddings: Tensor, steps:
 def load_chained_adapter(path: Path, draft_layers: Sequence[int] | None = None) -> tuple[ChainedAdapter, dict[str, Any]]:
     """A chained adapter and its meta. Refuses (UserError) one trained on states of another layer of EventGPT."""
     adapter, meta = load_trained(path, "a chained adapter", ChainedAdapter, "num_events", TRAIN)
-    if draft_layers is not None and meta["draft_layers"][-1] != draft_layers[-1]:
+    layers = layers_read(path, meta, TRAIN)
+    if draft_layers is not None and layers[-1] != draft_layers[-1]:
         raise UserError(
-            f"{path} was trained on event states of EventGPT's layer {meta['draft_layers'][-1]}, this run ends at {draft_layers[-1]}. "
-            f"Pass --draft_layers {' '.join(map(str, meta['draft_layers']))}, or train again."
+            f"{path} was trained on event states of EventGPT's layer {layers[-1]}, this run ends at {draft_layers[-1]}. "
+            f"Pass --draft_layers {' '.join(map(str, layers))}, or train again."
         )
     return adapter, meta

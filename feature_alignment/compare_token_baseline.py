@@ -60,8 +60,7 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict]) -> dict[st
     from feature_alignment import artifacts, token_adapter
     from feature_alignment.answers import read_token_pairs
     from feature_alignment.comparison import verified
-    from feature_alignment.decoding.measure import median_ms
-    from feature_alignment.decoding.stopwatch import Stopwatch
+    from feature_alignment.hidden_adapter import call_ms
 
     path = cfg.out / "token_baseline" / "token_adapter.pt"
     if cfg.train_token_adapter:
@@ -78,8 +77,7 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict]) -> dict[st
         return None
     model, meta = artifacts.load_trained(path, "a token-level adapter", token_adapter.TokenAdapter, "vocabulary", TRAIN)
     text = torch.full((1, model.geometry["longest"]), 5)
-    with torch.inference_mode():
-        ms = median_ms(lambda: model(text), Stopwatch(), 20)
+    ms = call_ms(lambda: model(text), 20)
     with torch.device("meta"):
         at_7b = token_adapter.TokenAdapter(*LAYOUT_7B).num_parameters
     width = max(len(r["vl_tokens"]) for r in rows)
@@ -191,7 +189,11 @@ def compare(cfg: ComparisonConfig) -> dict[str, Any]:
         acceptance_path, train_path = cfg.out / "acceptance" / "acceptance.json", cfg.out / "token_pairs" / f"{cfg.train_split}.json"
         acceptance = artifacts.read_sealed(acceptance_path, MEASURE)
         states = artifacts.load_hidden_states(cfg.out / "hidden_states" / cfg.split, cfg.draft_layers)
-        made_from |= {"acceptance": acceptance_path, "train_token_pairs": train_path}
+        made_from |= {
+            "states": cfg.out / "hidden_states" / cfg.split / "meta.json",
+            "acceptance": acceptance_path,
+            "train_token_pairs": train_path,
+        }
         levels = {"aligned": acceptance | {"params": acceptance["adapter"]["params"]}}
         levels |= {"chained": acceptance["chains"]["chained"]} if "chained" in acceptance["chains"] else {}
         for name, level in levels.items():

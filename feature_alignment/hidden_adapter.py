@@ -93,17 +93,18 @@ class HiddenAdapter(nn.Module):
 
 def load_adapter(path: Path, d_draft: int | None = None, draft_layers: Sequence[int] | None = None) -> tuple[HiddenAdapter, dict[str, Any]]:
     """An adapter and its meta. Refuses (UserError) one trained for other states than those it is to be used on."""
-    from feature_alignment.artifacts import load_trained
+    from feature_alignment.artifacts import layers_read, load_trained
 
     adapter, meta = load_trained(path, "a hidden adapter", HiddenAdapter, "d_draft", TRAIN)
+    layers = layers_read(path, meta, TRAIN)
     if d_draft is not None and meta["geometry"]["d_draft"] != d_draft:
         raise UserError(
             f"{path} reads states of width {meta['geometry']['d_draft']}, these are {d_draft} wide. Train it on them:\n  {TRAIN}"
         )
-    if draft_layers is not None and list(meta["draft_layers"]) != list(draft_layers):
+    if draft_layers is not None and layers != list(draft_layers):
         raise UserError(
-            f"{path} was trained on EventGPT's layers {meta['draft_layers']}, this run reads {list(draft_layers)}. "
-            f"Pass --draft_layers {' '.join(map(str, meta['draft_layers']))}, or train again."
+            f"{path} was trained on EventGPT's layers {layers}, this run reads {list(draft_layers)}. "
+            f"Pass --draft_layers {' '.join(map(str, layers))}, or train again."
         )
     return adapter, meta
 
@@ -162,8 +163,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         adapter = HiddenAdapter(cfg.hidden_size * cfg.num_taps, cfg.hidden_size, cfg.bottleneck)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if not cfg.tokens or min(*cfg.tokens, cfg.repeats) < 1:
-        raise UserError("--tokens and --repeats want numbers of at least 1.")
     dtype, width = getattr(torch, cfg.dtype), adapter.d_draft
     ms = [forward_ms(adapter, n, width, cfg.repeats, cfg.device, dtype) for n in cfg.tokens]
     layer = decoder_layer_ms(cfg.hidden_size, cfg.tokens, max(3, cfg.repeats // 20), cfg.device, dtype)

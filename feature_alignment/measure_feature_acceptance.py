@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from feature_alignment.artifacts import HiddenStates
     from feature_alignment.calibration import Judged
-    from feature_alignment.scoring import Fitted, Scores
+    from feature_alignment.scoring import Fitted, Predictor, Scores
 
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
 TASK_THRESHOLD = "0.90"
@@ -113,13 +113,14 @@ def chain_report(scores: Scores, there: Tensor, states: HiddenStates) -> dict[st
     }
 
 
-def score_chains(cfg: AcceptanceConfig, split: str, head: Tensor) -> dict[str, tuple[Scores, Tensor, dict[str, Any]]]:
-    """Every chained adapter there is, and the seeing one with the events of other clips: name -> scores, their places, its meta."""
+def score_chains(cfg: AcceptanceConfig, split: str, head: Tensor, all_of_them: bool) -> dict[str, tuple[Scores, Tensor, dict[str, Any]]]:
+    """The chained adapter, if there is one: name -> scores, their places, its meta. all_of_them: also the blind one, and the seeing
+    one with the events of other clips."""
     from feature_alignment import artifacts, scoring
     from feature_alignment.chained_adapter import load_chained_adapter
 
     found: dict[str, tuple[Scores, Tensor, dict[str, Any]]] = {}
-    paths = {name: path for name, path in adapter_paths(cfg).items() if name in CHAINED}
+    paths = {name: path for name, path in adapter_paths(cfg).items() if name in CHAINED and (all_of_them or name == "chained")}
     if not paths:
         return found
     states = artifacts.load_hidden_states(cfg.out / "hidden_states" / split, cfg.draft_layers, events=True)
@@ -127,7 +128,9 @@ def score_chains(cfg: AcceptanceConfig, split: str, head: Tensor) -> dict[str, t
     embeddings = embeddings.float().to(head.device)
     for name, path in paths.items():
         adapter, meta = load_chained_adapter(path, states.meta["draft_layers"])
-        shown = {name: None} | ({"chained, events of another clip": scoring.other_clip(states)} if name == "chained" else {})
+        shown = {name: None} | (
+            {"chained, events of another clip": scoring.other_clip(states)} if all_of_them and name == "chained" else {}
+        )
         for label, events in shown.items():
             scores = scoring.chain_scores(adapter.to(head.device), states, head, embeddings, cfg.num_draft_tokens, events)
             found[label] = (*scores, meta)
@@ -141,20 +144,19 @@ def adapter_paths(cfg: AcceptanceConfig) -> dict[str, Path]:
     return {name: path for name, path in paths.items() if name == "adapter" or path.is_file()}
 
 
-def calibrations(cfg: AcceptanceConfig, head: Tensor, measured: dict[str, tuple[Scores, Tensor]]) -> dict[str, dict[str, Any]]:
+def calibrations(
+    cfg: AcceptanceConfig, states: dict[str, HiddenStates], head: Tensor, adapter: Predictor, measured: dict[str, tuple[Scores, Tensor]]
+) -> dict[str, dict[str, Any]]:
     """A certified threshold for the hidden and the chained adapter, and the risk it has on the clips that are measured."""
-    from feature_alignment import artifacts, scoring
+    from feature_alignment import scoring
     from feature_alignment.calibration import certify
-    from feature_alignment.hidden_adapter import load_adapter
 
     judged: dict[str, dict[str, Judged]] = {name: {} for name in measured}
-    for split in (cfg.validation_split, cfg.calibration_split):
-        states = artifacts.load_hidden_states(cfg.out / "hidden_states" / split, cfg.draft_layers)
-        adapter = load_adapter(adapter_paths(cfg)["adapter"], states.draft.shape[-1])[0].to(head.device)
-        scores = scoring.score({"adapter": scoring.reads(adapter)}, states, head)["adapter"]
-        judged["adapter"][split] = scoring.judged(scores, states.mask, states)
+    for name, split in (("validation", cfg.validation_split), ("calibration", cfg.calibration_split)):
+        some = states[name]
+        judged["adapter"][split] = scoring.judged(scoring.score({"adapter": adapter}, some, head)["adapter"], some.mask, some)
         if "chained" in judged:
-            judged["chained"][split] = scoring.judged(*score_chains(cfg, split, head)["chained"][:2], states)
+            judged["chained"][split] = scoring.judged(*score_chains(cfg, split, head, False)["chained"][:2], some)
     reports = {}
     for name, (scores, there) in measured.items():
         tune, calibration = judged[name][cfg.validation_split], judged[name][cfg.calibration_split]
@@ -200,9 +202,9 @@ def measure(cfg: AcceptanceConfig) -> dict[str, Any]:
         head = artifacts.load_pt(folder / "vl_lm_head.pt", artifacts.EXTRACT.format(split=cfg.split)).float().to(cfg.device)
         fitted = predictors_of(cfg, states, head)
         scores = scoring.score({name: f.predict for name, f in fitted.items()}, test, head)
-        chains = score_chains(cfg, cfg.split, head)
+        chains = score_chains(cfg, cfg.split, head, True)
         measured = {"adapter": (scores["adapter"], test.mask)} | ({"chained": chains["chained"][:2]} if "chained" in chains else {})
-        promised = calibrations(cfg, head, measured) if cfg.calibrate else {}
+        promised = calibrations(cfg, states, head, fitted["adapter"].predict, measured) if cfg.calibrate else {}
         report = {
             "meta": artifacts.provenance("measure_feature_acceptance", cfg, made_from, prefix=test.meta["prefix"], split=cfg.split),
             "adapter": {"params": fitted["adapter"].parameters, "layer": test.meta["draft_layers"]},

@@ -22,7 +22,7 @@ from feature_alignment import metrics
 from feature_alignment.artifacts import HiddenStates
 from feature_alignment.calibration import Judged
 from feature_alignment.chained_adapter import ChainedAdapter, chain_over, text_batches
-from feature_alignment.closed_form import Moments, PositionMeans
+from feature_alignment.closed_form import Affine, Moments, PositionMeans
 from feature_alignment.decoding.acceptance import cosine_per_position
 
 POSITIONS = 1024  # at a time: their logits are the largest thing in memory
@@ -108,12 +108,13 @@ def null_predictors(train: HiddenStates, validation: HiddenStates, test: HiddenS
         statistics.add(some.draft, some.target)
     by_position = means.by_position()
     mean_seconds = time.perf_counter() - began
-    ridge, best, most = statistics.ridge(RIDGE_STRENGTHS[0]), 0.0, -1.0
-    for strength in RIDGE_STRENGTHS:  # one at a time: a full map at width 4096 takes 67 MB
-        fit = statistics.ridge(strength)
-        cosine = float(score({"ridge": reads(fit)}, validation, head)["ridge"].cosine.sum())
-        if cosine > most:
-            best, most, ridge = strength, cosine, fit
+
+    def tried() -> Iterator[tuple[float, float, Affine]]:  # one at a time: a full map at width 4096 takes 67 MB
+        for strength in RIDGE_STRENGTHS:
+            fit = statistics.ridge(strength)
+            yield float(score({"ridge": reads(fit)}, validation, head)["ridge"].cosine.sum()), strength, fit
+
+    _, best, ridge = max(tried(), key=lambda found: found[0])
     seconds = time.perf_counter() - began
     low_rank = statistics.ridge(best, min(rank, d_target))
     partner = torch.tensor(other_clip(test))

@@ -10,7 +10,6 @@ import torch
 from feature_alignment.chained_adapter import ChainedAdapter
 from feature_alignment.decoding.measure import chained_ms
 from feature_alignment.decoding.null_drafters import NULL_DRAFTERS
-from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.hidden_adapter import HiddenAdapter, forward_ms
 
 GOAL = 1.3
@@ -104,7 +103,7 @@ def adapter_in_use(
             f"the hidden adapter: {acceptance['cosine']['value']:.3f}"
         )
         wide = ChainedAdapter(WIDTH, WIDTH, EVENT_TOKENS, chained.geometry["width"]).to(device, dtype)
-        ms = live, cost["t_chained_ms"], chained_ms(wide, Stopwatch(device))
+        ms = live, cost["t_chained_ms"], chained_ms(wide)
         return InUse("chained", chained.num_parameters, wide.num_parameters, ms, measured, where)
     taps = adapter.d_draft // adapter.d_target
     same = HiddenAdapter(WIDTH * taps, WIDTH, adapter.bottleneck)

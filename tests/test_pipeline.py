@@ -121,6 +121,27 @@ def test_own_drafts_are_what_the_drafter_would_have_said(finished):
     assert said == states.rows[3]["egpt_drafts"]
 
 
+def test_the_token_level_adapter_is_trained_and_then_compared(finished, tmp_path):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    config = ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path / "out")]
+    for more in (["--train_token_adapter", "--num_epochs", "1"], []):
+        report = main_of("compare_token_baseline")([*config, *more])["token_adapter"]
+        assert report["params_7b"] > 45_000_000 and 0 <= report["token_match"]["value"] <= 1
+
+
+def test_a_certified_threshold_is_asked_of_clips_of_their_own(finished, tmp_path):
+    from feature_alignment.demo import scenes
+
+    shutil.copytree(finished / "out", tmp_path / "out")
+    manifests = {s: str(finished / "scenes" / f"{s}.jsonl") for s in ("train", "validation", "test")}
+    manifests["calibration"] = str(scenes.write_split(tmp_path / "scenes", "calibration", 3))
+    config = ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path / "out"), "--manifests", json.dumps(manifests)]
+    main_of("extract_hidden_states")([*config, "--split", "calibration"])
+    report = main_of("measure_feature_acceptance")([*config, "--calibrate"])
+    for found in (report["calibration"], report["chains"]["chained"]["calibration"]):
+        assert found["clips"] == 3 and found["threshold"] is None and found["risk_on_test"] is None  # far too few to promise anything
+
+
 def test_a_second_run_reuses_everything(finished, capsys):
     config = ["--config", str(finished / "tiny.yaml")]
     for script, args in (("extract_hidden_states", ["--split", "train"]), ("train_hidden_adapter", []), ("benchmark_feature_sd", [])):

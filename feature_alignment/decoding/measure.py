@@ -17,7 +17,7 @@ import torch
 from feature_alignment.chained_adapter import ChainedAdapter
 from feature_alignment.decoding.engine import Generation
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.hidden_adapter import HiddenAdapter
+from feature_alignment.hidden_adapter import HiddenAdapter, call_ms
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.metrics import Counts
 from feature_alignment.models.pair import Decoder, Prompt
@@ -83,26 +83,14 @@ def step_ms(model: Decoder, prompt: Prompt, num_tokens: int, repeats: int = 40) 
     return statistics.median(times)
 
 
-def median_ms(call: Callable[[], object], watch: Stopwatch, repeats: int = 200) -> float:
-    """Median milliseconds of a call, after ten untimed ones."""
-    times = []
-    for i in range(repeats + 10):
-        start = watch.now()
-        call()
-        if i >= 10:
-            times.append(watch.now() - start)
-    return statistics.median(times)
-
-
-@torch.inference_mode()
-def chained_ms(adapter: ChainedAdapter, watch: Stopwatch) -> float:
+def chained_ms(adapter: ChainedAdapter, repeats: int = 200) -> float:
     """Median milliseconds of one chained draft without the head: the last state and token read, the next state expected."""
     like = adapter.out.bias
     size = adapter.geometry
     events = torch.randn(1, size["num_events"], size["d_event"], device=like.device, dtype=like.dtype)
     state, token = events.new_ones(1, 1, size["d_target"]), events.new_ones(1, 1, size["width"])
     seen, memory = adapter.see(events), token[:, 0]
-    return median_ms(lambda: adapter.expect(adapter.read(state, token, memory), seen), watch)
+    return call_ms(lambda: adapter.expect(adapter.read(state, token, memory), seen), repeats, like.device.type)
 
 
 @torch.inference_mode()
@@ -111,14 +99,14 @@ def costs(
 ) -> dict[str, Any]:
     """What each part of a round costs: milliseconds, v(k) in target steps, and one draft in target steps: aligned, c = (draft step +
     adapter + head) / target step, and chained, c_chained = (chained adapter + head) / target step."""
-    watch = Stopwatch(target.device)
+    device, repeats = target.device.type, 200
     steps = {k: step_ms(target, target_prompt, k) for k in VERIFIED}
     state = torch.randn(1, draft.hidden_size, device=target.device, dtype=target.head_weight.dtype)
     aligned = adapter(state)
-    t_adapter = median_ms(lambda: adapter(state), watch)
-    t_head = median_ms(lambda: target.lm_head(aligned).argmax(-1), watch)
+    t_adapter = call_ms(lambda: adapter(state), repeats, device)
+    t_head = call_ms(lambda: target.lm_head(aligned).argmax(-1), repeats, device)
     t_draft = step_ms(draft, draft_prompt, 1)
-    t_chained = None if chained is None else chained_ms(chained, watch)
+    t_chained = None if chained is None else chained_ms(chained)
     return {
         "t_draft_ms": t_draft,
         "t_adapter_ms": t_adapter,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +25,9 @@ from feature_alignment.models.pair import EOS, Prompt
 Text = tuple[str, Sequence[int]]  # question, token ids up to EOS
 
 
-class Table:
+class Table(Protocol):
     def next_token(self, question: str, prefix: Sequence[int]) -> int | None:
         """The most likely token after the answer's prefix; None: no idea."""
-        raise NotImplementedError
 
     def finished(self, question: str, tokens: Sequence[int]) -> None:
         """An answer is complete, and may be known from now on."""
