@@ -167,7 +167,7 @@ class Decoder:
 
     def _read(self, state: State, inputs: dict[str, Tensor], keep: int | None = None) -> Tensor:
         several = len(self.taps) > 1
-        out = self.llama(**inputs, past_key_values=state.cache, use_cache=True, output_hidden_states=several)
+        out = self.llama(**inputs, cache=state.cache, use_cache=True, output_hidden_states=several)
         if several:  # hidden_states[k] is the output of layer k, pre-norm; the very last one has passed the final norm
             kept = [out.hidden_states[k] if keep is None else out.hidden_states[k][:, -keep:] for k in self.taps]
             hidden = torch.cat([h.to(self.device) for h in kept], dim=-1)
