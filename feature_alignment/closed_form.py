@@ -17,24 +17,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Affine:
-    """x [.., d_x] -> mean_y + (x - mean_x) B, float32. left, right: B = left right of the rank asked for, None at full rank."""
+    """x [.., d_x] -> mean_y + (x - mean_x) B, float32. factors: B [d_x, d_y] itself, or of rank r: [d_x, r] and orthonormal [r, d_y]."""
 
     mean_x: Tensor
     mean_y: Tensor
-    weight: Tensor  # [d_x, d_y]
-    left: Tensor | None = None  # [d_x, r]
-    right: Tensor | None = None  # [r, d_y], orthonormal rows
+    factors: tuple[Tensor, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.left is not None and self.right is not None:
-            return self.mean_y + (x - self.mean_x) @ self.left @ self.right
-        return self.mean_y + (x - self.mean_x) @ self.weight
+        x = x - self.mean_x
+        for factor in self.factors:
+            x = x @ factor
+        return self.mean_y + x
 
     @property
     def num_parameters(self) -> int:
-        """Numbers a copy of this map needs: its matrix, or its two thin factors, and one offset."""
-        thin = None if self.left is None or self.right is None else self.left.numel() + self.right.numel()
-        return (thin or self.weight.numel()) + len(self.mean_y)
+        """Numbers a copy of this map needs: its factors and one offset."""
+        return sum(factor.numel() for factor in self.factors) + len(self.mean_y)
 
 
 class Moments:
@@ -78,11 +76,10 @@ class Moments:
         weight = torch.linalg.solve(c_xx, c_xy)
         means = (self._about[0] + mean_x).float(), self.mean_y
         if rank is None:
-            return Affine(*means, weight.float())
+            return Affine(*means, (weight.float(),))
         _, vectors = torch.linalg.eigh(weight.T @ (c_xx @ weight))
         right = vectors[:, -rank:].T
-        left = weight @ right.T
-        return Affine(*means, (left @ right).float(), left.float(), right.float())
+        return Affine(*means, ((weight @ right.T).float(), right.float()))
 
 
 class PositionMeans:

@@ -227,12 +227,12 @@ def start_from_linear(adapter: HiddenAdapter, fit: Affine, covariance: Tensor) -
     Around its inflection point √2 GELU is a straight line of slope 1.129 up to third order, so each unit sits there and is given
     one coordinate of the map, scaled to a standard deviation of REACH.
 
-    fit: standardised state -> what to add, standardised; its low-rank factors are used (`left` [d_draft, r], `right` [r, d_target])
+    fit: standardised state -> what to add, standardised, of some rank
     covariance: [d_draft, d_draft] of standardised states
     """
-    assert fit.left is not None and fit.right is not None
-    r = min(fit.left.shape[1], adapter.bottleneck)
-    left, right = fit.left[:, -r:], fit.right[-r:]  # the last are the strongest
+    left, right = fit.factors
+    r = min(len(right), adapter.bottleneck)
+    left, right = left[:, -r:], right[-r:]  # the last are the strongest
     spread = ((covariance.float() @ left) * left).sum(0).sqrt().clamp(min=1e-6)
     middle = math.sqrt(2.0)
     slope = 0.5 * (1 + math.erf(1.0)) + middle * math.exp(-1.0) / math.sqrt(2 * math.pi)
@@ -319,15 +319,16 @@ def train_chained(
     adapter.standardise(real, embeddings, sample.events)
 
     def score(texts: Texts) -> Batch:
-        """Means over the roll-out's steps."""
+        """Means over the positions of all steps of the roll-out."""
         with mixed_precision(cfg):
             found = [
-                (int(mask.sum()), *losses(expected[mask], wanted[mask], head, variance, cfg))
+                (int(mask.sum()), losses(expected[mask], wanted[mask], head, variance, cfg)[1])
                 for expected, wanted, mask in chain_over(adapter, texts, embeddings, cfg.roll_out_steps)
                 if mask.any()
             ]
-        parts = {name: torch.stack([p[name] for _, _, p in found]).mean() for name in found[0][2]}
-        return Batch(torch.stack([loss for _, loss, _ in found]).mean(), parts, found[0][0])
+        n = sum(number for number, _ in found)
+        parts = {name: sum(number / n * some[name] for number, some in found) for name in found[0][1]}
+        return Batch(parts["loss"], parts, n)
 
     def epoch(number: int) -> Iterator[Batch]:
         batches = tuple(map(part.rows, shuffled(len(states.target), cfg.batch_size, cfg.seed, number)))

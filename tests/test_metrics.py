@@ -109,4 +109,4 @@ def test_ridge_recovers_a_linear_map_and_rank_limits_it():
     error = [float((stats.ridge(1e-9, rank=r)(x) - y).pow(2).mean()) for r in (1, 2, 3)]
     assert error[0] > error[1] > error[2]
     whole = moments([(x, y)], 12, 9)
-    torch.testing.assert_close(whole.ridge(0.1).weight, stats.ridge(0.1).weight)
+    torch.testing.assert_close(whole.ridge(0.1).factors, stats.ridge(0.1).factors)

@@ -17,7 +17,7 @@ from feature_alignment.closed_form import moments
 from feature_alignment.console import UserError
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.train_hidden_adapter import TrainConfig
-from feature_alignment.training import Checkpoint, Part, Scale, start_from_linear, train_hidden
+from feature_alignment.training import Checkpoint, Part, Scale, start_from_linear, train_chained, train_hidden
 
 D = 8
 HEAD = torch.randn(12, D, generator=torch.Generator().manual_seed(5)) / 100
@@ -136,15 +136,25 @@ def test_dealt_out_rows_are_all_of_them():
     assert Part(1, 3).rows(batch[:2]).tolist() == [0, 1]  # too few to deal out: everyone takes both
 
 
+def learn(adapter, part):
+    """A short training of either adapter, on rows of very different lengths."""
+    train, validation, cfg = states(60, 1), states(20, 2), config(num_epochs=3)
+    if adapter == "hidden":
+        return train_hidden(train, validation, HEAD, cfg, None, part)
+    train, validation = (dataclasses.replace(some, events=some.draft[:, :3]) for some in (train, validation))
+    return train_chained(train, validation, HEAD, torch.randn(12, D, generator=torch.Generator().manual_seed(3)), cfg, None, part)
+
+
 TWO = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from test_training import HEAD, Part, config, states, train_hidden
+from test_training import Part, learn
 from feature_alignment.processes import processes
 rank, world, _, wait = processes("cpu")
-adapter, history = train_hidden(states(60, 1), states(20, 2), HEAD, config(num_epochs=3), None, Part(rank, world))
-if rank == 0:
-    torch.save({"state": adapter.state_dict(), "loss": [h["validation_loss"] for h in history]}, sys.argv[2])
+for name in ("hidden", "chained"):
+    adapter, history = learn(name, Part(rank, world))
+    if rank == 0:
+        torch.save({"state": adapter.state_dict(), "loss": [h["validation_loss"] for h in history]}, f"{sys.argv[2]}/{name}.pt")
 wait()
 """
 
@@ -153,14 +163,15 @@ wait()
 def test_two_processes_learn_what_one_does(tmp_path):
     (tmp_path / "two.py").write_text(TWO)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "two.py"), str(ROOT / "tests"), str(tmp_path / "out.pt")]
+    command += [str(tmp_path / "two.py"), str(ROOT / "tests"), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = torch.load(tmp_path / "out.pt", weights_only=True)
-    alone, history = train_hidden(states(60, 1), states(20, 2), HEAD, config(num_epochs=3))
-    assert found["loss"] == pytest.approx([h["validation_loss"] for h in history], rel=1e-3)
-    for name, value in alone.state_dict().items():
-        torch.testing.assert_close(found["state"][name], value, atol=2e-3, rtol=2e-3)
+    for name in ("hidden", "chained"):
+        found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        alone, history = learn(name, Part())
+        assert found["loss"] == pytest.approx([h["validation_loss"] for h in history], rel=1e-3)
+        for key, value in alone.state_dict().items():
+            torch.testing.assert_close(found["state"][key], value, atol=2e-3, rtol=2e-3)
 
 
 def test_a_new_adapter_is_the_identity():
