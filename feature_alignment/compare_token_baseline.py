@@ -21,6 +21,8 @@ from feature_alignment.config import Common, parse_config
 from feature_alignment.console import UserError, markdown_table, print_json_line, print_table, rate_text, run
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from feature_alignment.artifacts import HiddenStates
 
 MEASURE = "python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml"
@@ -86,14 +88,14 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict]) -> dict[st
     return {**report, "params": model.num_parameters, "params_7b": at_7b, "overhead_ms": ms, "seconds": meta["seconds"]}
 
 
-def judge_kept(cfg: ComparisonConfig, states: HiddenStates) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+def judge_kept(
+    cfg: ComparisonConfig, states: HiddenStates, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """`comparison.kept_drafts` of aligned, chained and EventGPT's own drafts; own words are kept by the hidden adapter's cosine."""
     from feature_alignment import artifacts
     from feature_alignment.comparison import kept_drafts
-    from feature_alignment.models.loading import load_tokenizer
 
     scores = artifacts.load_pt(cfg.out / "acceptance" / "scores.pt", MEASURE)
-    tokenizer = load_tokenizer(cfg.target_id)
     sources = {"aligned": scores["adapter"]} | ({"chained": scores["chained"]} if "chained" in scores else {})
     if "egpt_drafts" in states.rows[0]:
         own = states.token_ids.clone()
@@ -121,7 +123,9 @@ def tables(report: dict[str, Any], num_draft_tokens: int) -> list[tuple[str, tup
     ]
     header: tuple[str, ...]
     keys: tuple[str, ...]
-    sources = {"token-level adapter": report["token_adapter"], "EventGPT's own drafts": report["own_drafts"]}
+    trained = report["token_adapter"]
+    sources = {f"token-level adapter, {trained['overhead_ms']:.1f} ms a text": trained} if trained else {}
+    sources |= {"EventGPT's own drafts": report["own_drafts"]}
     sources |= {"aligned drafts": report["aligned_token_level"], "chained drafts": report["chained_token_level"]}
     sources |= {f"null drafter {name}": r for name, r in report["nulls"].items()}
     lines = [
@@ -172,6 +176,7 @@ def compare(cfg: ComparisonConfig) -> dict[str, Any]:
 
     from feature_alignment import artifacts, comparison, plots
     from feature_alignment.answers import read_token_pairs
+    from feature_alignment.models.loading import load_tokenizer
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -207,9 +212,11 @@ def compare(cfg: ComparisonConfig) -> dict[str, Any]:
         if "egpt_drafts" in states.rows[0]:
             drafts = comparison.right([r["egpt_drafts"] for r in states.rows], states.rows)
             report["own_drafts"] = {**comparison.verified(drafts, states.rows, g), "params": 0}
-        report["nulls"] = comparison.null_drafter_reports(read_token_pairs(train_path), rows, g)
+        tokenizer = load_tokenizer(cfg.target_id)
+        encode = lambda question: tokenizer.encode(question, add_special_tokens=False)  # noqa: E731
+        report["nulls"] = comparison.null_drafter_reports(read_token_pairs(train_path), rows, g, encode)
         if states.rows[0].get("facts"):
-            report["kept_by_cosine"], report["examples"] = judge_kept(cfg, states)
+            report["kept_by_cosine"], report["examples"] = judge_kept(cfg, states, tokenizer)
             plots.threshold_sweep(report["kept_by_cosine"], out)
     shown = tables(report, g)
     report["rows"] = [{"table": title, **dict(zip(header, row, strict=True))} for title, header, lines in shown for row in lines]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from feature_alignment import metrics
-from feature_alignment.decoding.null_drafters import NULL_DRAFTERS
+from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, Lookup
 from feature_alignment.demo.captions import verdict
 from feature_alignment.demo.world import HIDDEN_FROM_EVENTS
 
@@ -73,11 +74,17 @@ def right(drafts: Sequence[Sequence[int | None]], rows: Sequence[dict[str, Any]]
     return bits
 
 
-def null_drafter_reports(train: Sequence[dict], rows: Sequence[dict], num_draft_tokens: int) -> dict[str, Any]:
-    """Each null drafter on the target's own texts, in their order (the trace identity makes that exact for lossless decoding)."""
+def null_drafter_reports(
+    train: Sequence[dict], rows: Sequence[dict], num_draft_tokens: int, encode: Callable[[str], Sequence[int]] | None = None
+) -> dict[str, Any]:
+    """Each null drafter on the target's own texts, in their order (the trace identity makes that exact for lossless decoding).
+
+    encode: question -> token ids, which `lookup` reads as it does while decoding; without it, it reads the answer only
+    """
     reports = {}
     for name, fit in NULL_DRAFTERS.items():
-        table, drafts = fit([(r["query"], r["vl_tokens"]) for r in train]), []
+        table = Lookup(encode=cache(encode)) if encode and name == "lookup" else fit([(r["query"], r["vl_tokens"]) for r in train])
+        drafts = []
         for row in rows:
             tokens = row["vl_tokens"]
             drafts.append([table.next_token(row["query"], tokens[:t]) for t in range(len(tokens))])

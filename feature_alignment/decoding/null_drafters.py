@@ -155,11 +155,11 @@ class TableProposer(Proposer):
 class HybridProposer(Proposer):
     """The n-gram table where it is sure, the model where it is not. The model reads the table's tokens when it is next asked.
 
-    sure: on validation texts of the embedded pair the table is right in 0.997 of the places where its share is at least this (the
-          chained adapter there in 1.000, at more cost), between 0.8 and this in 0.924
+    sure: the share from which on the table's token is taken as certain: on validation texts of the embedded pair it is right in 0.9996
+          of these places, 0.29 of all; from 0.9 on in 0.998, from 0.8 on in 0.985
     """
 
-    def __init__(self, table: NGram, model: Proposer, sure: float = 0.9) -> None:
+    def __init__(self, table: NGram, model: Proposer, sure: float = 0.95) -> None:
         self._table, self._model, self._sure = table, model, sure
 
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
@@ -173,10 +173,10 @@ class HybridProposer(Proposer):
                 token, share = self._table.guess(self._question, text)
             if share < self._sure:
                 draft = self._model.propose(text, states, 1, watch, floor)
-                token, share = int(draft.token_ids[0]), draft.confidence
+                token = int(draft.token_ids[0])
                 drawn_from[len(text) - len(emitted)] = draft.probs
+                chance *= draft.confidence
             text.append(token)
-            chance *= share
         token_ids, probs = torch.tensor(text[len(emitted) :], dtype=torch.long), None
         if any(q is not None for q in drawn_from.values()):  # the table's tokens were not drawn: point masses
             v = next(iter(drawn_from.values())).shape[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from feature_alignment.answers import read_token_pairs
@@ -79,7 +79,7 @@ class Sources:
         if name == "ngram":
             return TableProposer(self.ngram)
         if name == "lookup":
-            return TableProposer(Lookup(encode=lambda question: target.tokenizer.encode(question, add_special_tokens=False)))
+            return TableProposer(Lookup(encode=cache(lambda question: target.tokenizer.encode(question, add_special_tokens=False))))
         return TableProposer(NULL_DRAFTERS[name](self.texts))
 
     @cached_property
