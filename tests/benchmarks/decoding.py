@@ -1,0 +1,154 @@
+"""Decoding on the embedded pair, from a cold start, in one process and in turns with plain greedy decoding.
+
+    python tests/benchmarks/decoding.py floor      adaptive drafts of every source on several prompt sets: is any slower than plain by 3 %?
+    python tests/benchmarks/decoding.py hybrid     the n-gram table, the chained adapter and both together
+    python tests/benchmarks/decoding.py batch      several prompts at once, speculative and plain
+
+After `bash run_all.sh`, whose adapters and texts it reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+
+from feature_alignment.benchmark_feature_sd import BenchmarkConfig
+from feature_alignment.config import parse_config
+from feature_alignment.console import print_json_line, print_table, rate_text, run
+from feature_alignment.decoding import measure
+from feature_alignment.decoding.batch import speculate_batch
+from feature_alignment.decoding.engine import Generation, greedy, speculate
+from feature_alignment.decoding.pace import Pace
+from feature_alignment.decoding.sources import Sources
+from feature_alignment.inputs.samples import Sample, read_samples
+from feature_alignment.models.pair import load_pair
+
+SOURCES = ("own", "aligned", "chained", "hybrid", "ngram", "template", "lookup", "previous")
+MOST = 24
+
+
+class Bench:
+    """The pair, its drafters and the test prompts."""
+
+    def __init__(self) -> None:
+        self.cfg = parse_config(BenchmarkConfig, ["--config", "configs/demo.yaml"], "benchmark_feature_sd")
+        self.pair = load_pair(self.cfg)
+        self.sources = Sources(self.pair, self.cfg)
+        self.samples = read_samples(self.cfg.manifests, "test")
+        self.prompts = {s.id: (self.pair.target.prepare(s), self.pair.draft.prepare(s)) for s in self.samples}
+
+    def plain(self, sample: Sample) -> Generation:
+        return greedy(self.pair.target, self.prompts[sample.id][0], self.cfg.max_new_tokens)
+
+    def adaptive(self, source: str, overlap: bool = False) -> Callable[[Sample], Generation]:
+        """Answers with a pace and a drafter of its own, that know nothing yet."""
+        proposer, pace = self.sources.open(source), Pace()
+
+        def answer(sample: Sample) -> Generation:
+            prompt, draft_prompt = self.prompts[sample.id]
+            return speculate(
+                self.pair.target,
+                proposer,
+                prompt,
+                draft_prompt,
+                num_draft_tokens=MOST,
+                max_new_tokens=self.cfg.max_new_tokens,
+                pace=pace,
+                overlap=overlap,
+            )
+
+        return answer
+
+    def in_turns(self, answers: dict[str, Callable[[Sample], Generation]], samples: Sequence[Sample]) -> dict[Any, measure.Timed]:
+        methods = {name: lambda i, answer=answer: answer(samples[i]) for name, answer in answers.items()}
+        timed = measure.run_in_turns(methods, len(samples), 1, iter)
+        for name, runs in timed.items():
+            assert runs.texts == timed["plain"].texts, f"{name} is not lossless"
+        return timed
+
+
+def spread(samples: Sequence[Sample], number: int) -> list[Sample]:
+    return [samples[i * len(samples) // number] for i in range(number)]
+
+
+def floor(bench: Bench) -> dict[str, Any]:
+    questions = list(dict.fromkeys(s.question for s in bench.samples))
+    sets = {f"{n} prompts": spread(bench.samples, n) for n in (8, 16, 64)}
+    sets |= {f"question {i + 1}": [s for s in bench.samples if s.question == q][:16] for i, q in enumerate(questions[:4])}
+    events = [s.events for s in bench.samples]
+    strangers = [dataclasses.replace(s, id=f"{s.id}, other events", events=events[i - 60]) for i, s in enumerate(bench.samples)]
+    sets["events of other clips"] = spread(strangers, 16)
+    for s in sets["events of other clips"]:
+        bench.prompts[s.id] = bench.pair.target.prepare(s), bench.pair.draft.prepare(s)
+    for s in bench.samples[:3]:
+        bench.plain(s)  # warm-up of the machine, not of any drafter
+    rows = []
+    for name, samples in sets.items():
+        timed = bench.in_turns({"plain": bench.plain} | {source: bench.adaptive(source) for source in SOURCES}, samples)
+        ratios = {
+            source: measure.speedup(timed["plain"], timed[source], [s.sequence for s in samples], lambda g: g.total_ms)["value"]
+            for source in SOURCES
+        }
+        rows.append((name, *(round(ratios[source], 3) for source in SOURCES)))
+    print_table("speed-up end to end, adaptive, cold start", ("prompt set", *SOURCES), rows)
+    worst = min((value, row[0], source) for row in rows for source, value in zip(SOURCES, row[1:], strict=True))
+    return {"worst": worst}
+
+
+def hybrid(bench: Bench) -> dict[str, Any]:
+    samples = spread(bench.samples, 64)
+    answers = {name: bench.adaptive(name, overlap=name != "ngram") for name in ("ngram", "chained", "hybrid")}
+    for answer in answers.values():
+        for s in samples[:4]:
+            answer(s)
+    timed = bench.in_turns({"plain": bench.plain, **answers}, samples)
+    clips, end_to_end, decoding = [s.sequence for s in samples], lambda g: g.total_ms, lambda g: g.decode_ms
+    rows = []
+    for name in answers:
+        passes = sum(g[0].passes for g in timed[name].generations)
+        tokens = sum(len(t) - 1 for t in timed[name].texts) / passes
+        against = [rate_text(measure.speedup(timed["plain"], timed[name], clips, what), 2) for what in (end_to_end, decoding)]
+        by_hybrid = [rate_text(measure.speedup(timed[name], timed["hybrid"], clips, what), 3) for what in (end_to_end, decoding)]
+        rows.append((name, *against, round(tokens, 2), *by_hybrid))
+    header = ("drafts", "speed-up, end to end", "decoding", "tokens per pass", "hybrid's over it, end to end", "decoding")
+    print_table(f"{len(samples)} prompts, up to {MOST} drafts", header, rows)
+    return {"rows": [list(map(str, row)) for row in rows]}
+
+
+def batch(bench: Bench) -> dict[str, Any]:
+    rows = []
+    for size in (1, 2, 4, 8):
+        ms = {0: [], 5: [], 8: []}
+        for first in range(0, 32, size):
+            samples = spread(bench.samples, 32)[first : first + size]
+            prompts, draft_prompts = zip(*(bench.prompts[s.id] for s in samples), strict=True)
+            texts = [bench.plain(s).token_ids for s in samples]
+            for number in ms:
+                proposers = [bench.sources.open("chained") for _ in samples]
+                found = speculate_batch(
+                    bench.pair.target, proposers, prompts, draft_prompts, num_draft_tokens=number, max_new_tokens=bench.cfg.max_new_tokens
+                )
+                assert found.token_ids == texts
+                ms[number].append(found.total_ms)
+        total = {number: float(np.sum(found)) for number, found in ms.items()}
+        rows.append((str(size), total[0] / 32, total[0] / total[5], total[0] / total[8]))
+    print_table("32 prompts in batches, chained drafts", ("batch", "plain, ms a prompt", "speed-up at 5 drafts", "at 8"), rows)
+    return {"rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["floor", "hybrid", "batch"])
+    what = parser.parse_args().what
+    print_json_line({"floor": floor, "hybrid": hybrid, "batch": batch}[what](Bench()))
+
+
+if __name__ == "__main__":
+    run(main)
