@@ -160,7 +160,7 @@ class HiddenStatesWriter:
                 self._lay_out(name, rows * row_bytes([shape], dtype))
         self._files = {name: os.open(self.part / name, os.O_RDWR) for name in shapes}
         self._offsets = {name: storage_offset(self.part / name) for name in shapes}
-        self._progress = [_open_progress(self.part / f"progress-{rank}.txt")]
+        self._progress = _open_progress(self.part / f"progress-{rank}.txt")
         self.done = self._intact() if rank == 0 else rows_done(directory)
         self._waiting: list[dict[str, Any]] = []
 
@@ -250,9 +250,9 @@ class HiddenStatesWriter:
         for stream in self._files.values():
             os.fdatasync(stream)
         lines = b"".join(map(_note, self._waiting))
-        if lines and os.write(*self._progress, lines) != len(lines):
+        if lines and os.write(self._progress, lines) != len(lines):
             raise OSError(f"{self.part}: the disk took only part of the progress notes")
-        os.fdatasync(*self._progress)
+        os.fdatasync(self._progress)
         self.done |= {about["row"] for about in self._waiting}
         self._waiting.clear()
 
@@ -299,9 +299,10 @@ class HiddenStatesWriter:
 
     def close(self) -> None:
         """Let go of the files; a second call does nothing."""
-        for stream in (*self._files.values(), *self._progress):
+        open_files = [*self._files.values(), self._progress] if self._files else []
+        for stream in open_files:
             os.close(stream)
-        self._files, self._progress = {}, []
+        self._files = {}
 
 
 def shard_name(split: str, shard: int, shards: int) -> str:

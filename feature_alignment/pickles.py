@@ -72,7 +72,7 @@ def _reconstruct(kind: Any, *_: Any) -> np.ndarray:
     return np.ndarray.__new__(np.ndarray, (0,), "b")  # its contents come with the state
 
 
-def _frombuffer(buffer: Any, dtype: np.dtype, shape: Any, order: str = "C", *_: Any) -> np.ndarray:
+def _frombuffer(buffer: Any, dtype: np.dtype, shape: Any, order: Any = "C", *_: Any) -> np.ndarray:
     return np.frombuffer(bytes(buffer), dtype=dtype).reshape(shape, order=order)
 
 

@@ -327,7 +327,7 @@ def train_chained(
                 if mask.any()
             ]
         n = sum(number for number, _ in found)
-        parts = {name: sum(number / n * some[name] for number, some in found) for name in found[0][1]}
+        parts = {name: torch.stack([number / n * some[name] for number, some in found]).sum() for name in found[0][1]}
         return Batch(parts["loss"], parts, n)
 
     def epoch(number: int) -> Iterator[Batch]:

@@ -151,7 +151,7 @@ def test_a_hybrid_asks_the_model_only_where_the_table_is_unsure():
             asked.append(len(emitted))
             return super().propose(emitted, states, num_tokens, watch, floor)
 
-    sure = NGram([("", plain.token_ids)] * 9)
+    sure = NGram([("", plain.token_ids)] * 30)
     for table, calls in ((sure, 0), (NGram([("", [9])]), 1)):
         asked.clear()
         proposer = HybridProposer(table, Watched(as_decoder(model), None, None))

@@ -199,10 +199,10 @@ def speculate(
         ended = new.index(EOS) + 1 if EOS in new else len(new)
         states[len(emitted) : len(emitted) + ended] = hidden[:ended]
         emitted += new[:ended]
-        ms = {k: v - before.get(k, 0.0) for k, v in watch.ms.items() if v > before.get(k, 0.0)}
+        spent = {k: v - before.get(k, 0.0) for k, v in watch.ms.items() if v > before.get(k, 0.0)}
         if pace is not None:
-            drafting = sum(ms.get(stage, 0.0) for stage in DRAFT_STAGES)
-            pace.passed(g, ended, drafting, sum(ms.values()) - drafting - ms.get("draft_prefill", 0.0))
+            drafting = sum(spent.get(stage, 0.0) for stage in DRAFT_STAGES)
+            pace.passed(g, ended, drafting, sum(spent.values()) - drafting - spent.get("draft_prefill", 0.0))
         rounds.append(
             Round(
                 proposed=drafts.tolist(),
@@ -211,7 +211,7 @@ def speculate(
                 cosine=None if cosine is None else cosine.tolist(),
                 extra_token=extra if ended == len(new) else None,
                 recomputed=recomputed,
-                ms=ms,
+                ms=spent,
                 stopped=_why(drafts, room, floor),
             )
         )

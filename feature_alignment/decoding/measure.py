@@ -176,7 +176,7 @@ def _judged_by_the_world(target: Decoder, samples: Sequence[Sample], texts: Time
         for slot, value in facts_in(decode(texts.texts[i], skip_special_tokens=True)).items():
             kind = "hidden" if slot in HIDDEN_FROM_EVENTS else "visible"
             told[kind][i] += 1
-            true[kind][i] += sample.facts.get(slot) == value
+            true[kind][i] += (sample.facts or {}).get(slot) == value
         for r in texts.generations[i][0].rounds:
             for drafted, said, kept in zip(r.proposed, r.target_says, r.kept, strict=True):
                 if kept:

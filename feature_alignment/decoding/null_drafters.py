@@ -31,6 +31,7 @@ class Table(Protocol):
 
     def finished(self, question: str, tokens: Sequence[int]) -> None:
         """An answer is complete, and may be known from now on."""
+        return None
 
 
 class Template(Table):
@@ -167,18 +168,20 @@ class HybridProposer(Proposer):
         self._model.start(prompt, watch)
 
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
-        text, drawn_from, token, chance = list(emitted), {}, None, 1.0
+        text, token, chance = list(emitted), None, 1.0
+        drawn_from: dict[int, Tensor] = {}
         while len(text) < len(emitted) + num_tokens and token != EOS and chance >= floor:
             with watch("draft"):
                 token, share = self._table.guess(self._question, text)
             if share < self._sure:
                 draft = self._model.propose(text, states, 1, watch, floor)
                 token = int(draft.token_ids[0])
-                drawn_from[len(text) - len(emitted)] = draft.probs
+                if draft.probs is not None:
+                    drawn_from[len(text) - len(emitted)] = draft.probs
                 chance *= draft.confidence
             text.append(token)
         token_ids, probs = torch.tensor(text[len(emitted) :], dtype=torch.long), None
-        if any(q is not None for q in drawn_from.values()):  # the table's tokens were not drawn: point masses
+        if drawn_from:  # the table's tokens were not drawn: point masses
             v = next(iter(drawn_from.values())).shape[-1]
             probs = torch.cat([drawn_from.get(i, F.one_hot(token_ids[i : i + 1], v).float()) for i in range(len(token_ids))])
         return Draft(token_ids, probs=probs)

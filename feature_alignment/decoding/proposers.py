@@ -32,10 +32,10 @@ class Draft:
 
     @classmethod
     def of(cls, picks: Sequence[Pick], aligned: Sequence[Tensor | None], confidence: float) -> Draft:
-        """From one token after the other, at least one: a pick of one row and [1, d_target] each."""
-        probs = [p.probs for p in picks]
-        both = (torch.cat(list(x)) if x[0] is not None else None for x in (aligned, probs))
-        return cls(torch.cat([p.token for p in picks]), *both, confidence)
+        """From one token after the other, at least one: a pick of one row and [1, d_target] each; all expected and drawn, or none."""
+        states, probs = ([x for x in found if x is not None] for found in (aligned, [p.probs for p in picks]))
+        token_ids = torch.cat([p.token for p in picks])
+        return cls(token_ids, torch.cat(states) if states else None, torch.cat(probs) if probs else None, confidence)
 
 
 class Proposer(Protocol):
@@ -52,6 +52,7 @@ class Proposer(Protocol):
 
     def finish(self, emitted: Sequence[int]) -> None:
         """The text is complete."""
+        return None
 
 
 class ModelProposer(Proposer):
@@ -73,7 +74,7 @@ class ModelProposer(Proposer):
         if target_head is not None and adapter is None:
             raise ValueError("aligned drafts need an adapter")
         self._draft, self._adapter, self._target_head, self._sampler = draft, adapter, target_head, sampler
-        self._state: State | None = None
+        self._state: State  # of the prompt that was started
         self._read: list[int] = []  # tokens in the drafter's cache behind the prompt
 
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
@@ -85,15 +86,18 @@ class ModelProposer(Proposer):
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
         with watch("draft"):
             hidden = self._catch_up(emitted)
-        picks, aligned, chance = [], [], 1.0
+        picks: list[Pick] = []
+        aligned: list[Tensor | None] = []
+        chance = 1.0
         while not picks or (len(picks) < num_tokens and chance >= floor and int(picks[-1].token) != EOS):
             if picks:
                 with watch("draft"):
                     hidden = self._draft.step(self._state, picks[-1].token[None])[:, -1]
             with watch("adapter"):
-                aligned.append(None if self._adapter is None else self._adapter(hidden))
+                expected = None if self._adapter is None else self._adapter(hidden)
+                aligned.append(expected)
             with watch("head"):
-                logits = self._draft.lm_head(hidden) if self._target_head is None else self._target_head(aligned[-1])
+                logits = self._draft.lm_head(hidden) if self._target_head is None or expected is None else self._target_head(expected)
                 picks.append(pick(logits, self._sampler, confidence=floor > 0))
             chance *= picks[-1].confidence
         draft = Draft.of(picks, aligned, chance)
@@ -138,13 +142,15 @@ class ChainedProposer(Proposer):
         self._memory: Tensor | None = None  # [1, w] of the verified text
         self._read = 0  # how many tokens that is
         self._ahead: list[int] = []  # drafts read behind it,
-        self._chain: Tensor | None = None  # and the memory [1, 1, w] with them
+        self._chain: Tensor  # and the memory [1, 1, w] with them
 
     @torch.inference_mode()
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
         with watch("adapter"):
             self._catch_up(emitted, states)
-        picks, expected, chance = [], [], 1.0
+        picks: list[Pick] = []
+        expected: list[Tensor] = []
+        chance = 1.0
         while not picks or (len(picks) < num_tokens and chance >= floor and int(picks[-1].token) != EOS):
             with watch("adapter"):
                 if picks:
@@ -167,6 +173,7 @@ class ChainedProposer(Proposer):
             self._ahead, self._chain = [], memories[:, -1:]
         behind = list(emitted[n:])
         if behind[: len(self._ahead)] != self._ahead:
+            assert self._memory is not None  # the target's prefill has emitted a token
             self._ahead, self._chain = [], self._memory[:, None]
         for token in behind[len(self._ahead) :]:
             expected = self._adapter.expect(self._chain, self._seen)

@@ -61,7 +61,7 @@ class Pick(NamedTuple):
 
 def pick(logits: Tensor, sampler: Sampler | None, confidence: bool = False) -> Pick:
     """The next token of each row of logits [n, v]: drawn by the sampler, without one the argmax."""
-    probs = None if sampler is None else sampler.probs(logits)
-    token = logits.argmax(-1) if probs is None else sampler.draw(probs)
-    share = float((logits[0].float().softmax(-1) if probs is None else probs[0]).max()) if confidence else 1.0
-    return Pick(token, probs, share)
+    if sampler is None:
+        return Pick(logits.argmax(-1), None, float(logits[0].float().softmax(-1).max()) if confidence else 1.0)
+    probs = sampler.probs(logits)
+    return Pick(sampler.draw(probs), probs, float(probs[0].max()) if confidence else 1.0)

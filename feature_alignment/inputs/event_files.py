@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def read_event_file(path: Path, start_us: int = 0, window_us: int | None = None)
 # ---- NumPy files
 
 
-def _plain_array(stream: BinaryIO, size: int) -> np.ndarray:
+def _plain_array(stream: IO[bytes], size: int) -> np.ndarray:
     """The array of a `.npy` of `size` bytes, without objects; ValueError for one whose header promises more than is there."""
     version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -246,7 +246,7 @@ def _read_aedat4(path: Path) -> RawEvents:
     if not parts:
         raise UserError(f"{path} holds no event stream.")
     table = np.concatenate(parts)
-    polarity = "on" if "on" in table.dtype.names else "p"
+    polarity = "on" if "on" in (table.dtype.names or ()) else "p"
     return RawEvents({"x": table["x"], "y": table["y"], "t": table["t"], "p": table[polarity]}, sensor_hw)
 
 
@@ -256,7 +256,8 @@ def _read_aedat4(path: Path) -> RawEvents:
 def _read_prophesee(path: Path) -> RawEvents:
     """DAT, EVT2 or EVT3, as the text header says."""
     raw = path.read_bytes()
-    at, lines = 0, []
+    at = 0
+    lines: list[str] = []
     while raw[at : at + 1] == b"%" and not (lines and lines[-1] == "% end"):  # binary data may begin with the byte of "%"
         end = raw.find(b"\n", at)
         if end < 0:
@@ -350,8 +351,8 @@ def _decode_evt3(path: Path, body: bytes, order: str = "<") -> dict[str, np.ndar
     word = np.concatenate([single, vector])
     x = np.concatenate([value[single] & 0x7FF, start[vector] + bit])
     p = np.concatenate([value[single] >> 11, _fill(value, base)[vector] >> 11])
-    order = np.argsort(word, kind="stable")
-    word, x, p = word[order], x[order], p[order]
+    by_word = np.argsort(word, kind="stable")
+    word, x, p = word[by_word], x[by_word], p[by_word]
     keep = (row[word] >= 0) & (high[word] >= 0)
     _warn_early(path, int(len(word) - keep.sum()))
     word = word[keep]

@@ -133,7 +133,8 @@ def _from_json(path: Path, text: str, split: str) -> list[Sample]:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
-    samples, split_of = [], {}
+    samples: list[Sample] = []
+    split_of: dict[str, str] = {}
     for number, row in enumerate(rows, 1):
         try:
             its_split = {"val": "validation"}.get(row.get("split"), row.get("split") or split)

@@ -84,7 +84,9 @@ def read_log_intensity(path: Path, start_ms: float = 0.0, duration_ms: float | N
 
     if not path.is_file():
         raise UserError(f"no video at {path}.")
-    images, times, first_us = [], [], None
+    images: list[np.ndarray] = []
+    times: list[int] = []
+    first_us = None
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
