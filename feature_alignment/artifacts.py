@@ -296,8 +296,7 @@ def load_trained(path: Path, kind: str, build: Callable[..., Module], size: str,
     saved = load_pt(path, make_it)
     meta = saved.get("meta") if isinstance(saved, dict) else None
     geometry = meta.get("geometry") if isinstance(meta, dict) else None
-    there = isinstance(geometry, dict) and size in geometry and isinstance(saved.get("state_dict"), dict)
-    if not there or not isinstance(meta, dict) or not isinstance(geometry, dict):
+    if not (isinstance(meta, dict) and isinstance(geometry, dict) and size in geometry and isinstance(saved.get("state_dict"), dict)):
         raise UserError(f"{path} is not {kind} (wanted meta with its geometry, and state_dict). Train one:\n  {make_it}")
     beside = path.parent / "meta.json"
     if beside.is_file() and altered(beside, read_json(beside, make_it), [path.name]):
