@@ -12,6 +12,7 @@ from feature_alignment.decoding.acceptance import kept_drafts
 from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, Previous, TableProposer
 from feature_alignment.decoding.proposers import ModelProposer
+from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.trace import trace_lines
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.models.pair import EOS
@@ -140,24 +141,33 @@ def test_taps_are_the_layers_they_say(taps):
     assert decoder.norm == ("post" if taps == [3] else "pre")
 
 
-def test_a_hybrid_asks_the_model_only_where_the_table_is_unsure():
+def test_a_hybrid_believes_a_sure_table_and_else_the_model():
+    """A table that knows the text mends a model that does not; one that knows nothing leaves a model that does as it is."""
     model = tiny_llama(0)
-    target = as_decoder(model)
-    plain = greedy(target, prompt_of(*PROMPTS[0]), 20)
-    asked = []
-
-    class Watched(ModelProposer):
-        def propose(self, emitted, states, num_tokens, watch, floor=0.0):
-            asked.append(len(emitted))
-            return super().propose(emitted, states, num_tokens, watch, floor)
-
-    sure = NGram([("", plain.token_ids)] * 30)
-    for table, calls in ((sure, 0), (NGram([("", [9])]), 1)):
-        asked.clear()
-        proposer = HybridProposer(table, Watched(as_decoder(model), None, None))
-        got = speculate(target, proposer, prompt_of(*PROMPTS[0]), prompt_of(*PROMPTS[0]), num_draft_tokens=4, max_new_tokens=20)
+    target, prompt = as_decoder(model), prompt_of(*PROMPTS[0])
+    plain = greedy(target, prompt, 20)
+    sure, empty = NGram([("", plain.token_ids)] * 30), NGram([("", [9])])
+    rounds = {}
+    for name, table, drafter in (
+        ("mended", sure, noisy_copy(model, 5.0)),
+        ("left alone", empty, model),
+        ("lost", empty, noisy_copy(model, 5.0)),
+    ):
+        proposer = HybridProposer(table, ModelProposer(as_decoder(drafter), None, None))
+        got = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=20)
         assert got.token_ids == plain.token_ids
-        assert bool(asked) == bool(calls)
+        rounds[name] = got.passes
+    assert rounds["mended"] == rounds["left alone"] == 4 < rounds["lost"]
+
+
+def test_a_hybrid_goes_on_where_the_model_stops():
+    model = tiny_llama(0)
+    target, prompt = as_decoder(model), prompt_of(*PROMPTS[0])
+    plain = greedy(target, prompt, 20)
+    proposer = HybridProposer(NGram([("", plain.token_ids)] * 30), ModelProposer(as_decoder(model), None, None))
+    proposer.start(prompt, watch := Stopwatch())
+    draft = proposer.propose(plain.token_ids[:1], torch.zeros(1, 1), 10, watch, floor=1.0)  # the model is never that sure
+    assert draft.token_ids.tolist() == plain.token_ids[1:11]
 
 
 def test_lookup_goes_on_behind_the_longest_latest_match():

@@ -57,6 +57,14 @@ def test_it_is_about_as_good_as_the_best_fixed_length(chance, draft_ms):
     assert tokens / ms > 0.95 * max(fixed, 1)
 
 
+def test_a_useless_drafter_loses_little_on_few_prompts():
+    """Eight prompts of 30 tokens, a prefill of 12 passes each for the target: what is lost, the drafter's first prompt included."""
+    for chance, draft_ms, prefill_ms in ((0.05, 0.02, 0.0), (0.3, 0.8, 4.0), (0.5, 0.8, 4.0)):
+        tokens, ms, _ = decode(Pace(), chance, draft_ms, passes=120, prefill_ms=prefill_ms)
+        prompts = -(-tokens // 30)
+        assert ms + 12 * prompts < (1.03 + prefill_ms / 100) * (tokens + 12 * prompts)
+
+
 def test_a_slow_moment_is_not_held_against_drafting():
     r = random.Random(1)
     _, _, rounds = decode(Pace(), 0.85, 0.2, slow=lambda i: 30.0 if r.random() < 0.03 else 1.0 + (i // 100) % 2)
@@ -65,8 +73,8 @@ def test_a_slow_moment_is_not_held_against_drafting():
 
 def test_what_pays_again_is_found_again():
     pace = Pace()
-    decode(pace, 0.05, 0.2)
-    assert not pace.drafting
+    tokens, _, rounds = decode(pace, 0.05, 0.2)
+    assert rounds < 0.03 * tokens
     _, _, rounds = decode(pace, 0.95, 0.06, passes=2000)
     assert pace.drafting and rounds > 1000
 

@@ -154,10 +154,11 @@ class TableProposer(Proposer):
 
 
 class HybridProposer(Proposer):
-    """The n-gram table where it is sure, the model where it is not. The model reads the table's tokens when it is next asked.
+    """The model drafts, an n-gram table looks over its shoulder: where the table is sure of another token, its token stands and the
+    model goes on behind it; where the model stops, the table goes on as long as it is sure, which costs nothing.
 
-    sure: the share from which on the table's token is taken as certain: on validation texts of the embedded pair it is right in 0.9996
-          of these places, 0.29 of all; from 0.9 on in 0.998, from 0.8 on in 0.985
+    sure: the share from which on the table is believed: on validation texts of the embedded pair it is right in 0.9996 of these places,
+          0.29 of all; from 0.9 on in 0.998, from 0.8 on in 0.985
     """
 
     def __init__(self, table: NGram, model: Proposer, sure: float = 0.95) -> None:
@@ -168,23 +169,32 @@ class HybridProposer(Proposer):
         self._model.start(prompt, watch)
 
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
-        text, token, chance = list(emitted), None, 1.0
+        text, end, chance, asking = list(emitted), len(emitted) + num_tokens, 1.0, True
         drawn_from: dict[int, Tensor] = {}
-        while len(text) < len(emitted) + num_tokens and token != EOS and chance >= floor:
+        while asking and len(text) < end and chance >= floor:
+            draft = self._model.propose(text, states, end - len(text), watch, floor / chance)
+            chance, asking = chance * draft.confidence, False
             with watch("draft"):
-                token, share = self._table.guess(self._question, text)
-            if share < self._sure:
-                draft = self._model.propose(text, states, 1, watch, floor)
-                token = int(draft.token_ids[0])
-                if draft.probs is not None:
-                    drawn_from[len(text) - len(emitted)] = draft.probs
-                chance *= draft.confidence
-            text.append(token)
+                for i, token in enumerate(draft.token_ids.tolist()):
+                    guess = self._sure_of(text)
+                    text.append(token if guess is None else guess)
+                    if text[-1] != token:
+                        asking = text[-1] != EOS
+                        break
+                    if draft.probs is not None:
+                        drawn_from[len(text) - 1 - len(emitted)] = draft.probs[i : i + 1]
+        with watch("draft"):
+            while len(text) < end and text[-1] != EOS and (guess := self._sure_of(text)) is not None:
+                text.append(guess)
         token_ids, probs = torch.tensor(text[len(emitted) :], dtype=torch.long), None
         if drawn_from:  # the table's tokens were not drawn: point masses
             v = next(iter(drawn_from.values())).shape[-1]
             probs = torch.cat([drawn_from.get(i, F.one_hot(token_ids[i : i + 1], v).float()) for i in range(len(token_ids))])
         return Draft(token_ids, probs=probs)
+
+    def _sure_of(self, text: Sequence[int]) -> int | None:
+        token, share = self._table.guess(self._question, text)
+        return token if share >= self._sure else None
 
     def finish(self, emitted: Sequence[int]) -> None:
         self._model.finish(emitted)

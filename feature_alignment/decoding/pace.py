@@ -5,9 +5,10 @@ is the tokens per ms that would be emitted otherwise: the better of drafting so 
 sums). The chance is the product of the drafter's own confidences, the probability of each draft under its head.
 
 Whether rounds pay at all is a matter of credit, counted in passes without drafts: each round adds what it gained over emitting its
-tokens one by one, each prompt the drafter reads takes what that costs. No credit left: no drafts, and the drafter reads no prompts, for
-so many passes that the loss is small among them; then one round is tried. All costs are measured as decoding goes, as medians of the
-last passes; nothing is known in advance.
+tokens one by one, each prompt the drafter reads takes what that costs, but for the very first. No credit left: no drafts, and the drafter
+reads no prompts, for so many passes that all that was lost is small among them; then one round is tried. A drafter that has not earned
+anything yet has one allowance, one that has gets a second, in case only the machine has become slower. All costs are measured as
+decoding goes, as medians of the last passes; nothing is known in advance.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import math
 import statistics
 from collections import deque
 
-ALLOWANCE = 5.0  # passes that may be lost before drafting is given up
+ALLOWANCE = 3.0  # passes that may be lost before drafting is given up
 REST = 60  # passes without drafts for each pass that was lost
-FIRST_FLOOR = 0.5  # until a draft's cost is known
+FIRST_FLOOR = 0.8  # until a draft's cost is known
 CLEAR = 2.0  # tokens in the time of one verification above which drafting pays whatever a pass without drafts costs
 MEMORY = 0.9  # what a round still weighs in R after the next
 
@@ -30,7 +31,8 @@ class Pace:
         self._pass = deque[float](maxlen=5)
         self._drafts, self._verify, self._draft = (deque[float](maxlen=31) for _ in range(3))
         self._tokens = self._ms = 0.0  # of rounds with drafts, fading
-        self._credit, self._wait, self._resting, self._doubted = ALLOWANCE, 0.0, False, False
+        self._credit, self._wait, self._resting, self._doubted = ALLOWANCE, 0.0, False, True
+        self._first_prompt_ms = 0.0
         self._since_pass = 0
 
     @property
@@ -65,6 +67,8 @@ class Pace:
             self._pass.append(other_ms / tokens)
             self._wait -= tokens
             self._since_pass = 0
+            if draft_ms:  # the drafter was asked and had no idea
+                self._settle(-draft_ms / statistics.median(self._pass))
             return
         self._since_pass += 1
         self._drafts.append(drafts)
@@ -77,6 +81,8 @@ class Pace:
         """The drafter has read a prompt."""
         if self._pass:
             self._credit -= ms / statistics.median(self._pass)
+        else:
+            self._first_prompt_ms = ms
 
     def _slope(self) -> float:
         """Milliseconds by which one more draft makes a verification longer."""
@@ -89,14 +95,17 @@ class Pace:
         self._doubted = self._doubted and self._credit < 2 * ALLOWANCE
         if self._credit > 0:
             self._resting = False
-        elif self._resting or self._doubted:  # a failed try, or lost again
-            self._rest(-self._credit if self._resting else ALLOWANCE)
+        elif self._resting or self._doubted:  # a failed try, lost again, or never won
+            self._rest(-self._credit + (0.0 if self._resting else ALLOWANCE))
         else:  # perhaps only the machine has become slower: measure anew what drafting is compared with
             self._pass.clear()
             self._credit, self._doubted = ALLOWANCE, True
 
     def _rest(self, lost: float) -> None:
+        if self._first_prompt_ms and self._pass:
+            lost += self._first_prompt_ms / statistics.median(self._pass)
         self._credit, self._wait, self._resting, self._doubted = 0.0, REST * lost, True, False
+        self._first_prompt_ms = 0.0
 
 
 def _usual(ms: float, history: deque[float]) -> float:
