@@ -2,14 +2,17 @@
 
 reads   both checkpoints, adapter/adapter.pt, chained_adapter/adapter.pt, a manifest, token_pairs/<train split>.json,
         acceptance/acceptance.json
-writes  benchmark/benchmark.json, report.md, report.html, speedup.png, stages.png
+writes  benchmark/benchmark.json, report.md, report.html, five pictures
 
     python feature_alignment/benchmark_feature_sd.py --config configs/demo.yaml
+    python feature_alignment/benchmark_feature_sd.py compare A.json B.json
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from feature_alignment.decoding.acceptance import Rule
     from feature_alignment.decoding.engine import Generation
     from feature_alignment.decoding.measure import Timed
+    from feature_alignment.models.pair import Prompt
 
 
 MEASURE = "python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml"
@@ -39,6 +43,7 @@ class BenchmarkConfig(Common):
         most_draft_tokens: the most drafts per verification of the adaptive rows
         threshold: cosine above which feature and relaxed keep a draft
         max_new_tokens: longest answer, EOS included
+        assistant_layers: how many of Video-LLaVA's own layers assist transformers' generate, for comparison
         repeats: timed runs of every method on every prompt
         warmup: prompts run before, untimed
     """
@@ -49,6 +54,7 @@ class BenchmarkConfig(Common):
     most_draft_tokens: int = 24
     threshold: float = 0.9
     max_new_tokens: int = 64
+    assistant_layers: int = 1
     repeats: int = 3
     warmup: int = 3
 
@@ -84,36 +90,9 @@ def modes(gammas: Sequence[int], most: int, adapters: Sequence[str]) -> list[Mod
     ]
 
 
-def model_row(mode: Mode, row: dict[str, Any], timed: Timed, cost: dict[str, Any]) -> dict[str, float | None]:
-    """TASKS.md's formula and the corrected one for a row of adapted drafts, in decoding alone, beside the measured value."""
-    from feature_alignment import metrics
-    from feature_alignment.decoding.measure import verification_cost
-
-    g, a = mode.num_draft_tokens, row["acceptance_rate"]["value"]
-    c = cost["c_chained" if mode.draft == "chained" else "c"]
-    overhead = g * c
-    verifications = sum(len(runs[0].rounds) for runs in timed.generations)
-    drafts = sum(len(r.proposed) for runs in timed.generations for r in runs[0].rounds) / max(1, verifications)  # none behind an EOS
-    if mode.accept == "relaxed":
-        kept = sum(r.num_accepted for runs in timed.generations for r in runs[0].rounds)
-        recompute = sum(runs[0].ms.get("recompute", 0.0) for runs in timed.generations)
-        rejection = recompute / max(1, verifications) / cost["t_target_ms"]
-        tokens = kept / max(1, verifications)  # γ·a, without the bonus token
-        modelled = metrics.modelled_speedup(tokens, overhead, rejection)
-        v = verification_cost(cost, drafts + 1) + rejection
-    else:
-        modelled = metrics.modelled_speedup(metrics.tokens_per_pass_iid(a, g), overhead)
-        v = verification_cost(cost, drafts + 1)
-    emitted = sum(len(runs[0].token_ids) - 1 for runs in timed.generations)
-    passes = sum(len(runs[0].rounds) or runs[0].passes for runs in timed.generations)
-    corrected = metrics.corrected_speedup(emitted / max(1, passes), drafts, c, v)
-    measured = row["decode_speedup"]["value"]
-    return {
-        "modelled_speedup": modelled,
-        "modelled_error": modelled / measured - 1,
-        "corrected_speedup": corrected,
-        "corrected_error": corrected / measured - 1,
-    }
+def _of_prompt(way: Callable[[Prompt], Generation], prompts: Sequence[tuple[Prompt, Prompt]], i: int) -> Generation:
+    """The i-th prompt answered by the target in some way."""
+    return way(prompts[i][0])
 
 
 def acceptance_of(timed: Timed, clips: Sequence[str], accept: Rule) -> dict[str, Any]:
@@ -140,6 +119,11 @@ def stages_of(timed: Timed) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["compare"]:
+        from feature_alignment.differences import compare
+
+        return compare(argv[1:])
     cfg = parse_config(BenchmarkConfig, argv, "benchmark_feature_sd")
     from feature_alignment.processes import claimed
 
@@ -154,10 +138,11 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
         or min(*cfg.num_draft_tokens, cfg.most_draft_tokens, cfg.repeats, 1 if cfg.limit is None else cfg.limit) < 1
     ):
         raise UserError("--num_draft_tokens, --most_draft_tokens, --repeats and --limit want numbers of at least 1.")
+    import numpy as np
     from tqdm import tqdm
 
-    from feature_alignment import artifacts, report, targets
-    from feature_alignment.decoding import measure
+    from feature_alignment import artifacts, report, speed_model, targets
+    from feature_alignment.decoding import generate, measure
     from feature_alignment.decoding.engine import PREFILL_STAGES, greedy, speculate
     from feature_alignment.decoding.null_drafters import NULL_DRAFTERS
     from feature_alignment.decoding.pace import Pace
@@ -221,10 +206,14 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
 
         return answer
 
-    methods: dict[Any, Callable[[int], Generation]] = {m: method(m) for m in rows_of}
-    methods = {"plain": lambda i: greedy(pair.target, prompts[i][0], cfg.max_new_tokens), **methods}
+    ways: dict[str, Callable[[Prompt], Generation]] = {"plain": lambda prompt: greedy(pair.target, prompt, cfg.max_new_tokens)}
+    ways |= generate.ways(pair.target, cfg.max_new_tokens, cfg.num_draft_tokens[0], cfg.assistant_layers)
+    methods: dict[Any, Callable[[int], Generation]] = {name: functools.partial(_of_prompt, way, prompts) for name, way in ways.items()}
+    methods |= {m: method(m) for m in rows_of}
     progress = lambda it: tqdm(it, desc="benchmark", unit="prompt", disable=None)  # noqa: E731
-    measure.run_in_turns(methods, min(cfg.warmup, len(samples)), 1, iter)
+    for _ in range(2):  # the second time all is warm
+        warm = measure.run_in_turns(methods, min(cfg.warmup, len(samples)), 1, iter)
+    live = {mode: speed_model.round_costs(warm[mode], warm["plain"]) for mode in rows_of}
     proposers["previous"] = sources.open("previous")  # it has heard answers that are asked for again
     timed = measure.run_in_turns(methods, len(samples), cfg.repeats, progress)
     plain = timed["plain"]
@@ -249,26 +238,46 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
         row["adapter_ms_per_draft"] = spent / drafted if spent else None
         row["fidelity"] = measure.fidelity(pair.target, log_likelihood, samples, runs, plain)
         row["exact_match"] = row["fidelity"]["exact_match"]["value"]
-        row |= (
-            model_row(mode, row, runs, cost)
-            if mode.draft in ("aligned", "chained") and not mode.adaptive
-            else {"modelled_speedup": None, "corrected_speedup": None}
-        )
+        row |= speed_model.of_row(row, runs, plain, live[mode], cost)
+        if mode.accept == "token":
+            row["mismatches"] = measure.mismatches(pair.target, [p for p, _ in prompts], samples, runs, plain)
         rows.append(row)
 
-    tokens = sum(len(t) for t in plain.texts)
-    baseline = {
-        "name": "plain greedy",
-        "prompts": len(samples),
-        "tokens": tokens,
-        "total_ms": float(plain.per_prompt(lambda g: g.total_ms).sum()),
-        "prefill_ms": float(plain.per_prompt(lambda g: sum(g.ms.get(s, 0.0) for s in PREFILL_STAGES)).sum()),
-        "decode_ms": float(plain.per_prompt(lambda g: g.decode_ms).sum()),
-    }
+    cost["bound"] = {}
+    for mode, row in zip(rows_of, rows, strict=True):
+        round_cost = live[mode]
+        if round_cost and mode.draft in ("aligned", "chained") and mode.accept == "token" and not mode.adaptive:
+            cost["bound"][mode.draft] = speed_model.bound(row["acceptance_rate"]["value"], round_cost, cost)
+    best = rows_of[rows.index(targets.fastest_lossless(rows))]
+    end_to_end = lambda g: g.total_ms  # noqa: E731
+    baselines = [
+        {
+            "name": "plain greedy",
+            "prompts": len(samples),
+            "tokens": sum(len(t) for t in plain.texts),
+            "total_ms": float(plain.per_prompt(end_to_end).sum()),
+            "prefill_ms": float(plain.per_prompt(lambda g: sum(g.ms.get(s, 0.0) for s in PREFILL_STAGES)).sum()),
+            "decode_ms": float(plain.per_prompt(lambda g: g.decode_ms).sum()),
+            "best_over_it": measure.speedup(plain, timed[best], clips, end_to_end),
+            "fidelity": measure.fidelity(pair.target, log_likelihood, samples, plain, plain),
+        }
+    ]
+    for name in list(ways)[1:]:
+        runs = timed[name]
+        baselines.append(
+            {
+                "name": name,
+                "total_ms": float(runs.per_prompt(end_to_end).sum()),
+                "speedup": measure.speedup(plain, runs, clips, end_to_end),
+                "best_over_it": measure.speedup(runs, timed[best], clips, end_to_end),
+                "exact_match": float(np.mean([a == b for a, b in zip(runs.texts, plain.texts, strict=True)])),
+                "mismatches": measure.mismatches(pair.target, [p for p, _ in prompts], samples, runs, plain),
+            }
+        )
     in_use = targets.adapter_in_use(rows, adapter, chained, acceptance, cost, cfg.device, pair.target.head_weight.dtype)
     result = {
         "meta": artifacts.provenance("benchmark_feature_sd", cfg, made_from, device=cfg.device, dtype=cfg.dtype),
-        "baselines": [baseline],
+        "baselines": baselines,
         "rows": rows,
         "cost": cost,
         "break_even": {
@@ -277,8 +286,10 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
         },
         "targets": targets.read(in_use, rows),
     }
-    report.write_benchmark_report(result, out)
-    artifacts.write_sealed(out / "benchmark.json", result, ("report.md", "report.html", "speedup.png", "stages.png"))  # last
+    shown = {"plain greedy": plain.generations[0][0], report.row_name(rows[rows_of.index(best)]): timed[best].generations[0][0]}
+    report.write_benchmark_report(result, shown, pair.target.tokenizer.decode, out)
+    beside = ("report.md", "report.html", *(f"{name}.png" for name in report.PICTURES))
+    artifacts.write_sealed(out / "benchmark.json", result, beside)  # last
     _show(result, out, reused=False)
     return result
 

@@ -20,7 +20,8 @@ BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00
 ACCEPTANCE = ("cosine_histogram", "reliability", "accepted_lengths", "acceptance_by_position", "predictors")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """At 150 dpi, whole or not at all."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
     plt.close(figure)
@@ -51,7 +52,7 @@ def cosine_histograms(found: dict[str, tuple[np.ndarray, np.ndarray]], out: Path
     axes[-1, 0].set(xlabel="cosine with Video-LLaVA's own state")
     n = len(next(iter(found.values()))[0])
     figure.suptitle(f"Does a high cosine mean the same token? {n:,} test positions, same prefix", fontsize=11)
-    _save(figure, out / "cosine_histogram.png")
+    save(figure, out / "cosine_histogram.png")
 
 
 def reliability(found: dict[str, list[dict[str, float]]], out: Path) -> None:
@@ -70,7 +71,7 @@ def reliability(found: dict[str, list[dict[str, float]]], out: Path) -> None:
     )
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
-    _save(figure, out / "reliability.png")
+    save(figure, out / "reliability.png")
 
 
 def accepted_lengths(found: dict[str, list[int]], out: Path) -> None:
@@ -84,7 +85,7 @@ def accepted_lengths(found: dict[str, list[int]], out: Path) -> None:
         title=f"Accepted drafts per round of {len(counts) - 1}, test texts, without Video-LLaVA's own token",
     )
     axis.legend()
-    _save(figure, out / "accepted_lengths.png")
+    save(figure, out / "accepted_lengths.png")
 
 
 def acceptance_by_position(rows: list[dict[str, Any]], out: Path) -> None:
@@ -106,7 +107,7 @@ def acceptance_by_position(rows: list[dict[str, Any]], out: Path) -> None:
     )
     axis.legend(loc="lower left")
     axis.grid(alpha=0.3)
-    _save(figure, out / "acceptance_by_position.png")
+    save(figure, out / "acceptance_by_position.png")
 
 
 def predictors_by_match(found: dict[str, dict[str, Any]], num_draft_tokens: int, out: Path) -> None:
@@ -127,7 +128,7 @@ def predictors_by_match(found: dict[str, dict[str, Any]], num_draft_tokens: int,
         xlabel=f"{n:,.0f} test positions, bars: 95 % by clip; right: tokens per pass at {num_draft_tokens} drafts",
     )
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    _save(figure, out / "predictors.png")
+    save(figure, out / "predictors.png")
 
 
 def threshold_sweep(found: dict[str, list[dict[str, Any]]], out: Path) -> None:
@@ -154,43 +155,4 @@ def threshold_sweep(found: dict[str, list[dict[str, Any]]], out: Path) -> None:
     figure.suptitle(
         "What a cosine threshold keeps, test positions, given the target's own text; judged by the world's dictionary", fontsize=11
     )
-    _save(figure, out / "threshold_sweep.png")
-
-
-def speedup_bars(rows: list[dict[str, Any]], path: Path) -> None:
-    """Measured speed-up of every mode with its interval, end to end and in decoding alone."""
-    figure, axis = plt.subplots(figsize=(9, 0.5 * len(rows) + 1.6), layout="constrained")
-    y = np.arange(len(rows))
-    for key, colour, shift, label in (("speedup", BLUE, 0.2, "end to end"), ("decode_speedup", ORANGE, -0.2, "decoding alone")):
-        value = np.array([r[key]["value"] for r in rows])
-        ends = np.array([[np.nan if e is None else e for e in r[key]["ci95"]] for r in rows])
-        error = np.nan_to_num(np.abs(ends - value[:, None])).T
-        axis.barh(y + shift, value, 0.38, xerr=error, color=colour, label=label, ecolor="#333333", capsize=2)
-    axis.set_yticks(
-        y, [f"{r['draft']} + {r['accept']}, {r['drafts_per_round']} drafts" + ("" if r["accept"] == "token" else " (lossy)") for r in rows]
-    )
-    axis.invert_yaxis()
-    axis.axvline(1.0, color=GREY)
-    axis.axvline(1.3, color=GREY, linestyle=":")
-    axis.set(xlabel="speed-up over plain greedy decoding (bars: 95 % interval by clip; dotted: the 1.3x target)")
-    axis.legend()
-    _save(figure, path)
-
-
-def stage_stack(baseline: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
-    """Where the milliseconds of one prompt go, per mode."""
-    stages = ["target_prefill", "draft_prefill", "draft", "adapter", "head", "verify", "accept", "rollback", "recompute"]
-    colours = ["#999999", "#CCCCCC", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#F0E442", "#CC79A7", "#D55E00"]
-    n = baseline["prompts"]
-    bars = [("plain greedy", {"target_prefill": baseline["prefill_ms"] / n, "verify": baseline["decode_ms"] / n})]
-    bars += [(f"{r['draft']} + {r['accept']}, {r['drafts_per_round']}", r["ms"]) for r in rows]
-    figure, axis = plt.subplots(figsize=(9, 0.4 * len(bars) + 1.6), layout="constrained")
-    left = np.zeros(len(bars))
-    for stage, colour in zip(stages, colours, strict=True):
-        width = np.array([ms.get(stage, 0.0) for _, ms in bars])
-        axis.barh([name for name, _ in bars], width, left=left, color=colour, label=stage.replace("_", " "))
-        left += width
-    axis.invert_yaxis()
-    axis.set(xlabel=f"milliseconds per prompt, mean over {n} prompts")
-    axis.legend(ncols=1, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _save(figure, path)
+    save(figure, out / "threshold_sweep.png")

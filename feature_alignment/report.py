@@ -1,15 +1,19 @@
-"""A benchmark for people: tables on the console, report.md, one self-contained report.html, two pictures."""
+"""A benchmark for people: tables on the console, report.md, one self-contained report.html with its pictures."""
 
 from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from feature_alignment import plots
+from feature_alignment import benchmark_plots, speed_model
 from feature_alignment.artifacts import write_text
-from feature_alignment.console import print_table, rate_text
+from feature_alignment.benchmark_plots import PICTURES
+from feature_alignment.console import markdown_table, print_table, rate_text
+from feature_alignment.decoding.engine import Generation
+from feature_alignment.decoding.trace import trace_lines
 
 Table = tuple[str, list[str], list[list[str]]]
 
@@ -18,23 +22,28 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:,.{digits}f}" if isinstance(value, float) else f"{value:,}"
 
 
+def row_name(r: dict[str, Any]) -> str:
+    return f"{r['draft']} + {r['accept']}, {r['drafts_per_round']}"
+
+
 def tables(result: dict[str, Any]) -> list[Table]:
     """Everything a reader needs first, as plain strings."""
     rows, cost, base = result["rows"], result["cost"], result["baselines"][0]
     speed = [
         [
-            f"{r['draft']} + {r['accept']}, {r['drafts_per_round']}",
+            row_name(r),
             rate_text(r["speedup"], 2, unit="x"),
             rate_text(r["decode_speedup"], 2, unit="x"),
             _number(r["tokens_per_pass"]),
             _number(r["acceptance_rate"]["value"], 3),
             _number(r["exact_match"], 3),
-            _number(r["modelled_speedup"]),
-            _number(r["corrected_speedup"]),
+            *["-" if r[f"{f}_speedup"] is None else f"{r[f'{f}_speedup']:.2f} ({r[f'{f}_error']:+.0%})" for f in ("modelled", "corrected")],
         ]
         for r in rows
     ]
-    lossy = []
+    own = base["fidelity"]
+    facts = lambda f: [_number(f[k]["value"], 3) if k in f else "-" for k in ("true_facts_visible", "true_facts_hidden")]  # noqa: E731
+    lossy = [["Video-LLaVA's own text", "1.000", "1.000", _number(own["log_likelihood"]["value"], 3), *facts(own), "-"]]
     for r in rows:
         if r["accept"] == "token":
             continue
@@ -46,7 +55,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
                 _number(r["exact_match"], 3),
                 _number(f["token_agreement"]["value"], 3),
                 _number(f["log_likelihood"]["value"], 3),
-                *[_number(f[k]["value"], 3) if k in f else "-" for k in ("true_facts_visible", "true_facts_hidden")],
+                *facts(f),
                 f"{kept['same']} / {kept['synonym']} / {kept['error']}" if kept else "-",
             ]
         )
@@ -65,11 +74,28 @@ def tables(result: dict[str, Any]) -> list[Table]:
         ["hidden adapter, one token", f"{cost['t_adapter_ms']:.3f}"],
         ["chained adapter, one token", _number(cost["t_chained_ms"], 3)],
         ["target's head, one token", f"{cost['t_head_ms']:.3f}"],
-        ["one step of Video-LLaVA", f"{cost['t_target_ms']:.3f}"],
-        ["c = all of an aligned draft / target step", f"{cost['c']:.3f}"],
-        ["c of a chained draft (no step of EventGPT)", _number(cost["c_chained"], 3)],
+        ["one step of Video-LLaVA, head included", f"{cost['t_target_ms']:.3f}"],
     ]
-    costs += [[f"v({k}) = verifying {k} tokens / target step", f"{v:.3f}"] for k, v in cost["v"].items()]
+    in_steps = [
+        ["c of an aligned draft, in a loop of its own", f"{cost['c']:.3f}"],
+        ["c of a chained one", _number(cost["c_chained"], 3)],
+    ]
+    for draft, b in cost["bound"].items():
+        in_steps += [
+            [f"c of {draft} drafts, while decoding", f"{b['c']:.3f}"],
+            [f"r, the rest of a round with {draft} drafts", f"{b['r']:.3f}"],
+            [f"best of {draft} drafts at acceptance {b['acceptance_rate']:.3f}", f"{b['speedup']:.2f}x, {b['num_draft_tokens']} a round"],
+        ]
+    in_steps += [[f"v({k}), verifying {k} tokens", f"{v:.3f}"] for k, v in cost["v"].items()]
+    others = [
+        [
+            b["name"],
+            "1.00x" if b is base else rate_text(b["speedup"], 2, unit="x"),
+            "1.000" if b is base else _number(b["exact_match"], 3),
+            rate_text(b["best_over_it"], 2, unit="x"),
+        ]
+        for b in result["baselines"]
+    ]
     seconds, prefill = base["total_ms"] / 1e3, base["prefill_ms"] / 1e3
     size = f"{base['prompts']} prompts, {base['tokens']:,} tokens, {seconds:.1f} s ({prefill:.1f} s prefill)"
     title = f"Speed against plain greedy decoding: {size}"
@@ -102,53 +128,66 @@ def tables(result: dict[str, Any]) -> list[Table]:
             ],
             lossy,
         ),
-        ("Costs (ms, median) ", ["part", "value"], costs),
+        (
+            "Other ways to decode, end to end",
+            ["way", "against our plain greedy", "exact match", "our fastest lossless row over it"],
+            others,
+        ),
+        ("Costs, in milliseconds (medians)", ["part", "ms"], costs),
+        ("Costs, in steps of Video-LLaVA, and the bound they imply", ["part", "steps"], in_steps),
     ]
 
 
 def print_benchmark(result: dict[str, Any]) -> None:
     for title, header, rows in reversed(tables(result)):  # the targets last: they stay on the screen
         print_table(title, header, rows)
+    for warning in speed_model.warnings(result["cost"]):
+        print(f"  {warning}")
 
 
-def write_benchmark_report(result: dict[str, Any], out: Path) -> None:
-    """report.md and report.html with their pictures beside them."""
-    plots.speedup_bars(result["rows"], out / "speedup.png")
-    plots.stage_stack(result["baselines"][0], result["rows"], out / "stages.png")
-    parts = tables(result)
-    meta = result["meta"]
+def write_benchmark_report(result: dict[str, Any], shown: dict[str, Generation], decode: Callable[[list[int]], str], out: Path) -> None:
+    """report.md and report.html with their pictures.
+
+    shown: name -> a generation, all of one prompt; the last is told round by round
+    """
+    benchmark_plots.all_of_them(result, shown, out)
+    parts, meta = tables(result), result["meta"]
     note = (
         f"{meta['device']}, {meta['dtype']}, {meta['machine']['threads']} thread(s), torch {meta['packages']['torch']}, "
-        f"commit {meta['git_commit']}, {meta['created']}. Speed-up is the sum of baseline seconds over the sum of method seconds, "
-        "end to end; brackets are 95 % intervals over clips."
+        f"transformers {meta['packages']['transformers']}, commit {meta['git_commit']}, {meta['created']}. Speed-up is the sum of baseline "
+        "seconds over the sum of method seconds, end to end: vision, prefill and decoding of everything that ran; brackets are 95 % "
+        "intervals that resample clips. A target is met only if its whole interval is on the right side."
     )
+    name, example = list(shown.items())[-1]
+    trace = trace_lines(example, decode, colour=False)
+    made_from = [[key, str(value), str(meta["inputs"].get(key, ""))[:120]] for key, value in meta["made_from"].items()]
+    provenance = ("What this was made from", ["input", "hash", "where it lay"], made_from)
     lines = ["# Feature-level speculative decoding: benchmark", "", note]
-    for title, header, rows in parts:
-        lines += [
-            "",
-            f"## {title.strip()}",
-            "",
-            "| " + " | ".join(header) + " |",
-            "|" + "---|" * len(header),
-            *["| " + " | ".join(r) + " |" for r in rows],
-        ]
-    lines += ["", "![speed-up](speedup.png)", "", "![stages](stages.png)", ""]
+    for title, header, rows in (*parts, provenance):
+        lines += ["", f"## {title}", "", markdown_table(header, rows)]
+    lines += ["", f"## One prompt, {name}: kept, (rejected), [the target's own]", "", "```", *trace, "```"]
+    lines += ["", *(f"![{picture}]({picture}.png)" for picture in PICTURES), ""]
     write_text(out / "report.md", "\n".join(lines))
 
     def cells(tag: str, row: list[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
 
-    body = [f"<h1>Feature-level speculative decoding: benchmark</h1><p>{html.escape(note)}</p>"]
-    for title, header, rows in parts:
-        body.append(
-            f"<h2>{html.escape(title)}</h2><div class=t><table>{cells('th', header)}{''.join(cells('td', r) for r in rows)}</table></div>"
-        )
-    for name in ("speedup", "stages"):
+    def table(title: str, header: list[str], rows: list[list[str]]) -> str:
+        inside = cells("th", header) + "".join(cells("td", r) for r in rows)
+        return f"<h2>{html.escape(title)}</h2><div class=t><table>{inside}</table></div>"
+
+    def picture(name: str) -> str:
         data = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
-        body.append(f'<img alt="{name}" src="data:image/png;base64,{data}">')
+        return f'<img alt="{name}" src="data:image/png;base64,{data}">'
+
+    body = [f"<h1>Feature-level speculative decoding: benchmark</h1><p>{html.escape(note)}</p>", *(table(*part) for part in parts[:2])]
+    body += [picture(name) for name in PICTURES] + [table(*part) for part in parts[2:]]
+    told = html.escape("\n".join(trace))
+    body += [f"<h2>One prompt, {html.escape(name)}: kept, (rejected), [the target's own]</h2><pre>{told}</pre>", table(*provenance)]
     head = (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>benchmark</title><style>"
-        "body{font:16px/1.5 sans-serif;max-width:1100px;margin:auto;padding:1em}table{border-collapse:collapse}"
-        "td,th{border-bottom:1px solid #ccc;padding:.3em .7em;text-align:left}.t{overflow-x:auto}img{max-width:100%;display:block}</style>"
+        "body{font:16px/1.5 sans-serif;max-width:1100px;margin:auto;padding:1em}table{border-collapse:collapse;font-size:.9em}"
+        "td,th{border-bottom:1px solid #ccc;padding:.3em .7em;text-align:left;vertical-align:top}.t,pre{overflow-x:auto}"
+        "td{overflow-wrap:anywhere;min-width:4em}img{max-width:100%;display:block;margin:1em 0}</style>"
     )
     write_text(out / "report.html", head + "".join(body) + "</html>")

@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 from test_readme import README, disagreements
 
+from feature_alignment.benchmark_plots import PICTURES
 from feature_alignment.plots import ACCEPTANCE
 from feature_alignment.verification import verify
 
@@ -35,8 +36,7 @@ FILES = [
     "benchmark/benchmark.json",
     "benchmark/report.md",
     "benchmark/report.html",
-    "benchmark/speedup.png",
-    "benchmark/stages.png",
+    *[f"benchmark/{name}.png" for name in PICTURES],
 ]
 
 

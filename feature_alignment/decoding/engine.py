@@ -57,6 +57,7 @@ class Generation:
     total_ms: float
     ms: dict[str, float]
     rounds: list[Round] = field(default_factory=list)
+    spans: list[tuple[str, float, float]] = field(default_factory=list)  # (stage, begin, end), in ms from the start on
 
     @property
     def decode_ms(self) -> float:
@@ -90,7 +91,7 @@ def plain(target: Decoder, prompt: Prompt, max_new_tokens: int, sampler: Sampler
         while emitted[-1] != EOS and len(emitted) < max_new_tokens:
             token = pick(target.lm_head(target.step(state, token[None])[:, -1]), sampler).token
             emitted.append(int(token))
-    return Generation(emitted, len(emitted) - 1, watch.now() - start, watch.ms)
+    return Generation(emitted, len(emitted) - 1, watch.now() - start, watch.ms, spans=_since(start, watch.spans))
 
 
 def greedy(target: Decoder, prompt: Prompt, max_new_tokens: int) -> Generation:
@@ -126,9 +127,9 @@ def speculate(
         raise ValueError(f"sampling is lossless under the token rule only, got {accept!r}")
     watch = Stopwatch(target.device)
     start = watch.now()
-    started, reading = pace is None or pace.drafting, None
+    started, reading, beside = pace is None or pace.drafting, None, Stopwatch(target.device)
     if started and overlap:
-        reading = _in_a_thread(proposer.start, draft_prompt, Stopwatch(target.device))
+        reading = _in_a_thread(proposer.start, draft_prompt, beside)
     with watch("target_prefill"):
         state = target.prefill([prompt])
         token = pick(target.lm_head(state.last), sampler).token
@@ -217,7 +218,12 @@ def speculate(
         )
     if started:
         proposer.finish(emitted)
-    return Generation(emitted, passes, watch.now() - start, watch.ms, rounds)
+    spans = [*watch.spans, *((f"{stage}, beside", begin, end) for stage, begin, end in beside.spans)]
+    return Generation(emitted, passes, watch.now() - start, watch.ms, rounds, _since(start, spans))
+
+
+def _since(start: float, spans: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
+    return sorted(((stage, begin - start, end - start) for stage, begin, end in spans), key=lambda span: span[1])
 
 
 def _start(proposer: Proposer, prompt: Prompt, watch: Stopwatch, pace: Pace | None, reading: Future | None = None) -> None:

@@ -22,7 +22,7 @@ from feature_alignment.inputs.samples import Sample
 from feature_alignment.metrics import Counts
 from feature_alignment.models.pair import Decoder, Prompt
 
-VERIFIED = (1, 2, 4, 6, 8, 16, 32)
+VERIFIED = (*range(1, 13), 16, 20, 24, 28, 32)
 
 
 @dataclass
@@ -67,20 +67,27 @@ def speedup(baseline: Timed, method: Timed, clips: Sequence[str], what: Callable
 
 
 @torch.inference_mode()
-def step_ms(model: Decoder, prompt: Prompt, num_tokens: int, repeats: int = 40) -> float:
-    """Median milliseconds of one forward pass over `num_tokens` new tokens behind a prompt; the cache is rolled back untimed."""
+def step_ms(model: Decoder, prompt: Prompt, numbers: Sequence[int] = (1,), repeats: int = 40, says: bool = False) -> dict[int, float]:
+    """Number of new tokens behind a prompt -> median milliseconds of one forward pass over them, all numbers in turn; the cache is
+    rolled back untimed.
+
+    says: the head and the argmax behind every token are part of it, as in decoding
+    """
     watch = Stopwatch(model.device)
     state = model.prefill([prompt])
-    ids = torch.full((1, num_tokens), 5, device=model.device)
-    times = []
+    times: dict[int, list[float]] = {k: [] for k in numbers}
     for i in range(repeats + 5):
-        start = watch.now()
-        model.step(state, ids)
-        end = watch.now()
-        model.rollback(state, num_tokens)
-        if i >= 5:
-            times.append(end - start)
-    return statistics.median(times)
+        for k in numbers:
+            ids = torch.full((1, k), 5, device=model.device)
+            start = watch.now()
+            hidden = model.step(state, ids)
+            if says:
+                model.lm_head(hidden).argmax(-1).tolist()
+            end = watch.now()
+            model.rollback(state, k)
+            if i >= 5:
+                times[k].append(end - start)
+    return {k: statistics.median(found) for k, found in times.items()}
 
 
 def chained_ms(adapter: ChainedAdapter, repeats: int = 200) -> float:
@@ -97,15 +104,16 @@ def chained_ms(adapter: ChainedAdapter, repeats: int = 200) -> float:
 def costs(
     target: Decoder, draft: Decoder, adapter: HiddenAdapter, chained: ChainedAdapter | None, target_prompt: Prompt, draft_prompt: Prompt
 ) -> dict[str, Any]:
-    """What each part of a round costs: milliseconds, v(k) in target steps, and one draft in target steps: aligned, c = (draft step +
-    adapter + head) / target step, and chained, c_chained = (chained adapter + head) / target step."""
+    """What each part of a round costs in a loop of its own: milliseconds, v(k) in target steps (head and argmax included), and one
+    draft in target steps: aligned, c = (draft step + adapter + head) / target step, chained, c_chained = (chained adapter + head) /
+    target step."""
     device, repeats = target.device.type, 200
-    steps = {k: step_ms(target, target_prompt, k) for k in VERIFIED}
+    steps = step_ms(target, target_prompt, VERIFIED, says=True)
     state = torch.randn(1, draft.hidden_size, device=target.device, dtype=target.head_weight.dtype)
     aligned = adapter(state)
     t_adapter = call_ms(lambda: adapter(state), repeats, device)
     t_head = call_ms(lambda: target.lm_head(aligned).argmax(-1), repeats, device)
-    t_draft = step_ms(draft, draft_prompt, 1)
+    t_draft = step_ms(draft, draft_prompt)[1]
     t_chained = None if chained is None else chained_ms(chained)
     return {
         "t_draft_ms": t_draft,
@@ -119,10 +127,19 @@ def costs(
     }
 
 
-def verification_cost(cost: dict[str, Any], num_tokens: float) -> float:
-    """v(num_tokens), linear between the measured points."""
-    points = sorted((int(k), v) for k, v in cost["v"].items())
-    return float(np.interp(num_tokens, [k for k, _ in points], [v for _, v in points]))
+@torch.inference_mode()
+def mismatches(target: Decoder, prompts: Sequence[Prompt], samples: Sequence[Sample], texts: Timed, plain: Timed) -> list[dict[str, Any]]:
+    """Where a text first leaves the target's own, and how near the target's two best tokens were there (logits): rounding in low
+    precision can turn over a small gap, and only a small one."""
+    found = []
+    for prompt, sample, text, own in zip(prompts, samples, texts.texts, plain.texts, strict=True):
+        if text != own:
+            at = next((i for i, (a, b) in enumerate(zip(text, own, strict=False)) if a != b), min(len(text), len(own)))
+            ids = torch.tensor([own], device=target.device)
+            logits = target.lm_head(target.teacher_force(target.prefill([prompt]), ids))[0, min(at, len(own) - 1)]
+            best = logits.float().topk(2).values
+            found.append({"sample": sample.id, "position": at, "top2_gap": float(best[0] - best[1])})
+    return found
 
 
 def log_likelihoods(target: Decoder, prompts: Sequence[Prompt]) -> Callable[[int, tuple[int, ...]], float]:

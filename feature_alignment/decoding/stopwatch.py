@@ -11,10 +11,14 @@ import torch
 
 
 class Stopwatch:
-    """`with watch("verify"): …` adds to `watch.ms["verify"]`. Stages must not nest, so that their sum is time that really ran."""
+    """`with watch("verify"): …` adds to `watch.ms["verify"]`. Stages must not nest, so that their sum is time that really ran.
+
+    spans: (stage, begin, end) of everything that was measured, in `now`'s milliseconds
+    """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.ms: dict[str, float] = defaultdict(float)
+        self.spans: list[tuple[str, float, float]] = []
         self._cuda = torch.device(device).type == "cuda"
 
     @contextmanager
@@ -23,7 +27,9 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.ms[stage] += self.now() - start
+            end = self.now()
+            self.ms[stage] += end - start
+            self.spans.append((stage, start, end))
 
     def now(self) -> float:
         """Milliseconds, after everything queued on the device has run."""

@@ -58,6 +58,7 @@ class Decoder:
     layer is read after the final norm (`norm="post"`), any earlier one before it.
     device: where tensors go in and come out, and where the head is; a device map may have put the layers elsewhere.
     placeholder: the id that stands for vision in a prompt; vision_tokens: how many tokens a clip becomes there.
+    whole: the model all of this is part of, for transformers' own `generate`.
     """
 
     def __init__(
@@ -73,8 +74,9 @@ class Decoder:
         device: str | None = None,
         placeholder: int = -1,
         vision_tokens: int = 0,
+        whole: PreTrainedModel | None = None,
     ) -> None:
-        self.placeholder, self.vision_tokens = placeholder, vision_tokens
+        self.placeholder, self.vision_tokens, self.whole = placeholder, vision_tokens, whole
         self.llama, self.tokenizer, self.encode_prompt, self.read_pixels = llama, tokenizer, encode_prompt, read_pixels
         self._encode_vision, self._splice = encode_vision, splice
         self.num_layers = llama.config.num_hidden_layers
@@ -166,9 +168,8 @@ class Decoder:
         return self._read(state, {"input_ids": token_ids, **where})
 
     def _read(self, state: State, inputs: dict[str, Tensor], keep: int | None = None) -> Tensor:
-        several = len(self.taps) > 1
-        out = self.llama(**inputs, cache=state.cache, use_cache=True, output_hidden_states=several)
-        if several:  # hidden_states[k] is the output of layer k, pre-norm; the very last one has passed the final norm
+        out = self.llama(**inputs, cache=state.cache, use_cache=True, output_hidden_states=len(self.taps) > 1)
+        if len(self.taps) > 1:  # hidden_states[k] is the output of layer k, pre-norm; the very last one has passed the final norm
             kept = [out.hidden_states[k] if keep is None else out.hidden_states[k][:, -keep:] for k in self.taps]
             hidden = torch.cat([h.to(self.device) for h in kept], dim=-1)
         else:
@@ -205,9 +206,7 @@ class Decoder:
         token_ids: [b, n]; returns [b, n, d]: h0 (from the prompt) … h(n-1), which has read token_ids[:, : n - 1]
         """
         first = state.last[:, None]
-        if token_ids.shape[1] == 1:
-            return first
-        return torch.cat([first, self.step(state, token_ids[:, :-1])], dim=1)
+        return first if token_ids.shape[1] == 1 else torch.cat([first, self.step(state, token_ids[:, :-1])], dim=1)
 
 
 def _probed(decoder: Decoder, path: Path, side: int) -> Decoder:
@@ -257,6 +256,7 @@ def load_target(cfg: Common) -> Decoder:
         device=cfg.device,
         placeholder=model.config.video_token_index,
         vision_tokens=vision_tokens,
+        whole=model,
     )
     return _probed(decoder, cfg.target_id, model.config.vision_config.image_size)
 
