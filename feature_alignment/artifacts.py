@@ -194,7 +194,7 @@ def provenance(script: str, cfg: Common, made_from: Sources, **facts: Any) -> di
 
 
 def _identity(cfg: Common, made_from: Sources) -> dict[str, Any]:
-    settings = {k: v for k, v in as_plain(cfg).items() if k != "resume"}
+    settings = {k: v for k, v in as_plain(cfg).items() if k not in ("resume", "quiet", "tensorboard")}
     hashes = {name: source_hash(source) for name, source in made_from.items() if not isinstance(source, Path) or source.exists()}
     return {"schema": SCHEMA, "config_hash": config_hash(settings), "made_from": hashes}
 

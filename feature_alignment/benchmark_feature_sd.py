@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_alignment.config import Common, parse_config
-from feature_alignment.console import UserError, print_json_line, run
+from feature_alignment.console import UserError, print_json_line, progress, run
 
 if TYPE_CHECKING:
     from feature_alignment.decoding.acceptance import Rule
@@ -139,7 +139,6 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     ):
         raise UserError("--num_draft_tokens, --most_draft_tokens, --repeats and --limit want numbers of at least 1.")
     import numpy as np
-    from tqdm import tqdm
 
     from feature_alignment import artifacts, report, speed_model, targets
     from feature_alignment.decoding import generate, measure
@@ -210,12 +209,12 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     ways |= generate.ways(pair.target, cfg.max_new_tokens, cfg.num_draft_tokens[0], cfg.assistant_layers)
     methods: dict[Any, Callable[[int], Generation]] = {name: functools.partial(_of_prompt, way, prompts) for name, way in ways.items()}
     methods |= {m: method(m) for m in rows_of}
-    progress = lambda it: tqdm(it, desc="benchmark", unit="prompt", disable=None)  # noqa: E731
+    bar = functools.partial(progress, desc="benchmark", unit="prompt")
     for _ in range(2):  # the second time all is warm
         warm = measure.run_in_turns(methods, min(cfg.warmup, len(samples)), 1, iter)
     live = {mode: speed_model.round_costs(warm[mode], warm["plain"]) for mode in rows_of}
     proposers["previous"] = sources.open("previous")  # it has heard answers that are asked for again
-    timed = measure.run_in_turns(methods, len(samples), cfg.repeats, progress)
+    timed = measure.run_in_turns(methods, len(samples), cfg.repeats, bar)
     plain = timed["plain"]
 
     rows, log_likelihood = [], measure.log_likelihoods(pair.target, [p for p, _ in prompts])

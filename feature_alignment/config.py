@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from feature_alignment.console import UserError
+from feature_alignment.console import UserError, be_quiet
 
 SCRIPTS = (
     "extract_hidden_states",
@@ -59,6 +59,7 @@ class Common:
         draft_layers: which of the drafter's layers the adapter reads; it runs no deeper than the last of them (default: all)
         limit: at most this many samples
         resume: reuse what is complete and was made from the same inputs, continue what was stopped; --no_resume starts over
+        quiet: results and errors only, no logs and no progress bars
     """
 
     target_id: Path = Path("data/demo/video_llava")
@@ -81,6 +82,7 @@ class Common:
     draft_layers: list[int] | None = None
     limit: int | None = None
     resume: bool = True
+    quiet: bool = False
 
     @property
     def out(self) -> Path:
@@ -132,6 +134,7 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
         values["output_dir"] = Path("outputs") / (Path(config_path).stem if config_path else "default")
     cfg = cls(**values)
     _refuse_senseless(cfg)
+    be_quiet(cfg.quiet)
     if show:
         import yaml
 

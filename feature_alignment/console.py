@@ -14,7 +14,7 @@ import signal
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,8 +23,28 @@ log = logging.getLogger(__name__)
 CONSOLE = 100  # characters a table may be wide
 
 
+_quiet = False
+
+
 class UserError(Exception):
     """Something the user can mend. The message says what was seen, what was wanted and what to type."""
+
+
+def be_quiet(quiet: bool) -> None:
+    """Results and errors only, or logs and progress bars too."""
+    global _quiet
+    _quiet = quiet
+    logging.disable(logging.WARNING if quiet else logging.NOTSET)
+
+
+def progress(iterable: Iterable | None = None, first: bool = True, **about: Any) -> Any:
+    """A progress bar with rate and time left on stderr, if that is a terminal; none for --quiet, or where another process speaks.
+
+    about: total, initial, desc, unit, as tqdm takes them
+    """
+    from tqdm import tqdm
+
+    return tqdm(iterable, disable=None if first and not _quiet else True, **about)
 
 
 def run(main: Callable[[], object]) -> None:

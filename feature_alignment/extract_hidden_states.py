@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from feature_alignment.config import Common, as_plain, parse_config
-from feature_alignment.console import UserError, print_json_line, print_table, run
+from feature_alignment.console import UserError, print_json_line, print_table, progress, run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,8 +95,6 @@ def extract(
     place:   row of `samples` -> row of the files
     first:   whether this process may speak
     """
-    from tqdm import tqdm
-
     from feature_alignment.artifacts import EVENT_STATES, file_hash
     from feature_alignment.console import mended_in
     from feature_alignment.models.batches import ClipBatch
@@ -106,7 +104,7 @@ def extract(
 
     todo = [rows for rows in mine if any(place[row] not in writer.done for row in rows)]
     total, began = sum(map(len, todo)), time.perf_counter()
-    with tqdm(total=total, desc=f"extract {cfg.split}", unit="row", disable=None if first else True) as bar:
+    with progress(total=total, first=first, desc=f"extract {cfg.split}", unit="row") as bar:
         for n, rows in enumerate(todo):
             asked = [samples[row] for row in rows]
             target, draft = ClipBatch(pair.target, asked), ClipBatch(pair.draft, asked)
@@ -174,7 +172,7 @@ def settings_of(cfg: ExtractConfig) -> dict[str, Any]:
         "questions": cfg.questions,
     }
     elsewhere = {"target_id", "draft_id", "manifests", "answers", "questions", "allow_outside"}
-    elsewhere |= {"resume", "output_dir", "threads", "seed", "merge"}
+    elsewhere |= {"resume", "quiet", "output_dir", "threads", "seed", "merge"}
     settings = {k: v for k, v in as_plain(cfg).items() if k not in elsewhere}
     return settings | {k: file_hash(p) if p and p.exists() else None for k, p in paths.items()}
 

@@ -91,7 +91,12 @@ def _take(lock: Path, path: Path) -> int:
     if owner:
         log.warning("%s was being written by %s, which died; going on.", path, _name(owner))
     os.ftruncate(stream, 0)
-    os.pwrite(stream, json.dumps({"pid": os.getpid(), "host": host, "since": time.time()}).encode(), 0)
+    try:
+        os.pwrite(stream, json.dumps({"pid": os.getpid(), "host": host, "since": time.time()}).encode(), 0)
+    except OSError:  # a disk so full that not even a name fits
+        lock.unlink(missing_ok=True)
+        os.close(stream)
+        raise
     return stream
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
+
+from feature_alignment.console import progress
 
 WIDTH, LAYERS, HEADS = 512, 4, 8
 PAD = -100
@@ -73,7 +74,7 @@ def train_token_adapter(
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01)
     read, wanted = (x.to(device) for x in pairs_of(train, longest))
     accuracies, best = [], model.state_dict()
-    for _ in tqdm(range(num_epochs), desc="token adapter", unit="epoch", disable=None):
+    for _ in progress(range(num_epochs), desc="token adapter", unit="epoch"):
         model.train()
         for rows in torch.randperm(len(read)).split(32):
             loss = F.cross_entropy(model(read[rows]).flatten(0, 1), wanted[rows].flatten(), ignore_index=PAD)

@@ -50,6 +50,7 @@ class TrainConfig(Common):
         weight_decay: of AdamW
         mse_weight: weight of the squared error, relative to the variance of the target's states
         cosine_weight: weight of 1 - cos(A(g), v)
+        tensorboard: show every epoch in TensorBoard too, from tensorboard/ beside the adapter; history.jsonl is always written
         kl_weight: weight of KL(softmax W v || softmax W A(g)) through the target's frozen head; plain has none
     """
 
@@ -68,6 +69,7 @@ class TrainConfig(Common):
     mse_weight: float = 1.0
     cosine_weight: float = 1.0
     kl_weight: float = 0.3
+    tensorboard: bool = False
 
 
 def plot_curves(history: list[dict[str, float]], path: Path) -> None:

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from feature_alignment import artifacts
 from feature_alignment.artifacts import HiddenStates
 from feature_alignment.chained_adapter import ChainedAdapter, Texts, chain_over, text_batches
 from feature_alignment.closed_form import Affine, moments
-from feature_alignment.console import UserError
+from feature_alignment.console import UserError, progress
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.scoring import RIDGE_STRENGTHS, positions
 
@@ -112,6 +111,7 @@ def fit(
     names: sample ids of the training rows
     """
     part = part or Part()
+    show = curves(cfg, checkpoint if part.rank == 0 else None)
     optimiser = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     steps = cfg.num_epochs * steps_per_epoch
 
@@ -127,7 +127,7 @@ def fit(
     else:
         history, best = [record(0, {})], copy.deepcopy(adapter.state_dict())
     best_epoch = min(history, key=lambda h: h["validation_loss"])["epoch"]
-    with tqdm(total=steps, initial=(len(history) - 1) * steps_per_epoch, desc="train", unit="step", disable=part.rank > 0 or None) as bar:
+    with progress(total=steps, first=part.rank == 0, initial=(len(history) - 1) * steps_per_epoch, desc="train", unit="step") as bar:
         for number in range(len(history), cfg.num_epochs + 1):
             if number - 1 - best_epoch >= cfg.patience:
                 break
@@ -154,6 +154,7 @@ def fit(
                     seen[name] = seen.get(name, 0.0) + float(value.detach()) / steps_per_epoch
                 bar.update()
             history.append(record(number, seen))
+            show(history[-1])
             bar.set_postfix({k: f"{history[-1][f'validation_{k}']:.4f}" for k in ("loss", "cosine", "token_match")})
             if history[-1]["validation_loss"] < history[best_epoch]["validation_loss"]:
                 best, best_epoch = copy.deepcopy(adapter.state_dict()), number
@@ -161,6 +162,24 @@ def fit(
                 checkpoint.save(adapter=adapter.state_dict(), optimiser=optimiser.state_dict(), best=best, history=history)
     adapter.load_state_dict(best)
     return snapshot().eval(), history
+
+
+def curves(cfg: Any, checkpoint: Checkpoint | None) -> Callable[[dict[str, float]], None]:
+    """What shows an epoch's scores while training goes on: TensorBoard, in tensorboard/ beside the adapter, if cfg.tensorboard asks."""
+    if not cfg.tensorboard or checkpoint is None:
+        return lambda scores: None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the tensorboard package. Type:\n  pip install tensorboard") from None
+    writer = SummaryWriter(str(checkpoint.path.parent / "tensorboard"))
+
+    def show(scores: dict[str, float]) -> None:
+        for name, value in scores.items():
+            writer.add_scalar(name.replace("_", "/", 1), value, int(scores["epoch"]))
+        writer.flush()
+
+    return show
 
 
 def mean_over_positions(batches: Iterator[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:

@@ -6,11 +6,16 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from feature_alignment.demo import scenes
 
 README = (ROOT / "README.md").read_text()
 OUT = ROOT / "outputs" / "demo"
@@ -53,6 +58,43 @@ def test_each_command_is_understood(line, capsys):
 @pytest.mark.parametrize("line", [line for line in SCRIPTS if "hidden_adapter.py --hidden" in line])
 def test_the_cost_of_the_adapter_is_as_said(line):
     assert import_module("feature_alignment.hidden_adapter").main(words_of(line)[2:])["parameters"] == 2_101_504
+
+
+def adapted(words: list[str], root: Path) -> list[str]:
+    """A command of README as it is typed for the tiny pair: its config, its samples, its folder, one process."""
+    words = [str(root / "tiny.yaml") if w == "configs/demo.yaml" else w for w in words]
+    words = [w.replace("outputs/demo", str(root.parent / "as_it_was")).replace("outputs/layers", str(root / "layers")) for w in words]
+    if "--draft_layers" in words:  # the tiny drafter has three layers
+        at = words.index("--draft_layers") + 1
+        words[at : at + 3] = ["1", "2", "3"]
+    if "--sample" in words:
+        words[words.index("--sample") + 1] = json.loads((root / "scenes" / "test.jsonl").read_text().splitlines()[0])["id"]
+    if "--train_token_adapter" in words:
+        words += ["--num_epochs", "1"]
+    return words
+
+
+def test_every_command_runs(finished, tmp_path):
+    """All of them, in their order, on the tiny pair; those for several machines, GPUs or hours of the demo pair only to their message."""
+    root = tmp_path / "run"
+    shutil.copytree(finished, root)
+    shutil.copytree(finished / "out", tmp_path / "as_it_was")
+    config = json.loads((root / "tiny.yaml").read_text().replace(str(finished / "out"), str(root / "out")))
+    config["common"]["manifests"]["calibration"] = str(scenes.write_split(root / "scenes", "calibration", 3))
+    (root / "tiny.yaml").write_text(json.dumps(config))
+    for line in SCRIPTS + [line for line in LINES if line.startswith("python -m feature_alignment.")]:
+        words = words_of(line)
+        if "--shard" in words or "--merge" in words or words[0] == "torchrun" or "feature_alignment.demo." in line:
+            continue  # tests/test_extraction.py runs several shards and processes, tests/conftest.py the demo's scenes and pair
+        at = next(i for i, w in enumerate(words) if "feature_alignment" in w)
+        rest = adapted(words[at + 1 :], root)
+        if words[1] == "-m":
+            done = subprocess.run([sys.executable, "-m", words[2], *rest], cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == (2 if "7b" in line else 0) and "Traceback" not in done.stderr, done.stderr
+            continue
+        if "A.json" in rest:
+            rest = [rest[0], *[str(root / "out" / "benchmark" / "benchmark.json")] * 2]
+        import_module(words[at].removesuffix(".py").replace("/", ".")).main(rest)
 
 
 # ------------------------------------------------------------------------------------------------------------------- numbers

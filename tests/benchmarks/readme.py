@@ -1,0 +1,130 @@
+"""Writes the measured tables of README.md and TASKS.md anew, from the JSON files of a whole run.
+
+    bash run_all.sh
+    python tests/benchmarks/readme.py               prints what the text around the tables should say, too
+
+Rows about adapters that the run has not trained are left out. tests/test_readme.py then holds every number against its file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from feature_alignment.console import rate_text
+
+ROOT = Path(__file__).parents[2]
+TABLE = r"^{head}.*\n(?:\|.*\|\n)+(?:\n*<!-- \S+\.json(?:.|\n)*?-->\n)*"
+
+
+def table(header: str, rows: list[list[str]], *sources: str) -> str:
+    lines = [header, "|" + "---|" * (header.count("|") - 1), *("| " + " | ".join(row) + " |" for row in rows)]
+    return "\n".join([*lines, *(f"\n<!-- {source}\n-->" for source in sources)]) + "\n"
+
+
+def targets(benchmark: dict[str, Any], marked: bool) -> str:
+    rows = []
+    for t in benchmark["targets"]:
+        measured = (
+            rate_text({"value": t["measured"], "ci95": t["ci95"] or (None, None)}, 3) if t["measured"] < 100 else f"{t['measured']:,}"
+        )
+        rows.append([t["metric"], t["target"], f"{measured} ({t['note']})", "yes" if t["met"] else "no"])
+    mark = f"benchmark/benchmark.json, made {benchmark['meta']['created']}\n* = targets[*] : target | measured, ci95, note | -"
+    return table("| target | goal | measured [95 % interval] | met |", rows, *([mark] if marked else []))
+
+
+def speedups(benchmark: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{r['draft']} + {r['accept']}, {r['drafts_per_round']}",
+            *(rate_text(r[k], 2) for k in ("speedup", "decode_speedup")),
+            f"{r['tokens_per_pass']:.2f}",
+            f"{r['exact_match']:.3f}",
+        ]
+        for r in benchmark["rows"]
+    ]
+    mark = f"benchmark/benchmark.json, made {benchmark['meta']['created']}\n"
+    mark += "* = rows[*] : speedup | decode_speedup | tokens_per_pass | exact_match"
+    return table("| drafts + rule, drafts per round | speed-up, end to end | decoding | tokens per pass | exact match |", rows, mark)
+
+
+def others(benchmark: dict[str, Any]) -> str:
+    rows = [
+        [b["name"], "1.00" if i == 0 else rate_text(b["speedup"], 2), rate_text(b["best_over_it"], 2)]
+        for i, b in enumerate(benchmark["baselines"])
+    ]
+    mark = f"benchmark/benchmark.json, made {benchmark['meta']['created']}"
+    mark += "".join(
+        f"\n{b['name']} = baselines[{b['name']}] : {'-' if i == 0 else 'speedup'} | best_over_it"
+        for i, b in enumerate(benchmark["baselines"])
+    )
+    return table("| Video-LLaVA alone, or by transformers | against our plain greedy | our fastest lossless row over it |", rows, mark)
+
+
+def predictors(acceptance: dict[str, Any], comparison: dict[str, Any]) -> str:
+    chains = {"chained": "chained", "chained, events of another clip": "chained, events of another clip"}
+    chains["chained, without events (`--blind`)"] = "chained, without events"
+    rows, marks = [], []
+    for name, key in chains.items():
+        if c := acceptance["chains"].get(key):
+            steps = ", ".join(f"{s['token_match']['value']:.3f}" for s in c["steps"])
+            parameters, seconds = f"{c['params']:,}", f"{c['seconds']:.1f}"
+            match = f"{steps} at drafts 1 to {len(c['steps'])}"
+            rows.append([name, rate_text(c["cosine"], 3), match, f"{c['tokens_per_pass']:.2f}", parameters, seconds])
+            marks.append(f"{name} = chains/{key} : cosine | steps/token_match | tokens_per_pass | params | seconds")
+    single = {
+        "hidden adapter": (".", acceptance),
+        "the same by TASKS.md's recipe": ("plain", acceptance["plain"]),
+        "ridge regression, same states": ("nulls/ridge", acceptance["nulls"]["ridge"]),
+        "ridge of the adapter's rank": ("nulls/ridge_rank_r", acceptance["nulls"]["ridge_rank_r"]),
+        "no adapter": ("nulls/identity", acceptance["nulls"].get("identity")),
+        "mean per position": ("nulls/position_mean", acceptance["nulls"]["position_mean"]),
+        "mean": ("nulls/target_mean", acceptance["nulls"]["target_mean"]),
+    }
+    for name, (path, r) in single.items():
+        if r:
+            match = rate_text(r["token_match"], 3)
+            rows.append([name, rate_text(r["cosine"], 3), match, f"{r['tokens_per_pass']:.2f}", f"{r['params']:,}", f"{r['seconds']:.1f}"])
+            marks.append(f"{name} = {path} : cosine | token_match | tokens_per_pass | params | seconds")
+    ngram = comparison["nulls"]["ngram"]
+    rows.append(["n-gram table (looks at nothing)", "", rate_text(ngram["token_match"], 3), f"{ngram['tokens_per_pass']:.2f}", "", ""])
+    return table(
+        "| predictor of Video-LLaVA's next state | cosine | token match | tokens per pass at 5 drafts | parameters | seconds to train |",
+        rows,
+        "\n".join([f"acceptance/acceptance.json, made {acceptance['meta']['created']}", *marks]),
+        f"token_baseline/comparison.json, made {comparison['meta']['created']}\n"
+        "n-gram table (looks at nothing) = nulls/ngram : - | token_match | tokens_per_pass | - | -",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?", default=ROOT / "outputs" / "demo")
+    out = parser.parse_args().out
+    files = ("benchmark/benchmark.json", "acceptance/acceptance.json", "token_baseline/comparison.json")
+    benchmark, acceptance, comparison = (json.loads((out / name).read_text()) for name in files)
+    made = {
+        "README.md": [targets(benchmark, True), speedups(benchmark), others(benchmark), predictors(acceptance, comparison)],
+        "TASKS.md": [targets(benchmark, False)],
+    }
+    for name, tables in made.items():
+        path = ROOT / name
+        text = path.read_text()
+        for new in tables:
+            head = re.escape(" | ".join(new.split(" | ")[:2]))
+            text, count = re.subn(TABLE.format(head=head), lambda _, new=new: new, text, flags=re.MULTILINE)
+            if count != 1:
+                raise SystemExit(f"{name} has {count} tables that begin with {head}; wanted one.")
+        path.write_text(text)
+    errors = [r["corrected_error"] for r in benchmark["rows"] if r["corrected_speedup"]]
+    print(f"corrected formula: {min(errors):+.1%} to {max(errors):+.1%}")
+    print("modelled:", [f"{r['modelled_error']:+.1%}" for r in benchmark["rows"] if r["modelled_speedup"]])
+    print("bound:", json.dumps(benchmark["cost"]["bound"]))
+    print("calibration:", acceptance["calibration"], acceptance["chains"].get("chained", {}).get("calibration"))
+
+
+if __name__ == "__main__":
+    main()
