@@ -53,7 +53,7 @@ def speedups(benchmark: dict[str, Any]) -> str:
 
 def others(benchmark: dict[str, Any]) -> str:
     rows = [
-        [b["name"], "1.00" if i == 0 else rate_text(b["speedup"], 2), rate_text(b["best_over_it"], 2)]
+        [b["name"], "1" if i == 0 else rate_text(b["speedup"], 2), rate_text(b["best_over_it"], 2)]
         for i, b in enumerate(benchmark["baselines"])
     ]
     mark = f"benchmark/benchmark.json, made {benchmark['meta']['created']}"
