@@ -119,7 +119,7 @@ def speedup_bars(rows: list[dict[str, Any]], path: Path) -> None:
     axis.invert_yaxis()
     axis.axvline(1.0, color=GREY)
     axis.axvline(1.3, color=GREY, linestyle=":")
-    axis.set(xlabel="speed-up over plain greedy decoding (bars: 95 % interval by clip; dotted: the 1.3x target)")
+    axis.set(xlabel="speed-up over plain greedy (bars: 95 % by clip; dotted: the target)")
     axis.legend()
     save(figure, path)
 

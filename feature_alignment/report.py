@@ -188,6 +188,6 @@ def write_benchmark_report(result: dict[str, Any], shown: dict[str, Generation],
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>benchmark</title><style>"
         "body{font:16px/1.5 sans-serif;max-width:1100px;margin:auto;padding:1em}table{border-collapse:collapse;font-size:.9em}"
         "td,th{border-bottom:1px solid #ccc;padding:.3em .7em;text-align:left;vertical-align:top}.t,pre{overflow-x:auto}"
-        "td{overflow-wrap:anywhere;min-width:4em}img{max-width:100%;display:block;margin:1em 0}</style>"
+        "td:last-child{min-width:9em}img{max-width:100%;display:block;margin:1em 0}</style>"
     )
     write_text(out / "report.html", head + "".join(body) + "</html>")
