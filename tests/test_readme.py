@@ -28,6 +28,7 @@ CONFIGURED = [line for line in SCRIPTS if " compare " not in line]
 TABLE = re.compile(r"^((?:\|.*\|\n)+)(\n*(?:<!-- \S+\.json(?:.|\n)*?-->\n*)*)", re.MULTILINE)
 SOURCE = re.compile(r"<!-- (\S+\.json), made (\S+)\n((?:.|\n)*?)-->")
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?(?: %)?")
+SIZES = {"params", "measured", "note"}  # where numbers of parameters stand
 MEASURED = re.compile(r"\d\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]")  # a value with its interval
 
 
@@ -113,8 +114,8 @@ def disagreements(readme: str, out: Path) -> tuple[list[str], int]:
 
     Left of `=` the row's first cell, or `*` for rows not named; then a path, where `*` stands for that cell and `[name]` picks the
     item of a list whose values spell the name; then the keys of each further column, `-` for none. A number agrees if one under its
-    keys rounds to it. Of another run than the one README tells of, only whole numbers (parameters, counts) are compared: all others
-    depend on the machine.
+    keys rounds to it. Of another run than the one README tells of, only the numbers of parameters are compared: all others depend on
+    the machine.
     """
     wrong, compared = [], 0
     for table, comments in TABLE.findall(readme):
@@ -134,9 +135,10 @@ def disagreements(readme: str, out: Path) -> tuple[list[str], int]:
                 continue
             for cell, keys in zip(cells, columns, strict=True):
                 known = [n for key in keys for n in _numbers(_at(part, key))]
+                of_any_run = SIZES & set(keys)
                 for text in NUMBER.findall(cell):
                     measured = "." in text or "," in text  # others are words: "drafts 1 to 5"
-                    if not measured or ("." in text and not same_run):
+                    if not measured or not (same_run or ("," in text and of_any_run)):
                         continue
                     compared += 1
                     wrong += [] if any(_rounds_to(n, text) for n in known) else [f"{path.name}, {first}: {text} is not among {known[:6]}"]

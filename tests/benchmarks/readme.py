@@ -100,6 +100,26 @@ def predictors(acceptance: dict[str, Any], comparison: dict[str, Any]) -> str:
     )
 
 
+def kept(comparison: dict[str, Any]) -> str:
+    keys = ("kept", "same", "synonym", "other_fact", "other_word")
+    at = {name: next(r for r in sweep if abs(r["threshold"] - 0.9) < 1e-6) for name, sweep in comparison["kept_by_cosine"].items()}
+    mark = f"token_baseline/comparison.json, made {comparison['meta']['created']}"
+    mark += "".join(f"\n{name} = kept_by_cosine/{name}[{r['threshold']}] : {' | '.join(keys)}" for name, r in at.items())
+    header = "| kept at a cosine above 0.90 | drafts kept | the same word | a synonym | another fact | another word |"
+    return table(header, [[name, *(f"{r[k]:,}" for k in keys)] for name, r in at.items()], mark)
+
+
+def certified(acceptance: dict[str, Any]) -> list[str]:
+    found = {"hidden": ("calibration", acceptance["calibration"])}
+    found["chained"] = ("chains/chained/calibration", acceptance["chains"].get("chained", {}).get("calibration"))
+    found = {name: (path, c) for name, (path, c) in found.items() if c and c["threshold"] is not None}
+    mark = f"acceptance/acceptance.json, made {acceptance['meta']['created']}"
+    mark += "".join(f"\n{name} = {path} : threshold | kept | risk_on_test" for name, (path, _) in found.items())
+    rows = [[name, f"{c['threshold']:.3f}", f"{c['kept']:.3f}", f"{100 * c['risk_on_test']:.1f} %"] for name, (_, c) in found.items()]
+    header = "| adapter | threshold | kept of these clips' drafts | kept drafts that differ on the test clips |"
+    return [table(header, rows, mark)] if rows else []  # a run without --calibrate leaves the last one's
+
+
 def of_tasks(out: Path, benchmark: dict[str, Any], acceptance: dict[str, Any], comparison: dict[str, Any]) -> list[str]:
     """What was measured of each box of TASKS.md, in their order."""
     read = lambda name: json.loads(next(out.glob(name)).read_text())  # noqa: E731
@@ -136,9 +156,10 @@ def main() -> None:
     files = ("benchmark/benchmark.json", "acceptance/acceptance.json", "token_baseline/comparison.json")
     benchmark, acceptance, comparison = (json.loads((out / name).read_text()) for name in files)
     made = {
-        "README.md": [targets(benchmark, True), speedups(benchmark), others(benchmark), predictors(acceptance, comparison)],
+        "README.md": [targets(benchmark, True), speedups(benchmark), others(benchmark), predictors(acceptance, comparison), kept(comparison)],
         "TASKS.md": [targets(benchmark, False)],
     }
+    made["README.md"] += certified(acceptance)
     for name, tables in made.items():
         path = ROOT / name
         text = path.read_text()
@@ -155,7 +176,6 @@ def main() -> None:
     print(f"corrected formula: {min(errors):+.1%} to {max(errors):+.1%}")
     print("modelled:", [f"{r['modelled_error']:+.1%}" for r in benchmark["rows"] if r["modelled_speedup"]])
     print("bound:", json.dumps(benchmark["cost"]["bound"]))
-    print("calibration:", acceptance["calibration"], acceptance["chains"].get("chained", {}).get("calibration"))
 
 
 if __name__ == "__main__":
