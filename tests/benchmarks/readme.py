@@ -156,7 +156,13 @@ def main() -> None:
     files = ("benchmark/benchmark.json", "acceptance/acceptance.json", "token_baseline/comparison.json")
     benchmark, acceptance, comparison = (json.loads((out / name).read_text()) for name in files)
     made = {
-        "README.md": [targets(benchmark, True), speedups(benchmark), others(benchmark), predictors(acceptance, comparison), kept(comparison)],
+        "README.md": [
+            targets(benchmark, True),
+            speedups(benchmark),
+            others(benchmark),
+            predictors(acceptance, comparison),
+            kept(comparison),
+        ],
         "TASKS.md": [targets(benchmark, False)],
     }
     made["README.md"] += certified(acceptance)
