@@ -133,11 +133,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Measure, or reuse what is there; returns the content of benchmark.json."""
-    if (
-        not cfg.num_draft_tokens
-        or min(*cfg.num_draft_tokens, cfg.most_draft_tokens, cfg.repeats, 1 if cfg.limit is None else cfg.limit) < 1
-    ):
-        raise UserError("--num_draft_tokens, --most_draft_tokens, --repeats and --limit want numbers of at least 1.")
+    numbers = (*cfg.num_draft_tokens, cfg.most_draft_tokens, cfg.assistant_layers, cfg.repeats, 1 if cfg.limit is None else cfg.limit)
+    if not cfg.num_draft_tokens or min(numbers) < 1:
+        raise UserError("--num_draft_tokens, --most_draft_tokens, --assistant_layers, --repeats and --limit want numbers of at least 1.")
     import numpy as np
 
     from feature_alignment import artifacts, report, speed_model, targets

@@ -51,7 +51,8 @@ def speedup_by_length(rows: list[dict[str, Any]], path: Path) -> None:
                 axis.plot(x, [r[key] for r in mine], style, color=colour, label=f"{draft}, {name}")
     axis.axhline(1.0, color=GREY)
     axis.set(xlabel="drafts per verification", ylabel="speed-up, decoding alone", title="Measured (bars: 95 % by clip) and modelled")
-    axis.legend(fontsize=8)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     save(figure, path)
 
