@@ -174,6 +174,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     if has_chain and "chained" not in acceptance["chains"]:
         raise UserError(f"{acceptance_path} does not know {chained_path} yet. Measure again:\n  {MEASURE}")
     pair = load_pair(cfg)
+    pair.record(cfg.steps)
     sources = Sources(pair, cfg, cfg.train_split)
     rows_of = modes(cfg.num_draft_tokens, cfg.most_draft_tokens, ("chained", "aligned") if has_chain else ("aligned",))
     proposers = {name: sources.open(name) for name in {mode.draft for mode in rows_of}}

@@ -172,7 +172,7 @@ def settings_of(cfg: ExtractConfig) -> dict[str, Any]:
         "questions": cfg.questions,
     }
     elsewhere = {"target_id", "draft_id", "manifests", "answers", "questions", "allow_outside"}
-    elsewhere |= {"resume", "quiet", "output_dir", "threads", "seed", "merge"}
+    elsewhere |= {"resume", "quiet", "output_dir", "threads", "steps", "seed", "merge"}
     settings = {k: v for k, v in as_plain(cfg).items() if k not in elsewhere}
     return settings | {k: file_hash(p) if p and p.exists() else None for k, p in paths.items()}
 

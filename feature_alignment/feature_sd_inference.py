@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.models.pair import load_pair
 
     pair = load_pair(cfg)
+    pair.record(cfg.steps)
     sources = Sources(pair, cfg, cfg.train_split)
     sampler = Sampler(cfg.temperature, cfg.seed, cfg.device) if cfg.temperature else None
     proposer = sources.open(cfg.draft, cfg.accept != "token", sampler)

@@ -9,9 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from feature_alignment.chained_adapter import ChainedAdapter
+from feature_alignment.chained_adapter import ChainedAdapter, Seen
 from feature_alignment.decoding.sampling import Pick, Sampler, pick
 from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.models.fixed import recorded
 from feature_alignment.models.pair import EOS, Decoder, Prompt, State
 
 
@@ -73,7 +74,8 @@ class ModelProposer(Proposer):
     ) -> None:
         if target_head is not None and adapter is None:
             raise ValueError("aligned drafts need an adapter")
-        self._draft, self._adapter, self._target_head, self._sampler = draft, adapter, target_head, sampler
+        self._draft, self._target_head, self._sampler = draft, target_head, sampler
+        self._adapter = None if adapter is None else recorded(adapter, draft.steps)
         self._state: State  # of the prompt that was started
         self._read: list[int] = []  # tokens in the drafter's cache behind the prompt
 
@@ -134,11 +136,16 @@ class ChainedProposer(Proposer):
         self._draft, self._adapter, self._target_head, self._sampler = draft, adapter, target_head, sampler
         with torch.inference_mode():
             self._tokens = adapter.tokens(embeddings)
+        self._seen: Seen | None = None
+        self._expect, self._go_on = recorded(self._expect_next, draft.steps), recorded(self._read_and_expect, draft.steps)
 
     @torch.inference_mode()
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         with watch("draft_prefill"):
-            self._seen = self._adapter.see(self._draft.vision_states(prompt.ids[None], self._draft.encode_vision(prompt.pixels[None])))
+            seen = self._adapter.see(self._draft.vision_states(prompt.ids[None], self._draft.encode_vision(prompt.pixels[None])))
+            self._seen = self._seen or seen
+            for place, new in zip(self._seen, seen, strict=True):
+                place.copy_(new)  # a recorded step finds it where the last prompt's was
         self._memory: Tensor | None = None  # [1, w] of the verified text
         self._read = 0  # how many tokens that is
         self._ahead: list[int] = []  # drafts read behind it,
@@ -154,8 +161,10 @@ class ChainedProposer(Proposer):
         while not picks or (len(picks) < num_tokens and chance >= floor and int(picks[-1].token) != EOS):
             with watch("adapter"):
                 if picks:
-                    self._chain = self._adapter.read(expected[-1][:, None], self._tokens[picks[-1].token][:, None], self._chain[:, -1])
-                expected.append(self._adapter.expect(self._chain, self._seen)[:, 0])
+                    self._chain, state = self._go_on(expected[-1], picks[-1].token, self._chain)
+                else:
+                    state = self._expect(self._chain)
+                expected.append(state)
             with watch("head"):
                 picks.append(pick(self._target_head(expected[-1]), self._sampler, confidence=floor > 0))
             chance *= picks[-1].confidence
@@ -176,6 +185,19 @@ class ChainedProposer(Proposer):
             assert self._memory is not None  # the target's prefill has emitted a token
             self._ahead, self._chain = [], self._memory[:, None]
         for token in behind[len(self._ahead) :]:
-            expected = self._adapter.expect(self._chain, self._seen)
-            self._chain = self._adapter.read(expected, self._tokens[token][None, None], self._chain[:, -1])
+            ids = torch.tensor([token], device=states.device)
+            self._chain = self._read_draft(self._expect(self._chain), ids, self._chain)
         self._ahead = behind
+
+    def _expect_next(self, chain: Tensor) -> Tensor:
+        """The target's next state [1, d_target], for the memory [1, 1, w] of all before it."""
+        assert self._seen is not None  # a prompt was started
+        return self._adapter.expect(chain, self._seen)[:, 0]
+
+    def _read_draft(self, state: Tensor, token: Tensor, chain: Tensor) -> Tensor:
+        """The memory [1, 1, w] behind one more draft: its expected state [1, d_target] and token [1]."""
+        return self._adapter.read(state[:, None], self._tokens[token][:, None], chain[:, -1])
+
+    def _read_and_expect(self, state: Tensor, token: Tensor, chain: Tensor) -> tuple[Tensor, Tensor]:
+        chain = self._read_draft(state, token, chain)
+        return chain, self._expect_next(chain)

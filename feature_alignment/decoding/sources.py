@@ -49,8 +49,11 @@ class Sources:
 
     def full_draft(self) -> Decoder:
         """The drafter at full depth: its own drafts need its own head."""
-        draft = self._pair.draft
-        return draft if draft.has_own_head else load_draft(dataclasses.replace(self._cfg, draft_layers=None))
+        if self._pair.draft.has_own_head:
+            return self._pair.draft
+        full = load_draft(dataclasses.replace(self._cfg, draft_layers=None))
+        full.record(self._pair.draft.steps)
+        return full
 
     def open(self, name: str, compares: bool = False, sampler: Sampler | None = None) -> Proposer:
         """A source's proposer; raises UserError if what it needs is not there.

@@ -28,6 +28,7 @@ from feature_alignment.inputs import events as event_inputs
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.inputs.video import NUM_FRAMES, clip_pixels, read_frames
 from feature_alignment.models import loading
+from feature_alignment.models.fixed import FixedCache, Steps
 
 EOS = 2  # of both vocabularies
 _ROOM = 64  # tokens of an answer, where memory is reckoned
@@ -46,7 +47,7 @@ class Prompt:
 class State:
     """What a decoder remembers. `last` [b, d] is the state on the last token read; `length` counts positions read."""
 
-    cache: DynamicCache
+    cache: DynamicCache | FixedCache
     last: Tensor
     length: int
 
@@ -89,6 +90,8 @@ class Decoder:
         if device is not None and lm_head.weight.device != torch.empty(0, device=device).device:
             lm_head.weight.data = lm_head.weight.data.to(device)
         self.vocab_size = lm_head.weight.shape[0]
+        self.steps: Steps = "eager"
+        self._fixed: FixedCache | None = None
         if self.taps[-1] < self.num_layers:  # an early exit: later layers are neither run nor cached
             llama.layers = llama.layers[: self.taps[-1]]
             llama.config.num_hidden_layers = self.taps[-1]
@@ -110,6 +113,10 @@ class Decoder:
     def restrict_vocabulary(self, rows: int) -> None:
         """Keep only the first `rows` ids of the head: ids the drafter has no embedding for are masked in every mode alike."""
         self.vocab_size = rows
+
+    def record(self, steps: Steps) -> None:
+        """From the next prompt on, steps of single prompts run over one fixed cache, recorded on a GPU. Prompts of several rows do not."""
+        self.steps, self._fixed = steps, None if steps == "eager" else FixedCache(self._forward, steps)
 
     @property
     def head_weight(self) -> Tensor:
@@ -155,8 +162,11 @@ class Decoder:
     def prefill_encoded(self, ids: Tensor, vision: Tensor) -> State:
         """`prefill` of ids [b, s] for clips whose vision tokens [b, e, d] are there already; ids may end before the question."""
         ids = ids.to(self.device)
-        state = State(DynamicCache(config=self.llama.config), ids, 0)
+        cache = DynamicCache(config=self.llama.config)
+        state = State(cache, ids, 0)
         self._read(state, {"inputs_embeds": self._splice(ids, vision)}, keep=1)
+        if self._fixed is not None and len(ids) == 1:
+            state.cache = self._fixed.take(cache, state)
         return state
 
     @torch.inference_mode()
@@ -168,20 +178,27 @@ class Decoder:
         return self._read(state, {"input_ids": token_ids, **where})
 
     def _read(self, state: State, inputs: dict[str, Tensor], keep: int | None = None) -> Tensor:
-        out = self.llama(**inputs, cache=state.cache, use_cache=True, output_hidden_states=len(self.taps) > 1)
-        if len(self.taps) > 1:  # hidden_states[k] is the output of layer k, pre-norm; the very last one has passed the final norm
-            kept = [out.hidden_states[k] if keep is None else out.hidden_states[k][:, -keep:] for k in self.taps]
-            hidden = torch.cat([h.to(self.device) for h in kept], dim=-1)
+        if isinstance(state.cache, FixedCache):
+            hidden = state.cache.step(inputs["input_ids"], state.length, state)
         else:
-            hidden = out.last_hidden_state.to(self.device)
-        state.length += out.last_hidden_state.shape[1]
+            hidden = self._forward(inputs, state.cache, keep)
+        state.length += next(iter(inputs.values())).shape[1]
         state.last = hidden[:, -1]
         return hidden
+
+    def _forward(self, inputs: dict[str, Tensor], cache: DynamicCache, keep: int | None = None) -> Tensor:
+        out = self.llama(**inputs, cache=cache, use_cache=True, output_hidden_states=len(self.taps) > 1)
+        if len(self.taps) == 1:
+            return out.last_hidden_state.to(self.device)
+        # hidden_states[k] is the output of layer k, pre-norm; the very last one has passed the final norm
+        kept = [out.hidden_states[k] if keep is None else out.hidden_states[k][:, -keep:] for k in self.taps]
+        return torch.cat([h.to(self.device) for h in kept], dim=-1)
 
     def rollback(self, state: State, n: int) -> None:
         """Forget the last n positions. `state.last` is stale until the next step."""
         if n:  # crop(0) empties the cache in some versions and does nothing in others
-            state.cache.crop(-n)
+            if not isinstance(state.cache, FixedCache):
+                state.cache.crop(-n)
             state.length -= n
 
     @torch.inference_mode()
@@ -222,6 +239,10 @@ def _probed(decoder: Decoder, path: Path, side: int) -> Decoder:
 class Pair:
     target: Decoder
     draft: Decoder
+
+    def record(self, steps: Steps) -> None:
+        self.target.record(steps)
+        self.draft.record(steps)
 
 
 def load_pair(cfg: Common) -> Pair:

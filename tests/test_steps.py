@@ -1,0 +1,197 @@
+"""Steps over a fixed cache, as a GPU records them: the same states, texts and drafts, and nothing in them that asks the device."""
+
+from __future__ import annotations
+
+import time
+from itertools import count
+
+import pytest
+import torch
+from conftest import as_decoder, main_of, noisy_copy, prompt_of, tiny_llama
+
+from feature_alignment.chained_adapter import ChainedAdapter
+from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
+from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.hidden_adapter import HiddenAdapter
+from feature_alignment.models import fixed
+from feature_alignment.models.fixed import FixedCache
+
+
+def both(taps=None, steps="graphs"):
+    model = tiny_llama(0, layers=3)
+    eager, other = as_decoder(model, taps), as_decoder(model, taps)
+    other.record(steps)
+    return eager, other
+
+
+@pytest.mark.parametrize("taps", [None, [2], [1, 3]])
+def test_states_are_those_of_eager_steps(taps):
+    eager, other = both(taps)
+    for prompt in (prompt_of(1, 5, 9, 3), prompt_of(1, 7, 9, 3, 4, 4)):  # the second takes the first one's place
+        a, b = eager.prefill([prompt]), other.prefill([prompt])
+        for ids, back in (([5], 0), ([5, 6, 7], 2), ([8, 3, 3, 1, 1, 9, 9], 7), (list(range(3, 40)), 30), ([3], 0)):
+            found, wanted = other.step(b, torch.tensor([ids])), eager.step(a, torch.tensor([ids]))
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+            eager.rollback(a, back)
+            other.rollback(b, back)
+            assert a.length == b.length
+
+
+def test_a_longer_text_gets_more_room(monkeypatch):
+    monkeypatch.setattr(fixed, "ROOM", 4)
+    eager, other = both()
+    for prompt in (prompt_of(1, 5), prompt_of(*range(1, 62)), prompt_of(1, 5)):
+        assert other.prefill([prompt]).length == eager.prefill([prompt]).length
+        assert greedy(other, prompt, 120).token_ids == greedy(eager, prompt, 120).token_ids
+
+
+def test_a_text_whose_place_was_taken_is_refused():
+    _, other = both()
+    first = other.prefill([prompt_of(1, 5)])
+    other.prefill([prompt_of(1, 6)])
+    with pytest.raises(ValueError, match="remembers one prompt"):
+        other.step(first, torch.tensor([[5]]))
+
+
+def test_several_prompts_at_once_are_read_as_ever():
+    eager, other = both()
+    prompts = [prompt_of(1, 5), prompt_of(1, 6)]
+    assert other.generate(other.prefill(prompts), 20) == eager.generate(eager.prefill(prompts), 20)
+
+
+@torch.inference_mode()
+def test_drafts_and_texts_are_those_of_eager_steps():
+    model = tiny_llama(0, layers=3)
+    adapter, chained = HiddenAdapter(32, 32, 8), ChainedAdapter(32, 32, 1, width=8)
+    found = []
+    for steps in ("eager", "graphs"):
+        target, draft = as_decoder(model), as_decoder(noisy_copy(model, 0.05))
+        target.record(steps)
+        draft.record(steps)
+        proposers = (
+            ModelProposer(draft, None, None),
+            ModelProposer(draft, adapter, target.lm_head),
+            ChainedProposer(draft, chained, target.lm_head, target.embeddings),
+        )
+        for proposer in proposers:
+            for last in (3, 4):
+                prompt = prompt_of(1, 5, 9, last)
+                for rule in ("token",) if proposer is proposers[0] else ("token", "feature", "relaxed"):
+                    got = speculate(target, proposer, prompt, prompt, accept=rule, threshold=0.3, num_draft_tokens=4, max_new_tokens=16)
+                    assert rule != "token" or got.token_ids == greedy(target, prompt, 16).token_ids
+                    found.append((got.token_ids, [(r.proposed, r.kept) for r in got.rounds]))
+    half = len(found) // 2
+    assert found[:half] == found[half:]
+
+
+def whole(call):
+    """The call as one graph without a break: whatever looked at a tensor's value on the way would raise, and could not be recorded."""
+    return torch.compile(call, fullgraph=True, dynamic=False, backend="eager")
+
+
+@pytest.mark.parametrize("taps", [None, [1, 3]])
+@torch.inference_mode()
+def test_steps_never_ask_the_device(taps, monkeypatch):
+    eager, other = both(taps)
+    a, b = eager.prefill([prompt_of(1, 5, 9)]), other.prefill([prompt_of(1, 5, 9)])
+    assert isinstance(b.cache, FixedCache)
+    b.cache._step = whole(b.cache._forward)
+    for ids in ([4], [4, 5]):
+        found, wanted = other.step(b, torch.tensor([ids])), eager.step(a, torch.tensor([ids]))
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_drafting_steps_never_ask_the_device(monkeypatch):
+    target = as_decoder(tiny_llama(0))
+    prompt, watch = prompt_of(1, 5, 9), Stopwatch()
+    states = target.teacher_force(target.prefill([prompt]), torch.tensor([[5, 6, 7]]))[0]
+    proposers = [ChainedProposer(target, ChainedAdapter(32, 32, 1, width=8), target.lm_head, target.embeddings) for _ in range(2)]
+    proposers[1]._adapter = proposers[0]._adapter
+    proposers[1]._tokens = proposers[0]._tokens
+    proposers[1]._expect, proposers[1]._go_on = whole(proposers[1]._expect_next), whole(proposers[1]._read_and_expect)
+    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)  # it is torch's own compiler that knows none; a recording does
+    drafts = []
+    for proposer in proposers:
+        proposer.start(prompt, watch)
+        drafts.append(proposer.propose([5, 6, 7], states, 6, watch).token_ids.tolist())
+    assert drafts[0] == drafts[1]
+    adapter, state = HiddenAdapter(32, 32, 8), torch.randn(1, 32)
+    torch.testing.assert_close(whole(adapter)(state), adapter(state))
+
+
+@pytest.mark.slow
+def test_compiled_steps():
+    eager, other = both(steps="compiled")
+    prompt = prompt_of(1, 5, 9)
+    assert greedy(other, prompt, 20).token_ids == greedy(eager, prompt, 20).token_ids
+
+
+def test_a_recording_is_made_once_a_shape_and_replayed(monkeypatch):
+    """The bookkeeping of recordings, with a recorder that notes what it is asked for."""
+    made, replayed = [], []
+
+    def record(self, inputs):
+        out = self._call(*inputs)
+        made.append(tuple(x.shape for x in inputs))
+
+        class Graph:
+            def replay(self):
+                out.copy_(call(*inputs))
+                replayed.append(1)
+
+        return inputs, Graph(), out
+
+    def call(x):
+        return x * 2
+
+    class Anywhere(torch.Tensor):
+        """A tensor that says it lies on a GPU."""
+
+        @property
+        def device(self):
+            return torch.device("cuda")
+
+    monkeypatch.setattr(fixed.Recorded, "_record", record)
+    double = fixed.Recorded(call)
+    results = [double(torch.full((n,), float(i)).as_subclass(Anywhere)) for i, n in enumerate((2, 2, 3, 2))]
+    assert [r.tolist() for r in results] == [[0, 0], [2, 2], [4, 4, 4], [6, 6]]  # none was overwritten by a later one
+    assert made == [(torch.Size([2]),), (torch.Size([3]),)] and len(replayed) == 4
+
+
+def test_a_gpu_notes_its_own_times(monkeypatch):
+    ticks, waits = count(), []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(ticks)
+
+        def synchronize(self):
+            waits.append(self.at)
+
+        def elapsed_time(self, other):
+            return float(other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append("all"))
+    watch = Stopwatch("cuda")
+    before = len(waits)
+    for stage in ("draft", "verify", "draft"):
+        with watch(stage):
+            time.sleep(0)
+    assert len(waits) == before  # nothing has waited yet
+    assert watch.ms == {"draft": 2.0, "verify": 1.0}
+    assert [(stage, end - begin) for stage, begin, end in watch.spans] == [("draft", 1.0), ("verify", 1.0), ("draft", 1.0)]
+    assert watch.ms["draft"] == 2.0  # read off once
+
+
+def test_inference_with_recorded_steps(finished):
+    config = ["--config", str(finished / "tiny.yaml"), "--draft", "chained"]
+    eager = main_of("feature_sd_inference")(config)
+    found = main_of("feature_sd_inference")([*config, "--steps", "graphs"])
+    assert found["exact_match"] and found["token_ids"] == eager["token_ids"]
+    assert [r["proposed"] for r in found["rounds"]] == [r["proposed"] for r in eager["rounds"]]
