@@ -2,7 +2,7 @@
 
 reads   both checkpoints, adapter/adapter.pt, chained_adapter/adapter.pt, a manifest, token_pairs/<train split>.json,
         acceptance/acceptance.json
-writes  benchmark/benchmark.json, report.md, report.html, five pictures
+writes  benchmark/benchmark.json, report.md, report.html, five pictures; with --planted_acceptance planted.json and planted.md instead
 
     python feature_alignment/benchmark_feature_sd.py --config configs/demo.yaml
     python feature_alignment/benchmark_feature_sd.py compare A.json B.json
@@ -22,9 +22,8 @@ from feature_alignment.config import Common, parse_config
 from feature_alignment.console import UserError, print_json_line, progress, run
 
 if TYPE_CHECKING:
-    from feature_alignment.decoding.acceptance import Rule
     from feature_alignment.decoding.engine import Generation
-    from feature_alignment.decoding.measure import Timed
+    from feature_alignment.inputs.samples import Sample
     from feature_alignment.models.pair import Prompt
 
 
@@ -41,7 +40,10 @@ class BenchmarkConfig(Common):
         train_split: whose answers the null drafters know
         num_draft_tokens: drafts per verification, one row each
         most_draft_tokens: the most drafts per verification of the adaptive rows
-        threshold: cosine above which feature and relaxed keep a draft
+        threshold: cosines above which feature and relaxed keep a draft, one row each
+        exit_adapters: hidden adapters that read another single layer of EventGPT each, for a row of aligned drafts each
+        planted_acceptance: measure wall clock alone, with drafts kept by chance at these rates instead of by what they say: for a pair
+            with --random_weights, whose text is noise; untrained adapters will do. Writes planted.json, judges no target
         max_new_tokens: longest answer, EOS included
         assistant_layers: how many of Video-LLaVA's own layers assist transformers' generate, for comparison
         repeats: timed runs of every method on every prompt
@@ -52,70 +54,13 @@ class BenchmarkConfig(Common):
     train_split: str = "train"
     num_draft_tokens: list[int] = dataclasses.field(default_factory=lambda: [3, 5, 8])
     most_draft_tokens: int = 24
-    threshold: float = 0.9
+    threshold: list[float] = dataclasses.field(default_factory=lambda: [0.9])
+    exit_adapters: list[Path] = dataclasses.field(default_factory=list)
+    planted_acceptance: list[float] = dataclasses.field(default_factory=list)
     max_new_tokens: int = 64
     assistant_layers: int = 1
     repeats: int = 3
     warmup: int = 3
-
-
-@dataclass(frozen=True)
-class Mode:
-    """One row of the benchmark: who drafts, how much, what is kept."""
-
-    draft: str
-    accept: Rule
-    num_draft_tokens: int
-    adaptive: bool = False
-    overlap: bool = False
-
-    @property
-    def drafts_per_round(self) -> str:
-        """As a reader is told it."""
-        return f"{'up to ' * self.adaptive}{self.num_draft_tokens}{', overlapped' * self.overlap}"
-
-
-def modes(gammas: Sequence[int], most: int, adapters: Sequence[str]) -> list[Mode]:
-    """Adapted drafts (the first of `adapters` at every length) under all rules; the others losslessly, for comparison: the n-gram
-    table at the longer lengths too, because a draft costs it nothing. At most `most` drafts where the length adapts."""
-    middle = gammas[len(gammas) // 2]
-    adaptive = [Mode(draft, "token", most, adaptive=True) for draft in (adapters[0], "hybrid", "own")]
-    return [
-        *[Mode(adapters[0], "token", g) for g in gammas],
-        *[Mode("ngram", "token", g) for g in gammas[len(gammas) // 2 :]],
-        *adaptive,
-        dataclasses.replace(adaptive[0], overlap=True),
-        *[Mode(draft, "token", middle) for draft in (*adapters[1:], "own", "template", "lookup", "previous")],
-        *[mode for draft in adapters for mode in (Mode(draft, "feature", middle), Mode(draft, "relaxed", middle))],
-    ]
-
-
-def _of_prompt(way: Callable[[Prompt], Generation], prompts: Sequence[tuple[Prompt, Prompt]], i: int) -> Generation:
-    """The i-th prompt answered by the target in some way."""
-    return way(prompts[i][0])
-
-
-def acceptance_of(timed: Timed, clips: Sequence[str], accept: Rule) -> dict[str, Any]:
-    """Kept / reached drafts over all rounds; under `relaxed` every draft is reached."""
-    import numpy as np
-
-    from feature_alignment.metrics import Counts
-
-    kept, reached = [], []
-    for runs in timed.generations:
-        rounds = runs[0].rounds
-        kept.append(float(sum(r.num_accepted for r in rounds)))
-        reached.append(float(sum(len(r.proposed) if accept == "relaxed" else min(r.num_accepted + 1, len(r.proposed)) for r in rounds)))
-    return Counts(np.array(kept), np.array(reached)).rate(clips)
-
-
-def stages_of(timed: Timed) -> dict[str, float]:
-    """Mean milliseconds of a prompt in each stage."""
-
-    def spent(stage: str) -> float:
-        return float(timed.per_prompt(lambda g: g.ms.get(stage, 0.0)).mean())
-
-    return {stage: spent(stage) for stage in sorted({s for runs in timed.generations for s in runs[0].ms})}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -134,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Measure, or reuse what is there; returns the content of benchmark.json."""
     numbers = (*cfg.num_draft_tokens, cfg.most_draft_tokens, cfg.assistant_layers, cfg.repeats, 1 if cfg.limit is None else cfg.limit)
+    if not cfg.threshold:
+        raise UserError("--threshold wants at least one cosine.")
     if not cfg.num_draft_tokens or min(numbers) < 1:
         raise UserError("--num_draft_tokens, --most_draft_tokens, --assistant_layers, --repeats and --limit want numbers of at least 1.")
     import numpy as np
@@ -141,16 +88,18 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     from feature_alignment import artifacts, report, speed_model, targets
     from feature_alignment.decoding import generate, measure
     from feature_alignment.decoding.engine import PREFILL_STAGES, greedy, speculate
-    from feature_alignment.decoding.null_drafters import NULL_DRAFTERS
     from feature_alignment.decoding.pace import Pace
     from feature_alignment.decoding.sources import Sources
     from feature_alignment.inputs.samples import read_samples
     from feature_alignment.metrics import break_even
     from feature_alignment.models.pair import load_pair
+    from feature_alignment.rows import Mode, answering, layers_of, modes, row_name, speeds
 
     samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions, allow_outside=cfg.allow_outside)
     number = min(cfg.limit or len(samples), len(samples))
     samples = [samples[i * len(samples) // number] for i in range(number)]  # spread over the clips, which the intervals resample
+    if cfg.planted_acceptance:
+        return planted_benchmark(cfg, samples)
     acceptance_path = cfg.out / "acceptance" / "acceptance.json"
     acceptance = artifacts.read_sealed(acceptance_path, MEASURE)
     out = cfg.out / "benchmark"
@@ -165,6 +114,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
         "manifest": cfg.manifests[cfg.split],
         "clips": list(dict.fromkeys(path for s in samples for path in (s.events, s.video))),
         **({"questions": cfg.questions} if cfg.questions else {}),
+        **({"exit_adapters": cfg.exit_adapters} if cfg.exit_adapters else {}),
     }
     result = artifacts.reusable(out / "benchmark.json", cfg, made_from)
     if result is not None:
@@ -176,13 +126,16 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     pair = load_pair(cfg)
     pair.record(cfg.steps)
     sources = Sources(pair, cfg, cfg.train_split)
-    rows_of = modes(cfg.num_draft_tokens, cfg.most_draft_tokens, ("chained", "aligned") if has_chain else ("aligned",))
+    exits = dict(sources.open_exit(path) for path in cfg.exit_adapters)
+    adapters = ("chained", "aligned") if has_chain else ("aligned",)
+    rows_of = modes(cfg.num_draft_tokens, cfg.most_draft_tokens, cfg.threshold, adapters, sorted(exits))
     proposers = {name: sources.open(name) for name in {mode.draft for mode in rows_of}}
     adapter, chained = sources.adapter, sources.chained_adapter if has_chain else None
     prompts = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]
     clips = [s.sequence for s in samples]
 
     cost = measure.costs(pair.target, pair.draft, adapter, chained, *prompts[0])
+    cost |= measure.machine_costs(pair.target, sources.full_draft, cost, *prompts[0])
 
     def method(mode: Mode) -> Callable[[int], Generation]:
         pace = Pace() if mode.adaptive else None
@@ -191,11 +144,11 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
             prompt, draft_prompt = prompts[i]
             return speculate(
                 pair.target,
-                proposers[mode.draft],
+                proposers[mode.draft] if mode.exit_layer is None else exits[mode.exit_layer],
                 prompt,
                 draft_prompt,
                 accept=mode.accept,
-                threshold=cfg.threshold,
+                threshold=mode.threshold or 0.0,
                 num_draft_tokens=mode.num_draft_tokens,
                 max_new_tokens=cfg.max_new_tokens,
                 pace=pace,
@@ -206,7 +159,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
 
     ways: dict[str, Callable[[Prompt], Generation]] = {"plain": lambda prompt: greedy(pair.target, prompt, cfg.max_new_tokens)}
     ways |= generate.ways(pair.target, cfg.max_new_tokens, cfg.num_draft_tokens[0], cfg.assistant_layers)
-    methods: dict[Any, Callable[[int], Generation]] = {name: functools.partial(_of_prompt, way, prompts) for name, way in ways.items()}
+    methods: dict[Any, Callable[[int], Generation]] = {name: answering(way, prompts) for name, way in ways.items()}
     methods |= {m: method(m) for m in rows_of}
     bar = functools.partial(progress, desc="benchmark", unit="prompt")
     for _ in range(2):  # the second time all is warm
@@ -219,24 +172,10 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     rows, log_likelihood = [], measure.log_likelihoods(pair.target, [p for p, _ in prompts])
     for mode in rows_of:
         runs = timed[mode]
-        emitted = sum(len(g[0].token_ids) - 1 for g in runs.generations)
-        row: dict[str, Any] = {
-            **dataclasses.asdict(mode),
-            "drafts_per_round": mode.drafts_per_round,
-            "threshold": cfg.threshold if mode.accept != "token" else None,
-            "draft_layers": None if mode.draft in NULL_DRAFTERS else list(pair.draft.taps) if mode.draft != "own" else "all",
-            "speedup": measure.speedup(plain, runs, clips, lambda g: g.total_ms),
-            "decode_speedup": measure.speedup(plain, runs, clips, lambda g: g.decode_ms),
-            "tokens_per_pass": emitted / max(1, sum(g[0].passes for g in runs.generations)),
-            "acceptance_rate": acceptance_of(runs, clips, mode.accept),
-            "ms": stages_of(runs),
-        }
-        drafted = sum(len(r.proposed) for g in runs.generations for r in g[0].rounds)
-        spent = sum(g[0].ms.get("adapter", 0.0) for g in runs.generations)
-        row["adapter_ms_per_draft"] = spent / drafted if spent else None
+        row: dict[str, Any] = speeds(mode, runs, plain, clips, live[mode], cost)
+        row["draft_layers"] = layers_of(mode, pair.draft.taps)
         row["fidelity"] = measure.fidelity(pair.target, log_likelihood, samples, runs, plain)
         row["exact_match"] = row["fidelity"]["exact_match"]["value"]
-        row |= speed_model.of_row(row, runs, plain, live[mode], cost)
         if mode.accept == "token":
             row["mismatches"] = measure.mismatches(pair.target, [p for p, _ in prompts], samples, runs, plain)
         rows.append(row)
@@ -244,7 +183,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     cost["bound"] = {}
     for mode, row in zip(rows_of, rows, strict=True):
         round_cost = live[mode]
-        if round_cost and mode.draft in ("aligned", "chained") and mode.accept == "token" and not mode.adaptive:
+        if round_cost and mode.draft in ("aligned", "chained") and mode.accept == "token" and not mode.adaptive and mode.exit_layer is None:
             cost["bound"][mode.draft] = speed_model.bound(row["acceptance_rate"]["value"], round_cost, cost)
     best = rows_of[rows.index(targets.fastest_lossless(rows))]
     end_to_end = lambda g: g.total_ms  # noqa: E731
@@ -284,11 +223,29 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
         },
         "targets": targets.read(in_use, rows),
     }
-    shown = {"plain greedy": plain.generations[0][0], report.row_name(rows[rows_of.index(best)]): timed[best].generations[0][0]}
+    shown = {"plain greedy": plain.generations[0][0], row_name(rows[rows_of.index(best)]): timed[best].generations[0][0]}
     report.write_benchmark_report(result, shown, pair.target.tokenizer.decode, out)
     beside = ("report.md", "report.html", *(f"{name}.png" for name in report.PICTURES))
     artifacts.write_sealed(out / "benchmark.json", result, beside)  # last
     _show(result, out, reused=False)
+    return result
+
+
+def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, Any]:
+    """Wall clock under stated acceptances: planted.json and planted.md, beside whatever else was measured."""
+    from feature_alignment import artifacts, planted
+
+    if not all(0 <= rate <= 1 for rate in cfg.planted_acceptance):
+        raise UserError(f"--planted_acceptance {cfg.planted_acceptance}: wanted rates from 0 to 1.")
+    out, made_from = cfg.out / "benchmark", {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
+    result = artifacts.reusable(out / "planted.json", cfg, made_from)
+    reused = result is not None
+    if result is None:
+        sizes = cfg.num_draft_tokens, cfg.planted_acceptance, cfg.max_new_tokens, cfg.repeats, cfg.warmup
+        result = planted.run(cfg, samples, ("chained", "aligned"), *sizes, made_from)
+        planted.write(result, out)
+    planted.show(result)
+    print_json_line({"planted": True, "best": result["best"], "reused": reused, "written": str(out / "planted.json")})
     return result
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from feature_alignment import speed_model
 from feature_alignment.decoding.engine import Generation
 from feature_alignment.plots import BLUE, GREEN, GREY, ORANGE, VERMILION, plt, save
+from feature_alignment.rows import row_name
 
 STAGE_COLOURS = {
     "target_prefill": "#999999",
@@ -36,7 +37,7 @@ def all_of_them(result: dict[str, Any], shown: dict[str, Generation], out: Path)
 
 def speedup_by_length(rows: list[dict[str, Any]], path: Path) -> None:
     """Speed-up in decoding against the number of drafts: measured, by TASKS.md's formula, by the corrected one."""
-    rows = [r for r in rows if r["accept"] == "token" and not r["adaptive"] and r["corrected_speedup"]]
+    rows = [r for r in rows if r["accept"] == "token" and not r["adaptive"] and r["corrected_speedup"] and r["exit_layer"] is None]
     lengths = {draft: sum(r["draft"] == draft for r in rows) for draft in dict.fromkeys(r["draft"] for r in rows)}
     figure, axis = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     for (draft, number), colour in zip(((d, n) for d, n in lengths.items() if n > 1), (BLUE, VERMILION, GREEN), strict=False):
@@ -71,7 +72,7 @@ def break_even_map(rows: list[dict[str, Any]], cost: dict[str, Any], path: Path)
         lines = axis.contour(acceptance, lengths, s, levels=[1.0, 1.3, 1.5], colors="white", linestyles=["-", "--", ":"])
         axis.clabel(lines, fmt="%.1fx")
         for r in rows:
-            if r["draft"] == draft and r["accept"] == "token" and not r["adaptive"]:
+            if r["draft"] == draft and r["accept"] == "token" and not r["adaptive"] and r["exit_layer"] is None:
                 at = (r["acceptance_rate"]["value"], r["num_draft_tokens"])
                 axis.plot(*at, "o", color=VERMILION, markeredgecolor="white")
                 text = f"{r['decode_speedup']['value']:.2f}x"
@@ -114,9 +115,7 @@ def speedup_bars(rows: list[dict[str, Any]], path: Path) -> None:
         ends = np.array([[np.nan if e is None else e for e in r[key]["ci95"]] for r in rows])
         error = np.nan_to_num(np.abs(ends - value[:, None])).T
         axis.barh(y + shift, value, 0.38, xerr=error, color=colour, label=label, ecolor="#333333", capsize=2)
-    axis.set_yticks(
-        y, [f"{r['draft']} + {r['accept']}, {r['drafts_per_round']} drafts" + ("" if r["accept"] == "token" else " (lossy)") for r in rows]
-    )
+    axis.set_yticks(y, [row_name(r) + " drafts" + ("" if r["accept"] == "token" else " (lossy)") for r in rows])
     axis.invert_yaxis()
     axis.axvline(1.0, color=GREY)
     axis.axvline(1.3, color=GREY, linestyle=":")
@@ -129,7 +128,7 @@ def stage_stack(baseline: dict[str, Any], rows: list[dict[str, Any]], path: Path
     """Where the milliseconds of one prompt go, per mode."""
     n = baseline["prompts"]
     bars = [("plain greedy", {"target_prefill": baseline["prefill_ms"] / n, "verify": baseline["decode_ms"] / n})]
-    bars += [(f"{r['draft']} + {r['accept']}, {r['drafts_per_round']}", r["ms"]) for r in rows]
+    bars += [(row_name(r), r["ms"]) for r in rows]
     figure, axis = plt.subplots(figsize=(9, 0.4 * len(bars) + 1.6), layout="constrained")
     left = np.zeros(len(bars))
     for stage, colour in STAGE_COLOURS.items():

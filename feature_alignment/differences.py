@@ -7,6 +7,7 @@ from typing import Any
 
 from feature_alignment.artifacts import read_sealed
 from feature_alignment.console import UserError, log, print_json_line, print_table, rate_text
+from feature_alignment.rows import row_name
 
 RUN = "python feature_alignment/benchmark_feature_sd.py --config configs/demo.yaml"
 MUST = ("max_new_tokens", "split", "limit", "questions")  # of the config: other texts, or other prompts
@@ -35,14 +36,14 @@ def compare(paths: list[str]) -> dict[str, Any]:
         for key in sorted(x.keys() | y.keys()):
             if x.get(key) != y.get(key):
                 log.warning("compare  %s: %s is %s in A, %s in B", name, key, x.get(key), y.get(key))
-    key = lambda r: (r["draft"], r["accept"], r["drafts_per_round"])  # noqa: E731
+    key = lambda r: (r["draft"], r["accept"], r["drafts_per_round"], r.get("threshold"), r.get("exit_layer"))  # noqa: E731
     before, rows, differ = {key(r): r for r in a["rows"]}, [], []
     for r in b["rows"]:
         if key(r) not in before:
             continue
         old, new = before[key(r)]["speedup"], r["speedup"]
         apart = None not in (*old["ci95"], *new["ci95"]) and (new["ci95"][0] > old["ci95"][1] or new["ci95"][1] < old["ci95"][0])
-        name = "{} + {}, {}".format(*key(r))
+        name = row_name(r)
         differ += [name] * apart
         change = f"{new['value'] / old['value'] - 1:+.1%}"
         tokens = f"{before[key(r)]['tokens_per_pass']:.2f}, {r['tokens_per_pass']:.2f}"

@@ -14,16 +14,14 @@ from feature_alignment.benchmark_plots import PICTURES
 from feature_alignment.console import markdown_table, print_table, rate_text
 from feature_alignment.decoding.engine import Generation
 from feature_alignment.decoding.trace import trace_lines
+from feature_alignment.planted import machine_rows
+from feature_alignment.rows import row_name
 
 Table = tuple[str, list[str], list[list[str]]]
 
 
 def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:,.{digits}f}" if isinstance(value, float) else f"{value:,}"
-
-
-def row_name(r: dict[str, Any]) -> str:
-    return f"{r['draft']} + {r['accept']}, {r['drafts_per_round']}"
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -86,6 +84,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
             [f"r, the rest of a round with {draft} drafts", f"{b['r']:.3f}"],
             [f"best of {draft} drafts at acceptance {b['acceptance_rate']:.3f}", f"{b['speedup']:.2f}x, {b['num_draft_tokens']} a round"],
         ]
+    in_steps += machine_rows(cost)
     in_steps += [[f"v({k}), verifying {k} tokens", f"{v:.3f}"] for k, v in cost["v"].items()]
     others = [
         [

@@ -81,8 +81,9 @@ def read(adapter: InUse, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def fastest_lossless(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the rows in which EventGPT takes part."""
-    return max((r for r in rows if r["draft"] not in NULL_DRAFTERS and r["accept"] == "token"), key=lambda r: r["speedup"]["value"])
+    """Of the rows in which EventGPT takes part with the run's own adapters."""
+    own = [r for r in rows if r["draft"] not in NULL_DRAFTERS and r["accept"] == "token" and r["exit_layer"] is None]
+    return max(own, key=lambda r: r["speedup"]["value"])
 
 
 def adapter_in_use(

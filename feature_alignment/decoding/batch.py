@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
@@ -76,6 +77,7 @@ def speculate_batch(
         if len(going) < len(rows):
             with watch("rollback"):
                 rows, index = [rows[i] for i in going], torch.tensor(going, device=target.device)
+                assert isinstance(state.cache, DynamicCache)  # no step over fixed buffers takes a batch
                 state.cache.batch_select_indices(index)
                 seen, place = seen[index], place[index]
         drafts = []

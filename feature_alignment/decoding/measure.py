@@ -128,6 +128,35 @@ def costs(
 
 
 @torch.inference_mode()
+def machine_costs(target: Decoder, draft: Decoder, cost: dict[str, Any], target_prompt: Prompt, draft_prompt: Prompt) -> dict[str, Any]:
+    """What an early exit saves, and how near a step of the target comes to the machine's memory bandwidth.
+
+    draft: at full depth; cost: what `costs` found; the adapter's cost there is taken for all exits
+    """
+    depth, taps = draft.num_layers, draft.taps
+    exits, rest_ms = {}, cost["t_adapter_ms"] + cost["t_head_ms"]
+    try:
+        for k in sorted({depth, *(2**i for i in range(depth.bit_length()) if 2**i <= depth)}):
+            draft.llama.config.num_hidden_layers, draft.taps = k, (k,)
+            draft.record(draft.steps)
+            ms = step_ms(draft, draft_prompt, repeats=20)[1]
+            exits[str(k)] = {"t_draft_ms": ms, "c": (ms + rest_ms) / cost["t_target_ms"]}
+    finally:
+        draft.llama.config.num_hidden_layers, draft.taps = depth, taps
+        draft.record(draft.steps)
+    state = target.prefill([target_prompt])
+    weights = [*target.llama.layers.parameters(), *target.llama.norm.parameters(), target.head_weight]
+    cached = 2 * target.num_layers * state.length * target.llama.config.num_key_value_heads * target.llama.layers[0].self_attn.head_dim
+    step_bytes = sum(x.numel() * x.element_size() for x in weights) + cached * target.head_weight.element_size()
+    source = torch.zeros(1 << (31 if target.device.type == "cuda" else 27), dtype=torch.uint8, device=target.device)
+    copy = torch.empty_like(source)
+    copy_gb_per_s = 2 * source.numel() / 1e6 / call_ms(lambda: copy.copy_(source), 10, target.device.type, warmup=3)
+    reached = step_bytes / 1e6 / cost["t_target_ms"]
+    bandwidth = {"step_bytes": step_bytes, "step_gb_per_s": reached, "copy_gb_per_s": copy_gb_per_s, "share": reached / copy_gb_per_s}
+    return {"exit_layers": exits, "bandwidth": bandwidth}
+
+
+@torch.inference_mode()
 def mismatches(target: Decoder, prompts: Sequence[Prompt], samples: Sequence[Sample], texts: Timed, plain: Timed) -> list[dict[str, Any]]:
     """Where a text first leaves the target's own, and how near the target's two best tokens were there (logits): rounding in low
     precision can turn over a small gap, and only a small one."""

@@ -20,24 +20,32 @@ from feature_alignment.models.pair import Decoder, Pair, load_draft
 class Sources:
     """The proposers of one pair. Adapters and texts are loaded once, when a source first asks for them.
 
-    train_split: whose answers the tables know
+    train_split: whose answers the tables know; untrained: where an adapter has not been trained, a new one will do
     """
 
-    def __init__(self, pair: Pair, cfg: Common, train_split: str = "train") -> None:
-        self._pair, self._cfg = pair, cfg
+    def __init__(self, pair: Pair, cfg: Common, train_split: str = "train", untrained: bool = False) -> None:
+        self._pair, self._cfg, self._untrained = pair, cfg, untrained
         self.texts_path = cfg.out / "token_pairs" / f"{train_split}.json"
         self.adapter_path = cfg.out / "adapter" / "adapter.pt"
         self.chained_path = cfg.out / "chained_adapter" / "adapter.pt"
 
     @cached_property
     def adapter(self) -> HiddenAdapter:
-        adapter = load_adapter(self.adapter_path, self._pair.draft.hidden_size, self._pair.draft.taps)[0]
-        return adapter.to(self._pair.target.device, self._pair.target.head_weight.dtype)
+        draft, target = self._pair.draft, self._pair.target
+        if self._untrained and not self.adapter_path.is_file():
+            adapter = HiddenAdapter(draft.hidden_size, target.hidden_size)
+        else:
+            adapter = load_adapter(self.adapter_path, draft.hidden_size, draft.taps)[0]
+        return adapter.to(target.device, target.head_weight.dtype)
 
     @cached_property
     def chained_adapter(self) -> ChainedAdapter:
-        adapter = load_chained_adapter(self.chained_path, self._pair.draft.taps)[0]
-        return adapter.to(self._pair.target.device, self._pair.target.head_weight.dtype)
+        draft, target = self._pair.draft, self._pair.target
+        if self._untrained and not self.chained_path.is_file():
+            adapter = ChainedAdapter(target.hidden_size, draft.width, draft.vision_tokens)
+        else:
+            adapter = load_chained_adapter(self.chained_path, draft.taps)[0]
+        return adapter.to(target.device, target.head_weight.dtype)
 
     @cached_property
     def texts(self) -> list[tuple[str, list[int]]]:
@@ -47,6 +55,7 @@ class Sources:
             raise UserError(f"{self.texts_path} holds ids beyond the {self._pair.target.vocab_size} of this pair: texts of another one.")
         return texts
 
+    @cached_property
     def full_draft(self) -> Decoder:
         """The drafter at full depth: its own drafts need its own head."""
         if self._pair.draft.has_own_head:
@@ -54,6 +63,17 @@ class Sources:
         full = load_draft(dataclasses.replace(self._cfg, draft_layers=None))
         full.record(self._pair.draft.steps)
         return full
+
+    def open_exit(self, path: Path) -> tuple[int, Proposer]:
+        """Aligned drafts from one layer of EventGPT, by the hidden adapter at `path` that reads it alone: the layer and the proposer."""
+        adapter, meta = load_adapter(path)
+        layers, target = meta["draft_layers"], self._pair.target
+        if len(layers) != 1:
+            raise UserError(f"{path} reads EventGPT's layers {layers}; --exit_adapters wants adapters of a single layer each.")
+        draft = load_draft(dataclasses.replace(self._cfg, draft_layers=layers))
+        draft.record(self._pair.draft.steps)
+        adapter = load_adapter(path, draft.hidden_size, layers)[0].to(target.device, target.head_weight.dtype)
+        return layers[0], ModelProposer(draft, adapter, target.lm_head)
 
     def open(self, name: str, compares: bool = False, sampler: Sampler | None = None) -> Proposer:
         """A source's proposer; raises UserError if what it needs is not there.
@@ -72,7 +92,7 @@ class Sources:
                 )
             )
         if name == "own":
-            return ModelProposer(draft if compares else self.full_draft(), self.adapter if compares else None, None, sampler)
+            return ModelProposer(draft if compares else self.full_draft, self.adapter if compares else None, None, sampler)
         if name == "aligned":
             return ModelProposer(draft, self.adapter, target.lm_head, sampler)
         if name == "chained":

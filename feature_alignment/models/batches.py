@@ -130,6 +130,7 @@ def _keep(state: State, going: list[int]) -> list[int]:
     movers, order = [i for i in going if i >= count], list(range(count))
     for hole, mover in zip(holes, movers, strict=True):
         order[hole] = mover
+    assert isinstance(state.cache, DynamicCache)
     for layer in state.cache.layers:
         layer.keep(holes, movers, count)
     return order
@@ -139,6 +140,7 @@ def branch(state: State, rows: Sequence[int], room: int) -> State:
     """A state of its own for each of `rows` of `state`, repeats allowed, so that several texts of up to `room` tokens go on from it."""
     index = torch.tensor(rows, device=state.last.device)
     cache = DynamicCache()
+    assert isinstance(state.cache, DynamicCache)
     cache.layers = [_RoomyLayer(layer, index, room) for layer in state.cache.layers]
     return State(cache, state.last[index], state.length)
 

@@ -127,6 +127,7 @@ class FixedCache:
 
     def _forward(self, ids: Tensor) -> Tensor:
         places = self._slots[: ids.shape[1]] + self._length
+        assert self._cache is not None  # laid out before any step
         for layer in self._cache.layers:
             layer.places = places
         keys = self._cache.layers[0].keys

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from feature_alignment import artifacts, scoring
-from feature_alignment.benchmark_feature_sd import acceptance_of
 from feature_alignment.config import parse_config
 from feature_alignment.console import print_json_line, print_table, rate_text, run
 from feature_alignment.decoding.engine import speculate
@@ -27,6 +26,7 @@ from feature_alignment.decoding.sources import Sources
 from feature_alignment.feature_sd_inference import InferenceConfig
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models.pair import load_pair
+from feature_alignment.rows import acceptance_of
 
 
 def offline(folder: Path, sources: Sources, drafts: int, ids: set[str] | None = None) -> dict[str, dict[str, Any]]:

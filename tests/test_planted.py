@@ -1,0 +1,86 @@
+"""Rows beyond the demo's: planted acceptance, several thresholds, other exits of EventGPT."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import main_of
+
+from feature_alignment.artifacts import read_sealed, save_pt
+from feature_alignment.console import UserError
+from feature_alignment.hidden_adapter import HiddenAdapter
+from feature_alignment.planted import kept_by_chance
+from feature_alignment.rows import row_name
+
+
+def test_drafts_are_kept_at_the_planted_rate_whatever_they_say():
+    rule = kept_by_chance(0.7, 0, torch.device("cpu"))
+    kept = torch.cat([rule(torch.zeros(5), torch.ones(5), None, 0.0) for _ in range(4000)])
+    assert kept.float().mean().item() == pytest.approx(0.7, abs=4 * (0.7 * 0.3 / 20_000) ** 0.5)
+
+
+def test_planted_rows_say_so_and_need_no_trained_adapter(tiny_run, tmp_path, capsys):
+    config = ["--config", str(tiny_run / "tiny.yaml"), "--output_dir", str(tmp_path), "--steps", "graphs"]
+    argv = [*config, "--planted_acceptance", "0", "0.5", "1", "--num_draft_tokens", "3", "--limit", "3", "--repeats", "2"]
+    main_of("benchmark_feature_sd")(argv)
+    assert sorted(p.name for p in (tmp_path / "benchmark").iterdir() if p.suffix in (".md", ".json", ".html")) == [
+        "planted.json",
+        "planted.md",
+    ]
+    result = read_sealed(tmp_path / "benchmark" / "planted.json", "")
+    assert result["planted"] and result["meta"]["planted"] and "targets" not in result
+    assert "PLANTED" in (tmp_path / "benchmark" / "planted.md").read_text()
+    assert result["baselines"][0]["tokens"] == 3 * 12, "no text ends early"
+    for row in result["rows"]:
+        assert row["accept"] == "planted" and row["speedup"]["value"] > 0 and row["corrected_speedup"] > 0
+    found = {(r["draft"], r["planted_acceptance"]): (r["acceptance_rate"]["value"], r["tokens_per_pass"]) for r in result["rows"]}
+    for draft in ("chained", "aligned"):
+        assert found[draft, 0] == (0, 1)
+        assert found[draft, 1] == (1, pytest.approx(11 / 3))  # one token of the prefill, then 4, 4 and the last 3
+        assert 0.2 < found[draft, 0.5][0] < 0.8
+    assert {(b["draft"], b["planted_acceptance"]) for b in result["best"]} == set(found)
+    capsys.readouterr()
+    main_of("benchmark_feature_sd")(argv)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["reused"]
+
+
+def test_costs_name_every_exit_and_the_bandwidth(finished):
+    cost = read_sealed(finished / "out" / "benchmark" / "benchmark.json", "")["cost"]
+    assert list(cost["exit_layers"]) == ["1", "2", "3"] and all(e["c"] > 0 for e in cost["exit_layers"].values())
+    per_layer = 4 * 32 * 32 + 3 * 32 * 48 + 2 * 32  # attention, MLP, two norms
+    head = torch.load(finished / "out" / "hidden_states" / "vl_lm_head.pt", weights_only=True)
+    held = cost["bandwidth"]["step_bytes"] / 4 - 3 * per_layer - 32 - head.numel()
+    assert held > 0 and held % (2 * 3 * 32) == 0, "what is left are keys and values of three layers at each place of the prompt"
+    assert cost["bandwidth"]["share"] == pytest.approx(cost["bandwidth"]["step_gb_per_s"] / cost["bandwidth"]["copy_gb_per_s"])
+
+
+def test_several_thresholds_and_exits_are_rows_of_their_own(finished, tmp_path):
+    for folder in ("hidden_states", "adapter", "token_pairs", "acceptance"):
+        shutil.copytree(finished / "out" / folder, tmp_path / "out" / folder)
+    argv = ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path / "out"), "--threshold", "0.5", "0.95"]
+    geometry, exits = {"d_draft": 32, "d_target": 32, "bottleneck": 8}, []
+    for layers in ([1], [2], [1, 2]):
+        exits.append(tmp_path / f"{len(exits)}.pt")
+        save_pt(exits[-1], {"meta": {"geometry": geometry, "draft_layers": layers}, "state_dict": HiddenAdapter(**geometry).state_dict()})
+    with pytest.raises(UserError, match=r"layers \[1, 2\]; --exit_adapters wants adapters of a single layer"):
+        main_of("benchmark_feature_sd")([*argv, "--exit_adapters", *map(str, exits)])
+    report = main_of("benchmark_feature_sd")([*argv, "--exit_adapters", *map(str, exits[:2])])
+    names = {row_name(r): r for r in report["rows"]}
+    assert len(names) == len(report["rows"])
+    assert {"aligned + feature > 0.5, 3", "aligned + relaxed > 0.95, 3", "aligned at layer 1 + token, 3"} <= set(names)
+    for k in (1, 2):
+        row = names[f"aligned at layer {k} + token, 3"]
+        assert row["draft_layers"] == [k] and row["exact_match"] == 1.0
+    kept = [names[f"aligned + relaxed > {t}, 3"]["acceptance_rate"]["value"] for t in ("0.5", "0.95")]
+    assert kept[0] >= kept[1]
+
+
+@pytest.mark.parametrize("rates", [["-0.1"], ["0.5", "1.5"]])
+def test_no_such_rate(tiny_run, tmp_path, rates):
+    argv = ["--config", str(tiny_run / "tiny.yaml"), "--output_dir", str(tmp_path), "--planted_acceptance", *rates]
+    with pytest.raises(UserError, match="from 0 to 1"):
+        main_of("benchmark_feature_sd")(argv)
+    assert not any(tmp_path.rglob("planted*"))
