@@ -24,7 +24,7 @@ from feature_alignment.console import UserError, print_json_line, progress, run
 if TYPE_CHECKING:
     from feature_alignment.decoding.engine import Generation
     from feature_alignment.inputs.samples import Sample
-    from feature_alignment.models.pair import Prompt
+    from feature_alignment.models.decoder import Prompt
 
 
 MEASURE = "python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml"

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from feature_alignment.answers import Answers
     from feature_alignment.hidden_states_writer import HiddenStatesWriter
     from feature_alignment.inputs.samples import Sample
-    from feature_alignment.models.pair import Decoder, Pair
+    from feature_alignment.models.decoder import Decoder
+    from feature_alignment.models.pair import Pair
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def extract(
 
 def cuts(vl_tokens: list[int], egpt_tokens: list[int], read: list[int], cfg: ExtractConfig) -> list[str]:
     """What a row lacks because of a limit: these are counted in `meta` and printed."""
-    from feature_alignment.models.pair import EOS
+    from feature_alignment.models.decoder import EOS
 
     named = {"Video-LLaVA's answer reached max_new_tokens": vl_tokens, "EventGPT's answer reached max_new_tokens": egpt_tokens}
     found = [name for name, tokens in named.items() if tokens[-1] != EOS]

@@ -23,7 +23,7 @@ from feature_alignment.console import UserError, print_json_line, print_table, r
 if TYPE_CHECKING:
     from feature_alignment.decoding.engine import Generation
     from feature_alignment.inputs.samples import Sample
-    from feature_alignment.models.pair import Decoder
+    from feature_alignment.models.decoder import Decoder
 
 
 @dataclass(frozen=True)

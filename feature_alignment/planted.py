@@ -21,7 +21,8 @@ from feature_alignment.decoding import measure
 from feature_alignment.decoding.engine import Generation, greedy, speculate
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample
-from feature_alignment.models.pair import EOS, load_pair
+from feature_alignment.models.decoder import EOS
+from feature_alignment.models.pair import load_pair
 from feature_alignment.rows import Mode, answering, speeds
 
 Table = tuple[str, list[str], list[list[str]]]

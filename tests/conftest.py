@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from feature_alignment.config import SCRIPTS
-from feature_alignment.models.pair import Decoder, Prompt
+from feature_alignment.models.decoder import Decoder, Prompt
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from feature_alignment.decoding.acceptance import cosine_per_position
-from feature_alignment.models.pair import EOS, Decoder
+from feature_alignment.models.decoder import EOS, Decoder
 
 # (emitted, drafts so far) -> the next draft, None for no idea, and the target state expected to emit it, where one is expected
 NextDraft = Callable[[list[int], list[int]], tuple[int | None, Tensor | None]]

@@ -9,7 +9,7 @@ from feature_alignment import metrics
 from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.hidden_adapter import HiddenAdapter
-from feature_alignment.models.pair import EOS
+from feature_alignment.models.decoder import EOS
 
 PROMPTS = [(1, 5, 9), (1, 40, 3), (1, 7, 20)]
 

@@ -17,7 +17,7 @@ from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.hidden_adapter import HiddenAdapter
-from feature_alignment.models.pair import EOS
+from feature_alignment.models.decoder import EOS
 
 PER_TEST, FAST, ALL = 20, 4, 100  # cases of one test; tests by default, and with the slow ones
 D = 32

@@ -17,7 +17,7 @@ from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridPropos
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.hidden_adapter import HiddenAdapter
-from feature_alignment.models.pair import EOS
+from feature_alignment.models.decoder import EOS
 
 ERROR = 1e-4
 VOCAB, TEMPERATURE, LENGTH = 6, 1.3, 3

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.models.pair import EOS, Decoder, Prompt, State
+from feature_alignment.models.decoder import EOS, Decoder, Prompt, State
 
 
 @dataclass

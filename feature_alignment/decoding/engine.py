@@ -23,7 +23,7 @@ from feature_alignment.decoding.pace import Pace
 from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.sampling import Sampler, pick
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.models.pair import EOS, Decoder, Prompt, State
+from feature_alignment.models.decoder import EOS, Decoder, Prompt, State
 
 PREFILL_STAGES = ("target_prefill", "draft_prefill")
 DRAFT_STAGES = ("draft", "adapter", "head")

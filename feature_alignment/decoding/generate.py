@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from feature_alignment.decoding.engine import Generation
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.models.pair import EOS, Decoder, Prompt
+from feature_alignment.models.decoder import EOS, Decoder, Prompt
 
 
 def first_layers(model: PreTrainedModel, depth: int) -> PreTrainedModel:

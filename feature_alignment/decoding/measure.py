@@ -20,7 +20,7 @@ from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.hidden_adapter import HiddenAdapter, call_ms
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.metrics import Counts
-from feature_alignment.models.pair import Decoder, Prompt
+from feature_alignment.models.decoder import Decoder, Prompt
 
 VERIFIED = (*range(1, 13), 16, 20, 24, 28, 32)
 

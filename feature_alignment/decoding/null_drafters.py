@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from feature_alignment.decoding.proposers import Draft, Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.models.pair import EOS, Prompt
+from feature_alignment.models.decoder import EOS, Prompt
 
 Text = tuple[str, Sequence[int]]  # question, token ids up to EOS
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from feature_alignment.chained_adapter import ChainedAdapter, Seen
 from feature_alignment.decoding.sampling import Pick, Sampler, pick
 from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.models.decoder import EOS, Decoder, Prompt, State
 from feature_alignment.models.fixed import recorded
-from feature_alignment.models.pair import EOS, Decoder, Prompt, State
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridPropos
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.hidden_adapter import HiddenAdapter, load_adapter
-from feature_alignment.models.pair import Decoder, Pair, load_draft
+from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.pair import Pair, load_draft
 
 
 class Sources:

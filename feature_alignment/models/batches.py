@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from feature_alignment.inputs.samples import Sample
-from feature_alignment.models.pair import EOS, Decoder, State
+from feature_alignment.models.decoder import EOS, Decoder, State
 
 
 def batches(samples: Sequence[Sample], size: int) -> list[range]:

@@ -34,8 +34,9 @@ from feature_alignment.config import parse_config
 from feature_alignment.console import print_json_line, print_table, run
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models import pair as pair_module
+from feature_alignment.models.decoder import EOS, Decoder
 from feature_alignment.models.eventgpt import load_eventgpt
-from feature_alignment.models.pair import EOS, Decoder, load_pair
+from feature_alignment.models.pair import load_pair
 from feature_alignment.models.video_llava import load_video_llava
 
 GOALS = {"with generation": 8, "answers known": 25}

@@ -1,0 +1,214 @@
+"""One model of the pair: a LLaMA with a way to embed a prompt (vision and text), its head, and what it remembers of a text.
+
+State t of a text is the hidden state that *emits* token t:
+
+    prompt            | x0   x1   x2   </s>       tokens
+    state   h0 stands on the last prompt token, h1 on x0, …       h[t] emits x[t]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from feature_alignment.console import UserError
+from feature_alignment.inputs.samples import Sample
+from feature_alignment.models.fixed import FixedCache, Steps
+
+EOS = 2  # of both vocabularies
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample ready for one model. ids [s] int64 with vision placeholders; pixels [t, 3, h, w]."""
+
+    ids: Tensor
+    pixels: Tensor
+    question: str = ""
+
+
+@dataclass
+class State:
+    """What a decoder remembers. `last` [b, d] is the state on the last token read; `length` counts positions read."""
+
+    cache: DynamicCache | FixedCache
+    last: Tensor
+    length: int
+
+
+class Decoder:
+    """One model of the pair.
+
+    taps: which decoder layers' outputs make up a hidden state, ascending; the model runs no deeper than the last one. The last
+    layer is read after the final norm (`norm="post"`), any earlier one before it.
+    device: where tensors go in and come out, and where the head is; a device map may have put the layers elsewhere.
+    placeholder: the id that stands for vision in a prompt; vision_tokens: how many tokens a clip becomes there.
+    whole: the model all of this is part of, for transformers' own `generate`.
+    """
+
+    def __init__(
+        self,
+        llama: PreTrainedModel,
+        lm_head: nn.Linear,
+        tokenizer,
+        encode_prompt: Callable[[str], Tensor],
+        read_pixels: Callable[[Sample], Tensor],
+        encode_vision: Callable[[Tensor], Tensor],
+        splice: Callable[[Tensor, Tensor], Tensor],
+        taps: Sequence[int] | None = None,
+        device: str | None = None,
+        placeholder: int = -1,
+        vision_tokens: int = 0,
+        whole: PreTrainedModel | None = None,
+    ) -> None:
+        self.placeholder, self.vision_tokens, self.whole = placeholder, vision_tokens, whole
+        self.llama, self.tokenizer, self.encode_prompt, self.read_pixels = llama, tokenizer, encode_prompt, read_pixels
+        self._encode_vision, self._splice = encode_vision, splice
+        self.num_layers = llama.config.num_hidden_layers
+        self.taps = tuple(taps or (self.num_layers,))
+        if list(self.taps) != sorted(set(self.taps)) or not 1 <= self.taps[0] <= self.taps[-1] <= self.num_layers:
+            raise UserError(f"--draft_layers {list(self.taps)}: wanted ascending layer numbers from 1 to {self.num_layers}.")
+        self.width = llama.config.hidden_size
+        self.hidden_size = self.width * len(self.taps)
+        self._head = lm_head
+        if device is not None and lm_head.weight.device != torch.empty(0, device=device).device:
+            lm_head.weight.data = lm_head.weight.data.to(device)
+        self.vocab_size = lm_head.weight.shape[0]
+        self.steps: Steps = "eager"
+        self._fixed: FixedCache | None = None
+        if self.taps[-1] < self.num_layers:  # an early exit: later layers are neither run nor cached
+            llama.layers = llama.layers[: self.taps[-1]]
+            llama.config.num_hidden_layers = self.taps[-1]
+            llama.norm = nn.Identity()
+
+    @property
+    def norm(self) -> str:
+        return "post" if self.taps == (self.num_layers,) else "pre"
+
+    @property
+    def norms(self) -> dict[int, str]:
+        """Whether each tapped layer is read before or after the final norm."""
+        return {k: "post" if k == self.num_layers else "pre" for k in self.taps}
+
+    @property
+    def device(self) -> torch.device:
+        return self._head.weight.device
+
+    def restrict_vocabulary(self, rows: int) -> None:
+        """Keep only the first `rows` ids of the head: ids the drafter has no embedding for are masked in every mode alike."""
+        self.vocab_size = rows
+
+    def record(self, steps: Steps) -> None:
+        """From the next prompt on, steps of single prompts run over one fixed cache, recorded on a GPU. Prompts of several rows do not."""
+        self.steps, self._fixed = steps, None if steps == "eager" else FixedCache(self._forward, steps)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[v, d]: the LM head on the shared ids."""
+        return self._head.weight[: self.vocab_size]
+
+    @property
+    def has_own_head(self) -> bool:
+        return self.taps[-1] == self.num_layers
+
+    @torch.inference_mode()
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        """Logits [.., v] over the shared ids. hidden [.., d], post-norm; of several taps only the last counts."""
+        return nn.functional.linear(hidden[..., -self.width :], self.head_weight)
+
+    def prepare(self, sample: Sample) -> Prompt:
+        return Prompt(self.encode_prompt(sample.question), self.read_pixels(sample), sample.question)
+
+    @torch.inference_mode()
+    def encode_vision(self, pixels: Tensor) -> Tensor:
+        """Vision tokens [b, e, d] of pixels [b, t, 3, h, w]. They know no question: a clip is encoded once for all of its own."""
+        return self._encode_vision(pixels.to(self.device, self._head.weight.dtype))
+
+    @torch.inference_mode()
+    def vision_states(self, ids: Tensor, vision: Tensor) -> Tensor:
+        """States of the last tapped layer on the vision tokens: ids [b, s], vision [b, e, d] -> [b, e, d]. No question is read."""
+        at = (ids[0] == self.placeholder).nonzero()[:, 0]
+        ids = ids[:, : int(at[-1]) + 1].to(self.device)
+        state = State(DynamicCache(config=self.llama.config), ids, 0)
+        return self._read(state, {"inputs_embeds": self._splice(ids, vision)})[:, int(at[0]) :, -self.width :]
+
+    @property
+    def embeddings(self) -> Tensor:
+        """[v, d]: what the decoder reads for the shared ids."""
+        return self.llama.embed_tokens.weight[: self.vocab_size].detach().to(self.device)
+
+    def prefill(self, prompts: Sequence[Prompt]) -> State:
+        """Read prompts of equal length, vision included. Afterwards `state.last` is h0."""
+        vision = self.encode_vision(torch.stack([p.pixels for p in prompts]))
+        return self.prefill_encoded(torch.stack([p.ids for p in prompts]), vision)
+
+    @torch.inference_mode()
+    def prefill_encoded(self, ids: Tensor, vision: Tensor) -> State:
+        """`prefill` of ids [b, s] for clips whose vision tokens [b, e, d] are there already; ids may end before the question."""
+        ids = ids.to(self.device)
+        cache = DynamicCache(config=self.llama.config)
+        state = State(cache, ids, 0)
+        self._read(state, {"inputs_embeds": self._splice(ids, vision)}, keep=1)
+        if self._fixed is not None and len(ids) == 1:
+            state.cache = self._fixed.take(cache, state)
+        return state
+
+    @torch.inference_mode()
+    def step(self, state: State, token_ids: Tensor, **where: Tensor) -> Tensor:
+        """Read more tokens [b, k]; returns the k states behind them [b, k, d] and moves `state` on.
+
+        where: position_ids [b, k] and attention_mask [b, length + k], if the rows' texts are not equally long
+        """
+        return self._read(state, {"input_ids": token_ids, **where})
+
+    def _read(self, state: State, inputs: dict[str, Tensor], keep: int | None = None) -> Tensor:
+        if isinstance(state.cache, FixedCache):
+            hidden = state.cache.step(inputs["input_ids"], state.length, state)
+        else:
+            hidden = self._forward(inputs, state.cache, keep)
+        state.length += next(iter(inputs.values())).shape[1]
+        state.last = hidden[:, -1]
+        return hidden
+
+    def _forward(self, inputs: dict[str, Tensor], cache: DynamicCache, keep: int | None = None) -> Tensor:
+        out = self.llama(**inputs, cache=cache, use_cache=True, output_hidden_states=len(self.taps) > 1)
+        if len(self.taps) == 1:
+            return out.last_hidden_state.to(self.device)
+        # hidden_states[k] is the output of layer k, pre-norm; the very last one has passed the final norm
+        kept = [out.hidden_states[k] if keep is None else out.hidden_states[k][:, -keep:] for k in self.taps]
+        return torch.cat([h.to(self.device) for h in kept], dim=-1)
+
+    def rollback(self, state: State, n: int) -> None:
+        """Forget the last n positions. `state.last` is stale until the next step."""
+        if n:  # crop(0) empties the cache in some versions and does nothing in others
+            if not isinstance(state.cache, FixedCache):
+                state.cache.crop(-n)
+            state.length -= n
+
+    @torch.inference_mode()
+    def generate(self, state: State, max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers of a freshly prefilled batch, each up to and including its EOS. Leaves `state` as it was."""
+        first, length = state.last, state.length
+        tokens = [self.lm_head(first).argmax(-1)]
+        ended = tokens[0] == EOS
+        while len(tokens) < max_new_tokens and not ended.all():
+            tokens.append(self.lm_head(self.step(state, tokens[-1][:, None])[:, -1]).argmax(-1))
+            ended |= tokens[-1] == EOS
+        self.rollback(state, state.length - length)
+        state.last = first
+        rows = torch.stack(tokens, 1).tolist()
+        return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
+
+    @torch.inference_mode()
+    def teacher_force(self, state: State, token_ids: Tensor) -> Tensor:
+        """The states that emit given tokens, from one pass over them.
+
+        state:     freshly prefilled, one row per row of token_ids
+        token_ids: [b, n]; returns [b, n, d]: h0 (from the prompt) … h(n-1), which has read token_ids[:, : n - 1]
+        """
+        first = state.last[:, None]
+        return first if token_ids.shape[1] == 1 else torch.cat([first, self.step(state, token_ids[:, :-1])], dim=1)
