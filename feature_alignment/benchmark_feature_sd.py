@@ -138,7 +138,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     cost |= measure.machine_costs(pair.target, sources.full_draft, cost, *prompts[0])
 
     def method(mode: Mode) -> Callable[[int], Generation]:
-        pace = Pace() if mode.adaptive else None
+        pace = Pace(sources.known_acceptance(mode.draft)) if mode.adaptive else None
 
         def answer(i: int) -> Generation:
             prompt, draft_prompt = prompts[i]

@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sampler = Sampler(cfg.temperature, cfg.seed, cfg.device) if cfg.temperature else None
     proposer = sources.open(cfg.draft, cfg.accept != "token", sampler)
     prompt, draft_prompt = pair.target.prepare(sample), pair.draft.prepare(sample)
-    pace = Pace() if cfg.adaptive else None
+    pace = Pace(sources.known_acceptance(cfg.draft)) if cfg.adaptive else None
     for _ in range(2):  # the first run warms up, and teaches the pace
         alone = plain(pair.target, prompt, cfg.max_new_tokens, sampler)
         generation = speculate(

@@ -127,12 +127,14 @@ def speculate(
         raise ValueError(f"sampling is lossless under the token rule only, got {accept!r}")
     watch = Stopwatch(target.device)
     start = watch.now()
-    started, reading, beside = pace is None or pace.drafting, None, Stopwatch(target.device)
+    started, reading, beside = pace is None or not proposer.reads_prompt or pace.drafting, None, Stopwatch(target.device)
     if started and overlap:
         reading = _in_a_thread(proposer.start, draft_prompt, beside)
     with watch("target_prefill"):
         state = target.prefill([prompt])
         token = pick(target.lm_head(state.last), sampler).token
+    if pace is not None:
+        pace.prompted(watch.ms["target_prefill"])
     if started:
         _start(proposer, draft_prompt, watch, pace, reading)
     emitted, rounds, passes = [int(token)], [], 0
@@ -142,6 +144,7 @@ def speculate(
         before = dict(watch.ms)
         room = min(num_draft_tokens, max_new_tokens - len(emitted) - 1)  # the round also emits a token of the target's own
         floor = None if room <= 0 else 0.0 if pace is None else pace.next_floor()
+        room = room if pace is None else min(room, pace.most)
         last = torch.tensor([emitted[-1]], device=target.device)
         if floor is None:  # room for the last token only, or drafts do not pay: as in plain decoding
             first, read = len(emitted), []

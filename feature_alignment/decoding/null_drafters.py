@@ -130,6 +130,8 @@ NULL_DRAFTERS: dict[str, Callable[[Iterable[Text]], Table]] = {
 class TableProposer(Proposer):
     """A null drafter in the decoding loop: it knows the question and no picture."""
 
+    reads_prompt = False
+
     def __init__(self, table: Table) -> None:
         self._table = table
         self._answered: tuple[Prompt, Sequence[int]] | None = None

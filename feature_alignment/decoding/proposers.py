@@ -40,6 +40,8 @@ class Draft:
 
 
 class Proposer(Protocol):
+    reads_prompt: bool = True  # which takes time
+
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """Read a new prompt."""
 

@@ -7,13 +7,14 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from feature_alignment.answers import read_token_pairs
+from feature_alignment.artifacts import load_pt
 from feature_alignment.chained_adapter import ChainedAdapter, load_chained_adapter
 from feature_alignment.config import Common
 from feature_alignment.console import UserError
 from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
 from feature_alignment.decoding.sampling import Sampler
-from feature_alignment.hidden_adapter import HiddenAdapter, load_adapter
+from feature_alignment.hidden_adapter import TRAIN, HiddenAdapter, load_adapter
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import Pair, load_draft
 
@@ -109,6 +110,12 @@ class Sources:
     @cached_property
     def ngram(self) -> NGram:
         return NGram(self.texts)
+
+    def known_acceptance(self, name: str) -> float | None:
+        """How many of a source's drafts were right on the clips its adapter was validated on; None where no adapter says so."""
+        name = self._hybrid_model if name == "hybrid" else name
+        path = {"aligned": self.adapter_path, "chained": self.chained_path}.get(name)
+        return None if path is None else load_pt(path, TRAIN)["meta"].get("validation", {}).get("token_match")
 
     @property
     def _hybrid_model(self) -> str:

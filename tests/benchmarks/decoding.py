@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ from feature_alignment.models.pair import load_pair
 
 SOURCES = ("own", "aligned", "chained", "hybrid", "ngram", "template", "lookup", "previous")
 MOST = 24
+STARTS = 5
 
 
 class Bench:
@@ -47,12 +49,13 @@ class Bench:
     def plain(self, sample: Sample) -> Generation:
         return greedy(self.pair.target, self.prompts[sample.id][0], self.cfg.max_new_tokens)
 
-    def adaptive(self, source: str, overlap: bool = False) -> Callable[[Sample], Generation]:
-        """Answers with a pace and a drafter of its own, that know nothing yet."""
-        proposer, pace = self.sources.open(source), Pace()
+    def adaptive(self, source: str, overlap: bool = False, starts: int = 1) -> Callable[[Sample], Generation]:
+        """Answers with drafters of its own and new paces, which know at most what training found; `starts` of them, in turns."""
+        fresh = [(self.sources.open(source), Pace(self.sources.known_acceptance(source))) for _ in range(starts)]
+        turn = itertools.cycle(fresh)
 
         def answer(sample: Sample) -> Generation:
-            prompt, draft_prompt = self.prompts[sample.id]
+            (prompt, draft_prompt), (proposer, pace) = self.prompts[sample.id], next(turn)
             return speculate(
                 self.pair.target,
                 proposer,
@@ -66,9 +69,11 @@ class Bench:
 
         return answer
 
-    def in_turns(self, answers: dict[str, Callable[[Sample], Generation]], samples: Sequence[Sample]) -> dict[Any, measure.Timed]:
+    def in_turns(
+        self, answers: dict[str, Callable[[Sample], Generation]], samples: Sequence[Sample], repeats: int = 1
+    ) -> dict[Any, measure.Timed]:
         methods = {name: lambda i, answer=answer: answer(samples[i]) for name, answer in answers.items()}
-        timed = measure.run_in_turns(methods, len(samples), 1, iter)
+        timed = measure.run_in_turns(methods, len(samples), repeats, iter)
         for name, runs in timed.items():
             assert runs.texts == timed["plain"].texts, f"{name} is not lossless"
         return timed
@@ -79,9 +84,10 @@ def spread(samples: Sequence[Sample], number: int) -> list[Sample]:
 
 
 def floor(bench: Bench) -> dict[str, Any]:
+    """Every number is over STARTS cold starts; "plain again" is how far two runs of the same thing are apart on this machine."""
     questions = list(dict.fromkeys(s.question for s in bench.samples))
-    sets = {f"{n} prompts": spread(bench.samples, n) for n in (8, 16, 64)}
-    sets |= {f"question {i + 1}": [s for s in bench.samples if s.question == q][:16] for i, q in enumerate(questions[:4])}
+    sets = {f"{n} prompts": spread(bench.samples, n) for n in (4, 8, 16, 32)}
+    sets |= {f"question {i + 1}": [s for s in bench.samples if s.question == q][:16] for i, q in enumerate(questions[:2])}
     events = [s.events for s in bench.samples]
     strangers = [dataclasses.replace(s, id=f"{s.id}, other events", events=events[i - 60]) for i, s in enumerate(bench.samples)]
     sets["events of other clips"] = spread(strangers, 16)
@@ -89,17 +95,16 @@ def floor(bench: Bench) -> dict[str, Any]:
         bench.prompts[s.id] = bench.pair.target.prepare(s), bench.pair.draft.prepare(s)
     for s in bench.samples[:3]:
         bench.plain(s)  # warm-up of the machine, not of any drafter
-    rows = []
+    rows, worst = [], (1.0, "", "")
     for name, samples in sets.items():
-        timed = bench.in_turns({"plain": bench.plain} | {source: bench.adaptive(source) for source in SOURCES}, samples)
-        ratios = {
-            source: measure.speedup(timed["plain"], timed[source], [s.sequence for s in samples], lambda g: g.total_ms)["value"]
-            for source in SOURCES
-        }
-        rows.append((name, *(round(ratios[source], 3) for source in SOURCES)))
-    print_table("speed-up end to end, adaptive, cold start", ("prompt set", *SOURCES), rows)
-    worst = min((value, row[0], source) for row in rows for source, value in zip(SOURCES, row[1:], strict=True))
-    return {"worst": worst}
+        ways = {"plain": bench.plain, "plain again": bench.plain} | {source: bench.adaptive(source, starts=STARTS) for source in SOURCES}
+        timed = bench.in_turns(ways, samples, STARTS)
+        ms = {way: np.array([[g.total_ms for g in runs] for runs in found.generations]) for way, found in timed.items()}
+        ratios = {way: float(ms["plain"].sum() / spent.sum()) for way, spent in ms.items() if way != "plain"}
+        rows.append((name, *(round(r, 3) for r in ratios.values())))
+        worst = min(worst, *((r, name, way) for way, r in ratios.items()))
+    print_table(f"speed-up end to end, adaptive, {STARTS} cold starts", ("prompt set", "plain again", *SOURCES), rows)
+    return {"worst": worst, "rows": rows}
 
 
 def hybrid(bench: Bench) -> dict[str, Any]:
