@@ -108,8 +108,8 @@ def extract(
     with progress(total=total, first=first, desc=f"extract {cfg.split}", unit="row") as bar:
         for n, rows in enumerate(todo):
             asked = [samples[row] for row in rows]
-            target, draft = ClipBatch(pair.target, asked), ClipBatch(pair.draft, asked)
-            deep = draft if speaker is pair.draft else ClipBatch(speaker, asked)
+            target, deep = ClipBatch(pair.target, asked), ClipBatch(speaker, asked)
+            draft = deep if speaker is pair.draft else ClipBatch(pair.draft, asked, deep)
             if answers:
                 vl, egpt = ([list(answers[s.id][who]) for s in asked] for who in (0, 1))
             else:

@@ -76,6 +76,21 @@ def test_a_batch_of_clips_says_and_thinks_what_each_question_alone_does(pair_and
         torch.testing.assert_close(states, model.teacher_force(state, torch.tensor([answer]))[0], atol=2e-5, rtol=1e-4)
 
 
+def test_masks_of_our_own_go_past_flash_attention(pair_and_samples):
+    """Which takes none: these passes are sdpa's."""
+    pair, samples = pair_and_samples
+    batch, config = ClipBatch(pair.target, samples[:3]), pair.target.llama.config
+    answers = batch.generate(6)
+    wanted = batch.states(answers)
+    config._attn_implementation = "flash_attention_2"  # as on a GPU; here it would fail
+    try:
+        found = batch.states(answers)
+        assert config._attn_implementation == "flash_attention_2"
+    finally:
+        config._attn_implementation = "sdpa"
+    torch.testing.assert_close(found, wanted)
+
+
 def forked(argv, environment=None) -> int:
     """A process of its own that runs the script, without the seconds that imports take; returns its pid."""
     pid = fork()

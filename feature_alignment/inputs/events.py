@@ -16,7 +16,7 @@ from feature_alignment.inputs.event_files import read_event_file, refuse_long
 MAX_WINDOW_US = 100_000  # EventGPT was built for windows shorter than this
 MAX_COORDINATE = 4096  # of any sensor; the largest made so far has 1280 x 720 pixels
 _FARTHEST = 2**61  # differences of numbers below it fit 64 bits
-_WHITE, _DARKER, _BRIGHTER = 255, (0, 0, 255), (255, 0, 0)
+_WHITE = 255
 
 
 def load_events(path: str | Path, window_ms: float | None = None, start_ms: float = 0.0) -> dict[str, np.ndarray]:
@@ -130,10 +130,12 @@ def event_image(x: np.ndarray, y: np.ndarray, p: np.ndarray, canvas_hw: tuple[in
     if len(x) and (y.max() >= h or x.max() >= w):
         raise UserError(f"events reach pixel ({x.max()}, {y.max()}), outside the model's canvas of {w} x {h}.")
     pixel = y.astype(np.int64) * w + x
-    last = np.zeros(h * w, np.int64)
-    np.maximum.at(last, pixel, (np.arange(len(x), dtype=np.int64) << 1) + p)
-    image = np.full((h * w, 3), _WHITE, np.uint8)
-    image[pixel] = np.array([_DARKER, _BRIGHTER], np.uint8)[last[pixel] & 1]
+    last = np.zeros(h * w, np.int32)
+    np.maximum.at(last, pixel, (np.arange(len(x), dtype=np.int32) << 1) + p)
+    image = np.full(h * w * 3, _WHITE, np.uint8)
+    red = 3 * pixel
+    image[red + 1] = 0  # green, of both
+    image[red + 2 * (last[pixel] & 1)] = 0  # red where darker, blue where brighter
     return image.reshape(h, w, 3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,13 @@ def read_frames(path: str | Path, wanted: int = NUM_FRAMES, sampling: str = "lin
         times.sort()
         keep = [times[i] for i in sample_indices(len(times), wanted, sampling)]
         found: dict[int, np.ndarray] = {}
+        to_rgb = av.video.reformatter.VideoReformatter()  # one for all frames: it is slower to make than to use
         with av.open(str(path), options=_OPEN_SAFELY) as container:
             container.streams.video[0].codec_context.thread_count = 1
             for frame in container.decode(video=0):
                 _refuse_large(path, frame)
                 if frame.pts in keep:
-                    found[frame.pts] = frame.to_ndarray(format="rgb24")
+                    found[frame.pts] = to_rgb.reformat(frame, format="rgb24").to_ndarray()
                 if len(found) == len(set(keep)):
                     break
     except (av.error.FFmpegError, MemoryError, ValueError, OverflowError) as error:
@@ -133,15 +135,45 @@ def clip_pixels(images: Sequence[np.ndarray], processor) -> np.ndarray:
     usual = p.do_resize and p.do_center_crop and p.do_rescale and p.do_normalize and p.crop_size["width"] == crop
     if not (usual and short and short >= crop):
         return np.stack(p([Image.fromarray(i) for i in images], return_tensors="np")["pixel_values"]).astype(np.float32)
-    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)  # what becomes of each of the 256 values
-    table = p([Image.fromarray(levels)], do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"][0]
-    table = np.asarray(table, np.float32).reshape(3, 256)
+    table = _levels(p)
     pixels = np.empty((len(images), 3, crop, crop), np.float32)
     for n, image in enumerate(images):
         h, w = image.shape[:2]
         h, w = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)
-        top, left = (h - crop) // 2, (w - crop) // 2
-        small = np.asarray(Image.fromarray(image).resize((w, h), p.resample))[top : top + crop, left : left + crop]
+        small = _resized(Image.fromarray(image), w, h, crop, p.resample)
         for c in range(3):
             np.take(table[c], small[..., c], out=pixels[n, c], mode="clip")  # "clip": unchecked, and uint8 needs no check
     return pixels
+
+
+@functools.lru_cache(maxsize=8)
+def _levels(processor) -> np.ndarray:
+    """[3, 256] float32: what becomes of each of the 256 values of each colour."""
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    table = processor([Image.fromarray(levels)], do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"][0]
+    return np.asarray(table, np.float32).reshape(3, 256)
+
+
+def _resized(image: Image.Image, w: int, h: int, crop: int, resample: int) -> np.ndarray:
+    """The middle [crop, crop, 3] of an image resized to w x h; no more than it is made where that gives the same."""
+    if _middle_alone(*image.size, w, h, crop, resample):
+        return _middle(image, w, h, crop, resample)
+    top, left = (h - crop) // 2, (w - crop) // 2
+    return np.asarray(image.resize((w, h), resample))[top : top + crop, left : left + crop]
+
+
+def _middle(image: Image.Image, w: int, h: int, crop: int, resample: int) -> np.ndarray:
+    left, top = (w - crop) // 2 * image.width / w, (h - crop) // 2 * image.height / h
+    return np.asarray(image.resize((crop, crop), resample, (left, top, image.width - left, image.height - top)))
+
+
+@functools.lru_cache(maxsize=64)
+def _middle_alone(width: int, height: int, w: int, h: int, crop: int, resample: int) -> bool:
+    """Does Pillow make the middle of a resized image alone, to the bit? Asked of it, with noise, where the edges fall between pixels:
+    it chooses whether rows or columns come first, and rounds in between."""
+    if (w - crop) % 2 or (h - crop) % 2 or (w - crop) * width % (2 * w) or (h - crop) * height % (2 * h):
+        return False
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8))
+    top, left = (h - crop) // 2, (w - crop) // 2
+    whole = np.asarray(noise.resize((w, h), resample))[top : top + crop, left : left + crop]
+    return np.array_equal(whole, _middle(noise, w, h, crop, resample))

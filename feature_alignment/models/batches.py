@@ -1,10 +1,12 @@
-"""Many questions about many clips at once: each clip is seen and read once, then all its questions go on from there.
+"""Many questions about many clips at once: each clip is seen and read once, then all its questions go on from there, side by side.
 
-    clip 1 | vision and the words before the question | question a | answer a |
-                                                       | question b | answer b, longer |      one pass over all these tails
-    clip 2 | vision and the words before the question | question a | answer a |
+    clip 1 | vision and the words before the question | question a | question b | answer a, answer b, word by word …
+    clip 2 | vision and the words before the question | question a | …
 
-Tails are padded behind their ends only, where nothing real looks, so no position is shifted and that pass needs no mask.
+A clip is one row. What is read of its questions stands in that row in any order: each token has the place it has in its own text, and a
+mask lets it see the clip and what stands before it in its own text alone (tree attention). So no question copies the clip's keys and
+values, and all read them together.
+
 A plan depends on the samples alone, never on what is done or who does it: a float may change in its last bit with its batch, so a
 resumed run, or one of many processes, is bit-identical only if its batches are.
 """
@@ -21,6 +23,8 @@ from transformers.cache_utils import DynamicLayer
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models.decoder import EOS, Decoder, State
 
+_NOBODY = -1  # whose token stands where a row is filled up
+
 
 def batches(samples: Sequence[Sample], size: int) -> list[range]:
     """All rows, at most `size` together; the questions of a clip are not split unless they are more than that."""
@@ -36,9 +40,12 @@ def batches(samples: Sequence[Sample], size: int) -> list[range]:
 
 
 class ClipBatch:
-    """A batch of samples whose clips one model has read, up to where their prompts differ."""
+    """A batch of samples whose clips one model has read, up to where their prompts differ.
 
-    def __init__(self, model: Decoder, samples: Sequence[Sample]) -> None:
+    deeper: the same samples' batch of the same model at a greater depth, whose reading is this one's too
+    """
+
+    def __init__(self, model: Decoder, samples: Sequence[Sample], deeper: ClipBatch | None = None) -> None:
         self.model = model
         prompts = [model.encode_prompt(s.question) for s in samples]
         shared = _common_prefix(prompts)
@@ -46,41 +53,34 @@ class ClipBatch:
         clips = {_clip(s): s for s in samples}
         order = list(clips)
         self._clip_of = [order.index(_clip(s)) for s in samples]
-        # A clip is encoded alone: its vision tokens are then the same in every batch, and pixels of one clip only are in memory.
-        vision = torch.cat([model.encode_vision(model.read_pixels(s)[None]) for s in clips.values()])
-        self._shared, self._vision = prompts[0][:shared].expand(len(clips), -1), vision
-        self._state = model.prefill_encoded(self._shared, vision)
+        self._shared = prompts[0][:shared].expand(len(clips), -1)
+        if deeper is None:  # a clip is encoded alone: its vision tokens are then the same in every batch, and few pixels are in memory
+            self._vision = torch.cat([model.encode_vision(model.read_pixels(s)[None]) for s in clips.values()])
+            self._state = model.prefill_encoded(self._shared, self._vision)
+        else:
+            self._vision, self._state = deeper._vision, _up_to(deeper._state, model.num_layers)
 
     @torch.inference_mode()
     def generate(self, max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers, each up to and including its EOS. A row leaves the batch when it is done."""
-        ids, rows = self._tensor(self._tails), list(range(len(self._tails)))
-        ends = torch.tensor([len(tail) for tail in self._tails], device=ids.device)[:, None]
-        state = branch(self._state, self._clip_of, ids.shape[1] + max_new_tokens)
-        place = state.length + ends  # [b, 1] position of the next token; shorter questions have padding between it and their end
-        seen = torch.cat([ids.new_ones(len(rows), state.length), torch.arange(ids.shape[1], device=ids.device) < ends], dim=1)
-        state.last = self.model.step(state, ids)[torch.arange(len(rows)), ends[:, 0] - 1]
-        answers: list[list[int]] = [[] for _ in rows]
+        """Greedy answers, each up to and including its EOS. A question, and a clip, leaves the batch when it is done."""
+        most = max(self._clip_of.count(clip) for clip in set(self._clip_of))
+        texts = _Texts(self.model, self._state, self._clip_of, self._longest(self._tails) + most * max_new_tokens)
+        tokens = self.model.lm_head(torch.stack([states[-1] for states in texts.read(self._tails)])).argmax(-1).tolist()
+        answers, rows = [[token] for token in tokens], list(range(len(tokens)))
         while True:
-            tokens = self.model.lm_head(state.last).argmax(-1)
-            for row, token in zip(rows, tokens.tolist(), strict=True):
-                answers[row].append(token)
-            going = [i for i, row in enumerate(rows) if answers[row][-1] != EOS and len(answers[row]) < max_new_tokens]
-            if not going:
+            rows = [row for row in rows if answers[row][-1] != EOS and len(answers[row]) < max_new_tokens]
+            if not rows:
                 return answers
-            if len(going) < len(rows):
-                order = _keep(state, going)
-                rows, tokens, place, seen = [rows[i] for i in order], tokens[order], place[order], seen[order]
-            seen = torch.cat([seen, seen.new_ones(len(rows), 1)], dim=1)
-            self.model.step(state, tokens[:, None], position_ids=place, attention_mask=seen)
-            place = place + 1
+            states = texts.read([[answers[row][-1]] for row in rows], rows)
+            for row, token in zip(rows, self.model.lm_head(torch.cat(states)).argmax(-1).tolist(), strict=True):
+                answers[row].append(token)
 
+    @torch.inference_mode()
     def states(self, answers: Sequence[Sequence[int]]) -> list[Tensor]:
         """The states [n, d] that emit the given answers of n tokens each, from one pass."""
         tails = [[*tail, *answer[:-1]] for tail, answer in zip(self._tails, answers, strict=True)]
-        state = branch(self._state, self._clip_of, max(map(len, tails)))
-        hidden = self.model.step(state, self._tensor(tails)).cpu()
-        return [hidden[i, len(tail) - len(answer) : len(tail)] for i, (tail, answer) in enumerate(zip(tails, answers, strict=True))]
+        states = _Texts(self.model, self._state, self._clip_of, self._longest(tails)).read(tails)
+        return [found[len(tail) - len(answer) :].cpu() for found, tail, answer in zip(states, tails, answers, strict=True)]
 
     def says(self, answers: Sequence[Sequence[int]]) -> list[list[int]]:
         """What the model would have said in each place of the given answers, knowing what stands before."""
@@ -91,23 +91,70 @@ class ClipBatch:
         seen = self.model.vision_states(self._shared, self._vision).cpu()
         return [seen[clip] for clip in self._clip_of]
 
-    def _tensor(self, tails: Sequence[Sequence[int]]) -> Tensor:
-        width = max(map(len, tails))
-        return torch.tensor([[*tail, *[0] * (width - len(tail))] for tail in tails], device=self.model.device)
+    def _longest(self, tails: Sequence[Sequence[int]]) -> int:
+        """Tokens of all of a clip's tails, at most."""
+        total = [0] * len(self._shared)
+        for clip, tail in zip(self._clip_of, tails, strict=True):
+            total[clip] += len(tail)
+        return max(total)
+
+
+class _Texts:
+    """Texts that go on from clips that were read, `room` tokens of each clip at most.
+
+    clip_of: the clip of each text
+    """
+
+    def __init__(self, model: Decoder, state: State, clip_of: Sequence[int], room: int) -> None:
+        self._model, self._clip_of, self._begin = model, clip_of, state.length
+        self._state = _with_room(state, room)
+        self._clips = list(range(len(state.last)))  # of each row
+        self._lengths = [0] * len(clip_of)
+        self._owner = torch.empty(len(self._clips), 0, dtype=torch.long, device=model.device)  # [rows, read]: each token's text
+
+    def read(self, tokens: Sequence[Sequence[int]], texts: Sequence[int] | None = None) -> list[Tensor]:
+        """The states [n, d] behind n more tokens of each of `texts`, by default of all. Clips none of which is named are left behind."""
+        texts = range(len(tokens)) if texts is None else texts
+        going = {self._clip_of[text] for text in texts}
+        if len(going) < len(self._clips):
+            order = _keep(self._state, [row for row, clip in enumerate(self._clips) if clip in going])
+            self._clips, self._owner = [self._clips[row] for row in order], self._owner[order]
+        row_of = {clip: row for row, clip in enumerate(self._clips)}
+        laid: list[list[tuple[int, int, int]]] = [[] for _ in self._clips]  # a row's new tokens: id, text, place in it
+        spots = []
+        for text, new in zip(texts, tokens, strict=True):
+            row, first = row_of[self._clip_of[text]], self._begin + self._lengths[text]
+            spots.append((row, len(laid[row]), len(laid[row]) + len(new)))
+            laid[row] += [(token, text, first + i) for i, token in enumerate(new)]
+            self._lengths[text] += len(new)
+        width = max(map(len, laid))
+        filled = [[*row, *[(0, _NOBODY, 0)] * (width - len(row))] for row in laid]
+        ids, owner, place = torch.tensor(filled, device=self._model.device).unbind(-1)
+        mask = self._mask(owner)
+        self._owner = torch.cat([self._owner, owner], dim=1)
+        hidden = self._model.step(self._state, ids, position_ids=place, attention_mask=mask)
+        return [hidden[row, begin:end] for row, begin, end in spots]
+
+    def _mask(self, owner: Tensor) -> Tensor:
+        """[rows, 1, new, clip + read + new], additive: each new token sees the clip, its own text so far and itself."""
+        before = self._owner[:, None] == owner[..., None]
+        among = (owner[:, None] == owner[..., None]).tril()
+        sees = torch.cat([before.new_ones(*owner.shape, self._begin), before, among], dim=-1)
+        dtype = self._state.last.dtype
+        return torch.zeros(sees.shape, dtype=dtype, device=owner.device).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 
 
 class _RoomyLayer(DynamicLayer):
     """Keys and values in buffers with room to grow: a token is put behind the others, which need not be copied for it."""
 
     @torch.inference_mode()
-    def __init__(self, layer: DynamicLayer, rows: Tensor, room: int) -> None:
+    def __init__(self, layer: DynamicLayer, room: int) -> None:
         super().__init__()
         self.lazy_initialization(layer.keys, layer.values)
-        b = len(rows)
-        heads, self._length, d = layer.keys.shape[1:]
-        self._buffers = [old.new_empty(b, heads, self._length + room, d) for old in (layer.keys, layer.values)]
+        rows, heads, self._length, d = layer.keys.shape
+        self._buffers = [old.new_empty(rows, heads, self._length + room, d) for old in (layer.keys, layer.values)]
         for new, old in zip(self._buffers, (layer.keys, layer.values), strict=True):
-            torch.index_select(old, 0, rows, out=new[:, :, : self._length])
+            new[:, :, : self._length] = old
         self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -136,13 +183,20 @@ def _keep(state: State, going: list[int]) -> list[int]:
     return order
 
 
-def branch(state: State, rows: Sequence[int], room: int) -> State:
-    """A state of its own for each of `rows` of `state`, repeats allowed, so that several texts of up to `room` tokens go on from it."""
-    index = torch.tensor(rows, device=state.last.device)
+def _with_room(state: State, room: int) -> State:
+    """A copy of `state` that up to `room` tokens can go on from."""
     cache = DynamicCache()
     assert isinstance(state.cache, DynamicCache)
-    cache.layers = [_RoomyLayer(layer, index, room) for layer in state.cache.layers]
-    return State(cache, state.last[index], state.length)
+    cache.layers = [_RoomyLayer(layer, room) for layer in state.cache.layers]
+    return State(cache, state.last, state.length)
+
+
+def _up_to(state: State, depth: int) -> State:
+    """What the first `depth` layers remember of it; `last` is the deeper model's and says nothing here."""
+    cache = DynamicCache()
+    assert isinstance(state.cache, DynamicCache)
+    cache.layers = state.cache.layers[:depth]
+    return State(cache, state.last, state.length)
 
 
 def _common_prefix(prompts: Sequence[Tensor]) -> int:

@@ -8,12 +8,13 @@ State t of a text is the hidden state that *emits* token t:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from feature_alignment.console import UserError
 from feature_alignment.inputs.samples import Sample
@@ -175,7 +176,10 @@ class Decoder:
         return hidden
 
     def _forward(self, inputs: dict[str, Tensor], cache: DynamicCache, keep: int | None = None) -> Tensor:
-        out = self.llama(**inputs, cache=cache, use_cache=True, output_hidden_states=len(self.taps) > 1)
+        mask, config = inputs.get("attention_mask"), self.llama.config
+        masked = mask is not None and mask.ndim == 4 and config._attn_implementation.startswith("flash")  # which takes no such mask
+        with _by_sdpa(config) if masked else nullcontext():
+            out = self.llama(**inputs, cache=cache, use_cache=True, output_hidden_states=len(self.taps) > 1)
         if len(self.taps) == 1:
             return out.last_hidden_state.to(self.device)
         # hidden_states[k] is the output of layer k, pre-norm; the very last one has passed the final norm
@@ -212,3 +216,12 @@ class Decoder:
         """
         first = state.last[:, None]
         return first if token_ids.shape[1] == 1 else torch.cat([first, self.step(state, token_ids[:, :-1])], dim=1)
+
+
+@contextmanager
+def _by_sdpa(config: PreTrainedConfig) -> Iterator[None]:
+    usual, config._attn_implementation = config._attn_implementation, "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual

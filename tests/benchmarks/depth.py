@@ -4,7 +4,10 @@
         --draft_layers 1 2 3 4 5 6 7 8 9 10 --output_dir outputs/depth --limit 1200        and so for validation and test, without --limit
     python tests/benchmarks/depth.py
 
-writes outputs/depth/depth.json and depth.png: cosine, token match and acceptance rate against the layer at which EventGPT stops.
+writes outputs/depth/depth.json and depth.png: cosine, token match and acceptance rate against the layer at which EventGPT stops, and
+adapter.layer01.pt … for a row each in the benchmark, which measures what they bring:
+
+    python feature_alignment/benchmark_feature_sd.py --config configs/demo.yaml --exit_adapters outputs/depth/adapter.layer*.pt
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ def measure(out: Path, layer: int, cfg: TrainConfig) -> dict[str, Any]:
     splits = [artifacts.load_hidden_states(out / "hidden_states" / split, [layer]) for split in ("train", "validation", "test")]
     head = artifacts.load_pt(out / "hidden_states" / "vl_lm_head.pt", "the extraction above").float()
     adapter, _ = training.train_hidden(splits[0], splits[1], head, cfg)
+    meta = artifacts.provenance("depth", cfg, {}, geometry=adapter.geometry, draft_layers=[layer])
+    artifacts.save_pt(out / f"adapter.layer{layer:02d}.pt", {"meta": meta, "state_dict": adapter.state_dict()})
     test = splits[2]
     scores = scoring.score({"adapter": lambda some: adapter(some.draft)}, test, head)["adapter"]
     return {"layer": layer, "rows": len(splits[0].mask), "norm": test.meta["draft_norm"], **scoring.rates(scores, test.mask, test, 5)}

@@ -3,6 +3,11 @@
     python tests/benchmarks/geometry_7b.py outputs/geometry_7b
     python -m feature_alignment.demo.scenes
     bash run_all.sh outputs/geometry_7b/random_7b.yaml
+    python feature_alignment/benchmark_feature_sd.py --config outputs/geometry_7b/random_7b.yaml --steps graphs \\
+        --planted_acceptance 0.6 0.7 0.8 --num_draft_tokens 1 2 3 5 8 12
+
+The last one measures wall clock alone: a step of Video-LLaVA and its share of the memory bandwidth, v(k), the adapters, EventGPT's exits,
+and the speed-up where drafts are kept by chance at the given rates.
 
 Configs are the released ones, the vocabulary is the embedded pair's (the released tokenizers are not ours to copy), so prompts have a
 few text tokens more or less; vision tokens, widths, depths and embedding rows are those of the 7B pair.
