@@ -141,7 +141,7 @@ def speculate(
     states = state.last.new_empty(max_new_tokens, target.hidden_size)  # states[i] emitted emitted[i]
     states[0] = state.last[0]
     while emitted[-1] != EOS and len(emitted) < max_new_tokens:
-        before = dict(watch.ms)
+        before, begin = dict(watch.ms), 0.0 if pace is None else watch.now()
         room = min(num_draft_tokens, max_new_tokens - len(emitted) - 1)  # the round also emits a token of the target's own
         floor = None if room <= 0 else 0.0 if pace is None else pace.next_floor()
         room = room if pace is None else min(room, pace.most)
@@ -159,7 +159,7 @@ def speculate(
             passes += len(read)
             ms = watch.ms["verify"] - before.get("verify", 0.0)
             if pace is not None:
-                pace.passed(0, len(read), 0.0, ms)
+                pace.passed(0, len(read), 0.0, watch.now() - begin)
             if room > 0:
                 rounds += [Round([], [], [], None, token, False, {"verify": ms / len(read)}, "off") for token in emitted[first:]]
             continue
@@ -206,7 +206,7 @@ def speculate(
         spent = {k: v - before.get(k, 0.0) for k, v in watch.ms.items() if v > before.get(k, 0.0)}
         if pace is not None:
             drafting = sum(spent.get(stage, 0.0) for stage in DRAFT_STAGES)
-            pace.passed(g, ended, drafting, sum(spent.values()) - drafting - spent.get("draft_prefill", 0.0))
+            pace.passed(g, ended, drafting, watch.now() - begin - drafting - spent.get("draft_prefill", 0.0))
         rounds.append(
             Round(
                 proposed=drafts.tolist(),

@@ -95,11 +95,12 @@ class Pace:
         """A pass of the target is over: how many drafts it verified, tokens it emitted, what drafting took and what everything else.
         Without drafts these may be several passes of a token each."""
         if not drafts:
-            self._pass.append(other_ms / tokens)
-            self._save(other_ms)
             self._since_pass = 0
+            self._save(other_ms)
+            if not draft_ms or len(self._pass) < 3:
+                self._pass.append(other_ms / tokens)
             if draft_ms:  # the drafter was asked and had no idea
-                self._settle(-self._in_passes(draft_ms))
+                self._settle(max(-1.0, tokens - self._in_passes(draft_ms + other_ms)))
             return
         self._since_pass += 1
         self._drafts.append(drafts)

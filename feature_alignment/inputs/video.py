@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ NUM_FRAMES = 8
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # whatever the suffix says: Pillow knows others that start programs
 MAX_PIXELS = 1 << 25  # of a frame: 8K
+_SMALL = 1 << 18  # bytes of an image that is resized sooner than threads are made
 # Containers that hold their frames themselves. FFmpeg also knows playlists, which make it open other files and addresses.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,mpeg,mpegts,mpegvideo,asf,flv,ogg,ivf,h264,hevc,m4v,mxf,nut,dv"
 _OPEN_SAFELY = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
@@ -135,14 +137,21 @@ def clip_pixels(images: Sequence[np.ndarray], processor) -> np.ndarray:
     usual = p.do_resize and p.do_center_crop and p.do_rescale and p.do_normalize and p.crop_size["width"] == crop
     if not (usual and short and short >= crop):
         return np.stack(p([Image.fromarray(i) for i in images], return_tensors="np")["pixel_values"]).astype(np.float32)
-    table = _levels(p)
-    pixels = np.empty((len(images), 3, crop, crop), np.float32)
-    for n, image in enumerate(images):
-        h, w = image.shape[:2]
+    table, pixels = _levels(p), np.empty((len(images), 3, crop, crop), np.float32)
+
+    def fill(n: int) -> None:
+        h, w = images[n].shape[:2]
         h, w = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)
-        small = _resized(Image.fromarray(image), w, h, crop, p.resample)
+        small = _resized(Image.fromarray(images[n]), w, h, crop, p.resample)
         for c in range(3):
             np.take(table[c], small[..., c], out=pixels[n, c], mode="clip")  # "clip": unchecked, and uint8 needs no check
+
+    if images[0].size < _SMALL:
+        for n in range(len(images)):
+            fill(n)
+    else:  # Pillow lets go of Python's lock while it resizes
+        with ThreadPoolExecutor(len(images)) as pool:
+            list(pool.map(fill, range(len(images))))
     return pixels
 
 

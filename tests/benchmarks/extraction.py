@@ -21,7 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -36,7 +38,7 @@ from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models import pair as pair_module
 from feature_alignment.models.decoder import EOS, Decoder
 from feature_alignment.models.eventgpt import load_eventgpt
-from feature_alignment.models.pair import load_pair
+from feature_alignment.models.pair import Pair, load_pair
 from feature_alignment.models.video_llava import load_video_llava
 
 GOALS = {"with generation": 8, "answers known": 25}
@@ -64,9 +66,23 @@ def earlier_way(model: PreTrainedModel, decoder: Decoder, sample, max_new_tokens
 
 
 def speed(args: argparse.Namespace, folder: Path) -> None:
-    cfg = parse_config(extract_hidden_states.ExtractConfig, flags(args, folder), "extract_hidden_states")
-    samples, pair = read_samples(cfg.manifests, args.split, args.rows), load_pair(cfg)
-    rows = len(samples)
+    """On the split as it is, and with every clip asked all of the split's questions: the earlier attempt's clips had ten each."""
+    own = parse_config(extract_hidden_states.ExtractConfig, flags(args, folder), "extract_hidden_states")
+    asked = sorted({s.question for s in read_samples(own.manifests, args.split)})
+    (folder / "questions.txt").write_text("\n".join(asked))
+    pair = load_pair(own)
+    models = [(load_video_llava(own.target_id, torch.float32), pair.target), (load_eventgpt(own.draft_id, torch.float32), pair.draft)]
+    workloads = {"own": [], "all": ["--questions", str(folder / "questions.txt")]}
+    reports = [speed_on(args, folder / name, pair, models, more) for name, more in workloads.items()]
+    print_json_line({"workloads": reports})
+
+
+def speed_on(args: argparse.Namespace, folder: Path, pair: Pair, models: Sequence[tuple], more: list[str]) -> dict[str, Any]:
+    """The same work in both ways: both models' texts and states, without event states and forced drafts, which the earlier way lacks."""
+    same = [*more, "--event_states", "false", "--own_drafts", "false"]
+    cfg = parse_config(extract_hidden_states.ExtractConfig, flags(args, folder, *same), "extract_hidden_states")
+    samples = read_samples(cfg.manifests, args.split, args.rows, cfg.questions)
+    rows, clips = len(samples), len({s.video for s in samples})
 
     def clock() -> np.ndarray:
         return np.array([time.perf_counter(), time.process_time()])
@@ -78,37 +94,38 @@ def speed(args: argparse.Namespace, folder: Path) -> None:
                 earlier_way(model, decoder, sample, cfg.max_new_tokens)
         return (clock() - began) / len(some)
 
-    def now(out: Path, *more: str) -> np.ndarray:
+    def now(out: Path, *flags_of_it: str) -> np.ndarray:
         """Of the whole command, from the moment the models are loaded."""
         loaded: list[np.ndarray] = []
         pair_module.load_pair = lambda _: loaded.append(clock()) or pair
-        extract_hidden_states.main(flags(args, out, "--limit", str(rows), *more))
+        extract_hidden_states.main(flags(args, out, "--limit", str(rows), *flags_of_it))
         return (clock() - loaded[0]) / rows
 
-    models = [(load_video_llava(cfg.target_id, torch.float32), pair.target), (load_eventgpt(cfg.draft_id, torch.float32), pair.draft)]
     for model, decoder in models:
         state = decoder.prefill([decoder.prepare(samples[0])])  # warm-up, and proof that both ways speak of the same states
         text = decoder.generate(state, 8)
         torch.testing.assert_close(
             earlier_way(model, decoder, samples[0], 8), decoder.teacher_force(state, torch.tensor(text))[0], atol=1e-4, rtol=1e-3
         )
-    seconds = {"earlier": [], "with generation": [], "answers known": []}  # of the wall and of the processor, per row
+    seconds: dict[str, list[np.ndarray]] = {name: [] for name in ("earlier", *GOALS, "with event states and own drafts")}
     for i in range(args.repeats):  # in turn, because other work on the machine comes and goes
         seconds["earlier"].append(earlier())
-        seconds["with generation"].append(now(folder / f"generated{i}"))
+        seconds["with generation"].append(now(folder / f"generated{i}", *same))
         answers = folder / f"generated{i}" / "token_pairs" / f"{args.split}.json"
-        seconds["answers known"].append(now(folder / f"known{i}", "--answers", str(answers)))
+        seconds["answers known"].append(now(folder / f"known{i}", *same, "--answers", str(answers)))
+        extras = ("--event_states", "true", "--own_drafts", "true")
+        seconds["with event states and own drafts"].append(now(folder / f"more{i}", *more, *extras))
     best = {name: np.min(found, axis=0) for name, found in seconds.items()}
     ratios = {name: best["earlier"] / found for name, found in best.items()}
     print_table(
-        f"extraction of {rows} rows of {args.split}, best of {args.repeats}, {torch.get_num_threads()} thread",
+        f"{rows} rows of {args.split}, {clips} clips, best of {args.repeats}, {torch.get_num_threads()} thread",
         ("way", "rows/s", "ratio", "rows per processor second", "ratio", "goal"),
         [
             (name, float(1 / wall), float(ratios[name][0]), float(1 / cpu), float(ratios[name][1]), GOALS.get(name))
             for name, (wall, cpu) in best.items()
         ],
     )
-    print_json_line({"rows": rows, "seconds_per_row": {name: np.array(found).tolist() for name, found in seconds.items()}})
+    return {"rows": rows, "clips": clips, "seconds_per_row": {name: np.array(found).tolist() for name, found in seconds.items()}}
 
 
 class FakeClips:
