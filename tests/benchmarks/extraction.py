@@ -11,6 +11,7 @@ every question. It is measured without its saving of files, this extraction with
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -38,7 +39,7 @@ from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models import pair as pair_module
 from feature_alignment.models.decoder import EOS, Decoder
 from feature_alignment.models.eventgpt import load_eventgpt
-from feature_alignment.models.pair import Pair, load_pair
+from feature_alignment.models.pair import Pair, load_draft, load_pair
 from feature_alignment.models.video_llava import load_video_llava
 
 GOALS = {"with generation": 8, "answers known": 25}
@@ -71,7 +72,8 @@ def speed(args: argparse.Namespace, folder: Path) -> None:
     asked = sorted({s.question for s in read_samples(own.manifests, args.split)})
     (folder / "questions.txt").write_text("\n".join(asked))
     pair = load_pair(own)
-    models = [(load_video_llava(own.target_id, torch.float32), pair.target), (load_eventgpt(own.draft_id, torch.float32), pair.draft)]
+    deep = load_draft(dataclasses.replace(own, draft_layers=None))
+    models = [(load_video_llava(own.target_id, torch.float32), pair.target), (load_eventgpt(own.draft_id, torch.float32), deep)]
     workloads = {"own": [], "all": ["--questions", str(folder / "questions.txt")]}
     reports = [speed_on(args, folder / name, pair, models, more) for name, more in workloads.items()]
     print_json_line({"workloads": reports})
@@ -131,7 +133,7 @@ def speed_on(args: argparse.Namespace, folder: Path, pair: Pair, models: Sequenc
 class FakeClips:
     """Answers and states from nowhere, as large as real ones: what is measured is all that grows with the number of rows."""
 
-    def __init__(self, model, samples) -> None:
+    def __init__(self, model, samples, deeper=None) -> None:
         self.model, self.count = model, len(samples)
 
     def generate(self, max_new_tokens: int) -> list[list[int]]:
@@ -139,6 +141,12 @@ class FakeClips:
 
     def states(self, answers) -> list[torch.Tensor]:
         return [torch.randn(len(answer), self.model.hidden_size) for answer in answers]
+
+    def says(self, answers) -> list[list[int]]:
+        return [list(answer) for answer in answers]
+
+    def vision_states(self) -> list[torch.Tensor]:
+        return [torch.randn(self.model.vision_tokens, self.model.width) for _ in range(self.count)]
 
 
 def memory(args: argparse.Namespace, folder: Path) -> None:
