@@ -135,7 +135,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     clips = [s.sequence for s in samples]
 
     cost = measure.costs(pair.target, pair.draft, adapter, chained, *prompts[0])
-    cost |= measure.machine_costs(pair.target, sources.full_draft, cost, *prompts[0])
+    cost |= measure.machine_costs(pair.target, sources.full_draft, cost, *prompts[0], layers=exits)
 
     def method(mode: Mode) -> Callable[[int], Generation]:
         pace = Pace(sources.known_acceptance(mode.draft)) if mode.adaptive else None

@@ -73,11 +73,14 @@ def warnings(cost: dict[str, Any]) -> list[str]:
     return found + ([f"verifying 8 tokens costs {eight:.2f} passes: long drafts cannot win"] if eight > 1.5 else [])
 
 
-def modelled(draft: str, accept: str, num_draft_tokens: int, acceptance_rate: float, timed: Timed, cost: dict[str, Any]) -> float:
+def modelled(row: dict[str, Any], timed: Timed, cost: dict[str, Any]) -> float:
     """TASKS.md's formula, for rounds of a fixed length: E / (1 + overhead), relaxed: γ a / (1 + overhead + rejection cost)."""
-    g, overhead = num_draft_tokens, num_draft_tokens * cost["c_chained" if draft == "chained" else "c"]
-    if accept != "relaxed":
-        return metrics.modelled_speedup(metrics.tokens_per_pass_iid(acceptance_rate, g), overhead)
+    c, layer = cost["c_chained" if row["draft"] == "chained" else "c"], row["exit_layer"]
+    if layer is not None:
+        c = cost["exit_layers"][str(layer)]["c"]
+    g, overhead = row["num_draft_tokens"], row["num_draft_tokens"] * c
+    if row["accept"] != "relaxed":
+        return metrics.modelled_speedup(metrics.tokens_per_pass_iid(row["acceptance_rate"]["value"], g), overhead)
     rounds = [r for runs in timed.generations for r in runs[0].rounds]
     kept, recompute = sum(r.num_accepted for r in rounds), sum(runs[0].ms.get("recompute", 0.0) for runs in timed.generations)
     n = max(1, len(rounds))
@@ -102,8 +105,7 @@ def of_row(row: dict[str, Any], timed: Timed, plain: Timed, live: RoundCost | No
     """Both formulas beside the measured speed-up of decoding alone. TASKS.md's is for adapted drafts of a fixed number only."""
     measured, found = row["decode_speedup"]["value"], dict[str, float | None](modelled_speedup=None, corrected_speedup=None)
     if row["draft"] in ("aligned", "chained") and not row["adaptive"]:
-        rate = row["acceptance_rate"]["value"]
-        found["modelled_speedup"] = modelled(row["draft"], row["accept"], row["num_draft_tokens"], rate, timed, cost)
+        found["modelled_speedup"] = modelled(row, timed, cost)
     if live:
         found["corrected_speedup"] = corrected(timed, plain, live, cost)
     errors = {f"{name.split('_')[0]}_error": None if value is None else value / measured - 1 for name, value in found.items()}

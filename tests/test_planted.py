@@ -12,6 +12,7 @@ from conftest import main_of
 from feature_alignment.artifacts import read_sealed, save_pt
 from feature_alignment.console import UserError
 from feature_alignment.hidden_adapter import HiddenAdapter
+from feature_alignment.metrics import tokens_per_pass_iid
 from feature_alignment.planted import kept_by_chance
 from feature_alignment.rows import row_name
 
@@ -74,6 +75,8 @@ def test_several_thresholds_and_exits_are_rows_of_their_own(finished, tmp_path):
     for k in (1, 2):
         row = names[f"aligned at layer {k} + token, 3"]
         assert row["draft_layers"] == [k] and row["exact_match"] == 1.0
+        expected = tokens_per_pass_iid(row["acceptance_rate"]["value"], 3) / (1 + 3 * report["cost"]["exit_layers"][str(k)]["c"])
+        assert row["modelled_speedup"] == pytest.approx(expected)
     kept = [names[f"aligned + relaxed > {t}, 3"]["acceptance_rate"]["value"] for t in ("0.5", "0.95")]
     assert kept[0] >= kept[1]
 

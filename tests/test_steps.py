@@ -128,6 +128,27 @@ def test_compiled_steps():
     assert greedy(other, prompt, 20).token_ids == greedy(eager, prompt, 20).token_ids
 
 
+class Anywhere(torch.Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+
+def test_what_cannot_be_recorded_runs_as_ever(monkeypatch, caplog):
+    tried = []
+
+    def record(self, inputs):
+        tried.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(fixed.Recorded, "_record", record)
+    double = fixed.Recorded(lambda x: x * 2)
+    assert [double(torch.full((1,), float(i)).as_subclass(Anywhere)).item() for i in range(3)] == [0, 2, 4]
+    assert len(tried) == 1 and "run eagerly: operation not permitted" in caplog.text
+
+
 def test_a_recording_is_made_once_a_shape_and_replayed(monkeypatch):
     """The bookkeeping of recordings, with a recorder that notes what it is asked for."""
     made, replayed = [], []
@@ -145,13 +166,6 @@ def test_a_recording_is_made_once_a_shape_and_replayed(monkeypatch):
 
     def call(x):
         return x * 2
-
-    class Anywhere(torch.Tensor):
-        """A tensor that says it lies on a GPU."""
-
-        @property
-        def device(self):
-            return torch.device("cuda")
 
     monkeypatch.setattr(fixed.Recorded, "_record", record)
     double = fixed.Recorded(call)

@@ -6,7 +6,7 @@ Ratios are sums over sums, intervals resample clips, methods take turns on every
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -128,15 +128,18 @@ def costs(
 
 
 @torch.inference_mode()
-def machine_costs(target: Decoder, draft: Decoder, cost: dict[str, Any], target_prompt: Prompt, draft_prompt: Prompt) -> dict[str, Any]:
+def machine_costs(
+    target: Decoder, draft: Decoder, cost: dict[str, Any], target_prompt: Prompt, draft_prompt: Prompt, layers: Iterable[int] = ()
+) -> dict[str, Any]:
     """What an early exit saves, and how near a step of the target comes to the machine's memory bandwidth.
 
-    draft: at full depth; cost: what `costs` found; the adapter's cost there is taken for all exits
+    draft:  at full depth; cost: what `costs` found; the adapter's cost there is taken for all exits
+    layers: exits to measure beside layers 1, 2, 4, … and the last
     """
     depth, taps = draft.num_layers, draft.taps
     exits, rest_ms = {}, cost["t_adapter_ms"] + cost["t_head_ms"]
     try:
-        for k in sorted({depth, *(2**i for i in range(depth.bit_length()) if 2**i <= depth)}):
+        for k in sorted({depth, *layers, *(2**i for i in range(depth.bit_length()) if 2**i <= depth)}):
             draft.llama.config.num_hidden_layers, draft.taps = k, (k,)
             draft.record(draft.steps)
             ms = step_ms(draft, draft_prompt, repeats=20)[1]

@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from feature_alignment.console import log
+
 Steps = Literal["eager", "graphs", "compiled"]
 LENGTHS = (1, 2, 4, 6, 9, 13, 17, 25)  # tokens a recorded step reads; beyond them multiples of 32
 ROOM = 192  # places behind a prompt
@@ -27,12 +29,13 @@ ROOM = 192  # places behind a prompt
 class Recorded:
     """A function of tensors that returns a tensor or a tuple of them, recorded once for each combination of shapes.
 
-    The function must not ask the device anything, and tensors it closes over must stay where they are.
+    The function must not ask the device anything, and tensors it closes over must stay where they are. What cannot be recorded all the
+    same is called as ever, and the log says so.
     """
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
-        self._known: dict[tuple, tuple[tuple[Tensor, ...], torch.cuda.CUDAGraph, Any]] = {}
+        self._known: dict[tuple, tuple[tuple[Tensor, ...], torch.cuda.CUDAGraph, Any] | None] = {}
 
     @torch.inference_mode()
     def __call__(self, *inputs: Tensor) -> Any:
@@ -40,8 +43,15 @@ class Recorded:
             return self._call(*inputs)
         key = tuple((x.shape, x.dtype) for x in inputs)
         if key not in self._known:
-            self._known[key] = self._record(tuple(x.clone() for x in inputs))
-        mine, graph, outputs = self._known[key]
+            try:
+                self._known[key] = self._record(tuple(x.clone() for x in inputs))
+            except RuntimeError as error:
+                log.warning("steps of shape %s cannot be recorded and run eagerly: %s", list(inputs[0].shape), str(error)[:200])
+                self._known[key] = None
+        known = self._known[key]
+        if known is None:
+            return self._call(*inputs)
+        mine, graph, outputs = known
         for place, x in zip(mine, inputs, strict=True):
             place.copy_(x)
         graph.replay()

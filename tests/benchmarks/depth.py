@@ -1,7 +1,7 @@
 """How early can EventGPT stop? One hidden adapter per layer of EventGPT, all else the same.
 
     python feature_alignment/extract_hidden_states.py --config configs/demo.yaml --split train --separate_layers \\
-        --draft_layers 1 2 3 4 5 6 7 8 9 10 --output_dir outputs/depth --limit 1200        and so for validation and test, without --limit
+        --draft_layers 1 2 4 7 10 --output_dir outputs/depth --event_states false --own_drafts false        and so for validation and test
     python tests/benchmarks/depth.py
 
 writes outputs/depth/depth.json and depth.png: cosine, token match and acceptance rate against the layer at which EventGPT stops, and

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from feature_alignment.console import rate_text
+from feature_alignment.rows import row_name
 
 ROOT = Path(__file__).parents[2]
 TABLE = r"^{head}.*\n(?:\|.*\|\n)+(?:\n*<!-- \S+\.json(?:.|\n)*?-->\n)*"
@@ -39,7 +40,7 @@ def targets(benchmark: dict[str, Any], marked: bool) -> str:
 def speedups(benchmark: dict[str, Any]) -> str:
     rows = [
         [
-            f"{r['draft']} + {r['accept']}, {r['drafts_per_round']}",
+            row_name(r),
             *(rate_text(r[k], 2) for k in ("speedup", "decode_speedup")),
             f"{r['tokens_per_pass']:.2f}",
             f"{r['exact_match']:.3f}",
