@@ -25,7 +25,10 @@ def compare(paths: list[str]) -> dict[str, Any]:
     for path, found in zip(paths, (a, b), strict=True):
         if not {"meta", "rows", "baselines"} <= found.keys():
             raise UserError(f"{path} is not a benchmark.json (wanted meta, baselines and rows). Make one:\n  {RUN}")
-    kinds = lambda r: {"device": r["meta"]["device"], "dtype": r["meta"]["dtype"]} | {k: r["meta"]["config"].get(k) for k in MUST}  # noqa: E731
+        if found.get("planted"):
+            raise UserError(f"{path} holds planted acceptance, which is compared by eye. Wanted a benchmark.json:\n  {RUN}")
+    same = lambda m: {"device": m["device"], "gpu": m["machine"].get("gpu"), "dtype": m["dtype"]}  # noqa: E731
+    kinds = lambda r: same(r["meta"]) | {k: r["meta"]["config"].get(k) for k in MUST}  # noqa: E731
     unlike = [f"{k}: {x!r} and {y!r}" for (k, x), y in zip(kinds(a).items(), kinds(b).values(), strict=True) if x != y]
     if a["meta"]["made_from"].get("clips") != b["meta"]["made_from"].get("clips"):
         unlike.append("the clips")

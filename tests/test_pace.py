@@ -42,7 +42,7 @@ def decode(pace, chance, draft_ms, passes=600, most=16, verify_ms=1.4, pass_ms=1
 
 def test_cheap_drafts_known_to_be_good_are_always_wanted():
     tokens, ms, rounds = decode(Pace(0.95), chance=0.95, draft_ms=0.06, prefill_ms=2.0)
-    assert rounds == 600 and tokens / ms > 3
+    assert rounds >= 599 and tokens / ms > 3  # one pass without drafts, to know what they are compared with
 
 
 @pytest.mark.parametrize("prefill_ms", [0.0, 2.0, 12.0])
@@ -79,6 +79,13 @@ def test_a_drafter_of_which_nothing_is_known_loses_little_from_the_first_prompt_
         found = decode(pace, chance, draft_ms, passes=1, prefill_ms=prefill_ms, length=30)
         tokens, ms = tokens + found[0], ms + found[1]
     assert ms + 12 * prompts < 1.03 * (tokens + 12 * prompts)
+
+
+@pytest.mark.parametrize(("chance", "verify_ms"), [(0.7, 3.2), (0.75, 3.5), (0.65, 2.8)])
+def test_good_drafts_that_are_dear_to_verify_are_given_up(chance, verify_ms):
+    """More than two tokens a verification, which takes longer than as many passes."""
+    tokens, ms, _ = decode(Pace(0.9), chance, 0.05, passes=3000, verify_ms=verify_ms)
+    assert ms < 1.03 * tokens
 
 
 def test_drafts_that_seem_good_on_and_off_lose_little():

@@ -21,6 +21,7 @@ from feature_alignment.hidden_adapter import HiddenAdapter, call_ms
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.metrics import Counts
 from feature_alignment.models.decoder import Decoder, Prompt
+from feature_alignment.models.fixed import Steps, recorded
 
 VERIFIED = (*range(1, 13), 16, 20, 24, 28, 32)
 
@@ -90,14 +91,15 @@ def step_ms(model: Decoder, prompt: Prompt, numbers: Sequence[int] = (1,), repea
     return {k: statistics.median(found) for k, found in times.items()}
 
 
-def chained_ms(adapter: ChainedAdapter, repeats: int = 200) -> float:
+def chained_ms(adapter: ChainedAdapter, repeats: int = 200, steps: Steps = "eager") -> float:
     """Median milliseconds of one chained draft without the head: the last state and token read, the next state expected."""
     like = adapter.out.bias
     size = adapter.geometry
     events = torch.randn(1, size["num_events"], size["d_event"], device=like.device, dtype=like.dtype)
     state, token = events.new_ones(1, 1, size["d_target"]), events.new_ones(1, 1, size["width"])
     seen, memory = adapter.see(events), token[:, 0]
-    return call_ms(lambda: adapter.expect(adapter.read(state, token, memory), seen), repeats, like.device.type)
+    draft = recorded(lambda state, token, memory: adapter.expect(adapter.read(state, token, memory), seen), steps)
+    return call_ms(lambda: draft(state, token, memory), repeats, like.device.type)
 
 
 @torch.inference_mode()
@@ -111,10 +113,11 @@ def costs(
     steps = step_ms(target, target_prompt, VERIFIED, says=True)
     state = torch.randn(1, draft.hidden_size, device=target.device, dtype=target.head_weight.dtype)
     aligned = adapter(state)
-    t_adapter = call_ms(lambda: adapter(state), repeats, device)
+    adapt = recorded(adapter, draft.steps)  # as decoding calls it
+    t_adapter = call_ms(lambda: adapt(state), repeats, device)
     t_head = call_ms(lambda: target.lm_head(aligned).argmax(-1), repeats, device)
     t_draft = step_ms(draft, draft_prompt)[1]
-    t_chained = None if chained is None else chained_ms(chained)
+    t_chained = None if chained is None else chained_ms(chained, steps=draft.steps)
     return {
         "t_draft_ms": t_draft,
         "t_adapter_ms": t_adapter,

@@ -24,6 +24,7 @@ RISK = 1.0  # passes that a poor round loses
 ALLOWANCE = 3.0  # passes that a drafter known to be good may lose before it has earned any, and that are put aside once it has
 GOOD = 0.5  # acceptance rate from which on a drafter is known to be good
 FIRST_FLOOR = 0.8  # until a draft's cost is known
+KNOWN = 8  # rounds after which a pass without drafts is needed to judge them, however well they do
 CLEAR = 2.0  # tokens in the time of one verification above which drafting pays whatever a pass without drafts costs
 MEMORY = 0.9  # what a round still weighs in R after the next
 
@@ -79,7 +80,8 @@ class Pace:
         if not self._on:
             return None
         unclear = self._verify and self._tokens / self._ms * statistics.median(self._verify) < CLEAR
-        if unclear and (len(self._pass) < 3 or self._since_pass >= (12 if self._aside else 3)):
+        unknown = len(self._verify) >= KNOWN and not self._pass  # a verification may take more than any drafts bring
+        if unknown or (unclear and (len(self._pass) < 3 or self._since_pass >= (12 if self._aside else 3))):
             return None  # what drafting is compared with is not known, or no longer: machines become slower and faster
         if not self._draft:
             return FIRST_FLOOR

@@ -58,7 +58,7 @@ class ClipBatch:
             self._vision = torch.cat([model.encode_vision(model.read_pixels(s)[None]) for s in clips.values()])
             self._state = model.prefill_encoded(self._shared, self._vision)
         else:
-            self._vision, self._state = deeper._vision, _up_to(deeper._state, model.num_layers)
+            self._vision, self._state = deeper._vision, _up_to(deeper._state, model.taps[-1])
 
     @torch.inference_mode()
     def generate(self, max_new_tokens: int) -> list[list[int]]:
@@ -207,4 +207,4 @@ def _common_prefix(prompts: Sequence[Tensor]) -> int:
 
 
 def _clip(sample: Sample) -> tuple:
-    return sample.video, sample.events
+    return sample.video, sample.events, sample.event_start_ms

@@ -52,6 +52,8 @@ def load_pair(cfg: Common) -> Pair:
     """Both decoders of a config, on its device and dtype; refuses checkpoints whose vocabularies do not share ids."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    if cfg.device.startswith("cuda:"):
+        torch.cuda.set_device(cfg.device)  # where steps are recorded and timed
     target, draft = load_target(cfg), load_draft(cfg)
     loading.check_shared_ids(cfg.draft_id, draft.tokenizer, cfg.target_id, target.tokenizer)
     shared = min(target.vocab_size, draft.vocab_size)
