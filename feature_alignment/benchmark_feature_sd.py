@@ -238,9 +238,9 @@ def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, 
     if not all(0 <= rate <= 1 for rate in cfg.planted_acceptance):
         raise UserError(f"--planted_acceptance {cfg.planted_acceptance}: wanted rates from 0 to 1.")
     out, clips = cfg.out / "benchmark", list(dict.fromkeys(path for s in samples for path in (s.events, s.video)))
-    made_from = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split], "clips": clips}
+    files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
     adapters = {name: cfg.out / f"{name}/adapter.pt" for name in ("adapter", "chained_adapter")}  # untrained ones, where they are missing
-    made_from |= {name: path for name, path in adapters.items() if path.is_file()}
+    made_from = files | {"clips": clips} | {name: path for name, path in adapters.items() if path.is_file()}
     result = artifacts.reusable(out / "planted.json", cfg, made_from)
     reused = result is not None
     if result is None:

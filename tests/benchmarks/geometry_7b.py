@@ -33,9 +33,11 @@ common:
   device: cuda
   dtype: bfloat16
   random_weights: true
+  draft_layers: [2]
   limit: 16
 extract_hidden_states: {{max_new_tokens: 32, batch_size: 4}}
 train_hidden_adapter: {{num_epochs: 2}}
+train_hidden_adapter.chained: {{bottleneck: 192}}
 feature_sd_inference: {{max_new_tokens: 32}}
 benchmark_feature_sd: {{max_new_tokens: 32, limit: 4}}
 """
