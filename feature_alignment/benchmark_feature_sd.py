@@ -112,7 +112,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
         "chained_adapter": chained_path,
         "texts": cfg.out / "token_pairs" / f"{cfg.train_split}.json",
         "manifest": cfg.manifests[cfg.split],
-        "clips": list(dict.fromkeys(path for s in samples for path in (s.events, s.video))),
+        "clips": clips_of(samples),
         **({"questions": cfg.questions} if cfg.questions else {}),
         **({"exit_adapters": cfg.exit_adapters} if cfg.exit_adapters else {}),
     }
@@ -127,6 +127,8 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     pair.record(cfg.steps)
     sources = Sources(pair, cfg, cfg.train_split)
     exits = dict(sources.open_exit(path) for path in cfg.exit_adapters)
+    if len(exits) < len(cfg.exit_adapters):
+        raise UserError(f"--exit_adapters: {len(cfg.exit_adapters)} files read layers {sorted(exits)}; wanted one for each layer.")
     adapters = ("chained", "aligned") if has_chain else ("aligned",)
     rows_of = modes(cfg.num_draft_tokens, cfg.most_draft_tokens, cfg.threshold, adapters, sorted(exits))
     proposers = {name: sources.open(name) for name in {mode.draft for mode in rows_of}}
@@ -231,13 +233,18 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     return result
 
 
+def clips_of(samples: Sequence[Sample]) -> list[Path]:
+    """The files of all clips, each once."""
+    return list(dict.fromkeys(path for s in samples for path in (s.events, s.video)))
+
+
 def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, Any]:
     """Wall clock under stated acceptances: planted.json and planted.md, beside whatever else was measured."""
     from feature_alignment import artifacts, planted
 
     if not all(0 <= rate <= 1 for rate in cfg.planted_acceptance):
         raise UserError(f"--planted_acceptance {cfg.planted_acceptance}: wanted rates from 0 to 1.")
-    out, clips = cfg.out / "benchmark", list(dict.fromkeys(path for s in samples for path in (s.events, s.video)))
+    out, clips = cfg.out / "benchmark", clips_of(samples)
     files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
     adapters = {name: cfg.out / f"{name}/adapter.pt" for name in ("adapter", "chained_adapter")}  # untrained ones, where they are missing
     made_from = files | {"clips": clips} | {name: path for name, path in adapters.items() if path.is_file()}
