@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from feature_alignment.config import SCRIPTS
 from feature_alignment.models.decoder import Decoder, Prompt
+from feature_alignment.models.loading import load_tokenizer
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 SHARED = ROOT.parent / "shared" / "fixtures"
 VOCAB = 64
 
@@ -75,6 +78,17 @@ def fork() -> int:
 
 def prompt_of(*ids: int) -> Prompt:
     return Prompt(torch.tensor(ids), torch.zeros(1))
+
+
+@pytest.fixture(scope="session")
+def geometry(tiny_run, tmp_path_factory) -> Path:
+    """What `tests/benchmarks/geometry_7b.py` writes, with the tiny pair's tokenizers."""
+    from geometry_7b import write_geometry
+
+    out = tmp_path_factory.mktemp("geometry") / "geometry_7b"
+    names = {"draft": "eventgpt", "target": "video_llava"}
+    write_geometry(out, {who: load_tokenizer(tiny_run / "pair" / name, 10**6) for who, name in names.items()})
+    return out
 
 
 @pytest.fixture(scope="session")

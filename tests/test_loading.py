@@ -285,15 +285,9 @@ def test_the_check_prints_one_table(tiny_run):
         pair.main(["--config", str(tiny_run / "tiny.yaml"), "--target_id", "absent"])
 
 
-def test_the_7b_geometry_on_paper(tiny_run, tmp_path):
+def test_the_7b_geometry_on_paper(geometry):
     """Names and shapes only: parameters, tokens and memory of the released pair."""
-    sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
-    from geometry_7b import write_geometry
-
-    rows = 10**6
-    names = {"draft": "eventgpt", "target": "video_llava"}
-    write_geometry(tmp_path, {who: loading.load_tokenizer(tiny_run / "pair" / name, rows) for who, name in names.items()})
-    cfg = parse_config(Common, ["--config", str(tmp_path / "random_7b.yaml"), "--device", "cpu"], "models/pair")
+    cfg = parse_config(Common, ["--config", str(geometry / "random_7b.yaml"), "--device", "cpu"], "models/pair")
     found = pair.check_pair(cfg)["models"]
     assert [m["weights"] for m in found.values()] == ["random"] * 2
     assert [m["parameters"] for m in found.values()] == [7_079_684_096, 7_366_279_168]
