@@ -31,7 +31,7 @@ def needs(path: Path):
     return pytest.mark.skipif(not path.exists(), reason=f"fixture {path.name} is not here")
 
 
-def tiny_llama(seed: int, layers: int = 2) -> LlamaForCausalLM:
+def tiny_llama(seed: int, layers: int = 2, kv_heads: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -39,7 +39,7 @@ def tiny_llama(seed: int, layers: int = 2) -> LlamaForCausalLM:
         intermediate_size=64,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=256,
         bos_token_id=1,
         eos_token_id=2,

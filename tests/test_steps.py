@@ -14,20 +14,21 @@ from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.hidden_adapter import HiddenAdapter
-from feature_alignment.models import fixed
+from feature_alignment.models import fixed, fused
 from feature_alignment.models.fixed import FixedCache
 
 
-def both(taps=None, steps="graphs"):
-    model = tiny_llama(0, layers=3)
+def both(taps=None, steps="graphs", kv_heads=2):
+    model = tiny_llama(0, layers=3, kv_heads=kv_heads)
     eager, other = as_decoder(model, taps), as_decoder(model, taps)
     other.record(steps)
     return eager, other
 
 
-@pytest.mark.parametrize("taps", [None, [2], [1, 3]])
-def test_states_are_those_of_eager_steps(taps):
-    eager, other = both(taps)
+@pytest.mark.parametrize(("taps", "kv_heads"), [(None, 2), ([2], 2), ([1, 3], 2), (None, 1)])
+def test_states_are_those_of_eager_steps(taps, kv_heads, monkeypatch):
+    monkeypatch.setattr(fused, "CHUNK", 64)  # several of them
+    eager, other = both(taps, kv_heads=kv_heads)
     for prompt in (prompt_of(1, 5, 9, 3), prompt_of(1, 7, 9, 3, 4, 4)):  # the second takes the first one's place
         a, b = eager.prefill([prompt]), other.prefill([prompt])
         for ids, back in (([5], 0), ([5, 6, 7], 2), ([8, 3, 3, 1, 1, 9, 9], 7), (list(range(3, 40)), 30), ([3], 0)):
@@ -40,6 +41,7 @@ def test_states_are_those_of_eager_steps(taps):
 
 def test_a_longer_text_gets_more_room(monkeypatch):
     monkeypatch.setattr(fixed, "ROOM", 4)
+    monkeypatch.setattr(fused, "CHUNK", 16)
     eager, other = both()
     for prompt in (prompt_of(1, 5), prompt_of(*range(1, 62)), prompt_of(1, 5)):
         assert other.prefill([prompt]).length == eager.prefill([prompt]).length
@@ -121,11 +123,67 @@ def test_drafting_steps_never_ask_the_device(monkeypatch):
     torch.testing.assert_close(whole(adapter)(state), adapter(state))
 
 
+def test_a_prompt_that_fits_is_no_reason_to_record_anew():
+    _, other = both()
+    steps = set()
+    for length in (10, 60, 30):
+        state = other.prefill([prompt_of(1, *[5] * length)])
+        other.step(state, torch.tensor([[5, 6]]))
+        steps.add(id(state.cache._step))
+    assert len(steps) == 1
+
+
+def test_nothing_is_held_twice():
+    _, other = both()
+    before = sum(p.numel() for p in other.llama.parameters())
+    state = other.prefill([prompt_of(1, 5)])
+    layers = state.cache._layers
+    assert sum(p.numel() for p in other.llama.parameters()) == before
+    for layer, held in zip(other.llama.layers, layers, strict=True):
+        q, k, v = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
+        assert {w.untyped_storage().data_ptr() for w in (q, k, v)} == {held.qkv.untyped_storage().data_ptr()}
+        torch.testing.assert_close(held.qkv, torch.cat([q, k, v]), atol=0, rtol=0)
+
+
+def test_what_fused_steps_cannot_read_runs_eagerly(caplog):
+    model = tiny_llama(0)
+    model.model.layers[0].mlp.gate_proj = torch.nn.Linear(32, 64, bias=True)
+    decoder = as_decoder(model)
+    decoder.record("graphs")
+    assert decoder.steps == "eager" and "quantised or have a bias" in caplog.text
+    assert not isinstance(decoder.prefill([prompt_of(1, 5)]).cache, FixedCache)
+
+
 @pytest.mark.slow
 def test_compiled_steps():
+    """Each length is a compiled form of its own, for each of two models of other sizes; none may be left out."""
+    before = len(fixed.unrecorded)
+    for kv_heads in (2, 1):
+        eager, other = both(steps="compiled", kv_heads=kv_heads)
+        prompt = prompt_of(1, 5, 9)
+        assert greedy(other, prompt, 20).token_ids == greedy(eager, prompt, 20).token_ids
+        a, b = eager.prefill([prompt]), other.prefill([prompt])
+        for length in (*fixed.LENGTHS, 32):
+            ids = torch.full((1, length), 5)
+            torch.testing.assert_close(other.step(b, ids), eager.step(a, ids), atol=1e-4, rtol=1e-4)
+            eager.rollback(a, length)
+            other.rollback(b, length)
+    assert len(fixed.unrecorded) == before
+
+
+def test_what_cannot_be_compiled_runs_as_ever(monkeypatch, caplog):
+    def compiler(call, **_):
+        def fail(*inputs):
+            raise RuntimeError("no C compiler here")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(fixed, "unrecorded", [])
     eager, other = both(steps="compiled")
     prompt = prompt_of(1, 5, 9)
-    assert greedy(other, prompt, 20).token_ids == greedy(eager, prompt, 20).token_ids
+    assert greedy(other, prompt, 8).token_ids == greedy(eager, prompt, 8).token_ids
+    assert fixed.unrecorded == ["steps cannot be compiled: no C compiler here"]
 
 
 class Anywhere(torch.Tensor):

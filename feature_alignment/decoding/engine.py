@@ -129,7 +129,7 @@ def speculate(
     start = watch.now()
     started, reading, beside = pace is None or not proposer.reads_prompt or pace.drafting, None, Stopwatch(target.device)
     if started and overlap:
-        reading = _in_a_thread(proposer.start, draft_prompt, beside)
+        reading = _in_a_thread(target.device, proposer.start, draft_prompt, beside)
     with watch("target_prefill"):
         state = target.prefill([prompt])
         token = pick(target.lm_head(state.last), sampler).token
@@ -239,10 +239,19 @@ def _start(proposer: Proposer, prompt: Prompt, watch: Stopwatch, pace: Pace | No
         pace.started(watch.ms.get("draft_prefill", 0.0))
 
 
-def _in_a_thread(call: Callable, *args: Any) -> Future:
-    """A call begun beside this one; torch lets go of Python's lock while it multiplies. No more torch threads than there were."""
+def _in_a_thread(device: torch.device, call: Callable, *args: Any) -> Future:
+    """A call begun beside this one, on a GPU on a stream of its own; torch lets go of Python's lock while it multiplies. No more torch
+    threads than there were."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # behind nothing: all that it reads is there
+
+    def run() -> None:
+        with torch.cuda.stream(stream):  # none: nothing changes
+            call(*args)
+            if stream is not None:
+                stream.synchronize()
+
     pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
-    future = pool.submit(call, *args)
+    future = pool.submit(run)
     pool.shutdown(wait=False)
     return future
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from feature_alignment.console import UserError
+from feature_alignment.console import UserError, log
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models.fixed import FixedCache, Steps
+from feature_alignment.models.fused import unfit
 
 EOS = 2  # of both vocabularies
 
@@ -105,7 +106,11 @@ class Decoder:
 
     def record(self, steps: Steps) -> None:
         """From the next prompt on, steps of single prompts run over one fixed cache, recorded on a GPU. Prompts of several rows do not."""
-        self.steps, self._fixed = steps, None if steps == "eager" else FixedCache(self._forward, steps)
+        why = None if steps == "eager" else unfit(self.llama)
+        if why is not None:
+            log.warning("--steps %s reads no %s: this model's steps run eagerly.", steps, why)
+        self.steps = steps if why is None else "eager"
+        self._fixed = None if self.steps == "eager" else FixedCache(self.llama, self.taps, self.steps)
 
     @property
     def head_weight(self) -> Tensor:

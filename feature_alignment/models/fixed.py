@@ -11,26 +11,34 @@ Where there is no CUDA the same steps run without being recorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, PreTrainedModel
 
 from feature_alignment.console import log
+from feature_alignment.models import fused
 
 Steps = Literal["eager", "graphs", "compiled"]
 LENGTHS = (1, 2, 4, 6, 9, 13, 17, 25)  # tokens a recorded step reads; beyond them multiples of 32
 ROOM = 192  # places behind a prompt
+COMPILED_FORMS = 64  # of a layer: one for each length, and again for each model
+
+unrecorded: list[str] = []  # what could not be recorded or compiled in this process, and why
+
+
+def _runs_as_ever(what: str, error: Exception) -> None:
+    unrecorded.append(f"{what}: {str(error)[:200]}")
+    log.warning("%s", unrecorded[-1])
 
 
 class Recorded:
     """A function of tensors that returns a tensor or a tuple of them, recorded once for each combination of shapes.
 
     The function must not ask the device anything, and tensors it closes over must stay where they are. What cannot be recorded all the
-    same is called as ever, and the log says so.
+    same is called as ever, and `unrecorded` says so.
     """
 
     def __init__(self, call: Callable[..., Any]) -> None:
@@ -46,7 +54,7 @@ class Recorded:
             try:
                 self._known[key] = self._record(tuple(x.clone() for x in inputs))
             except RuntimeError as error:
-                log.warning("steps of shape %s cannot be recorded and run eagerly: %s", list(inputs[0].shape), str(error)[:200])
+                _runs_as_ever(f"steps of shape {list(inputs[0].shape)} cannot be recorded and run eagerly", error)
                 self._known[key] = None
         known = self._known[key]
         if known is None:
@@ -75,38 +83,43 @@ def recorded(call: Callable[..., Any], steps: Steps) -> Callable[..., Any]:
     return call if steps == "eager" else Recorded(call)
 
 
-class _FixedLayer(DynamicLayer):
-    """Keys and values of one decoder layer, [1, heads, size, d] each; new ones go to `places`."""
+def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as torch compiles it, or itself where it cannot."""
+    fast = torch.compile(call, dynamic=False)
 
-    def __init__(self, like: DynamicLayer, size: int) -> None:
-        super().__init__()
-        self.lazy_initialization(like.keys, like.values)
-        self.keys, self.values = (x.new_zeros(1, x.shape[1], size, x.shape[3]) for x in (like.keys, like.values))
-        self.places: Tensor
+    def run(*inputs: Any) -> Any:
+        nonlocal fast
+        try:
+            with torch._dynamo.config.patch(recompile_limit=COMPILED_FORMS):
+                return fast(*inputs)
+        except (RuntimeError, OSError) as error:  # no C compiler, say
+            if fast is call:
+                raise
+            _runs_as_ever("steps cannot be compiled", error)
+            fast = call
+        return call(*inputs)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.places, key_states)
-        self.values.index_copy_(2, self.places, value_states)
-        return self.keys, self.values
+    return run
 
 
 class FixedCache:
     """The one cache of a decoder whose steps are recorded. It stands in for a state's `cache` and belongs to the latest prompt."""
 
-    def __init__(self, read: Callable[[dict[str, Tensor], DynamicCache], Tensor], steps: Steps) -> None:
-        """read: embeds and reads inputs behind a cache, returns the states [1, k, d]"""
-        self._read, self._steps = read, steps
-        self._cache: DynamicCache | None = None
+    def __init__(self, llama: PreTrainedModel, taps: Sequence[int], steps: Steps) -> None:
+        """taps: the layers whose outputs make up a state; see `Decoder`"""
+        self._llama, self._taps = llama, tuple(taps)
+        self._read_layer: fused.Read = compiled(fused.read) if steps == "compiled" else fused.read
+        self._layers: list[fused.Layer] = []
+        self._size = 0
         self._owner: object = None
 
     def take(self, cache: DynamicCache, owner: object) -> FixedCache:
         """Go on behind a prompt that has been read into a cache of the usual kind; whoever had this one before has lost it."""
         length = cache.get_seq_length()
-        if self._cache is None or length + ROOM > self._size:
-            self._lay_out(cache, length + ROOM)
-        assert self._cache is not None
-        for mine, layer in zip(self._cache.layers, cache.layers, strict=True):
-            mine.keys[:, :, :length], mine.values[:, :, :length] = layer.keys, layer.values
+        if length >= self._size:
+            self._lay_out(length + ROOM)
+        for mine, layer in zip(self._layers, cache.layers, strict=True):
+            mine.keys[:, :length], mine.values[:, :length] = layer.keys[0], layer.values[0]
         self._owner = owner
         return self
 
@@ -117,31 +130,27 @@ class FixedCache:
         k = ids.shape[1]
         padded = next((n for n in LENGTHS if n >= k), -(-k // 32) * 32)
         if length + padded > self._size:
-            self._lay_out(self._cache, 2 * (length + padded))
+            before = self._layers
+            self._lay_out(length + padded + ROOM)
+            for old, new in zip(before, self._layers, strict=True):
+                new.keys[:, :length], new.values[:, :length] = old.keys[:, :length], old.values[:, :length]
         self._length.fill_(length)
         return self._step(torch.nn.functional.pad(ids, (0, padded - k)))[:, :k]
 
-    def _lay_out(self, cache: DynamicCache, size: int) -> None:
-        """New buffers with what `cache` holds, and nothing recorded: a recording knows its buffers by their address."""
-        self._size = -(-size // 64) * 64
-        fixed = DynamicCache()
-        fixed.layers = [_FixedLayer(layer, self._size) for layer in cache.layers]
-        for new, old in zip(fixed.layers, cache.layers, strict=True):
-            held = old.keys.shape[2]
-            new.keys[:, :, :held], new.values[:, :, :held] = old.keys, old.values
-        device = fixed.layers[0].keys.device
-        self._cache, self._length = fixed, torch.zeros((), dtype=torch.long, device=device)
-        self._slots = torch.arange(self._size, device=device)
-        fused = self._steps == "compiled"
-        self._step = Recorded(torch.compile(self._forward, fullgraph=True, dynamic=False) if fused else self._forward)
+    def _lay_out(self, size: int) -> None:
+        """New empty buffers, and nothing recorded: a recording knows its buffers by their address."""
+        self._size = -(-size // fused.CHUNK) * fused.CHUNK
+        self._layers = fused.layers_of(self._llama, self._taps[-1], self._size)
+        device = self._layers[0].keys.device
+        self._length, self._slots = torch.zeros((), dtype=torch.long, device=device), torch.arange(self._size, device=device)
+        self._step = Recorded(self._forward)
 
     def _forward(self, ids: Tensor) -> Tensor:
-        places = self._slots[: ids.shape[1]] + self._length
-        assert self._cache is not None  # laid out before any step
-        for layer in self._cache.layers:
-            layer.places = places
-        keys = self._cache.layers[0].keys
-        hidden_from = self._slots > places[:, None]
-        mask = torch.zeros(hidden_from.shape, dtype=keys.dtype, device=keys.device)
-        mask = mask.masked_fill(hidden_from, torch.finfo(keys.dtype).min)[None, None]
-        return self._read({"input_ids": ids, "position_ids": places[None], "attention_mask": mask}, self._cache)
+        x = self._llama.embed_tokens(ids[0])
+        turn = fused.turn_of(self._llama, x, self._slots[: len(x)] + self._length, self._slots)
+        states = []
+        for number, layer in enumerate(self._layers, start=1):
+            x = self._read_layer(x, layer, turn, self._llama.config.rms_norm_eps)
+            if number in self._taps:
+                states.append(x)
+        return torch.cat([*states[:-1], self._llama.norm(x)], -1)[None]  # behind an early exit the norm is none

@@ -1,0 +1,124 @@
+"""LLaMA's layers for a few tokens behind a long prompt: few kernels, over keys and values of a fixed size.
+
+At batch 1 a step is the reading of all weights and of the cache; what else is launched only keeps them waiting. So q, k, v are one
+product, gate and up are one, and attention goes over chunks of the cache side by side, put together by their log-sum-exps (flash
+decoding: Dao et al. 2023), where one kernel for all of it would leave most of a GPU idle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+CHUNK = 256  # places of the cache that attention reads in one piece
+
+
+class Layer(NamedTuple):
+    """Weights of one decoder layer, each [out, in], and its part of the cache, [heads, size, d_head]."""
+
+    norm: Tensor
+    qkv: Tensor
+    out: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class Turn(NamedTuple):
+    """What all layers of a step share. cos, sin: [k, 1, d_head], the first half of sin negated; bias: [chunks, 1, k heads, CHUNK], see
+    `hidden_behind`; places: [k] int64"""
+
+    cos: Tensor
+    sin: Tensor
+    bias: Tensor
+    places: Tensor
+
+
+def unfit(llama: PreTrainedModel) -> str | None:
+    """Why these layers cannot be read here; None if they can."""
+    linear = [m for layer in llama.layers for m in layer.modules() if hasattr(m, "weight") and "norm" not in type(m).__name__.lower()]
+    if any(type(m) is not nn.Linear or m.bias is not None for m in linear):
+        return "weights that are quantised or have a bias"
+    if len({p.device for p in llama.parameters()}) > 1:
+        return "layers on several devices"
+    return None if llama.config.hidden_act == "silu" else f"the activation {llama.config.hidden_act}"
+
+
+@torch.no_grad()
+def join(modules: list[nn.Linear]) -> Tensor:
+    """Their weights as one; the modules go on with their parts of it, so that nothing is held twice."""
+    with torch.inference_mode(modules[0].weight.is_inference()):  # as they were: a weight made while inferring could not be one
+        whole = torch.cat([m.weight.data for m in modules])
+        for m, part in zip(modules, whole.split([m.weight.shape[0] for m in modules]), strict=True):
+            m.weight.data = part
+    return whole
+
+
+def layers_of(llama: PreTrainedModel, number: int, size: int) -> list[Layer]:
+    """The first layers with an empty cache of `size` places, a multiple of CHUNK."""
+    found, heads = [], llama.config.num_key_value_heads
+    for layer in llama.layers[:number]:
+        attention, mlp = layer.self_attn, layer.mlp
+        joined = join([attention.q_proj, attention.k_proj, attention.v_proj]), join([mlp.gate_proj, mlp.up_proj])
+        keys, values = (joined[0].new_zeros(heads, size, attention.head_dim) for _ in range(2))
+        norms = layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data
+        found.append(Layer(norms[0], joined[0], attention.o_proj.weight.data, norms[1], joined[1], mlp.down_proj.weight.data, keys, values))
+    return found
+
+
+def hidden_behind(places: Tensor, slots: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """What is added to attention's scores so that each token sees the places up to its own: [chunks, 1, groups k, CHUNK].
+
+    groups: query heads that share keys; they are read as if they were further tokens
+    """
+    least = max(-1e9, torch.finfo(dtype).min / 2)  # far from the end of the range: nothing may overflow on top of it
+    bias = torch.zeros(len(places), len(slots), dtype=dtype, device=slots.device).masked_fill(slots > places[:, None], least)
+    return bias.view(len(places), -1, CHUNK).transpose(0, 1)[:, None].repeat(1, 1, groups, 1)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """q [h, k, d], keys and values [h_kv, size, d] -> [h, k, d], as scaled dot-product attention with this bias."""
+    heads, size, d = keys.shape
+    parts = size // CHUNK
+    rows = q.reshape(heads, -1, d)
+    chunks = (x.view(heads, parts, CHUNK, d).transpose(0, 1) for x in (keys, values))
+    arguments = rows.expand(parts, -1, -1, -1), *chunks
+    bias = bias.expand(-1, heads, -1, -1)
+    if q.device.type == "cuda":
+        out, logsumexp, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(*arguments, bias, True)
+    else:
+        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*arguments, attn_mask=bias)
+    share = logsumexp[..., : rows.shape[1]].softmax(0)[..., None]  # the GPU's is padded
+    return (share * out).sum(0).to(q.dtype).view(q.shape)
+
+
+def read(x: Tensor, layer: Layer, turn: Turn, eps: float) -> Tensor:
+    """x [k, d] through one decoder layer; writes the new keys and values to `turn.places`."""
+    d_head, kv_heads = layer.keys.shape[-1], layer.keys.shape[0]
+    heads = layer.out.shape[1] // d_head
+    qkv = F.linear(F.rms_norm(x, x.shape[-1:], layer.norm, eps), layer.qkv).view(len(x), -1, d_head)
+    turned, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+    turned = turned * turn.cos + turned.roll(d_head // 2, -1) * turn.sin
+    layer.keys.index_copy_(1, turn.places, turned[:, heads:].transpose(0, 1))
+    layer.values.index_copy_(1, turn.places, v.transpose(0, 1))
+    mixed = attend(turned[:, :heads].transpose(0, 1), layer.keys, layer.values, turn.bias)
+    x = x + F.linear(mixed.transpose(0, 1).reshape(len(x), -1), layer.out)
+    gate, up = F.linear(F.rms_norm(x, x.shape[-1:], layer.mlp_norm, eps), layer.gate_up).chunk(2, -1)
+    return x + F.linear(F.silu(gate) * up, layer.down)
+
+
+def turn_of(llama: PreTrainedModel, x: Tensor, places: Tensor, slots: Tensor) -> Turn:
+    cos, sin = (t[0, :, None] for t in llama.rotary_emb(x[None], places[None]))
+    half = sin.shape[-1] // 2
+    groups = llama.config.num_attention_heads // llama.config.num_key_value_heads
+    return Turn(cos, torch.cat([-sin[..., :half], sin[..., half:]], -1), hidden_behind(places, slots, groups, x.dtype), places)
+
+
+Read = Callable[[Tensor, Layer, Turn, float], Tensor]

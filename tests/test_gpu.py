@@ -1,0 +1,77 @@
+"""What only a GPU can show: recorded and compiled steps, and two models reading their prompts side by side. Skipped where there is none."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
+
+from feature_alignment.chained_adapter import ChainedAdapter
+from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
+from feature_alignment.hidden_adapter import HiddenAdapter
+from feature_alignment.models import fixed
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+STEPS = ("graphs", "compiled")
+
+
+def on_gpu(steps, taps=None, noise=0.0):
+    decoder = as_decoder(noisy_copy(tiny_llama(0, layers=3), noise).cuda(), taps)
+    decoder.record(steps)
+    return decoder
+
+
+@pytest.fixture(autouse=True)
+def all_recorded(monkeypatch):
+    found: list[str] = []
+    monkeypatch.setattr(fixed, "unrecorded", found)
+    yield
+    assert found == []
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("taps", [None, [1, 3]])
+def test_states_are_those_of_eager_steps(steps, taps):
+    eager, other = on_gpu("eager", taps), on_gpu(steps, taps)
+    for prompt in (prompt_of(1, 5, 9, 3), prompt_of(1, *[7] * 90)):
+        a, b = eager.prefill([prompt]), other.prefill([prompt])
+        for length in (*fixed.LENGTHS, 3, 1):
+            ids = torch.randint(3, 60, (1, length), device="cuda")
+            found, wanted = other.step(b, ids), eager.step(a, ids)
+            torch.testing.assert_close(found, wanted, atol=2e-3, rtol=2e-3)
+            eager.rollback(a, length // 2)
+            other.rollback(b, length // 2)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@torch.inference_mode()
+def test_texts_are_those_of_plain_decoding(steps):
+    target, draft = on_gpu(steps), on_gpu(steps, noise=0.02)
+    adapter, chained = HiddenAdapter(32, 32, 8).cuda(), ChainedAdapter(32, 32, 1, width=8).cuda()
+    for proposer in (
+        ModelProposer(draft, None, None),
+        ModelProposer(draft, adapter, target.lm_head),
+        ChainedProposer(draft, chained, target.lm_head, target.embeddings),
+    ):
+        for last in (3, 4):
+            prompt = prompt_of(1, 5, 9, last)
+            own = greedy(target, prompt, 24).token_ids
+            for beside in (False, True):
+                found = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=24, overlap=beside)
+                assert found.token_ids == own
+                assert found.total_ms >= found.decode_ms > 0
+
+
+@torch.inference_mode()
+def test_a_drafter_reads_beside_the_target():
+    """On a stream of its own: its reading begins before the target's has ended."""
+    target, draft = on_gpu("eager"), on_gpu("eager")
+    prompt = prompt_of(1, *[5] * 200)
+    proposer = ModelProposer(copy.copy(draft), None, None)
+    for _ in range(3):
+        found = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=8, overlap=True)
+    spans = {stage: (begin, end) for stage, begin, end in found.spans if "prefill" in stage}
+    assert spans["draft_prefill, beside"][0] < spans["target_prefill"][1]
