@@ -21,8 +21,8 @@ from feature_alignment.decoding import measure
 from feature_alignment.decoding.engine import Generation, greedy, speculate
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample
-from feature_alignment.models.decoder import EOS
 from feature_alignment.models import fixed
+from feature_alignment.models.decoder import EOS
 from feature_alignment.models.pair import load_pair
 from feature_alignment.rows import Mode, answering, speeds
 
@@ -132,6 +132,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         ]
         for r in result["best"]
     ]
+    best_header = ["drafts", "PLANTED acceptance", "a round", "end to end", "decoding"]
     costs = [
         ["one step of Video-LLaVA, head included, ms", f"{cost['t_target_ms']:.3f}"],
         ["hidden adapter, one token, ms", f"{cost['t_adapter_ms']:.3f}"],
