@@ -132,7 +132,6 @@ def tables(result: dict[str, Any]) -> list[Table]:
         ]
         for r in result["best"]
     ]
-    best_header = ["drafts", "PLANTED acceptance", "a round", "end to end", "decoding"]
     costs = [
         ["one step of Video-LLaVA, head included, ms", f"{cost['t_target_ms']:.3f}"],
         ["hidden adapter, one token, ms", f"{cost['t_adapter_ms']:.3f}"],
