@@ -75,3 +75,11 @@ def test_a_drafter_reads_beside_the_target():
         found = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=8, overlap=True)
     spans = {stage: (begin, end) for stage, begin, end in found.spans if "prefill" in stage}
     assert spans["draft_prefill, beside"][0] < spans["target_prefill"][1]
+
+
+def test_a_forgotten_decoder_spoils_no_recording():
+    for _ in range(3):
+        target = on_gpu("graphs")
+        greedy(target, prompt_of(1, 5, 9), 8)
+        del target
+        greedy(on_gpu("graphs"), prompt_of(1, 5, 9), 8)  # `all_recorded` looks whether it could be

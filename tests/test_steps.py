@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from itertools import count
 
@@ -14,7 +15,7 @@ from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.hidden_adapter import HiddenAdapter
-from feature_alignment.models import fixed, fused
+from feature_alignment.models import fixed
 from feature_alignment.models.fixed import FixedCache
 
 
@@ -26,8 +27,7 @@ def both(taps=None, steps="graphs", kv_heads=2):
 
 
 @pytest.mark.parametrize(("taps", "kv_heads"), [(None, 2), ([2], 2), ([1, 3], 2), (None, 1)])
-def test_states_are_those_of_eager_steps(taps, kv_heads, monkeypatch):
-    monkeypatch.setattr(fused, "CHUNK", 64)  # several of them
+def test_states_are_those_of_eager_steps(taps, kv_heads):
     eager, other = both(taps, kv_heads=kv_heads)
     for prompt in (prompt_of(1, 5, 9, 3), prompt_of(1, 7, 9, 3, 4, 4)):  # the second takes the first one's place
         a, b = eager.prefill([prompt]), other.prefill([prompt])
@@ -41,7 +41,6 @@ def test_states_are_those_of_eager_steps(taps, kv_heads, monkeypatch):
 
 def test_a_longer_text_gets_more_room(monkeypatch):
     monkeypatch.setattr(fixed, "ROOM", 4)
-    monkeypatch.setattr(fused, "CHUNK", 16)
     eager, other = both()
     for prompt in (prompt_of(1, 5), prompt_of(*range(1, 62)), prompt_of(1, 5)):
         assert other.prefill([prompt]).length == eager.prefill([prompt]).length
@@ -230,6 +229,28 @@ def test_a_recording_is_made_once_a_shape_and_replayed(monkeypatch):
     results = [double(torch.full((n,), float(i)).as_subclass(Anywhere)) for i, n in enumerate((2, 2, 3, 2))]
     assert [r.tolist() for r in results] == [[0, 0], [2, 2], [4, 4, 4], [6, 6]]  # none was overwritten by a later one
     assert made == [(torch.Size([2]),), (torch.Size([3]),)] and len(replayed) == 4
+
+
+def test_no_garbage_is_collected_during_a_recording():
+    """A decoder and its recordings refer to each other; Python frees them when it likes, and must not like to then."""
+
+    class Forgotten:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            freed.append(1)
+
+    freed: list[int] = []
+    Forgotten()
+    assert not freed
+    with fixed._nothing_freed():
+        assert freed == [1]
+        Forgotten()
+        list(range(10**5)), [[] for _ in range(10**5)]
+        assert freed == [1]
+    gc.collect()
+    assert freed == [1, 1] and gc.isenabled()
 
 
 def test_a_gpu_notes_its_own_times(monkeypatch):

@@ -11,7 +11,9 @@ Where there is no CUDA the same steps run without being recorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -30,7 +32,7 @@ unrecorded: list[str] = []  # what could not be recorded or compiled in this pro
 
 
 def _runs_as_ever(what: str, error: Exception) -> None:
-    unrecorded.append(f"{what}: {str(error)[:200]}")
+    unrecorded.append(f"{what}: {str(error).partition(chr(10))[0][:200]}")
     log.warning("%s", unrecorded[-1])
 
 
@@ -73,9 +75,25 @@ class Recorded:
                 self._call(*inputs)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may be busy with the other model
+        with (
+            _nothing_freed(),
+            torch.cuda.graph(graph, capture_error_mode="thread_local"),
+        ):  # another thread may be busy with the other model
             outputs = self._call(*inputs)
         return inputs, graph, outputs
+
+
+@contextmanager
+def _nothing_freed() -> Iterator[None]:
+    """No garbage is collected meanwhile: a forgotten recording that is freed during another one spoils it."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def recorded(call: Callable[..., Any], steps: Steps) -> Callable[..., Any]:
@@ -93,7 +111,7 @@ def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
             with torch._dynamo.config.patch(recompile_limit=COMPILED_FORMS):
                 return fast(*inputs)
         except (RuntimeError, OSError) as error:  # no C compiler, say
-            if fast is call:
+            if fast is call or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
                 raise
             _runs_as_ever("steps cannot be compiled", error)
             fast = call
@@ -139,7 +157,7 @@ class FixedCache:
 
     def _lay_out(self, size: int) -> None:
         """New empty buffers, and nothing recorded: a recording knows its buffers by their address."""
-        self._size = -(-size // fused.CHUNK) * fused.CHUNK
+        self._size = -(-size // 64) * 64
         self._layers = fused.layers_of(self._llama, self._taps[-1], self._size)
         device = self._layers[0].keys.device
         self._length, self._slots = torch.zeros((), dtype=torch.long, device=device), torch.arange(self._size, device=device)
