@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from feature_alignment.config import Common, parse_config
+from feature_alignment.config import Common, Steps, parse_config
 from feature_alignment.console import UserError, print_json_line, progress, run
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class BenchmarkConfig(Common):
         planted_acceptance: measure wall clock alone, with drafts kept by chance at these rates instead of by what they say: for a pair
             with --random_weights, whose text is noise; untrained adapters will do. Writes planted.json, judges no target
         max_new_tokens: longest answer, EOS included
+        steps: how models step: eager; graphs = over caches of a fixed size, recorded once and replayed (CUDA graphs; on
+            other devices only the fixed size); compiled = recorded steps that torch.compile has fused, after a minute of compiling
         assistant_layers: how many of Video-LLaVA's own layers assist transformers' generate, for comparison
         repeats: timed runs of every method on every prompt
         warmup: prompts run before, untimed
@@ -58,6 +60,7 @@ class BenchmarkConfig(Common):
     exit_adapters: list[Path] = dataclasses.field(default_factory=list)
     planted_acceptance: list[float] = dataclasses.field(default_factory=list)
     max_new_tokens: int = 64
+    steps: Steps = "eager"
     assistant_layers: int = 1
     repeats: int = 3
     warmup: int = 3
@@ -78,11 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Measure, or reuse what is there; returns the content of benchmark.json."""
-    numbers = (*cfg.num_draft_tokens, cfg.most_draft_tokens, cfg.assistant_layers, cfg.repeats, 1 if cfg.limit is None else cfg.limit)
-    if not cfg.threshold:
-        raise UserError("--threshold wants at least one cosine.")
-    if not cfg.num_draft_tokens or min(numbers) < 1:
-        raise UserError("--num_draft_tokens, --most_draft_tokens, --assistant_layers, --repeats and --limit want numbers of at least 1.")
+    refuse_senseless(cfg)
     import numpy as np
 
     from feature_alignment import artifacts, report, speed_model, targets
@@ -233,6 +232,27 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     return result
 
 
+def refuse_senseless(cfg: BenchmarkConfig) -> None:
+    """raises UserError for settings that no row could be measured at"""
+    if cfg.warmup < 0:
+        raise UserError(f"--warmup {cfg.warmup}: wanted 0 or more.")
+    for name in ("num_draft_tokens", "most_draft_tokens", "max_new_tokens", "assistant_layers", "repeats", "limit"):
+        value = getattr(cfg, name)
+        if value is not None and (value == [] or min(value if isinstance(value, list) else [value]) < 1):
+            raise UserError(f"--{name} {value}: wanted numbers of at least 1.")
+    if not cfg.threshold or not all(-1 <= t <= 1 for t in cfg.threshold):
+        raise UserError(f"--threshold {cfg.threshold}: wanted cosines, from -1 to 1.")
+    if not all(0 <= rate <= 1 for rate in cfg.planted_acceptance):
+        raise UserError(f"--planted_acceptance {cfg.planted_acceptance}: wanted rates from 0 to 1.")
+    for name in ("num_draft_tokens", "threshold", "planted_acceptance", "exit_adapters"):
+        given = getattr(cfg, name)
+        if len(set(given)) < len(given):
+            raise UserError(f"--{name} {' '.join(map(str, given))}: each is measured once; leave out what is there twice.")
+    for path in cfg.exit_adapters:
+        if not path.is_file():
+            raise UserError(f"no adapter at {path}; train one for the layer with train_hidden_adapter.py --draft_layers K.")
+
+
 def clips_of(samples: Sequence[Sample]) -> list[Path]:
     """The files of all clips, each once."""
     return list(dict.fromkeys(path for s in samples for path in (s.events, s.video)))
@@ -242,8 +262,6 @@ def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, 
     """Wall clock under stated acceptances: planted.json and planted.md, beside whatever else was measured."""
     from feature_alignment import artifacts, planted
 
-    if not all(0 <= rate <= 1 for rate in cfg.planted_acceptance):
-        raise UserError(f"--planted_acceptance {cfg.planted_acceptance}: wanted rates from 0 to 1.")
     out, clips = cfg.out / "benchmark", clips_of(samples)
     files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
     adapters = {name: cfg.out / f"{name}/adapter.pt" for name in ("adapter", "chained_adapter")}  # untrained ones, where they are missing
@@ -252,7 +270,7 @@ def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, 
     reused = result is not None
     if result is None:
         sizes = cfg.num_draft_tokens, cfg.planted_acceptance, cfg.max_new_tokens, cfg.repeats, cfg.warmup
-        result = planted.run(cfg, samples, ("chained", "aligned"), *sizes, made_from)
+        result = planted.run(cfg, cfg.steps, samples, ("chained", "aligned"), *sizes, made_from)
         planted.write(result, out)
     planted.show(result)
     print_json_line({"planted": True, "best": result["best"], "reused": reused, "written": str(out / "planted.json")})

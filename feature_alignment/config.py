@@ -32,6 +32,7 @@ _LARGEST = 2**53  # every JSON reader keeps integers up to here
 _ALIASES = {"gamma": "num_draft_tokens", "gammas": "num_draft_tokens", "max_samples": "limit"}
 _LONGEST_CONFIG = 100_000
 T = TypeVar("T", bound="Common")
+Steps = Literal["eager", "graphs", "compiled"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,6 @@ class Common:
         dtype: what models run in
         quantize: nf4 holds the text layers in 4 bits (bitsandbytes); vision towers, projectors and heads keep `dtype`
         attn_implementation: flash_attention_2 falls back to sdpa where it is not installed
-        steps: how models step while decoding: eager; graphs = over caches of a fixed size, recorded once and replayed (CUDA graphs; on
-            other devices only the fixed size); compiled = recorded steps that torch.compile has fused, after minutes of compiling
         random_weights: random weights at the checkpoints' geometry, to try out speed and memory; the text is noise
         seed: of everything random
         threads: CPU threads of torch; 0 leaves its own choice
@@ -78,7 +77,6 @@ class Common:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["none", "nf4"] = "none"
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    steps: Literal["eager", "graphs", "compiled"] = "eager"
     random_weights: bool = False
     seed: int = 0
     threads: int = 0
@@ -156,8 +154,6 @@ def _refuse_senseless(cfg: Common) -> None:
             raise UserError(f"--{name} {value}: wanted a number of at most {_LARGEST:,}.")
     if cfg.threads < 0 or cfg.seed < 0:
         raise UserError(f"--threads {cfg.threads}, --seed {cfg.seed}: wanted 0 or more.")
-    if cfg.steps != "eager" and cfg.device_map:
-        raise UserError(f"--steps {cfg.steps} wants each model whole on one device; leave --device_map out, or pass --steps eager.")
     if cfg.threads > 1024:
         raise UserError(f"--threads {cfg.threads}: wanted at most 1,024.")
 

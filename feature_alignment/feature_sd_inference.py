@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from feature_alignment.config import Common, parse_config
+from feature_alignment.config import Common, Steps, parse_config
 from feature_alignment.console import UserError, print_json_line, print_table, run
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class InferenceConfig(Common):
         overlap: EventGPT reads its prompt in a thread of its own while Video-LLaVA reads its own; for a second core
         max_new_tokens: longest answer, EOS included
         temperature: above 0 the answer is sampled, with the law of sampling from Video-LLaVA alone; --accept token only
+        steps: how models step: eager; graphs = over caches of a fixed size, recorded once and replayed (CUDA graphs; on
+            other devices only the fixed size); compiled = recorded steps that torch.compile has fused, after a minute of compiling
         verbose: every round with its milliseconds per stage and why it drafted no more, in colour on a terminal
     """
 
@@ -65,6 +67,7 @@ class InferenceConfig(Common):
     overlap: bool = False
     max_new_tokens: int = 64
     temperature: float = 0.0
+    steps: Steps = "eager"
     verbose: bool = False
 
 

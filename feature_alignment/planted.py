@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from feature_alignment import artifacts, speed_model
-from feature_alignment.config import Common
+from feature_alignment.config import Common, Steps
 from feature_alignment.console import markdown_table, print_table, progress, rate_text
 from feature_alignment.decoding import measure
 from feature_alignment.decoding.engine import Generation, greedy, speculate
@@ -38,6 +38,7 @@ def kept_by_chance(rate: float, seed: int, device: torch.device) -> Callable[...
 @torch.inference_mode()
 def run(
     cfg: Common,
+    steps: Steps,
     samples: Sequence[Sample],
     drafts: Sequence[str],
     gammas: Sequence[int],
@@ -49,7 +50,7 @@ def run(
 ) -> dict[str, Any]:
     """One row for each draft source, length and rate, beside plain greedy decoding in turn; adapters that were never trained will do."""
     pair = load_pair(cfg)
-    pair.record(cfg.steps)
+    pair.record(steps)
     pair.target.head_weight[EOS] = 0  # no text ends early: all are `max_new_tokens` long
     sources = Sources(pair, cfg, untrained=True)
     prompts = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]

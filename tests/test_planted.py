@@ -37,7 +37,9 @@ def test_planted_rows_say_so_and_need_no_trained_adapter(tiny_run, tmp_path, cap
     assert result["baselines"][0]["tokens"] == 3 * 12, "no text ends early"
     for row in result["rows"]:
         assert row["accept"] == "planted" and row["speedup"]["value"] > 0 and row["corrected_speedup"] > 0
+    assert result["meta"]["unrecorded"] == []
     found = {(r["draft"], r["planted_acceptance"]): (r["acceptance_rate"]["value"], r["tokens_per_pass"]) for r in result["rows"]}
+    assert found["chained", 0.5] == found["aligned", 0.5], "a prompt's drafts have one fate, whoever made them"
     for draft in ("chained", "aligned"):
         assert found[draft, 0] == (0, 1)
         assert found[draft, 1] == (1, pytest.approx(11 / 3))  # one token of the prefill, then 4, 4 and the last 3
@@ -55,13 +57,15 @@ def test_costs_name_every_exit_and_the_bandwidth(finished):
     head = torch.load(finished / "out" / "hidden_states" / "vl_lm_head.pt", weights_only=True)
     held = cost["bandwidth"]["step_bytes"] / 4 - 3 * per_layer - 32 - head.numel()
     assert held > 0 and held % (2 * 3 * 32) == 0, "what is left are keys and values of three layers at each place of the prompt"
+    step_s = cost["t_target_ms"] / 1e3
+    assert cost["bandwidth"]["step_gb_per_s"] == pytest.approx(cost["bandwidth"]["step_bytes"] / step_s / 1e9)
     assert cost["bandwidth"]["share"] == pytest.approx(cost["bandwidth"]["step_gb_per_s"] / cost["bandwidth"]["copy_gb_per_s"])
 
 
 def test_several_thresholds_and_exits_are_rows_of_their_own(finished, tmp_path):
     for folder in ("hidden_states", "adapter", "token_pairs", "acceptance"):
         shutil.copytree(finished / "out" / folder, tmp_path / "out" / folder)
-    argv = ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path / "out"), "--threshold", "0.5", "0.95"]
+    argv = ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path / "out"), "--threshold", "-1", "0.5", "0.95"]
     geometry, exits = {"d_draft": 32, "d_target": 32, "bottleneck": 8}, []
     for layers in ([1], [2], [1, 2]):
         exits.append(tmp_path / f"{len(exits)}.pt")
@@ -77,13 +81,29 @@ def test_several_thresholds_and_exits_are_rows_of_their_own(finished, tmp_path):
         assert row["draft_layers"] == [k] and row["exact_match"] == 1.0
         expected = tokens_per_pass_iid(row["acceptance_rate"]["value"], 3) / (1 + 3 * report["cost"]["exit_layers"][str(k)]["c"])
         assert row["modelled_speedup"] == pytest.approx(expected)
-    kept = [names[f"aligned + relaxed > {t}, 3"]["acceptance_rate"]["value"] for t in ("0.5", "0.95")]
-    assert kept[0] >= kept[1]
+    for rule in ("feature", "relaxed"):
+        kept = [names[f"aligned + {rule} > {t}, 3"]["acceptance_rate"]["value"] for t in ("-1", "0.5", "0.95")]
+        assert 1 == kept[0] >= kept[1] >= kept[2] and kept[2] < 1
 
 
-@pytest.mark.parametrize("rates", [["-0.1"], ["0.5", "1.5"]])
-def test_no_such_rate(tiny_run, tmp_path, rates):
-    argv = ["--config", str(tiny_run / "tiny.yaml"), "--output_dir", str(tmp_path), "--planted_acceptance", *rates]
-    with pytest.raises(UserError, match="from 0 to 1"):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--planted_acceptance", "-0.1"], "from 0 to 1"),
+        (["--planted_acceptance", "0.5", "1.5"], "from 0 to 1"),
+        (["--threshold", "5"], "from -1 to 1"),
+        (["--threshold=[]"], "from -1 to 1"),
+        (["--max_new_tokens", "0"], "at least 1"),
+        (["--num_draft_tokens", "3", "0"], "at least 1"),
+        (["--num_draft_tokens=[]"], "at least 1"),
+        (["--warmup", "-1"], "0 or more"),
+        (["--num_draft_tokens", "3", "3"], "leave out what is there twice"),
+        (["--threshold", "0.9", "0.9"], "leave out what is there twice"),
+        (["--exit_adapters", "absent.pt"], "no adapter at absent.pt"),
+    ],
+)
+def test_senseless_settings_are_refused_before_anything_runs(tiny_run, tmp_path, words, message):
+    argv = ["--config", str(tiny_run / "tiny.yaml"), "--output_dir", str(tmp_path), *words]
+    with pytest.raises(UserError, match=message):
         main_of("benchmark_feature_sd")(argv)
-    assert not any(tmp_path.rglob("planted*"))
+    assert not any(tmp_path.rglob("*.json"))

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from feature_alignment.chained_adapter import ChainedAdapter
+from feature_alignment.config import Steps
 from feature_alignment.decoding.engine import Generation
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.hidden_adapter import HiddenAdapter, call_ms
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.metrics import Counts
 from feature_alignment.models.decoder import Decoder, Prompt
-from feature_alignment.models.fixed import Steps, recorded
+from feature_alignment.models.fixed import recorded
 
 VERIFIED = (*range(1, 13), 16, 20, 24, 28, 32)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from feature_alignment.console import UserError, mended
@@ -139,18 +140,24 @@ def clip_pixels(images: Sequence[np.ndarray], processor) -> np.ndarray:
         return np.stack(p([Image.fromarray(i) for i in images], return_tensors="np")["pixel_values"]).astype(np.float32)
     table, pixels = _levels(p), np.empty((len(images), 3, crop, crop), np.float32)
 
-    def fill(n: int) -> None:
+    def size(n: int) -> tuple[int, int]:
         h, w = images[n].shape[:2]
-        h, w = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)
+        return (int(short * w / h), short) if h <= w else (short, int(short * h / w))
+
+    def fill(n: int) -> None:
+        w, h = size(n)
         small = _resized(Image.fromarray(images[n]), w, h, crop, p.resample)
         for c in range(3):
             np.take(table[c], small[..., c], out=pixels[n, c], mode="clip")  # "clip": unchecked, and uint8 needs no check
 
-    if images[0].size < _SMALL:
+    threads = min(len(images), torch.get_num_threads())
+    if images[0].size < _SMALL or threads == 1:
         for n in range(len(images)):
             fill(n)
     else:  # Pillow lets go of Python's lock while it resizes
-        with ThreadPoolExecutor(len(images)) as pool:
+        for n in range(len(images)):  # known before, so that not every thread asks
+            _middle_alone(images[n].shape[1], images[n].shape[0], *size(n), crop, p.resample)
+        with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill, range(len(images))))
     return pixels
 

@@ -14,16 +14,16 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from feature_alignment.config import Steps
 from feature_alignment.console import log
 from feature_alignment.models import fused
 
-Steps = Literal["eager", "graphs", "compiled"]
 LENGTHS = (1, 2, 4, 6, 9, 13, 17, 25)  # tokens a recorded step reads; beyond them multiples of 32
 ROOM = 192  # places behind a prompt
 COMPILED_FORMS = 64  # of a layer: one for each length, and again for each model

@@ -17,14 +17,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from feature_alignment.config import Common, parse_config
+from feature_alignment.config import Common, Steps, parse_config
 from feature_alignment.console import UserError, print_json_line, print_table, run
 from feature_alignment.inputs import events as event_inputs
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.inputs.video import NUM_FRAMES, clip_pixels, read_frames
 from feature_alignment.models import loading
 from feature_alignment.models.decoder import Decoder, State
-from feature_alignment.models.fixed import Steps
 
 _ROOM = 64  # tokens of an answer, where memory is reckoned
 
