@@ -13,13 +13,28 @@ from feature_alignment.decoding.pace import Pace
 from feature_alignment.decoding.proposers import ModelProposer
 
 
-def decode(pace, chance, draft_ms, passes=600, most=16, verify_ms=1.4, pass_ms=1.0, prefill_ms=0.0, length=30, slow=lambda i: 1.0):
-    """Made-up decoding: every draft is right by `chance`, which the drafter knows. The target reads a prompt in 12 passes' time.
+def decode(
+    pace,
+    chance,
+    draft_ms,
+    passes=600,
+    prompts=None,
+    most=16,
+    verify_ms=1.4,
+    pass_ms=1.0,
+    prefill_ms=0.0,
+    length=30,
+    slow=lambda i: 1.0,
+    knows_chance=True,
+    more_ms=0.02,
+):
+    """Made-up decoding: every draft is right by `chance`, which the drafter knows, or does not. The target reads a prompt in 12 passes'
+    time. Goes on for so many passes, or to the end of so many prompts.
     Returns tokens, milliseconds without the target's prompts, rounds with drafts."""
-    r, tokens, ms, rounds, left, started = random.Random(0), 0, 0.0, 0, 0, False
-    for i in range(passes):
+    r, tokens, ms, rounds, left, begun, started, i = random.Random(0), 0, 0.0, 0, 0, 0, False, 0
+    while i < passes if prompts is None else left > 0 or begun < prompts:
         if left <= 0:
-            left, started = length, pace.drafting or not prefill_ms
+            left, begun, started = length, begun + 1, pace.drafting or not prefill_ms
             pace.prompted(12 * pass_ms)
             if started:
                 pace.started(prefill_ms)
@@ -29,14 +44,14 @@ def decode(pace, chance, draft_ms, passes=600, most=16, verify_ms=1.4, pass_ms=1
             if not started:
                 pace.started(prefill_ms)
                 ms, started = ms + prefill_ms, True
-            while g < min(most, pace.most) and p >= floor:
+            while g < min(most, pace.most(floor, knows_chance)) and (p >= floor or not knows_chance):
                 g, p = g + 1, p * chance
             while kept < g and r.random() < chance:
                 kept += 1
         emitted = kept + 1 if g else min(pace.rest, max(left, 1))
-        drafting, other = g * draft_ms * slow(i), (verify_ms + 0.02 * g if g else pass_ms * emitted) * slow(i)
+        drafting, other = g * draft_ms * slow(i), (verify_ms + more_ms * g if g else pass_ms * emitted) * slow(i)
         pace.passed(g, emitted, drafting, other)
-        tokens, ms, rounds, left = tokens + emitted, ms + drafting + other, rounds + (g > 0), left - emitted
+        tokens, ms, rounds, left, i = tokens + emitted, ms + drafting + other, rounds + (g > 0), left - emitted, i + 1
     return tokens, ms, rounds
 
 
@@ -74,11 +89,27 @@ def test_it_is_about_as_good_as_the_best_fixed_length(chance, draft_ms):
 @pytest.mark.parametrize(("chance", "draft_ms", "prefill_ms"), [(0.05, 0.02, 0.0), (0.3, 0.8, 4.0), (0.5, 0.8, 12.0), (0.0, 1.0, 12.0)])
 def test_a_drafter_of_which_nothing_is_known_loses_little_from_the_first_prompt_on(chance, draft_ms, prefill_ms, prompts):
     """Prompts of 30 tokens: never 3 % slower than the target alone, its drafter's prompts included."""
-    pace, tokens, ms = Pace(), 0, 0.0
-    while tokens < 30 * prompts:
-        found = decode(pace, chance, draft_ms, passes=1, prefill_ms=prefill_ms, length=30)
-        tokens, ms = tokens + found[0], ms + found[1]
+    tokens, ms, _ = decode(Pace(), chance, draft_ms, prompts=prompts, prefill_ms=prefill_ms)
+    assert tokens >= 30 * prompts and ms + 12 * prompts < 1.03 * (tokens + 12 * prompts)
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 4, 8, 16, 64])
+@pytest.mark.parametrize("chance", [0.0, 0.1, 0.2])
+@pytest.mark.parametrize("more_ms", [0.02, 0.1])
+def test_a_table_that_knows_nothing_loses_little(chance, more_ms, prompts):
+    """Its drafts cost nothing to make, each a tenth of a pass to verify, and it would make as many as it is asked for."""
+    table = {"knows_chance": False, "most": 24, "verify_ms": 1.1, "more_ms": more_ms}
+    tokens, ms, _ = decode(Pace(), chance, 0.02, prompts=prompts, **table)
     assert ms + 12 * prompts < 1.03 * (tokens + 12 * prompts)
+
+
+@pytest.mark.parametrize("chance", [0.6, 0.8, 0.95])
+@pytest.mark.parametrize("more_ms", [0.02, 0.1])
+def test_a_table_is_asked_for_about_as_many_drafts_as_pay(chance, more_ms):
+    table = {"knows_chance": False, "most": 24, "verify_ms": 1.1, "more_ms": more_ms}
+    best = max((1 - chance ** (g + 1)) / (1 - chance) / (g * (0.02 + more_ms) + 1.1) for g in range(1, 25))
+    tokens, ms, _ = decode(Pace(), chance, 0.02, passes=4000, **table)
+    assert tokens / ms > 0.93 * best
 
 
 @pytest.mark.parametrize(("chance", "verify_ms"), [(0.7, 3.2), (0.75, 3.5), (0.65, 2.8)])

@@ -144,7 +144,7 @@ def speculate(
         before, begin = dict(watch.ms), 0.0 if pace is None else watch.now()
         room = min(num_draft_tokens, max_new_tokens - len(emitted) - 1)  # the round also emits a token of the target's own
         floor = None if room <= 0 else 0.0 if pace is None else pace.next_floor()
-        room = room if pace is None else min(room, pace.most)
+        room = room if pace is None or floor is None else min(room, pace.most(floor, proposer.knows_chance))
         last = torch.tensor([emitted[-1]], device=target.device)
         if floor is None:  # room for the last token only, or drafts do not pay: as in plain decoding
             first, read = len(emitted), []

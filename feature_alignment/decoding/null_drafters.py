@@ -130,7 +130,7 @@ NULL_DRAFTERS: dict[str, Callable[[Iterable[Text]], Table]] = {
 class TableProposer(Proposer):
     """A null drafter in the decoding loop: it knows the question and no picture."""
 
-    reads_prompt = False
+    reads_prompt = knows_chance = False
 
     def __init__(self, table: Table) -> None:
         self._table = table

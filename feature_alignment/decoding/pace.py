@@ -2,7 +2,8 @@
 
 A draft that costs d ms to make and s ms to verify is worth it if its chance to be kept, with all before it, is above R (d + s), where R
 is the tokens per ms that would be emitted otherwise: the better of drafting so far and of not drafting (Dinkelbach's rule for a ratio of
-sums). The chance is the product of the drafter's own confidences, the probability of each draft under its head.
+sums). The chance is the product of the drafter's own confidences, the probability of each draft under its head; of a table, which has
+none, it is the share of its drafts that were kept.
 
 Whether rounds pay at all is a matter of credit, counted in passes without drafts. Each round adds what it gained over emitting its tokens
 one by one; each prompt the drafter reads takes what that costs. All that the target does adds a small share of itself, and a drafter of
@@ -38,7 +39,7 @@ class Pace:
     def __init__(self, acceptance: float | None = None) -> None:
         self._pass = deque[float](maxlen=5)
         self._drafts, self._verify, self._draft = (deque[float](maxlen=31) for _ in range(3))
-        self._tokens = self._ms = 0.0  # of rounds with drafts, fading
+        self._tokens = self._ms = self._kept = self._reached = 0.0  # of rounds with drafts, fading
         self._good = acceptance is not None and acceptance >= GOOD  # on its word, or by what it has earned
         self._credit, self._aside, self._on = ALLOWANCE if self._good else 0.0, 0.0, self._good
         self._readings, self._target_ms, self._has_read = deque[float](maxlen=5), 0.0, False
@@ -55,10 +56,12 @@ class Pace:
         """How many passes to go without drafts, where next_floor says so."""
         return 1 if self._on else max(1, math.ceil((self._wanted() - self._credit) / SHARE))
 
-    @property
-    def most(self) -> int:
-        """Drafts of the coming round, at most."""
-        return 1 if not self._draft and not self._good else sys.maxsize
+    def most(self, floor: float, knows_chance: bool = True) -> int:
+        """Drafts of the coming round, at most. knows_chance: the drafter has confidences of its own, and heeds the floor"""
+        if knows_chance:
+            return 1 if not self._draft and not self._good else sys.maxsize
+        chance = (self._kept + 0.5) / (self._reached + 1)  # of one draft; even, before any
+        return max(1, int(math.log(max(floor, 1e-9)) / math.log(chance)))
 
     def prompted(self, ms: float) -> None:
         """The target has read a prompt."""
@@ -108,6 +111,7 @@ class Pace:
         self._drafts.append(drafts)
         ms = _usual(other_ms, self._verify) + drafts * _usual(draft_ms / drafts, self._draft)
         self._tokens, self._ms = MEMORY * self._tokens + tokens, MEMORY * self._ms + ms
+        self._kept, self._reached = MEMORY * self._kept + tokens - 1, MEMORY * self._reached + min(tokens, drafts)
         if self._pass:
             self._settle(tokens - self._in_passes(ms))
 

@@ -41,6 +41,7 @@ class Draft:
 
 class Proposer(Protocol):
     reads_prompt: bool = True  # which takes time
+    knows_chance: bool = True  # of its drafts, and stops where that is below the floor
 
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """Read a new prompt."""
@@ -50,7 +51,7 @@ class Proposer(Protocol):
         behind an EOS.
 
         states: [n, d_target], the target's own states that emitted the first n tokens; the others are drafts themselves
-        floor:  the draft whose chance to be kept, with all before it, is below this is the last. Drafts that cost nothing ignore it
+        floor:  the draft whose chance to be kept, with all before it, is below this is the last; ignored by who does not know it
         """
 
     def finish(self, emitted: Sequence[int]) -> None:
