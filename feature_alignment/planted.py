@@ -40,7 +40,7 @@ def run(
     cfg: Common,
     steps: Steps,
     samples: Sequence[Sample],
-    drafts: Sequence[str],
+    drafters: Sequence[str],
     gammas: Sequence[int],
     rates: Sequence[float],
     max_new_tokens: int,
@@ -54,8 +54,8 @@ def run(
     pair.target.head_weight[EOS] = 0  # no text ends early: all are `max_new_tokens` long
     sources = Sources(pair, cfg, untrained=True)
     prompts = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]
-    proposers = {name: sources.open(name) for name in drafts}
-    chained = sources.chained_adapter if "chained" in drafts else None
+    proposers = {name: sources.open(name) for name in drafters}
+    chained = sources.chained_adapter if "chained" in drafters else None
     cost = measure.costs(pair.target, pair.draft, sources.adapter, chained, *prompts[0])
     cost |= measure.machine_costs(pair.target, sources.full_draft, cost, *prompts[0])
     on_gpu = pair.target.device.type == "cuda"
@@ -72,7 +72,7 @@ def run(
 
         return answer
 
-    planted = [(Mode(draft, "token", g), rate) for draft in drafts for g in gammas for rate in rates]
+    planted = [(Mode(draft, "token", g), rate) for draft in drafters for g in gammas for rate in rates]
     methods: dict[Any, Callable[[int], Generation]] = {mode: method(*mode) for mode in planted}
     methods["plain"] = answering(lambda prompt: greedy(pair.target, prompt, max_new_tokens), prompts)
     for _ in range(2):
