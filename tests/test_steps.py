@@ -142,6 +142,11 @@ def test_nothing_is_held_twice():
         q, k, v = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
         assert {w.untyped_storage().data_ptr() for w in (q, k, v)} == {held.qkv.untyped_storage().data_ptr()}
         torch.testing.assert_close(held.qkv, torch.cat([q, k, v]), atol=0, rtol=0)
+    other.record("graphs")
+    again = other.prefill([prompt_of(1, 5)]).cache._layers
+    for new, old in zip(again, layers, strict=True):
+        assert new.qkv.data_ptr() == old.qkv.data_ptr() and new.qkv.shape == old.qkv.shape
+        assert new.gate_up.data_ptr() == old.gate_up.data_ptr() and new.keys.data_ptr() != old.keys.data_ptr()
 
 
 def test_what_fused_steps_cannot_read_runs_eagerly(caplog):

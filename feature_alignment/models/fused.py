@@ -7,6 +7,7 @@ where attention kernels under a mask took 30 to 90 (made for many tokens, they g
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,10 +52,16 @@ def unfit(llama: PreTrainedModel) -> str | None:
 
 @torch.no_grad()
 def join(modules: list[nn.Linear]) -> Tensor:
-    """Their weights as one; the modules go on with their parts of it, so that nothing is held twice."""
-    with torch.inference_mode(modules[0].weight.is_inference()):  # as they were: a weight made while inferring could not be one
-        whole = torch.cat([m.weight.data for m in modules])
-        for m, part in zip(modules, whole.split([m.weight.shape[0] for m in modules]), strict=True):
+    """Their weights as one; the modules go on with their parts of it, so that nothing is held twice, nor joined twice."""
+    weights, width = [m.weight for m in modules], modules[0].weight.shape[1]
+    rows = [len(w) for w in weights]
+    places = [(w.untyped_storage().data_ptr(), w.storage_offset()) for w in weights]
+    start, offset = places[0]
+    if places == [(start, offset + width * above) for above in itertools.accumulate(rows[:-1], initial=0)]:
+        return weights[0].data.as_strided((sum(rows), width), (width, 1))
+    with torch.inference_mode(weights[0].is_inference()):  # as they were: a weight made while inferring could not be one
+        whole = torch.cat([w.data for w in weights])
+        for m, part in zip(modules, whole.split(rows), strict=True):
             m.weight.data = part
     return whole
 
