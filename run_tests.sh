@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./setup.sh
-python -m pytest "$@"
+python -m pytest -n 2 --dist worksteal "$@"
