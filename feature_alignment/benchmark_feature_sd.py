@@ -91,6 +91,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     from feature_alignment.decoding.sources import Sources
     from feature_alignment.inputs.samples import read_samples
     from feature_alignment.metrics import break_even
+    from feature_alignment.models import fixed
     from feature_alignment.models.pair import load_pair
     from feature_alignment.rows import Mode, answering, layers_of, modes, row_name, speeds
 
@@ -214,7 +215,9 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
         )
     in_use = targets.adapter_in_use(rows, adapter, chained, acceptance, cost, cfg.device, pair.target.head_weight.dtype)
     result = {
-        "meta": artifacts.provenance("benchmark_feature_sd", cfg, made_from, device=cfg.device, dtype=cfg.dtype),
+        "meta": artifacts.provenance(
+            "benchmark_feature_sd", cfg, made_from, device=cfg.device, dtype=cfg.dtype, unrecorded=fixed.unrecorded
+        ),
         "baselines": baselines,
         "rows": rows,
         "cost": cost,

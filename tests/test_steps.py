@@ -206,9 +206,11 @@ def test_what_cannot_be_recorded_runs_as_ever(monkeypatch, caplog):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(fixed.Recorded, "_record", record)
+    monkeypatch.setattr(fixed, "unrecorded", [])
     double = fixed.Recorded(lambda x: x * 2)
     assert [double(torch.full((1,), float(i)).as_subclass(Anywhere)).item() for i in range(3)] == [0, 2, 4]
     assert len(tried) == 1 and "run eagerly: operation not permitted" in caplog.text
+    assert len(fixed.unrecorded) == 1
 
 
 def test_a_recording_is_made_once_a_shape_and_replayed(monkeypatch):

@@ -165,10 +165,10 @@ class FixedCache:
 
     def _forward(self, ids: Tensor) -> Tensor:
         x = self._llama.embed_tokens(ids[0])
-        turn = fused.turn_of(self._llama, x, self._slots[: len(x)] + self._length, self._slots)
+        shared = fused.shared_by_all(self._llama, x, self._slots[: len(x)] + self._length, self._slots)
         states = []
         for number, layer in enumerate(self._layers, start=1):
-            x = self._read_layer(x, layer, turn, self._llama.config.rms_norm_eps)
+            x = self._read_layer(x, layer, shared, self._llama.config.rms_norm_eps)
             if number in self._taps:
                 states.append(x)
         return torch.cat([*states[:-1], self._llama.norm(x)], -1)[None]  # behind an early exit the norm is none

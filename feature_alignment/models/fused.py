@@ -30,7 +30,7 @@ class Layer(NamedTuple):
     values: Tensor
 
 
-class Turn(NamedTuple):
+class Shared(NamedTuple):
     """What all layers of a step share. cos, sin: [k, 1, d_head], the first half of sin negated; bias: see `hidden_behind`; places: [k]
     int64"""
 
@@ -38,6 +38,9 @@ class Turn(NamedTuple):
     sin: Tensor
     bias: Tensor
     places: Tensor
+
+
+Read = Callable[[Tensor, Layer, Shared, float], Tensor]
 
 
 def unfit(llama: PreTrainedModel) -> str | None:
@@ -96,26 +99,23 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
     return torch.bmm((scores * q.shape[-1] ** -0.5 + bias).softmax(-1).to(q.dtype), values).view(q.shape)
 
 
-def read(x: Tensor, layer: Layer, turn: Turn, eps: float) -> Tensor:
-    """x [k, d] through one decoder layer; writes the new keys and values to `turn.places`."""
+def read(x: Tensor, layer: Layer, shared: Shared, eps: float) -> Tensor:
+    """x [k, d] through one decoder layer; writes the new keys and values to `shared.places`."""
     d_head, kv_heads = layer.keys.shape[-1], layer.keys.shape[0]
     heads = layer.out.shape[1] // d_head
     qkv = F.linear(F.rms_norm(x, x.shape[-1:], layer.norm, eps), layer.qkv).view(len(x), -1, d_head)
     turned, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-    turned = turned * turn.cos + turned.roll(d_head // 2, -1) * turn.sin
-    layer.keys.index_copy_(1, turn.places, turned[:, heads:].transpose(0, 1))
-    layer.values.index_copy_(1, turn.places, v.transpose(0, 1))
-    mixed = attend(turned[:, :heads].transpose(0, 1), layer.keys, layer.values, turn.bias)
+    turned = turned * shared.cos + turned.roll(d_head // 2, -1) * shared.sin
+    layer.keys.index_copy_(1, shared.places, turned[:, heads:].transpose(0, 1))
+    layer.values.index_copy_(1, shared.places, v.transpose(0, 1))
+    mixed = attend(turned[:, :heads].transpose(0, 1), layer.keys, layer.values, shared.bias)
     x = x + F.linear(mixed.transpose(0, 1).reshape(len(x), -1), layer.out)
     gate, up = F.linear(F.rms_norm(x, x.shape[-1:], layer.mlp_norm, eps), layer.gate_up).chunk(2, -1)
     return x + F.linear(F.silu(gate) * up, layer.down)
 
 
-def turn_of(llama: PreTrainedModel, x: Tensor, places: Tensor, slots: Tensor) -> Turn:
+def shared_by_all(llama: PreTrainedModel, x: Tensor, places: Tensor, slots: Tensor) -> Shared:
     cos, sin = (t[0, :, None] for t in llama.rotary_emb(x[None], places[None]))
     half = sin.shape[-1] // 2
     groups = llama.config.num_attention_heads // llama.config.num_key_value_heads
-    return Turn(cos, torch.cat([-sin[..., :half], sin[..., half:]], -1), hidden_behind(places, slots, groups), places)
-
-
-Read = Callable[[Tensor, Layer, Turn, float], Tensor]
+    return Shared(cos, torch.cat([-sin[..., :half], sin[..., half:]], -1), hidden_behind(places, slots, groups), places)
