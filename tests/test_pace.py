@@ -9,7 +9,7 @@ import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.decoding.engine import greedy, speculate
-from feature_alignment.decoding.pace import Pace
+from feature_alignment.decoding.pace import SHARE, Pace
 from feature_alignment.decoding.proposers import ModelProposer
 
 
@@ -62,11 +62,11 @@ def test_cheap_drafts_known_to_be_good_are_always_wanted():
 
 @pytest.mark.parametrize("prefill_ms", [0.0, 2.0, 12.0])
 def test_cheap_good_drafts_are_soon_found(prefill_ms):
-    """Of a drafter of which nothing is known: once a sixtieth of the target's time has paid for its prompt and a round."""
+    """Of a drafter of which nothing is known: once a share of the target's time has paid for its prompt and a round."""
     pace, passes = Pace(), 0
     while not decode(pace, 0.95, 0.06, passes=1, prefill_ms=prefill_ms, length=1)[2]:
         passes += 13  # each of these prompts is read in twelve passes and answered in one
-    assert passes <= 13 + 60 * (1 + (12 if prefill_ms else 0))
+    assert passes <= 13 + (1 + (12 if prefill_ms else 0)) / SHARE
     assert decode(pace, 0.95, 0.06, prefill_ms=prefill_ms)[2] > 550
 
 

@@ -21,6 +21,7 @@ import sys
 from collections import deque
 
 SHARE = 1 / 60  # of the target's own time that may be lost
+UNSEEN = 1.05  # of a drafter that has earned nothing yet, a round is taken for this much longer: keeping the books takes time as well
 RISK = 1.0  # passes that a poor round loses
 ALLOWANCE = 3.0  # passes that a drafter known to be good may lose before it has earned any, and that are put aside once it has
 GOOD = 0.5  # acceptance rate from which on a drafter is known to be good
@@ -105,7 +106,7 @@ class Pace:
             if not draft_ms or len(self._pass) < 3:
                 self._pass.append(other_ms / tokens)
             if draft_ms:  # the drafter was asked and had no idea
-                self._settle(max(-1.0, tokens - self._in_passes(draft_ms + other_ms)))
+                self._settle(max(-1.0, tokens - self._charged(draft_ms + other_ms)))
             return
         self._since_pass += 1
         self._drafts.append(drafts)
@@ -113,7 +114,7 @@ class Pace:
         self._tokens, self._ms = MEMORY * self._tokens + tokens, MEMORY * self._ms + ms
         self._kept, self._reached = MEMORY * self._kept + tokens - 1, MEMORY * self._reached + min(tokens, drafts)
         if self._pass:
-            self._settle(tokens - self._in_passes(ms))
+            self._settle(tokens - self._charged(ms))
 
     def _slope(self) -> float:
         """Milliseconds by which one more draft makes a verification longer."""
@@ -123,6 +124,9 @@ class Pace:
 
     def _in_passes(self, ms: float) -> float:
         return ms / statistics.median(self._pass) if self._pass else 0.0
+
+    def _charged(self, ms: float) -> float:
+        return self._in_passes(ms) * (1.0 if self._good else UNSEEN)
 
     def _reading(self) -> float:
         """Passes that the drafter's reading of a prompt takes; as many as the target's, until it is known."""
