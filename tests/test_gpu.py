@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
@@ -70,7 +68,7 @@ def test_a_drafter_reads_beside_the_target():
     """On a stream of its own: its reading begins before the target's has ended."""
     target, draft = on_gpu("eager"), on_gpu("eager")
     prompt = prompt_of(1, *[5] * 200)
-    proposer = ModelProposer(copy.copy(draft), None, None)
+    proposer = ModelProposer(draft, None, None)
     for _ in range(3):
         found = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=8, overlap=True)
     spans = {stage: (begin, end) for stage, begin, end in found.spans if "prefill" in stage}

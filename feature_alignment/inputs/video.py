@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from feature_alignment.console import UserError, mended
@@ -149,6 +148,8 @@ def clip_pixels(images: Sequence[np.ndarray], processor) -> np.ndarray:
         small = _resized(Image.fromarray(images[n]), w, h, crop, p.resample)
         for c in range(3):
             np.take(table[c], small[..., c], out=pixels[n, c], mode="clip")  # "clip": unchecked, and uint8 needs no check
+
+    import torch  # whose number of threads is `--threads`; whoever only reads frames does without it
 
     threads = min(len(images), torch.get_num_threads())
     if images[0].size < _SMALL or threads == 1:

@@ -106,7 +106,8 @@ class Decoder:
         self.vocab_size = rows
 
     def record(self, steps: Steps) -> None:
-        """From the next prompt on, steps of single prompts run over one fixed cache, recorded on a GPU. Prompts of several rows do not."""
+        """From the next prompt on, steps of single prompts run over one fixed cache, recorded on a GPU. Prompts of several rows do not,
+        nor do models whose layers `fused` cannot read: the log says so, and `steps` stays eager."""
         why = None if steps == "eager" else unfit(self.llama)
         if why is not None:
             log.warning("--steps %s reads no %s: this model's steps run eagerly.", steps, why)

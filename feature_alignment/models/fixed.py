@@ -75,10 +75,8 @@ class Recorded:
                 self._call(*inputs)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with (
-            _nothing_freed(),
-            torch.cuda.graph(graph, capture_error_mode="thread_local"),
-        ):  # another thread may be busy with the other model
+        # "thread_local": another thread may be busy with the other model
+        with _nothing_freed(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = self._call(*inputs)
         return inputs, graph, outputs
 
