@@ -119,6 +119,20 @@ def test_good_drafts_that_are_dear_to_verify_are_given_up(chance, verify_ms):
     assert ms < 1.03 * tokens
 
 
+def test_a_machine_that_becomes_faster_is_no_merit_of_a_drafter_without_ideas():
+    """It is asked before each token, and has an idea at every tenth, a wrong one. The machine is slow at first, when it is first tried."""
+    pace, r, lost, tokens, rounds = Pace(), random.Random(0), 0.0, 0, 0
+    for i in range(6000):
+        pass_ms = 1.4 if i < 200 else 1.0
+        asked, idea = pace.next_floor() is not None, r.random() < 0.1
+        drafts, emitted = (2, 1) if asked and idea else (0, 1 if asked else pace.rest)
+        other = (1.3 if drafts else emitted) * pass_ms
+        pace.passed(drafts, emitted, 0.02 * asked * pass_ms, other)
+        lost, tokens = lost + other - emitted * pass_ms + 0.02 * asked * pass_ms, tokens + emitted
+        rounds += drafts > 0
+    assert rounds and lost < 0.02 * tokens
+
+
 def test_drafts_that_seem_good_on_and_off_lose_little():
     """Good for 200 tokens, then useless for as many, and again: what is put aside was earned."""
     pace, tokens, ms = Pace(), 0, 0.0

@@ -140,8 +140,9 @@ def speculate(
     emitted, rounds, passes = [int(token)], [], 0
     states = state.last.new_empty(max_new_tokens, target.hidden_size)  # states[i] emitted emitted[i]
     states[0] = state.last[0]
+    since = 0.0 if pace is None else watch.now()  # the pace is told of all time, that of keeping its books included
     while emitted[-1] != EOS and len(emitted) < max_new_tokens:
-        before, begin = dict(watch.ms), 0.0 if pace is None else watch.now()
+        before = dict(watch.ms)
         room = min(num_draft_tokens, max_new_tokens - len(emitted) - 1)  # the round also emits a token of the target's own
         floor = None if room <= 0 else 0.0 if pace is None else pace.next_floor()
         room = room if pace is None or floor is None else min(room, pace.most(floor, proposer.knows_chance))
@@ -159,7 +160,9 @@ def speculate(
             passes += len(read)
             ms = watch.ms["verify"] - before.get("verify", 0.0)
             if pace is not None:
-                pace.passed(0, len(read), 0.0, watch.now() - begin)
+                now = watch.now()
+                pace.passed(0, len(read), now - since - ms, ms)
+                since = now
             if room > 0:
                 rounds += [Round([], [], [], None, token, False, {"verify": ms / len(read)}, "off") for token in emitted[first:]]
             continue
@@ -205,8 +208,12 @@ def speculate(
         emitted += new[:ended]
         spent = {k: v - before.get(k, 0.0) for k, v in watch.ms.items() if v > before.get(k, 0.0)}
         if pace is not None:
-            drafting = sum(spent.get(stage, 0.0) for stage in DRAFT_STAGES)
-            pace.passed(g, ended, drafting, watch.now() - begin - drafting - spent.get("draft_prefill", 0.0))
+            now = watch.now()
+            elapsed = now - since - spent.get("draft_prefill", 0.0)
+            alone = spent["verify"] + spent.get("accept", 0.0)  # without drafts this is what the target does anyway
+            drafting = sum(spent.get(stage, 0.0) for stage in DRAFT_STAGES) if g else elapsed - alone
+            pace.passed(g, ended, drafting, elapsed - drafting)
+            since = now
         rounds.append(
             Round(
                 proposed=drafts.tolist(),

@@ -20,9 +20,8 @@ import statistics
 import sys
 from collections import deque
 
-SHARE = 1 / 60  # of the target's own time that may be lost
-UNSEEN = 1.05  # of a drafter that has earned nothing yet, a round is taken for this much longer: keeping the books takes time as well
-RISK = 1.0  # passes that a poor round loses
+SHARE = 1 / 80  # of the target's own time that may be lost
+RISK = 0.5  # passes that a poor round loses
 ALLOWANCE = 3.0  # passes that a drafter known to be good may lose before it has earned any, and that are put aside once it has
 GOOD = 0.5  # acceptance rate from which on a drafter is known to be good
 FIRST_FLOOR = 0.8  # until a draft's cost is known
@@ -99,14 +98,13 @@ class Pace:
 
     def passed(self, drafts: int, tokens: int, draft_ms: float, other_ms: float) -> None:
         """A pass of the target is over: how many drafts it verified, tokens it emitted, what drafting took and what everything else.
-        Without drafts these may be several passes of a token each."""
+        Without drafts these may be several passes of a token each, and drafting is all that plain decoding would not have done: the
+        drafter was asked and had no idea, or the books were kept."""
         if not drafts:
             self._since_pass = 0
             self._save(other_ms)
-            if not draft_ms or len(self._pass) < 3:
-                self._pass.append(other_ms / tokens)
-            if draft_ms:  # the drafter was asked and had no idea
-                self._settle(max(-1.0, tokens - self._charged(draft_ms + other_ms)))
+            self._pass.append(other_ms / tokens)
+            self._settle(max(-1.0, -self._in_passes(draft_ms)))
             return
         self._since_pass += 1
         self._drafts.append(drafts)
@@ -114,7 +112,7 @@ class Pace:
         self._tokens, self._ms = MEMORY * self._tokens + tokens, MEMORY * self._ms + ms
         self._kept, self._reached = MEMORY * self._kept + tokens - 1, MEMORY * self._reached + min(tokens, drafts)
         if self._pass:
-            self._settle(tokens - self._charged(ms))
+            self._settle(tokens - self._in_passes(ms))
 
     def _slope(self) -> float:
         """Milliseconds by which one more draft makes a verification longer."""
@@ -124,9 +122,6 @@ class Pace:
 
     def _in_passes(self, ms: float) -> float:
         return ms / statistics.median(self._pass) if self._pass else 0.0
-
-    def _charged(self, ms: float) -> float:
-        return self._in_passes(ms) * (1.0 if self._good else UNSEEN)
 
     def _reading(self) -> float:
         """Passes that the drafter's reading of a prompt takes; as many as the target's, until it is known."""
