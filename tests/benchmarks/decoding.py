@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,11 +28,13 @@ from feature_alignment.decoding.engine import Generation, greedy, speculate
 from feature_alignment.decoding.pace import Pace
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample, read_samples
+from feature_alignment.metrics import Counts
 from feature_alignment.models.pair import load_pair
 
 SOURCES = ("own", "aligned", "chained", "hybrid", "ngram", "template", "lookup", "previous")
+AGAIN = "plain again"
 MOST = 24
-RUNS = 96  # of a prompt set, at least: the fewer prompts, the more cold starts
+RUNS, NEAR, MORE_RUNS = 32, 1.1, 192  # of a prompt set, at least, and of a source that is near plain decoding there
 
 
 class Bench:
@@ -49,13 +50,12 @@ class Bench:
     def plain(self, sample: Sample) -> Generation:
         return greedy(self.pair.target, self.prompts[sample.id][0], self.cfg.max_new_tokens)
 
-    def adaptive(self, source: str, overlap: bool = False, starts: int = 1) -> Callable[[Sample], Generation]:
-        """Answers with drafters of its own and new paces, which know at most what training found; `starts` of them, in turns."""
-        fresh = [(self.sources.open(source), Pace(self.sources.known_acceptance(source))) for _ in range(starts)]
-        turn = itertools.cycle(fresh)
+    def adaptive(self, source: str, overlap: bool = False) -> Callable[[Sample], Generation]:
+        """Answers with a drafter of its own and a new pace, which knows at most what training found."""
+        proposer, pace = self.sources.open(source), Pace(self.sources.known_acceptance(source))
 
         def answer(sample: Sample) -> Generation:
-            (prompt, draft_prompt), (proposer, pace) = self.prompts[sample.id], next(turn)
+            prompt, draft_prompt = self.prompts[sample.id]
             return speculate(
                 self.pair.target,
                 proposer,
@@ -69,14 +69,20 @@ class Bench:
 
         return answer
 
-    def in_turns(
-        self, answers: dict[str, Callable[[Sample], Generation]], samples: Sequence[Sample], repeats: int = 1
-    ) -> dict[Any, measure.Timed]:
-        methods = {name: lambda i, answer=answer: answer(samples[i]) for name, answer in answers.items()}
-        timed = measure.run_in_turns(methods, len(samples), repeats, iter)
-        for name, runs in timed.items():
-            assert runs.texts == timed["plain"].texts, f"{name} is not lossless"
-        return timed
+    def beside_plain(self, ways: Sequence[str], samples: Sequence[Sample], starts: int) -> list[tuple[str, int, float, float]]:
+        """(way, cold start, ms of plain decoding, ms of the way) of every run. Each stands between two runs of plain decoding, whose
+        mean is taken."""
+        runs = []
+        for start in range(starts):
+            answers = {way: self.plain if way == AGAIN else self.adaptive(way) for way in ways}
+            for sample in samples:
+                before = self.plain(sample)
+                for way, answer in answers.items():
+                    found, after = answer(sample), self.plain(sample)
+                    assert found.token_ids == before.token_ids, f"{way} is not lossless"
+                    runs.append((way, start, (before.total_ms + after.total_ms) / 2, found.total_ms))
+                    before = after
+        return runs
 
 
 def spread(samples: Sequence[Sample], number: int) -> list[Sample]:
@@ -84,8 +90,8 @@ def spread(samples: Sequence[Sample], number: int) -> list[Sample]:
 
 
 def floor(bench: Bench) -> dict[str, Any]:
-    """Of each prompt the median of all cold starts counts, so that no moment of the machine's does; "plain again" is how far two runs
-    of the same thing are apart all the same."""
+    """Sums over sums, intervals resample cold starts; "plain again" is how far two runs of the same thing are apart. A source that is
+    near plain decoding is run more often."""
     questions = list(dict.fromkeys(s.question for s in bench.samples))
     sets = {f"{n} prompts": spread(bench.samples, n) for n in (4, 8, 16, 32)}
     sets |= {f"question {i + 1}": [s for s in bench.samples if s.question == q][:16] for i, q in enumerate(questions[:2])}
@@ -96,17 +102,26 @@ def floor(bench: Bench) -> dict[str, Any]:
         bench.prompts[s.id] = bench.pair.target.prepare(s), bench.pair.draft.prepare(s)
     for s in bench.samples[:3]:
         bench.plain(s)  # warm-up of the machine, not of any drafter
-    rows, worst = [], (1.0, "", "")
+    rows, worst = [], {"value": 1.0}
     for name, samples in sets.items():
-        starts = max(5, RUNS // len(samples))
-        ways = {"plain": bench.plain, "plain again": bench.plain} | {source: bench.adaptive(source, starts=starts) for source in SOURCES}
-        timed = bench.in_turns(ways, samples, starts)
-        ms = {way: float(found.per_prompt(lambda g: g.total_ms).sum()) for way, found in timed.items()}
-        ratios = {way: ms["plain"] / spent for way, spent in ms.items() if way != "plain"}
-        rows.append((name, starts, *(round(r, 3) for r in ratios.values())))
-        worst = min(worst, *((r, name, way) for way, r in ratios.items()))
-    print_table("speed-up end to end, adaptive", ("prompt set", "cold starts", "plain again", *SOURCES), rows)
+        runs = bench.beside_plain((AGAIN, *SOURCES), samples, max(2, RUNS // len(samples)))
+        near = [source for source in SOURCES if speedup(runs, source)["value"] < NEAR]
+        if near:
+            first = 1 + max(start for _, start, _, _ in runs)
+            more = bench.beside_plain(near, samples, max(6, MORE_RUNS // len(samples)) - first)
+            runs += [(way, first + start, plain_ms, ms) for way, start, plain_ms, ms in more]
+        for way in (AGAIN, *SOURCES):
+            rate = speedup(runs, way)
+            rows.append((name, way, sum(run[0] == way for run in runs), rate_text(rate, 3)))
+            if way != AGAIN and rate["value"] < worst["value"]:
+                worst = rate | {"prompts": name, "drafts": way}
+    print_table("speed-up end to end, adaptive, from cold starts", ("prompt set", "drafts", "runs", "speed-up"), rows)
     return {"worst": worst, "rows": rows}
+
+
+def speedup(runs: list[tuple[str, int, float, float]], way: str) -> dict[str, Any]:
+    starts, plain_ms, ms = zip(*((start, a, b) for who, start, a, b in runs if who == way), strict=True)
+    return Counts(np.array(plain_ms), np.array(ms)).rate([str(start) for start in starts])
 
 
 def hybrid(bench: Bench) -> dict[str, Any]:
@@ -115,7 +130,9 @@ def hybrid(bench: Bench) -> dict[str, Any]:
     for answer in answers.values():
         for s in samples[:4]:
             answer(s)
-    timed = bench.in_turns({"plain": bench.plain, **answers}, samples)
+    methods = {name: lambda i, answer=answer: answer(samples[i]) for name, answer in {"plain": bench.plain, **answers}.items()}
+    timed = measure.run_in_turns(methods, len(samples), 1, iter)
+    assert all(runs.texts == timed["plain"].texts for runs in timed.values()), "not lossless"
     clips, end_to_end, decoding = [s.sequence for s in samples], lambda g: g.total_ms, lambda g: g.decode_ms
     rows = []
     for name in answers:
