@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from feature_alignment.config import Common, as_plain
-from feature_alignment.console import UserError, finite, mended_files
+from feature_alignment.console import UserError, file_named, finite, mended_files
 from feature_alignment.pickles import check_pt
 from feature_alignment.processes import temporary_name
 from feature_alignment.state_files import frame_hash, row_hashes
@@ -52,10 +52,11 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        with file_named(path):
+            yield temporary
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

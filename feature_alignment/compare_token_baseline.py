@@ -162,10 +162,9 @@ def tables(report: dict[str, Any], num_draft_tokens: int) -> list[tuple[str, tup
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(ComparisonConfig, argv, "compare_token_baseline")
-    if cfg.num_draft_tokens < 1:
-        raise UserError(f"--num_draft_tokens wants at least 1, got {cfg.num_draft_tokens}.")
-    from feature_alignment.processes import claimed
+    from feature_alignment.processes import check_device, claimed
 
+    check_device(cfg.device)
     with claimed(cfg.out / "token_baseline"):
         return compare(cfg)
 

@@ -6,15 +6,18 @@ Exit codes: 0 done; 2 something the user can mend, said in one message (a mistak
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
@@ -56,21 +59,78 @@ def run(main: Callable[[], object]) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    interrupts = _count_interrupts()
     try:
         main()
+        sys.stdout.flush()  # here, so that a full disk behind stdout is reported like any other
     except UserError as error:
         _stop(str(error))
-    except BrokenPipeError:  # `… | head` closed our stdout: not an error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:  # no room, no permission, a file that vanished: the machine's matter, not the program's
-        _stop(f"{error.filename or 'a file'}: {error.strerror or error}. What is complete is kept; mend this and type the same again.")
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in ("not enough memory", "out of memory")):
-            raise
-        _stop(f"this needs more memory than there is ({str(error)[:200]}). Type smaller sizes or a smaller --batch_size.")
+    except Exception as error:
+        if interrupts:  # a library turned the KeyboardInterrupt into an error of its own
+            sys.exit(130)
+        _explain(error)
+
+
+def _count_interrupts() -> list[int]:
+    """A list that grows with every Ctrl-C; the handler raises KeyboardInterrupt as Python's own does."""
+    seen: list[int] = []
+
+    def interrupted(number: int, _: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a parent process has it ignored
+        signal.signal(signal.SIGINT, interrupted)
+    return seen
+
+
+def _explain(error: Exception) -> NoReturn:
+    """End with exit code 2 for what the machine lacks (disk, permission, memory); raise everything else again."""
+    if isinstance(error, BrokenPipeError):  # `… | head` closed our stdout: not an error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    if isinstance(error, OSError):
+        if error.filename is None and not _can_flush():
+            error.filename = "standard output"
+        _stop(f"{disk_error(error)}. Files under their final names are complete; fix the cause and run the same command again.")
+    signs = ("not enough memory", "out of memory", "defaultcpuallocator", "storage size calculation overflowed")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)):
+        _stop(f"not enough memory ({str(error)[:200]}). Use smaller sizes or a smaller --batch_size.")
+    raise error
+
+
+def _can_flush() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again while it exits
+        return False
+    return True
+
+
+@contextmanager
+def file_named(path: Path) -> Iterator[None]:
+    """Let an OSError from inside name `path`: a failed write, unlike a failed open, does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def disk_error(error: OSError) -> str:
+    """`file: cause`, and for a full disk the disk and what it has free."""
+    said = f"{error.filename or 'a file'}: {error.strerror or error}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not isinstance(error.filename, str | Path):
+        return said
+    folder = next((p for p in Path(error.filename).absolute().parents if p.is_dir()), None)
+    if folder is None:
+        return said
+    disk = next(p for p in (folder, *folder.parents) if p.is_mount())
+    return f"{said}; its disk, mounted at {disk}, has {shutil.disk_usage(disk).free:,} bytes free"
 
 
 def _stop(message: str) -> NoReturn:

@@ -49,6 +49,7 @@ class Pair:
 
 def load_pair(cfg: Common) -> Pair:
     """Both decoders of a config, on its device and dtype; refuses checkpoints whose vocabularies do not share ids."""
+    loading.check_device(cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.device.startswith("cuda:"):
