@@ -27,6 +27,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+if __name__ == "__main__":
+    from feature_alignment.console import run_module
+
+    run_module("feature_alignment.verification")
+
 import torch
 from torch import Tensor, nn
 
@@ -392,10 +397,3 @@ def _load_states(path: Path, rows: Sequence[dict[str, Any]], meta: dict[str, Any
     else:
         log.info("%s: %.3g GB are not compared with their hashes now; that takes\n  %s", path, states.nbytes / 1e9, VERIFY)
     return states
-
-
-if __name__ == "__main__":
-    from feature_alignment.console import run
-    from feature_alignment.verification import main
-
-    run(main)

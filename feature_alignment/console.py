@@ -18,6 +18,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
@@ -71,6 +72,12 @@ def run(main: Callable[[], object]) -> None:
         if interrupts:  # a library turned the KeyboardInterrupt into an error of its own
             sys.exit(130)
         _explain(error)
+
+
+def run_module(name: str) -> NoReturn:
+    """`run` the `main` of a module that is imported only now: Ctrl-C during a slow import then ends without a traceback too."""
+    run(lambda: import_module(name).main())
+    sys.exit()
 
 
 def _count_interrupts() -> list[int]:

@@ -57,9 +57,9 @@ if __name__ == "__main__":
     run(_run_imported)
     sys.exit()
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class HiddenAdapter(nn.Module):

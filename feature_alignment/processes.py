@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import signal
 import socket
 import tempfile
 import time
@@ -58,6 +59,16 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"nothing can be written to {path.parent} ({error.strerror}). Give an --output_dir that can be written.") from None
+
+
+@contextmanager
+def children_ignore_interrupts() -> Iterator[None]:
+    """Child processes started inside ignore Ctrl-C, which a terminal sends to all: only the parent reports it, and ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +46,10 @@ RANGES = {
     "bottleneck": _WIDTH,
     "clips": _COUNT,
     "cosine_weight": _WEIGHT,
+    "contrast": Range(0.001, 100),
     "delta": Range(0, 1, is_open=True),
     "draft_layers": Range(1, 1024),
+    "duration_ms": Range(0.001, 1e12),
     "epsilon": Range(0, 1, is_open=True),
     "event_start_ms": Range(0, 1e12),
     "event_window_ms": Range(0.001, 100),  # events are timed in microseconds
@@ -67,6 +71,7 @@ RANGES = {
     "repeats": Range(1, 10**6),
     "roll_out_steps": Range(1, 1024),
     "seed": Range(0, _LARGEST),
+    "start_ms": Range(0, 1e12),
     "temperature": Range(0.001, 1000, or_zero=True),  # outside, logits / temperature overflow or lose all differences in float32
     "threads": Range(0, 1024),
     "threshold": Range(-1, 1),
@@ -185,3 +190,29 @@ def validate_together(cfg: Any) -> None:
         raise UserError(f"{', '.join(missing)} missing: --events, --video and --question belong together.")
     if clip and not missing and not cfg.video.exists():
         raise UserError(f"--video {cfg.video}: no such file or folder of frames.")
+
+
+def path_argument(text: str) -> Path:
+    """A path on the command line of a command without a config file; for argparse's `type`."""
+    try:
+        validate_text("path", text)
+        _validate_path("path", Path(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
+def number_argument(name: str, kind: type = int) -> Callable[[str], float]:
+    """For argparse's `type`: a number in the range that the table has for `name`."""
+
+    def number(text: str) -> float:
+        try:
+            value = kind(text)
+            validate_number(name, value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return value
+
+    return number
