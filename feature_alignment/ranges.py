@@ -120,12 +120,13 @@ def validate_number(name: str, value: float) -> None:
 def validate_text(name: str, value: str | Path) -> None:
     """Check one text or path: not empty, no control characters, encodable, and a path that the file system accepts."""
     text = str(value)
+    shown = repr(text[:300])
     if not text.strip():
-        raise UserError(f"--{name} {text!r}: wanted a {'path' if isinstance(value, Path) else 'text'}, got an empty one.")
+        raise UserError(f"--{name} {shown}: wanted a {'path' if isinstance(value, Path) else 'text'}, got an empty one.")
     if bad := re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]" if name == "question" else r"[\x00-\x1f\x7f\ud800-\udfff]", text):
-        raise UserError(f"--{name} {text!r}: the character {bad[0]!r} is not allowed here.")
+        raise UserError(f"--{name} {shown}: the character {bad[0]!r} is not allowed here.")
     if name == "device" and not _DEVICE.fullmatch(text):
-        raise UserError(f"--device {text}: wanted cpu, cuda or cuda:<number>.")
+        raise UserError(f"--device {shown}: wanted cpu, cuda or cuda:<number>.")
     if name in SPLITS:
         _validate_split(name, text)
     if isinstance(value, Path):
