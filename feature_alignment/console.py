@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
+STDOUT = "standard output"
 CONSOLE = 100  # characters a table may be wide
 
 
@@ -62,8 +63,11 @@ def run(main: Callable[[], object]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     interrupts = _count_interrupts()
     try:
-        main()
-        sys.stdout.flush()  # here, so that a full disk behind stdout is reported like any other
+        try:
+            main()
+        finally:  # also after --help and --print_config, which exit
+            with file_named(STDOUT):
+                sys.stdout.flush()
     except UserError as error:
         _stop(str(error))
     except KeyboardInterrupt:
@@ -99,8 +103,6 @@ def _explain(error: Exception) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     if isinstance(error, OSError):
-        if error.filename is None and not _can_flush():
-            error.filename = "standard output"
         _stop(f"{disk_error(error)}. Files under their final names are complete; fix the cause and run the same command again.")
     signs = ("not enough memory", "out of memory", "defaultcpuallocator", "storage size calculation overflowed")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)):
@@ -108,17 +110,8 @@ def _explain(error: Exception) -> NoReturn:
     raise error
 
 
-def _can_flush() -> bool:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again while it exits
-        return False
-    return True
-
-
 @contextmanager
-def file_named(path: Path) -> Iterator[None]:
+def file_named(path: Path | str) -> Iterator[None]:
     """Let an OSError from inside name `path`: a failed write, unlike a failed open, does not say which file it was."""
     try:
         yield
@@ -131,7 +124,7 @@ def file_named(path: Path) -> Iterator[None]:
 def disk_error(error: OSError) -> str:
     """`file: cause`, and for a full disk the disk and what it has free."""
     said = f"{error.filename or 'a file'}: {error.strerror or error}"
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not isinstance(error.filename, str | Path):
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename in (None, STDOUT):
         return said
     folder = next((p for p in Path(error.filename).absolute().parents if p.is_dir()), None)
     if folder is None:
