@@ -123,7 +123,7 @@ def file_named(path: Path | str) -> Iterator[None]:
 
 def disk_error(error: OSError) -> str:
     """`file: cause`, and for a full disk the disk and what it has free."""
-    said = f"{error.filename or 'a file'}: {error.strerror or error}"
+    said = f"{error.filename or 'a file or standard output'}: {error.strerror or error}"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename in (None, STDOUT):
         return said
     folder = next((p for p in Path(error.filename).absolute().parents if p.is_dir()), None)
