@@ -29,7 +29,7 @@ LAYERS = [  # a module may import from its own row and from rows below
     {"inputs", "demo"},
     {"hidden_states_writer"},
     {"answers"},
-    {"artifacts", "verification", "metrics", "closed_form", "calibration", "token_adapter"},
+    {"artifacts", "verification", "metrics", "closed_form", "calibration", "token_adapter", "lexicon"},
     {"processes", "pickles", "state_files"},
     {"config"},
     {"console"},
