@@ -24,6 +24,7 @@ LAYERS = [  # a module may import from its own row and from rows below
     {"plots", "speed_model"},
     {"scoring"},
     {"decoding"},
+    {"folded_chain"},
     {"chained_adapter", "hidden_adapter"},
     {"models"},
     {"inputs", "demo"},
