@@ -31,6 +31,8 @@ class Range(NamedTuple):
         zero = "0, or " if self.or_zero else ""
         if self.is_open:
             return f"{zero}a number above {self.low:,} and below {self.high:,}"
+        if self.high > 1000:  # a guard against typing errors; the lower end is what matters
+            return f"{zero}a number of at least {self.low:,} (and at most {self.high:,})"
         return f"{zero}a number from {self.low:,} to {self.high:,}"
 
 
