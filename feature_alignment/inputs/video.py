@@ -236,7 +236,9 @@ def _refuse_cut(path: Path, container: Any, end_s: float) -> None:
 
 
 def _say_what_is_lost(path: Path, decoded: int, listed: int, damaged: int) -> None:
-    if decoded * 2 < listed or not decoded:
+    if not decoded:
+        raise UserError(f"{path} could not be decoded: none of its {listed} frames. Download or write it again.")
+    if decoded * 2 < listed:
         raise UserError(f"{path} is damaged: only {decoded} of its {listed} frames can be decoded. Download or write it again.")
     if decoded < listed:
         mended(
