@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import VideoLlavaForConditionalGeneration
 
 from feature_alignment.console import UserError
-from feature_alignment.models.loading import load_model
+from feature_alignment.models.loading import load_model, refuse_pku_layout
+from feature_alignment.models.prompts import prompt_ids, prompt_text
 
 PROMPT = "USER: <video>\n{question} ASSISTANT:"
 UNQUANTISED = ("lm_head", "model.video_tower", "model.image_tower", "model.multi_modal_projector")
@@ -18,6 +19,7 @@ KNOWN_TEXT_TOKENS = (20, 21)  # of the probe question's prompt with the released
 
 def load_video_llava(path: str | Path, dtype: torch.dtype, device: str = "cpu", **options) -> VideoLlavaForConditionalGeneration:
     """Load a checkpoint directory of the released (or the re-saved) key format, or refuse it (UserError) if incomplete."""
+    refuse_pku_layout(Path(path))
     return load_model(
         VideoLlavaForConditionalGeneration, path, "Video-LLaVA", dtype=dtype, device=device, unquantised=UNQUANTISED, **options
     )
@@ -25,7 +27,8 @@ def load_video_llava(path: str | Path, dtype: torch.dtype, device: str = "cpu", 
 
 def encode_prompt(tokenizer, question: str, num_video_tokens: int) -> list[int]:
     """Prompt ids with `<video>` repeated once per video token (frames x (patches + CLS): 8 x 257 = 2,056 in the 7B)."""
-    ids = tokenizer(PROMPT.format(question=question)).input_ids
+    contents = ([{"type": "video"}, {"type": "text", "text": question}], f"<video>\n{question}")
+    ids = prompt_ids(tokenizer, prompt_text(tokenizer, PROMPT.format(question=question), contents, "<video>", question))
     video = tokenizer.convert_tokens_to_ids("<video>")
     if ids.count(video) != 1:
         raise UserError(f"Video-LLaVA's tokenizer reads {ids.count(video)} <video> (id {video}) in a prompt with one: not its own files?")
