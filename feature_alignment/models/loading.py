@@ -24,9 +24,8 @@ from transformers.utils import logging as transformers_logging
 
 from feature_alignment.console import UserError
 from feature_alignment.inputs.video import clip_pixels
-from feature_alignment.models.prompts import begin_ids, text_ids
+from feature_alignment.models.prompts import prepare_for_prompts, text_ids
 from feature_alignment.processes import check_device
-from feature_alignment.text_files import as_object
 
 log = logging.getLogger(__name__)
 
@@ -88,25 +87,6 @@ def look_through(path: Path) -> None:
             sizes = value if isinstance(value, list) else [value]
             if key in LARGEST and any(type(v) is not int or not 1 <= v <= LARGEST[key] for v in sizes if v is not None):
                 raise UserError(f"{file}: {key} is {str(value)[:80]}; wanted a number from 1 to {LARGEST[key]:,}.")
-
-
-def refuse_pku_layout(path: Path) -> None:
-    """raises UserError for Video-LLaVA as its authors (PKU) released it: the same weights under other names, with towers elsewhere"""
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError:
-        return  # named by whoever loads it
-    if not isinstance(config, dict) or "text_config" in config:
-        return
-    towers = [key for key in ("mm_video_tower", "mm_image_tower", "mm_vision_tower") if config.get(key)]
-    if towers or str(config.get("model_type")).startswith("llava") or "LlavaLlamaForCausalLM" in (config.get("architectures") or ()):
-        raise UserError(
-            f"{path} is a checkpoint in the layout of the LLaVA code ({', '.join(towers) or 'model_type ' + str(config.get('model_type'))}), "
-            "as LanguageBind/Video-LLaVA-7B was released; wanted the layout of transformers (model_type video_llava). Take the converted "
-            "one:\n  --target_id hub:LanguageBind/Video-LLaVA-7B-hf\nor convert a checkpoint of your own with transformers' "
-            "src/transformers/models/video_llava/convert_video_llava_weights_to_hf.py."
-        )
 
 
 def _entries(content: Any) -> Iterator[tuple[str, Any]]:
@@ -237,11 +217,7 @@ def load_tokenizer(path: Path, num_rows: int | None = None):
         tokenizer = kind.from_pretrained(str(path))
     except Exception as error:  # damaged files raise errors of several libraries
         raise UserError(f"{path}: its tokenizer could not be loaded: {_first_line(error)}") from None
-    template = path / "chat_template.json"  # where processors keep it; tokenizers read only their own places
-    if tokenizer.chat_template is None and template.is_file():
-        tokenizer.chat_template = as_object(json.loads(template.read_text(encoding="utf-8"))).get("chat_template")
-    if begin_ids(tokenizer) and tokenizer("").input_ids[:1] != begin_ids(tokenizer):
-        log.info("%s: its tokenizer adds no %s; prompts begin with it all the same.", path, tokenizer.bos_token)
+    prepare_for_prompts(tokenizer, path)
     if num_rows is not None and len(tokenizer) > num_rows:
         raise UserError(
             f"{path}: the tokenizer has {len(tokenizer)} ids, the model {num_rows} embedding rows; wanted no more ids than rows. "

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from feature_alignment.console import UserError
+from feature_alignment.text_files import as_object, read_text, reason
+
+log = logging.getLogger(__name__)
 
 _SENTENCEPIECE_BOS = "<s>"
 
 
+def prepare_for_prompts(tokenizer: Any, path: Path) -> None:
+    """Give a tokenizer the chat template that a processor keeps for it, and say in the log what its prompts begin with.
+
+    Raises:
+        UserError: For a damaged chat_template.json.
+    """
+    template = path / "chat_template.json"  # tokenizers read chat_template.jinja and their own configuration only
+    if tokenizer.chat_template is None and template.is_file():
+        try:
+            tokenizer.chat_template = as_object(json.loads(read_text(template)))["chat_template"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{template}: {reason(error)}; wanted an object with chat_template.") from None
+    if begin_ids(tokenizer) and not _adds_bos(tokenizer):
+        log.info("%s: its tokenizer adds no %s; prompts begin with it all the same.", path, tokenizer.bos_token)
+
+
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text alone, whatever begin or end token the tokenizer would put around it."""
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    """The ids of a text alone, whatever begin or end token the tokenizer would put around it, or a chat template after it."""
+    ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
 
 
 def begin_ids(tokenizer: Any) -> list[int]:
@@ -21,11 +46,13 @@ def begin_ids(tokenizer: Any) -> list[int]:
     LLaMA and its descendants were trained with `<s>` in front of every text. A tokenizer that was saved without its post-processor
     no longer adds it. A vocabulary with another begin token gets it only if its tokenizer adds it.
     """
-    bos = tokenizer.bos_token_id
-    if bos is None:
+    if tokenizer.bos_token_id is None or not (_adds_bos(tokenizer) or tokenizer.bos_token == _SENTENCEPIECE_BOS):
         return []
-    adds_bos = list(tokenizer("").input_ids)[:1] == [bos]
-    return [bos] if adds_bos or tokenizer.bos_token == _SENTENCEPIECE_BOS else []
+    return [tokenizer.bos_token_id]
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    return list(tokenizer("").input_ids)[:1] == [tokenizer.bos_token_id]
 
 
 def prompt_text(tokenizer: Any, default: str, contents: Sequence[Any], marker: str, question: str) -> str:
