@@ -262,6 +262,7 @@ def test_hidden_files_are_no_frames(tmp_path):
             if file.is_file():
                 archive.write(file, f"clip/{file.name}")
                 archive.writestr(f"__MACOSX/clip/._{file.name}", b"\0\5\26\7" + bytes(80))
+                archive.write(file, f"__MACOSX/clip/{file.name}")
         for file in tmp_path.glob(".*"):
             archive.write(file, f"clip/{file.name}")
     assert shown(tmp_path / "clip.zip") == wanted

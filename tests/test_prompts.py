@@ -138,6 +138,13 @@ def test_a_chat_template_makes_the_prompt(altered, place, processor):
         assert squeezed.strip() == wanted.replace(" <", "<").replace("> ", ">"), name
 
 
+@pytest.mark.parametrize("question", ["A", "What 'type' of car is it?", "USER", " Where? "])
+def test_any_question_goes_through_a_template(altered, question):
+    for name, template in (("video_llava", PARTS), ("video_llava", TEXT), ("eventgpt", TEXT), ("eventgpt", ONLY_TEXT_PARTS)):
+        tokenizer = load_tokenizer(altered(name, chat_template=template))
+        assert question.strip() in text_of(tokenizer, prompt(name, tokenizer, question))
+
+
 def test_an_end_token_that_a_template_writes_last_is_no_part_of_the_prompt(altered):
     for name in MODELS:
         tokenizer = load_tokenizer(altered(name, chat_template=TEXT + "{{ eos_token }}"))
@@ -155,6 +162,7 @@ def test_the_template_of_the_released_video_llava_gives_the_prompt_it_was_traine
         ("{{ raise_exception('only in twos') }}", "only in twos"),
         ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "does not make a prompt with one"),
         ("{{ messages[0]['content'] }}{{ messages[0]['content'] }}", "does not make a prompt with one"),
+        ("<video><event>ASSISTANT:", "does not make a prompt with one"),
         ("{% if %}", "does not make a prompt with one"),
     ],
 )

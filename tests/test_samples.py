@@ -192,7 +192,7 @@ def test_question_files_that_cannot_be_used_are_named(tmp_path, content, message
         ({"id": "a", "sequence": "s", "events": "e", "video": "v"}, "line 1: it has no 'question'"),
         (row(video=None), "line 1: video: wanted a text, got null"),
         (row(events=["a"]), "line 1: events: wanted a text, got a list"),
-        (row(id=True), "line 1: id: wanted a text or a whole number, got true or false"),
+        (row(id=True), "line 1: id: wanted a text or a number, got true or false"),
         (row(event_start_ms=[1]), "line 1: event_start_ms: wanted a number, got a list"),
         (["a"], "line 2: wanted an object, got a list"),
         ({**dsec_row("1"), "conversations": None}, "line 1"),

@@ -245,12 +245,13 @@ def trimmed(source, target, first):
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mov"])
-def test_frames_before_the_start_of_an_edit_list_are_not_shown(tmp_path, suffix):
+def test_frames_before_the_start_of_an_edit_list_are_not_shown(tmp_path, suffix, caplog):
     write_video(tmp_path / "v.mp4", "libx264", range(40))
     trimmed(tmp_path / "v.mp4", tmp_path / f"t.{suffix}", 0)
     with av.open(str(tmp_path / f"t.{suffix}")) as container:
         assert sum(p.is_discard for p in container.demux(video=0)) == 2
     assert [number_of(f) for f in read_frames(tmp_path / f"t.{suffix}")] == [2 + i for i in sample_indices(38)]
+    assert not caplog.text, "what is not to be shown is not missing"
 
 
 @pytest.mark.parametrize(("codec", "name"), [("libx264", "v.h264"), ("mpeg4", "v.m4v"), ("mpeg2video", "v.m2v"), ("mjpeg", "v.mjpeg")])
@@ -293,6 +294,21 @@ def test_more_than_8_bits_are_scaled(tmp_path, codec, pix_fmt, suffix):
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     np.testing.assert_allclose([f[20, 20].mean() for f in read_frames(tmp_path / f"v.{suffix}")], values, atol=3)
+
+
+def test_reference_frames_that_are_never_shown_are_not_missing(tmp_path, caplog):
+    """VP8's alternate reference frames are packets of their own."""
+    with av.open(str(tmp_path / "v.webm"), "w") as container:
+        stream = container.add_stream("libvpx", rate=30, options={"auto-alt-ref": "1", "lag-in-frames": "16", "b": "1M"})
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for i in range(90):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(i), format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "v.webm")) as container:
+        assert sum(p.size > 0 for p in container.demux(video=0)) > 90
+    assert [number_of(f) for f in read_frames(tmp_path / "v.webm")] == sample_indices(90)
+    assert not caplog.text
 
 
 def damage(path, packets):

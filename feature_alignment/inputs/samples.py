@@ -218,7 +218,7 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 def _name(row: dict[str, Any], key: str) -> str:
     if not isinstance(row[key], str | int) or isinstance(row[key], bool):
-        raise ValueError(f"{key}: wanted a text or a whole number, got {kind_of(row[key])}")
+        raise ValueError(f"{key}: wanted a text or a number, got {kind_of(row[key])}")
     return str(row[key])
 
 

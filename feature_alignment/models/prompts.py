@@ -66,7 +66,7 @@ def prompt_text(tokenizer: Any, default: str, contents: Sequence[Any], marker: s
         question: The question.
 
     Raises:
-        UserError: For a template that fails, or that does not show marker and question once.
+        UserError: For a template that fails, or that does not show the marker once and the question.
     """
     if not getattr(tokenizer, "chat_template", None):
         return default
@@ -78,7 +78,8 @@ def prompt_text(tokenizer: Any, default: str, contents: Sequence[Any], marker: s
         except Exception as error:  # a template may raise any error of Jinja, or its own
             why = why or str(error).strip().partition("\n")[0][:160]
             continue
-        if text.count(marker) == 1 and text.count(question) == 1 and "'type'" not in text:
+        shown_as_code = isinstance(content, list) and str(content) in text  # by a template that expects a text
+        if text.count(marker) == 1 and question.strip() in text and not shown_as_code:
             return text
     raise UserError(
         f"{tokenizer.name_or_path}: its chat template does not make a prompt with one {marker} and the question{why and f' ({why})'}. "
