@@ -78,8 +78,7 @@ def prompt_text(tokenizer: Any, default: str, contents: Sequence[Any], marker: s
         except Exception as error:  # a template may raise any error of Jinja, or its own
             why = why or str(error).strip().partition("\n")[0][:160]
             continue
-        shown_as_code = isinstance(content, list) and str(content) in text  # by a template that expects a text
-        if text.count(marker) == 1 and question.strip() in text and not shown_as_code:
+        if text.count(marker) == 1 and question.strip() in text:
             return text
     raise UserError(
         f"{tokenizer.name_or_path}: its chat template does not make a prompt with one {marker} and the question{why and f' ({why})'}. "
