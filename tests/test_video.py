@@ -13,7 +13,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from feature_alignment.console import UserError
-from feature_alignment.inputs.video import clip_pixels, read_frames, sample_indices
+from feature_alignment.inputs.video import _turn_of, clip_pixels, read_frames, sample_indices
 
 CASES = SHARED / "public_cases"
 
@@ -210,6 +210,46 @@ def test_an_angle_that_is_no_quarter_turn_is_refused(tmp_path):
     set_matrix(tmp_path / "v.mp4", (0.8, 0.6, -0.6, 0.8))
     with pytest.raises(UserError, match=r"turned by -?3\d degrees; wanted a multiple of 90"):
         read_frames(tmp_path / "v.mp4")
+
+
+def test_a_matrix_of_zeros_turns_nothing(tmp_path):
+    write_pictures(tmp_path / "v.mp4", upright_picture())
+    set_matrix(tmp_path / "v.mp4", (0, 0, 0, 0))
+    assert all(is_upright(frame) for frame in read_frames(tmp_path / "v.mp4"))
+
+
+@pytest.mark.parametrize("name", ["rotated by 90", "rotated by 180", "rotated by 270"])
+def test_a_video_with_side_data_that_pyav_does_not_know_is_upright_all_the_same(tmp_path, name):
+    """PyAV then shows no side data at all, the angle only."""
+    numbers, stored = MATRICES[name]
+    write_pictures(tmp_path / "v.mp4", stored(upright_picture()))
+    set_matrix(tmp_path / "v.mp4", numbers)
+
+    class Frame:
+        def __init__(self, frame):
+            self.rotation = frame.rotation
+
+        @property
+        def side_data(self):
+            raise ValueError("31 is not a valid Type")
+
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        packet = next(container.demux(video=0))
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        frame = next(container.decode(video=0))
+        assert is_upright(_turn_of(Frame(frame), packet, tmp_path / "v.mp4").apply(frame.to_ndarray(format="rgb24")))
+
+
+@pytest.mark.parametrize("orientation", [2, 5, 6])
+def test_an_animated_png_is_shown_as_its_exif_data_say(tmp_path, orientation):
+    from test_images import save_turned
+
+    save_turned(tmp_path / "0.png", orientation)
+    with Image.open(tmp_path / "0.png") as image:
+        exif, other = image.getexif(), image.copy()
+        other.putpixel((0, 0), (1, 2, 3))
+        image.save(tmp_path / "a.png", save_all=True, append_images=[other, image.copy()], exif=exif)
+    assert all(is_upright(frame) for frame in read_frames(tmp_path / "a.png"))
 
 
 @pytest.mark.parametrize("orientation", [2, 3, 5, 6, 8])

@@ -22,6 +22,12 @@ _CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,mpeg,mpegts,mpegvideo,asf,flv,ogg,ivf,h264,hevc,m4v,mxf,nut,dv,"
     "mjpeg,obu,yuv4mpegpipe"
 )
+_QUARTER_TURNS = {  # counterclockwise degrees
+    0: UPRIGHT,
+    90: Turn(transpose=True, flip_rows=True),
+    180: Turn(flip_rows=True, flip_columns=True),
+    270: Turn(transpose=True, flip_columns=True),
+}
 _OPEN_SAFELY = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
 
 
@@ -158,6 +164,7 @@ def upright_frames(path: Path, container: Any, every: bool = False) -> Iterator[
     import av
 
     packets = container.demux(_moving_pictures(path, container))
+    turn_of_all = _turn_of_image(path) if container.format.name == "apng" else None  # FFmpeg gives it with the first frame only
     for packet in packets if every else _until_it_breaks(packets):
         try:
             frames = packet.decode()
@@ -167,7 +174,7 @@ def upright_frames(path: Path, container: Any, every: bool = False) -> Iterator[
             continue  # counted by its missing frame
         for frame in frames:
             refuse_large(path, frame)
-            yield frame, _turn_of(frame, packet, path)
+            yield frame, turn_of_all or _turn_of(frame, packet, path)
 
 
 def _until_it_breaks(packets: Iterator[Any]) -> Iterator[Any]:
@@ -194,27 +201,35 @@ def _turn_of(frame: Any, packet: Any, path: Path) -> Turn:
 
     try:
         matrix = frame.side_data.get(Type.DISPLAYMATRIX)
-    except ValueError:  # PyAV 18 does not know FFmpeg's newer kinds of side data, Exif among them; images state their own
-        return _turn_of_image(bytes(packet) if packet.size else b"", path)
+    except ValueError:  # PyAV 18 does not know FFmpeg's newer kinds of side data, Exif among them
+        content = bytes(packet) if packet.size else b""
+        if content.startswith(b"\xff\xd8"):  # a Motion JPEG frame
+            return _turn_of_image(io.BytesIO(content))
+        if frame.rotation % 360 in _QUARTER_TURNS:
+            return _QUARTER_TURNS[frame.rotation % 360]
+        raise _no_quarter_turn(path, frame.rotation) from None
     if matrix is None:
         return UPRIGHT
     # A pixel (column, row) is shown at (a column + c row, b column + d row)
     (a, b, _), (c, d, _), _ = np.frombuffer(matrix, np.int32).reshape(3, 3) / 65536.0
     size = max(abs(a), abs(b), abs(c), abs(d))
-    if max(abs(b), abs(c)) < 0.02 * size:
+    if max(abs(b), abs(c)) <= 0.02 * size:  # zeros alone ask for nothing
         return Turn(flip_rows=bool(d < 0), flip_columns=bool(a < 0))
     if max(abs(a), abs(d)) < 0.02 * size:
         return Turn(transpose=True, flip_rows=bool(b < 0), flip_columns=bool(c < 0))
-    raise UserError(
-        f"{path} is to be shown turned by {frame.rotation} degrees; wanted a multiple of 90. Write it upright:\n"
+    raise _no_quarter_turn(path, frame.rotation)
+
+
+def _no_quarter_turn(path: Path, degrees: int) -> UserError:
+    return UserError(
+        f"{path} is to be shown turned by {degrees} degrees; wanted a multiple of 90. Write it upright:\n"
         f"  ffmpeg -i {path.name} upright.mp4"
     )
 
 
-def _turn_of_image(content: bytes, path: Path) -> Turn:
-    """Exif data of a Motion JPEG frame, or of an animated PNG as a whole."""
+def _turn_of_image(file: Any) -> Turn:
     try:
-        with Image.open(io.BytesIO(content) if content.startswith(b"\xff\xd8") else path, formats=("JPEG", "PNG")) as image:
+        with Image.open(file, formats=("JPEG", "PNG")) as image:
             return exif_turn(image)
     except (OSError, ValueError, SyntaxError):
         return UPRIGHT
