@@ -138,8 +138,9 @@ def log_reuse(path: Path, identity: RunIdentity, meta: dict[str, Any], *more: st
         meta: of the result
         *more: what was compared besides the identity
     """
-    log.info("reused  %s: unchanged are %s", path, ", ".join((identity.compared(), *more)))
-    if modules := identity.changed_code(meta):
+    modules = identity.changed_code(meta)
+    log.info("reused  %s: unchanged are %s", path, ", ".join((identity.compared(bool(modules)), *more)))
+    if modules:
         log.warning("%s was made by other code (%s changed) and is kept because of --ignore_code.", path, ", ".join(modules))
 
 

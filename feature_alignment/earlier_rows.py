@@ -11,6 +11,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,12 @@ def refuse_changes(directory: Path, identity: RunIdentity, rows: Sequence[Row], 
                 "--no_resume (the old rows are lost)."
             )
         return  # an unfinished run is there to replace the complete one
+
+
+def with_recorded_code(directory: Path, identity: RunIdentity) -> RunIdentity:
+    """The identity with the code that made the earlier run in `directory`: with --ignore_code its rows are kept, and stay that code's."""
+    recorded = _recorded(unfinished(directory)) or _recorded(directory)
+    return replace(identity, code=recorded["code"]) if recorded and not identity.changes(recorded, ignore_code=True) else identity
 
 
 def _lost(folder: Path, rows: Sequence[Row], limited: bool) -> list[str]:

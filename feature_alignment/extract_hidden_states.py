@@ -244,6 +244,8 @@ def fill(
     if cfg.resume:
         earlier_rows.refuse_changes(out, identity, rows, cfg.limit is not None, cfg.ignore_code)
     answers = known_answers(cfg, identity, rows)
+    if cfg.resume and cfg.ignore_code:
+        identity = earlier_rows.with_recorded_code(out, identity)
     pair = load_pair(dataclasses.replace(cfg, device=device))
     refuse_foreign_ids(answers, pair.target.vocab_size)
     speaker = pair.draft

@@ -101,12 +101,12 @@ class RunIdentity:
         """The modules whose source is not what it was when a result was made."""
         return [module for module, _, _ in _differing(recorded.get("code"), self.code)]
 
-    def compared(self) -> str:
+    def compared(self, ignore_code: bool = False) -> str:
         """What `changes` compares, for a log line."""
         parts = [f"{len(self.settings)} settings"]
         if names := [name for name in self.made_from if name not in self.not_compared]:
             parts.append(f"the contents of {', '.join(names)}")
-        parts.append(f"the code of {len(self.code)} modules")
+        parts += [] if ignore_code else [f"the code of {len(self.code)} modules"]
         return ", ".join(parts) + (", the machine" if self.machine is not None else "")
 
 
