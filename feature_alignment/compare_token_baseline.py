@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,7 @@ def train_token_adapter(cfg: ComparisonConfig, rows: Sequence[dict]) -> None:
 
 
 def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict]) -> dict[str, Any] | None:
-    """The earlier attempt's token-level adapter, trained here; None where it has not been, or from other texts or code."""
+    """The earlier attempt's token-level adapter, trained here; None where it has not been, or from other texts."""
     import torch
 
     from feature_alignment import artifacts, token_adapter
@@ -98,7 +98,8 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict]) -> dict[st
         return None
     train_it = command_for("compare_token_baseline", "--train_token_adapter")
     model, meta = artifacts.load_trained(path, "a token-level adapter", token_adapter.TokenAdapter, "vocabulary", train_it)
-    if changes := token_adapter_identity(cfg).changes(meta, cfg.ignore_code):
+    texts = replace(token_adapter_identity(cfg), settings=meta.get("settings", {}))  # however long it was trained
+    if changes := texts.changes(meta, ignore_code=True):
         log.warning("%s is left out (then → now): %s. Train it again:\n  %s", path, "; ".join(changes), train_it)
         return None
     text = torch.full((1, model.geometry["longest"]), 5)

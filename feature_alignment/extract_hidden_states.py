@@ -241,11 +241,7 @@ def fill(
     from feature_alignment.models.pair import load_draft, load_pair
 
     rank, world, device, wait = process
-    if cfg.resume:
-        earlier_rows.refuse_changes(out, identity, rows, cfg.limit is not None, cfg.ignore_code)
     answers = known_answers(cfg, identity, rows)
-    if cfg.resume and cfg.ignore_code:
-        identity = earlier_rows.with_recorded_code(out, identity)
     pair = load_pair(dataclasses.replace(cfg, device=device))
     refuse_foreign_ids(answers, pair.target.vocab_size)
     speaker = pair.draft
@@ -253,6 +249,9 @@ def fill(
         speaker = load_draft(dataclasses.replace(cfg, device=device, draft_layers=None))
     place = {row: i for i, row in enumerate(row for part in parts for row in part)}
     shapes, dtype = shapes_of(pair, cfg)
+    if cfg.resume:
+        earlier_rows.refuse_changes(out, identity, rows, cfg.limit is not None, cfg.ignore_code)
+        identity = earlier_rows.with_recorded_code(out, identity) if cfg.ignore_code else identity
     wait()  # everyone has looked before anything changes
     if rank == 0:
         plan = files.plan_hash(rows)
