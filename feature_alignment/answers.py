@@ -63,6 +63,15 @@ NO_TEXT = {"split", "prefix", "max_positions", "store_dtype", "separate_layers",
 BY_ROW = frozenset({"manifest", "questions", "answers"})  # sources of which every row's question and clip are compared
 
 
+def known_answers(
+    asked: Path | None, earlier: Path | None, identity: RunIdentity, rows: Sequence[dict[str, Any]], ignore_code: bool = False
+) -> Answers:
+    """Answers to read instead of generating them: those of the file that the user named, or what an earlier run left."""
+    if asked:
+        return load_answers(asked, identity, rows, ignore_code)
+    return earlier_answers(earlier, identity, rows) if earlier and earlier.is_file() else {}
+
+
 def load_answers(path: Path, identity: RunIdentity, rows: Sequence[dict[str, Any]], ignore_code: bool = False) -> Answers:
     """Both models' own answers from the token pairs file that the user named.
 

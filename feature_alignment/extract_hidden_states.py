@@ -171,16 +171,6 @@ def identity_of(cfg: ExtractConfig) -> RunIdentity:
     return dataclasses.replace(identity, not_compared=frozenset({"manifest"}))
 
 
-def known_answers(cfg: ExtractConfig, identity: RunIdentity, rows: Sequence[Row]) -> Answers:
-    """Answers to read instead of generating them: those asked for, or what an earlier run of the same identity left here."""
-    from feature_alignment.answers import earlier_answers, load_answers
-
-    if cfg.answers:
-        return load_answers(cfg.answers, identity, rows, cfg.ignore_code)
-    path = cfg.out / "token_pairs" / f"{cfg.split}.json"
-    return earlier_answers(path, identity, rows) if cfg.resume and path.is_file() else {}
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(ExtractConfig, argv, "extract_hidden_states")
     from feature_alignment import earlier_rows, shards
@@ -197,8 +187,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     identity = identity_of(cfg)
     parts = batches(samples, cfg.batch_size)[shard - 1 :: of]
     if not parts:
-        batched = f"{len(samples)} rows in batches of {cfg.batch_size}"
-        raise UserError(f"--shard {cfg.shard}: {batched} leave nothing for it; wanted fewer shards.")
+        raise UserError(f"--shard {cfg.shard}: {len(samples)} rows in batches of {cfg.batch_size} leave it nothing; wanted fewer shards.")
     if cfg.merge:  # this machine need not have the clips
         rows = [{"id": s.id, "sequence": s.sequence, "question": s.question, "facts": s.facts} for s in samples]
     else:
@@ -209,8 +198,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return report(cfg, out, reused=True, first=rank == 0)
     with claimed(out) if rank == 0 else nullcontext():
         if cfg.merge:
-            token_pairs = cfg.out / "token_pairs" / f"{cfg.split}.json"
-            shards.merge_shards(out, identity, rows, token_pairs, cfg.resume, cfg.ignore_code)
+            shards.merge_shards(out, identity, rows, cfg.out / "token_pairs" / f"{cfg.split}.json", cfg.resume, cfg.ignore_code)
         else:
             fill(cfg, samples, parts, rows, identity, out, (rank, world, device, wait))
     return report(cfg, out, reused=False, first=rank == 0)
@@ -238,10 +226,12 @@ def fill(
     """
     from feature_alignment import artifacts, earlier_rows
     from feature_alignment import hidden_states_writer as files
+    from feature_alignment.answers import known_answers
     from feature_alignment.models.pair import load_draft, load_pair
 
     rank, world, device, wait = process
-    answers = known_answers(cfg, identity, rows)
+    token_pairs = cfg.out / "token_pairs" / f"{cfg.split}.json"
+    answers = known_answers(cfg.answers, token_pairs if cfg.resume else None, identity, rows, cfg.ignore_code)
     pair = load_pair(dataclasses.replace(cfg, device=device))
     refuse_foreign_ids(answers, pair.target.vocab_size)
     speaker = pair.draft
@@ -272,7 +262,7 @@ def fill(
             artifacts.save_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", pair.target.head_weight.detach().cpu().clone())
             if cfg.event_states:
                 artifacts.save_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", pair.target.embeddings.cpu().clone())
-            writer.finish(describe(pair, cfg, identity, len(place)), None if cfg.shard else cfg.out / "token_pairs" / f"{cfg.split}.json")
+            writer.finish(describe(pair, cfg, identity, len(place)), None if cfg.shard else token_pairs)
     finally:
         writer.close()
     wait()
@@ -286,10 +276,10 @@ def shapes_of(pair: Pair, cfg: ExtractConfig) -> tuple[dict[str, tuple[int, int]
 
     width = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens)
     nothing = draft_files(pair.draft, torch.empty(0, pair.draft.hidden_size), cfg)
-    shapes = {name: (width, states.shape[-1]) for name, states in nothing.items()}
-    shapes |= {"vl_hidden_states.pt": (width, pair.target.hidden_size)}
-    if cfg.event_states:
-        shapes |= {EVENT_STATES: (pair.draft.vision_tokens, pair.draft.width)}
+    shapes = {name: (width, states.shape[-1]) for name, states in nothing.items()} | {
+        "vl_hidden_states.pt": (width, pair.target.hidden_size)
+    }
+    shapes |= {EVENT_STATES: (pair.draft.vision_tokens, pair.draft.width)} if cfg.event_states else {}
     return shapes, getattr(torch, cfg.store_dtype)
 
 
