@@ -42,7 +42,8 @@ def complete(directory: Path, identity: RunIdentity, rows: Sequence[Row], ignore
     if identity.changes(meta, ignore_code) or not _same_rows(directory, meta, rows):
         return None
     if wrong := altered(directory / "meta.json", meta) or _damaged(directory, meta):
-        log.warning("%s: %s was altered, truncated or deleted. Rows that are intact are kept, others extracted again.", directory, wrong)
+        names = ", ".join(wrong)
+        log.warning("%s: %s was altered, truncated or deleted. Rows that are intact are kept, others extracted again.", directory, names)
         return None
     sweep(directory)
     compared = f"{len(rows)} rows (question, clip, batch)", f"the recorded hashes of {len(meta['files'])} files and of all their states"
@@ -118,8 +119,8 @@ def with_recorded_code(directory: Path, identity: RunIdentity) -> RunIdentity:
 
 def _lost(folder: Path, rows: Sequence[Row], limited: bool) -> list[str]:
     """A line where a new run would drop most rows of an earlier one, or any because of --limit."""
-    named = {about["identity"]["row"]: about["id"] for about, _ in _stored(folder) if "identity" in about}
-    count = Counter(about["identity"]["row"] for about, _ in _stored(folder) if "identity" in about)
+    named = {about["identity"]["row"]: about["id"] for about, _ in _stored(folder)}
+    count = Counter(about["identity"]["row"] for about, _ in _stored(folder))
     lost = count - Counter(row["identity"]["row"] for row in rows)
     if not lost or (not limited and lost.total() <= count.total() - lost.total()):
         return []
@@ -128,8 +129,8 @@ def _lost(folder: Path, rows: Sequence[Row], limited: bool) -> list[str]:
     return [f"{lost.total()} of {count.total()} rows {why} another question, clip or start, or are gone, e.g. {examples}"]
 
 
-def keep_rows(writer: HiddenStatesWriter, identity: RunIdentity, rows: Sequence[Row], ignore_code: bool = False) -> int:
-    """Copy every intact row of earlier runs whose batch is also one of this run; returns how many.
+def keep_rows(writer: HiddenStatesWriter, identity: RunIdentity, rows: Sequence[Row], ignore_code: bool = False) -> None:
+    """Copy every intact row of earlier runs whose batch is also one of this run.
 
     Args:
         writer: of the run that is asked for
@@ -138,13 +139,15 @@ def keep_rows(writer: HiddenStatesWriter, identity: RunIdentity, rows: Sequence[
         ignore_code: keep what other code made
     """
     place = {row["identity"]["batch"]: i for i, row in enumerate(rows)}
-    kept = damaged = 0
+    asked = {row["identity"]["row"] for row in rows}
+    kept = damaged = regrouped = 0
     for folder in (writer.directory, *set_aside(writer.directory)):
         if identity.changes(_recorded(folder), ignore_code):
             continue
         for n, (about, source_row) in enumerate(_stored(folder, texts=True)):
-            row = place.get(about.get("identity", {}).get("batch"))
+            row = place.get(about["identity"]["batch"])
             if row is None or row in writer.done:
+                regrouped += row is None and about["identity"]["row"] in asked
                 continue
             try:
                 writer.copy(row, folder, source_row, {**about, **{key: rows[row][key] for key in NAMED}})
@@ -154,9 +157,10 @@ def keep_rows(writer: HiddenStatesWriter, identity: RunIdentity, rows: Sequence[
             if n % _TOGETHER == 0:
                 writer.commit()
         writer.commit()
-    if kept or damaged:
-        log.info("kept  %s: %d rows whose question, clip and batch are unchanged; %d were damaged", writer.directory, kept, damaged)
-    return kept
+    if kept or damaged or regrouped:
+        found = f"{kept} rows whose question, clip and batch are unchanged"
+        redone = f"{damaged} damaged, {regrouped} now read together with other rows"
+        log.info("kept  %s: %s. Extracted again: %s", writer.directory, found, redone)
 
 
 def _recorded(folder: Path) -> dict[str, Any]:

@@ -85,9 +85,7 @@ def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, eve
     meta = read_sealed(directory / "meta.json", command)
     small = [n for n in meta["files"] if n.endswith((".pt", ".jsonl"))]
     if changed := altered(directory / "meta.json", meta, small):
-        raise UserError(
-            f"{directory}: {', '.join(changed)} was altered after this split was extracted. Make it again:\n  {command} --no_resume"
-        )
+        raise UserError(f"{directory}: {', '.join(changed)} was altered after this split was extracted. Make it again:\n  {command}")
     name, there = "egpt_hidden_states.pt", meta["draft_layers"]
     if meta.get("separate_layers"):
         if layers is None or len(layers) != 1 or layers[0] not in there:
@@ -124,15 +122,13 @@ def _load_states(path: Path, rows: Sequence[dict[str, Any]], meta: dict[str, Any
     """One file of states, memory-mapped. Its frame is compared with its hash, its rows with theirs where that takes a second."""
     states = load_pt(path, command)
     if not isinstance(states, Tensor) or states.ndim != 3 or not 0 < len(states) == len(rows):
-        raise UserError(f"{path} does not hold the {len(rows)} rows of samples.jsonl. Make it again:\n  {command} --no_resume")
+        raise UserError(f"{path} does not hold the {len(rows)} rows of samples.jsonl. Make it again:\n  {command}")
     if frame_hash(path, states.nbytes) != meta["frames"].get(path.name):
-        raise UserError(
-            f"{path} is not the file that its meta.json describes: files swapped, or altered? Make it again:\n  {command} --no_resume"
-        )
+        raise UserError(f"{path} is not the file that its meta.json describes: files swapped, or altered? Make it again:\n  {command}")
     if states.nbytes <= CHECKED_AT_ONCE:
         for about, found in zip(rows, row_hashes(path, len(rows), states[0].nbytes), strict=True):
             if about["sha256"][path.name] != found:
-                raise UserError(f"{path}: the states of sample {about['id']} were altered. Make them again:\n  {command} --no_resume")
+                raise UserError(f"{path}: the states of sample {about['id']} were altered. Make them again:\n  {command}")
     else:
         log.info("%s: %.3g GB are not compared with their hashes now; that takes\n  %s", path, states.nbytes / 1e9, verify_command())
     return states

@@ -164,6 +164,17 @@ def test_one_of_several_layers_is_read(tmp_path):
             artifacts.load_hidden_states(tmp_path / "a", layers)
 
 
+@pytest.mark.parametrize("layers", [[2], [1], [2, 1], [1, 2, 3], []])
+def test_layers_stored_side_by_side_are_read_together_or_not_at_all(tmp_path, layers):
+    writer = open_writer(tmp_path / "a")
+    fill(writer, range(5))
+    writer.finish(META | {"draft_layers": [1, 2]})
+    for wanted in (None, [1, 2]):
+        assert artifacts.load_hidden_states(tmp_path / "a", wanted).meta["draft_layers"] == [1, 2]
+    with pytest.raises(UserError, match=r"holds EventGPT's layers \[1, 2\] as one state, not .*--separate_layers"):
+        artifacts.load_hidden_states(tmp_path / "a", layers)
+
+
 def test_swapped_and_damaged_files_are_refused(tmp_path):
     writer = open_writer(tmp_path / "train")
     fill(writer, range(5))

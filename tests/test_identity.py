@@ -578,6 +578,7 @@ def test_everything_is_reused_and_says_what_was_compared(run, tmp_path, caplog, 
     assert sum("the machine" in line for line in lines) == 3 and numbers(tmp_path / "out", "") == before
 
 
+@pytest.mark.slow
 def test_touching_the_benchmark_measures_the_benchmark_again_and_nothing_else(run, tmp_path, monkeypatch, caplog, capsys):
     pretend_changed(monkeypatch, "decoding.measure", "rows")
     for script in ("train_hidden_adapter", "measure_feature_acceptance", "compare_token_baseline", "benchmark_feature_sd"):
@@ -589,7 +590,10 @@ def test_touching_the_benchmark_measures_the_benchmark_again_and_nothing_else(ru
     assert "benchmark.json is made again" in why and "code: decoding.measure, rows changed" in why and "Compared: " in why
 
 
-@pytest.mark.parametrize("script", ["measure_feature_acceptance", "compare_token_baseline", "benchmark_feature_sd"])
+@pytest.mark.parametrize(
+    "script",
+    ["compare_token_baseline", *(pytest.param(s, marks=pytest.mark.slow) for s in ("measure_feature_acceptance", "benchmark_feature_sd"))],
+)
 def test_timings_of_another_machine_are_measured_again(run, tmp_path, monkeypatch, caplog, capsys, script):
     monkeypatch.setattr(identity, "_processor", lambda: "another processor")
     main_of(script)(run)
