@@ -111,6 +111,12 @@ def test_a_run_somebody_else_is_writing_is_left_alone(tmp_path, resume):
     assert rows_done(tmp_path / "a") == {0, 1}
 
 
+def test_what_no_resume_began_takes_no_earlier_rows(tmp_path):
+    assert begin(tmp_path / "a", made_with(), "plan", resume=True)
+    assert not begin(tmp_path / "a", made_with(), "plan", resume=False)
+    assert not begin(tmp_path / "a", made_with(), "plan", resume=True)  # it was killed, and goes on
+
+
 @pytest.mark.parametrize("is_complete", [False, True])
 def test_other_settings_are_refused_by_name(tmp_path, is_complete):
     writer = open_writer(tmp_path / "a", {"a": 1, "b": None})

@@ -215,8 +215,10 @@ def f():
 
 def test_imports_are_followed_wherever_they_stand_but_not_for_hints(tmp_path, monkeypatch):
     others = {"plain": "import os", "hints": "", "lazy": "from feature_alignment.far import x", "far": "x = 1", "unused": ""}
-    a_package(tmp_path, monkeypatch, stage=MAIN, sub__sub____init__="", sub__sub__deep="y = 2", **others)
-    assert set(code_of("stage")) == {"stage", "plain", "lazy", "far", "sub", "sub.deep"}
+    a_package(
+        tmp_path, monkeypatch, stage=MAIN, sub__sub____init__="from . import beside", sub__sub__beside="", sub__sub__deep="y = 2", **others
+    )
+    assert set(code_of("stage")) == {"stage", "plain", "lazy", "far", "sub", "sub.deep", "sub.beside"}
 
 
 @pytest.mark.parametrize(
@@ -442,6 +444,14 @@ def test_the_same_files_with_another_event_start_are_two_clips(tmp_path):
     assert a != b and a == c
     assert identify([early], [range(1)], tmp_path / "m.jsonl", 50.0)[0]["identity"]["row"] == b
     assert identify([late], [range(1)], tmp_path / "m.jsonl", 20.0)[0]["identity"]["row"] == b
+
+
+def test_a_batch_is_all_of_its_rows_in_their_order(tmp_path):
+    first, second, third = (a_sample(id=name, question=f"{name}?") for name in "abc")
+    of = lambda *rows: [r["identity"]["batch"] for r in identify(rows, [range(len(rows))], tmp_path / "m.jsonl", 0.0)]  # noqa: E731
+    assert of(first, second) == of(dataclasses.replace(first, id="renamed"), second)
+    found = [*of(first), *of(first, second), *of(second, first), *of(first, third), *of(first, second, third)]
+    assert len(set(found)) == len(found)
 
 
 def test_a_batch_of_two_event_starts_reads_both(tiny_run):
