@@ -17,6 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from feature_alignment.console import run_module
+
+    run_module("feature_alignment.verification")
+
 from feature_alignment.config import Common, as_plain
 from feature_alignment.console import UserError, mended_files
 from feature_alignment.files import (
@@ -150,10 +155,3 @@ def _git_commit() -> str | None:
         return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-if __name__ == "__main__":
-    from feature_alignment.console import run
-    from feature_alignment.verification import main
-
-    run(main)

@@ -102,8 +102,9 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict]) -> dict[st
     if changes := texts.changes(meta, ignore_code=True):
         log.warning("%s is left out (then → now): %s. Train it again:\n  %s", path, "; ".join(changes), train_it)
         return None
-    text = torch.full((1, model.geometry["longest"]), 5)
-    ms = call_ms(lambda: model(text), 20)
+    model.to(cfg.device)
+    text = torch.full((1, model.geometry["longest"]), 5, device=cfg.device)
+    ms = call_ms(lambda: model(text), 20, cfg.device)
     with torch.device("meta"):
         at_7b = token_adapter.TokenAdapter(*LAYOUT_7B).num_parameters
     width = max(len(r["vl_tokens"]) for r in rows)
@@ -212,10 +213,9 @@ def tables(report: dict[str, Any], num_draft_tokens: int) -> list[tuple[str, tup
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(ComparisonConfig, argv, "compare_token_baseline")
-    if cfg.num_draft_tokens < 1:
-        raise UserError(f"--num_draft_tokens wants at least 1, got {cfg.num_draft_tokens}.")
-    from feature_alignment.processes import claimed
+    from feature_alignment.processes import check_device, claimed
 
+    check_device(cfg.device)
     with claimed(cfg.out / "token_baseline"):
         return compare(cfg)
 

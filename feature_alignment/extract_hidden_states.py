@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.inputs.samples import read_samples
     from feature_alignment.models.batches import batches
     from feature_alignment.models.loading import fetch_checkpoints
-    from feature_alignment.processes import check_device, claimed, processes
+    from feature_alignment.processes import check_device, check_writable, claimed, processes
 
     shard, of = parse_shard(cfg)
     check_device(cfg.device)
@@ -196,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rank, world, device, wait = processes(cfg.device)
     if cfg.resume and earlier_rows.complete(out, identity, rows, cfg.ignore_code):
         return report(cfg, out, reused=True, first=rank == 0)
+    check_writable(cfg.out / "token_pairs" / f"{cfg.split}.json")
     with claimed(out) if rank == 0 else nullcontext():
         if cfg.merge:
             shards.merge_shards(out, identity, rows, cfg.out / "token_pairs" / f"{cfg.split}.json", cfg.resume, cfg.ignore_code)
@@ -244,10 +245,10 @@ def fill(
         identity = earlier_rows.with_recorded_code(out, identity) if cfg.ignore_code else identity
     wait()  # everyone has looked before anything changes
     if rank == 0:
-        plan = files.plan_hash(rows)
         begun = files.rows_done(out) if cfg.resume else set()
-        files.check_room(cfg.out, (len(place) - len(begun)) * files.row_bytes(shapes.values(), dtype))
-        may_keep = files.begin(out, identity, plan, cfg.resume)
+        at_most = (len(place) - len(begun)) * files.row_bytes(shapes.values(), dtype) + pair.target.head_weight.nbytes
+        files.check_room(cfg.out, at_most + (pair.target.embeddings.nbytes if cfg.event_states else 0))
+        may_keep = files.begin(out, identity, files.plan_hash(rows), cfg.resume)
         writer = files.HiddenStatesWriter(out, len(place), shapes, dtype)
         if may_keep:
             earlier_rows.keep_rows(writer, identity, rows, cfg.ignore_code)
@@ -295,9 +296,6 @@ def parse_shard(cfg: ExtractConfig) -> tuple[int, int]:
     i, _, n = (cfg.shard or "1/1").partition("/")
     if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)) or (cfg.shard and cfg.merge):
         raise UserError(f"--shard wants i/n with i from 1 to n, e.g. 1/3, and no --merge beside it; got {cfg.shard!r}.")
-    for name in ("batch_size", "max_new_tokens", "max_positions"):
-        if (value := getattr(cfg, name)) is not None and value < 1:
-            raise UserError(f"--{name} wants a number of at least 1, got {value}.")
     return int(i), int(n)
 
 

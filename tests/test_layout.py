@@ -37,6 +37,7 @@ LAYERS = [  # a module may import from its own row and from rows below
     {"files"},
     {"processes", "pickles", "state_files"},
     {"config"},
+    {"ranges"},
     {"console", "advice"},
 ]
 # Lower modules that a higher row's entry needs inside one function only, said aloud here.
