@@ -250,7 +250,8 @@ def failures(run: Run) -> str:
         f"**The hidden adapter, the task's own idea**, has a cosine of {cosine} and is {rate_text(hidden['speedup'], 2, unit='x')} end to "
         f"end, {order} than the best baseline drafter ({rate_text(baseline['speedup'], 2, unit='x')}).",
         f"**Cosine acceptance.** With chained draft tokens `feature` gives {feature:.2f} tokens per pass where `token` gives {token:.2f}. "
-        f"`relaxed` changes {100 * changed['aligned']:.1f} % of the answers with aligned and {100 * changed['chained']:.1f} % with chained draft tokens.",
+        f"`relaxed` changes {100 * changed['aligned']:.1f} % of the answers with aligned and {100 * changed['chained']:.1f} % with chained "
+        "draft tokens.",
         f"**transformers' own decoding**, against our plain greedy decoding: {generate}.",
     ]
     return "\n".join(_lines(f"- {item}", indent="  ") for item in items)
@@ -261,8 +262,8 @@ def formulas(run: Run) -> str:
         max(abs(r[f"{kind}_error"]) for r in run.benchmark["rows"] if r[f"{kind}_speedup"]) for kind in ("corrected", "modelled")
     )
     return _lines(
-        f"The corrected formula, S = tokens / Σ (g·c + v(g + 1) + r), is within {100 * corrected:.1f} % of the measured decoding speed-up in every "
-        f"row. TASKS.md's formula is off by up to {100 * modelled:.1f} % because it assumes that verification is free."
+        f"The corrected formula, S = tokens / Σ (g·c + v(g + 1) + r), is within {100 * corrected:.1f} % of the measured decoding speed-up "
+        f"in every row. TASKS.md's formula is off by up to {100 * modelled:.1f} % because it assumes that verification is free."
     )
 
 
@@ -270,8 +271,8 @@ def synonyms(run: Run) -> str:
     own = next(r for r in run.comparison["kept_by_cosine"]["own"] if abs(r["threshold"] - 0.9) < 1e-6)
     share = (own["other_fact"] + own["other_word"]) / own["kept"]
     return _lines(
-        f"Of EventGPT's own words that the same cosines accept, {100 * share:.1f} % are another word or another fact. A cosine between hidden "
-        "states tells whether Video-LLaVA's next state was predicted, not whether the word is as good."
+        f"Of EventGPT's own words that the same cosines accept, {100 * share:.1f} % are another word or another fact. A cosine between "
+        "hidden states tells whether Video-LLaVA's next state was predicted, not whether the word is as good."
     )
 
 
@@ -315,8 +316,8 @@ def of_tasks(run: Run) -> list[tuple[bool, str]]:
         (all(rates["consecutive_accept"]["total"] for rates in at.values()), f"at cosine > 0.90 {'; '.join(rules)}."),
         (
             level["position_match"]["total"] > 0,
-            f"same token at the same position {100 * level['position_match']['value']:.2f} %; EventGPT's own draft tokens on the same prefix "
-            f"correct at {own['token_match']['value']:.3f}, aligned at {acceptance['token_match']['value']:.3f}.",
+            f"same token at the same position {100 * level['position_match']['value']:.2f} %; EventGPT's own draft tokens on the same "
+            f"prefix correct at {own['token_match']['value']:.3f}, aligned at {acceptance['token_match']['value']:.3f}.",
         ),
         (
             bool(answer["exact_match"]),
