@@ -4,6 +4,7 @@ every measured number is the one in the result file that a comment names (see `d
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import json
 import re
@@ -147,6 +148,26 @@ def test_each_flag_is_known():
         if flag not in known | torchrun
     }
     assert not unknown
+
+
+def said_by_the_package() -> list[str]:
+    """Every string of the package; of an f-string its constant parts, one space for each value in it."""
+    said = []
+    for path in (ROOT / "feature_alignment").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                said.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+    return said
+
+
+def test_each_quoted_symptom_is_a_message_of_the_package():
+    said = said_by_the_package()
+    cells = [line.split("|")[1] for line in DOCUMENTS["docs/troubleshooting.md"].splitlines() if line.startswith("| `")]
+    symptoms = [part.strip() for cell in cells for span in re.findall(r"`([^`]+)`", cell) for part in span.split("…") if part.strip()]
+    missing = [s for s in symptoms if not any(s in text for text in said)]
+    assert len(symptoms) > 40 and not missing
 
 
 def test_each_link_leads_to_a_file():
