@@ -78,8 +78,9 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict]) -> dict[st
     if not path.is_file():
         return None
     model, meta = artifacts.load_trained(path, "a token-level adapter", token_adapter.TokenAdapter, "vocabulary", TRAIN)
-    text = torch.full((1, model.geometry["longest"]), 5)
-    ms = call_ms(lambda: model(text), 20)
+    model = model.to(cfg.device)
+    text = torch.full((1, model.geometry["longest"]), 5, device=cfg.device)
+    ms = call_ms(lambda: model(text), 20, cfg.device)
     with torch.device("meta"):
         at_7b = token_adapter.TokenAdapter(*LAYOUT_7B).num_parameters
     width = max(len(r["vl_tokens"]) for r in rows)

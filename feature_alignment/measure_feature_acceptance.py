@@ -128,9 +128,8 @@ def score_chains(cfg: AcceptanceConfig, split: str, head: Tensor, all_of_them: b
     embeddings = embeddings.float().to(head.device)
     for name, path in paths.items():
         adapter, meta = load_chained_adapter(path, states.meta["draft_layers"])
-        shown = {name: None} | (
-            {"chained, events of another clip": scoring.other_clip(states)} if all_of_them and name == "chained" else {}
-        )
+        others = scoring.other_clip(states) if all_of_them and name == "chained" else None
+        shown = {name: None} | ({} if others is None else {"chained, events of another clip": others})
         for label, events in shown.items():
             scores = scoring.chain_scores(adapter.to(head.device), states, head, embeddings, cfg.num_draft_tokens, events)
             found[label] = (*scores, meta)
