@@ -223,6 +223,19 @@ def test_time_stamps_lie_inside_the_whole_and_do_not_overlap(overlap):
     assert all(0 <= begin <= end <= plain.total_ms for plain in [greedy(target, prompt, 20)] for _, begin, end in plain.spans)
 
 
+def test_a_text_that_differs_in_one_repeat_is_seen():
+    """Two repeats, of which the second differs: half an exact match, and the difference is named."""
+    target, prompt = as_decoder(tiny_llama(0)), prompt_of(1, 5, 9)
+    own = greedy(target, prompt, 8)
+    other = Generation([*own.token_ids[:3], (own.token_ids[3] + 1) % 64, *own.token_ids[4:]], 1, 1.0, {})
+    sample = Sample(id="a", sequence="s", question="q", events=None, video=None)
+    runs, plain = Timed([[own, other]]), Timed([[own, own]])
+    found = measure.fidelity(target, measure.log_likelihoods(target, [prompt]), [sample], runs, plain)
+    assert found["exact_match"]["value"] == 0.5
+    assert found["token_agreement"]["value"] == pytest.approx(1 - 0.5 / len(own.token_ids))
+    assert [m["position"] for m in mismatches(target, [prompt], [sample], runs, plain)] == [3]
+
+
 def test_a_mismatch_is_told_with_its_gap():
     target, prompt = as_decoder(tiny_llama(0)), prompt_of(1, 5, 9)
     own = greedy(target, prompt, 12)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from feature_alignment import comparison, scoring
-from feature_alignment.artifacts import HiddenStates
+from feature_alignment import comparison, hidden_adapter, scoring, token_adapter
+from feature_alignment.artifacts import HiddenStates, save_pt
 from feature_alignment.calibration import Judged, certify, p_value
+from feature_alignment.compare_token_baseline import ComparisonConfig, token_adapter_report
 from feature_alignment.console import UserError
 from feature_alignment.decoding.acceptance import kept_drafts
 from feature_alignment.measure_feature_acceptance import acceptance_report, chain_report
@@ -385,3 +386,18 @@ def test_steps_of_a_chain_count_once_in_all():
 def test_cosine_is_what_torch_says():
     a, b = torch.randn(5, D), torch.randn(5, D)
     torch.testing.assert_close(scoring.cosine_per_position(a, b), F.normalize(a, dim=-1).mul(F.normalize(b, dim=-1)).sum(-1))
+
+
+def test_the_token_adapter_is_timed_on_the_device_that_is_asked_for(tmp_path, monkeypatch):
+    """Its weights and its input lie on --device, and the clock waits for that device."""
+    model = token_adapter.TokenAdapter(12, 4)
+    save_pt(
+        tmp_path / "token_baseline" / "token_adapter.pt",
+        {"meta": {"geometry": model.geometry, "seconds": 1.0}, "state_dict": model.state_dict()},
+    )
+    asked = []
+    monkeypatch.setattr(hidden_adapter, "call_ms", lambda call, repeats, device="cpu": asked.append((call().device.type, device)) or 3.0)
+    monkeypatch.setattr(token_adapter, "matches", lambda model, rows: torch.ones(1, 4, dtype=torch.bool))
+    cfg = ComparisonConfig(target_id="t", draft_id="d", output_dir=tmp_path, device="meta")
+    report = token_adapter_report(cfg, [{"vl_tokens": [4, 5, 6, 2], "egpt_tokens": [4], "sequence": "s"}])
+    assert asked == [("meta", "meta")] and report["overhead_ms"] == 3.0

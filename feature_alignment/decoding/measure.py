@@ -217,8 +217,8 @@ def mismatches(target: Decoder, prompts: Sequence[Prompt], samples: Sequence[Sam
     """Where a text first leaves the target's own, and how near the target's two best tokens were there (logits): rounding in low
     precision can turn over a small gap, and only a small one."""
     found = []
-    for prompt, sample, text, own in zip(prompts, samples, texts.texts, plain.texts, strict=True):
-        if text != own:
+    for prompt, sample, runs, own in zip(prompts, samples, texts.generations, plain.texts, strict=True):
+        for text in sorted({tuple(g.token_ids) for g in runs} - {tuple(own)}):  # repeats may differ, each text is named once
             at = next((i for i, (a, b) in enumerate(zip(text, own, strict=False)) if a != b), min(len(text), len(own)))
             ids = torch.tensor([own], device=target.device)
             logits = target.lm_head(target.teacher_force(target.prefill([prompt]), ids))[0, min(at, len(own) - 1)]
@@ -250,17 +250,24 @@ def fidelity(
     dictionary
     """
     clips = [s.sequence for s in samples]
-    pairs = list(zip(texts.texts, plain.texts, strict=True))
-    ones = np.ones(len(pairs))
+    own = [tokens for tokens, runs in zip(plain.texts, texts.generations, strict=True) for _ in runs]
+    pairs = [(g.token_ids, tokens) for g, tokens in zip(texts.every, own, strict=True)]
+    prompt_of = [i for i, runs in enumerate(texts.generations) for _ in runs]
+
+    def rate(count: list[float], total: list[float]) -> dict[str, Any]:
+        """Sums over all repeats of a prompt, as every figure of a row."""
+        summed = (np.bincount(prompt_of, values, len(clips)) for values in (count, total))
+        return Counts(*summed).rate(clips)
+
     report: dict[str, Any] = {
-        "exact_match": Counts(np.array([float(a == b) for a, b in pairs]), ones).rate(clips),
-        "token_agreement": Counts(
-            np.array([float(sum(x == y for x, y in zip(a, b, strict=False))) for a, b in pairs]),
-            np.array([float(max(len(a), len(b))) for a, b in pairs]),
-        ).rate(clips),
+        "exact_match": rate([float(a == b) for a, b in pairs], [1.0] * len(pairs)),
+        "token_agreement": rate(
+            [float(sum(x == y for x, y in zip(a, b, strict=False))) for a, b in pairs], [float(max(len(a), len(b))) for a, b in pairs]
+        ),
+        "log_likelihood": rate(
+            [log_likelihood(i, tuple(a)) for i, (a, _) in zip(prompt_of, pairs, strict=True)], [float(len(a)) for a, _ in pairs]
+        ),
     }
-    likelihood = np.array([log_likelihood(i, tuple(tokens)) for i, tokens in enumerate(texts.texts)])
-    report["log_likelihood"] = Counts(likelihood, np.array([float(len(a)) for a, _ in pairs])).rate(clips)
     if all(s.facts for s in samples):
         report |= _judged_by_the_world(target, samples, texts)
     return report
@@ -275,11 +282,12 @@ def _judged_by_the_world(target: Decoder, samples: Sequence[Sample], texts: Time
     true, told = {k: np.zeros(len(samples)) for k in ("visible", "hidden")}, {k: np.zeros(len(samples)) for k in ("visible", "hidden")}
     kinds = {"kept": 0, "same": 0, "synonym": 0, "error": 0}
     for i, sample in enumerate(samples):
-        for slot, value in facts_in(decode(texts.texts[i], skip_special_tokens=True)).items():
-            kind = "hidden" if slot in HIDDEN_FROM_EVENTS else "visible"
-            told[kind][i] += 1
-            true[kind][i] += (sample.facts or {}).get(slot) == value
-        for r in texts.generations[i][0].rounds:
+        for g in texts.generations[i]:
+            for slot, value in facts_in(decode(g.token_ids, skip_special_tokens=True)).items():
+                kind = "hidden" if slot in HIDDEN_FROM_EVENTS else "visible"
+                told[kind][i] += 1
+                true[kind][i] += (sample.facts or {}).get(slot) == value
+        for r in (r for g in texts.generations[i] for r in g.rounds):
             for drafted, said, kept in zip(r.proposed, r.target_says, r.kept, strict=True):
                 if kept:
                     kinds["kept"] += 1
