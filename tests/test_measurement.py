@@ -283,8 +283,8 @@ def test_a_cosine_exactly_at_the_threshold_is_not_kept():
 
 
 def test_halves_are_those_of_the_sequences_not_of_the_rows():
-    """Four rows of one sequence and one of each of three others: two sequences each, whole, in the order they come."""
-    rows = [{"sequence": s, "n": n} for n, s in enumerate("aabaacd")]
+    """Four rows of one sequence and one of each of three others: each half has two sequences, in the order they come."""
+    rows = [{"sequence": s, "n": n} for n, s in enumerate("aaaabcd")]
     first, second = comparison.halves(rows)
     assert [r["n"] for r in first] == [0, 1, 2, 3, 4] and [r["n"] for r in second] == [5, 6]
     assert comparison.halves(rows[:1]) == ([], rows[:1])
