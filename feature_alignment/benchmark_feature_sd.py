@@ -167,16 +167,16 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     methods |= {m: method(m) for m in rows_of}
     bar = functools.partial(progress, desc="benchmark", unit="prompt")
     for _ in range(2):  # the second time all is warm
-        warm = measure.run_in_turns(methods, min(cfg.warmup, len(samples)), 1, iter)
-    live = {mode: speed_model.round_costs(warm[mode], warm["plain"]) for mode in rows_of}
+        measure.run_in_turns(methods, min(cfg.warmup, len(samples)), 1, iter)
     proposers["previous"] = sources.open("previous")  # it has heard answers that are asked for again
     timed = measure.run_in_turns(methods, len(samples), cfg.repeats, bar)
-    plain = timed["plain"]
+    plain, costs = timed["plain"], speed_model.Costs.of([(m, timed[m]) for m in rows_of], timed["plain"], cost["loop"]["v"])
+    cost |= costs.report(cost["loop"], clips)
 
     rows, log_likelihood = [], measure.log_likelihoods(pair.target, [p for p, _ in prompts])
     for mode in rows_of:
         runs = timed[mode]
-        row: dict[str, Any] = speeds(mode, runs, plain, clips, live[mode], cost)
+        row: dict[str, Any] = speeds(mode, runs, plain, clips, costs)
         row["draft_layers"] = layers_of(mode, pair.draft.taps)
         row["fidelity"] = measure.fidelity(pair.target, log_likelihood, samples, runs, plain)
         row["exact_match"] = row["fidelity"]["exact_match"]["value"]
@@ -186,11 +186,18 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
 
     cost["bound"] = {}
     for mode, row in zip(rows_of, rows, strict=True):
-        round_cost = live[mode]
+        round_cost = costs.all.round_cost(speed_model.drafter_of(mode))
         if round_cost and mode.draft in ("aligned", "chained") and mode.accept == "token" and not mode.adaptive and mode.exit_layer is None:
             cost["bound"][mode.draft] = speed_model.bound(row["acceptance_rate"]["value"], round_cost, cost)
-    best = rows_of[rows.index(targets.fastest_lossless(rows))]
-    end_to_end = lambda g: g.total_ms  # noqa: E731
+    end_to_end, decoding = (lambda g: g.total_ms), (lambda g: g.decode_ms)
+    candidates = [m for m in rows_of if targets.lossless(m)]
+    fastest = measure.fastest([timed[m] for m in candidates], plain, clips, end_to_end)
+    best = candidates[fastest.best]
+    speedups = {
+        "speedup": measure.speedup(plain, fastest.runs, clips, end_to_end),
+        "decode_speedup": measure.speedup(plain, fastest.runs, clips, decoding),
+    }
+    fastest_row = targets.report_fastest(fastest, [rows[rows_of.index(m)] for m in candidates], speedups)
     baselines = [
         {
             "name": "plain greedy",
@@ -199,7 +206,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
             "total_ms": float(plain.per_prompt(end_to_end).sum()),
             "prefill_ms": float(plain.per_prompt(lambda g: sum(g.ms.get(s, 0.0) for s in PREFILL_STAGES)).sum()),
             "decode_ms": float(plain.per_prompt(lambda g: g.decode_ms).sum()),
-            "best_over_it": measure.speedup(plain, timed[best], clips, end_to_end),
+            "best_over_it": speedups["speedup"],
             "fidelity": measure.fidelity(pair.target, log_likelihood, samples, plain, plain),
         }
     ]
@@ -210,12 +217,14 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
                 "name": name,
                 "total_ms": float(runs.per_prompt(end_to_end).sum()),
                 "speedup": measure.speedup(plain, runs, clips, end_to_end),
-                "best_over_it": measure.speedup(runs, timed[best], clips, end_to_end),
+                "best_over_it": measure.speedup(runs, fastest.runs, clips, end_to_end),
                 "exact_match": float(np.mean([a == b for a, b in zip(runs.texts, plain.texts, strict=True)])),
                 "mismatches": measure.mismatches(pair.target, [p for p, _ in prompts], samples, runs, plain),
             }
         )
-    in_use = targets.adapter_in_use(rows, adapter, chained, acceptance, cost, cfg.device, pair.target.head_weight.dtype)
+    in_use = targets.adapter_in_use(
+        rows[rows_of.index(best)], adapter, chained, acceptance, cost, cfg.device, pair.target.head_weight.dtype, cfg.steps
+    )
     result = {
         "meta": artifacts.provenance(
             "benchmark_feature_sd", cfg, made_from, identity, device=cfg.device, dtype=cfg.dtype, unrecorded=fixed.unrecorded
@@ -227,7 +236,8 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
             str(g): {"1.0": break_even(g * cost["c"], g), str(targets.GOAL): break_even(g * cost["c"], g, targets.GOAL)}
             for g in cfg.num_draft_tokens
         },
-        "targets": targets.read(in_use, rows),
+        "fastest_lossless": fastest_row,
+        "targets": targets.read(in_use, rows, fastest_row),
     }
     shown = {"plain greedy": plain.generations[0][0], row_name(rows[rows_of.index(best)]): timed[best].generations[0][0]}
     report.write_benchmark_report(result, shown, pair.target.tokenizer.decode, out)

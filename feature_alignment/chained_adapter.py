@@ -47,7 +47,7 @@ class _Scale(NamedTuple):
 
 
 def _mean_and_std(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.mean(0), x.std(0).clamp(min=1e-4)
+    return x.mean(0), x.std(0, correction=0).clamp(min=1e-4)
 
 
 def _standard(x: Tensor, scale: tuple[Tensor, Tensor]) -> Tensor:

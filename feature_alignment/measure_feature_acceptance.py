@@ -89,6 +89,7 @@ def acceptance_report(scores: dict[str, Scores], fitted: dict[str, Fitted], stat
         **reports.pop("adapter"),
         "plain": reports.pop("plain", None),
         "nulls": reports,
+        "absent_controls": ["shuffled", "chained, events of another clip"] if len(set(states.clips)) < 2 else [],
         "thresholds": {f"{t:.2f}": scoring.rates_above(t, ours, mask, states, num_draft_tokens) for t in THRESHOLDS},
         "auc_cosine_token_match": metrics.auc(ours.cosine[mask].numpy(), ours.match[mask].numpy()),
         "reliability": scoring.reliability(ours, mask),
@@ -129,9 +130,8 @@ def score_chains(cfg: AcceptanceConfig, split: str, head: Tensor, all_of_them: b
     embeddings = embeddings.float().to(head.device)
     for name, path in paths.items():
         adapter, meta = load_chained_adapter(path, states.meta["draft_layers"])
-        shown = {name: None} | (
-            {"chained, events of another clip": scoring.other_clip(states)} if all_of_them and name == "chained" else {}
-        )
+        others = scoring.other_clip(states) if all_of_them and name == "chained" else None
+        shown = {name: None} | ({} if others is None else {"chained, events of another clip": others})
         for label, events in shown.items():
             scores = scoring.chain_scores(adapter.to(head.device), states, head, embeddings, cfg.num_draft_tokens, events)
             found[label] = (*scores, meta)
@@ -243,7 +243,12 @@ def tables(report: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tupl
     predictors = {"adapter": report} | ({"plain (TASKS.md)": report["plain"]} if report["plain"] else {}) | report["nulls"]
     found: list[tuple[str, tuple[str, ...], list[tuple]]] = [
         (
-            f"{meta['split']}, prefix: {meta['prefix']}, {report['cosine']['total']:,.0f} positions, {g} drafts a round",
+            f"{meta['split']}, prefix: {meta['prefix']}, {report['cosine']['total']:,.0f} positions, {g} drafts a round"
+            + (
+                f"; all of one clip, so these controls are absent: {', '.join(report['absent_controls'])}"
+                if report["absent_controls"]
+                else ""
+            ),
             ("predictor", "cosine", "token match", "acceptance rate", "tokens per pass", "parameters", "seconds"),
             [
                 (
