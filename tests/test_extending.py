@@ -41,7 +41,7 @@ def same_or_close(draft_ids, target_ids, cosine, threshold):
 
 
 def read_csv(path, start_us, window_us):
-    """A text file of events, told by its first line `x,y,t,p`."""
+    """A text file of events, told by its first line."""
     table = np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.int64, ndmin=2)
     return RawEvents({name: table[:, i] for i, name in enumerate("xytp")})
 
@@ -79,11 +79,11 @@ def test_an_event_format_is_a_function_and_its_first_bytes(tmp_path, monkeypatch
     rng = np.random.default_rng(0)
     events = {"x": rng.integers(0, 40, 500), "y": rng.integers(0, 30, 500), "t": np.sort(rng.integers(0, 50_000, 500))}
     events["p"] = rng.integers(0, 2, 500)
-    path = tmp_path / "events.txt"
-    path.write_text("x,y,t,p\n" + "".join(f"{x},{y},{t},{p}\n" for x, y, t, p in zip(*events.values(), strict=True)))
+    path = tmp_path / "events.bin"
+    path.write_text("\0EVENTS\n" + "".join(f"{x},{y},{t},{p}\n" for x, y, t, p in zip(*events.values(), strict=True)))
     with pytest.raises(UserError, match="not an event file"):
         load_events(path)
-    monkeypatch.setitem(event_files.READERS, b"x,y,t,p\n", read_csv)
+    monkeypatch.setitem(event_files.READERS, b"\0EVENTS\n", read_csv)
     found = load_events(path, window_ms=20)
     early = events["t"] < events["t"][0] + 20_000
     assert all(np.array_equal(found[name], events[name][early]) for name in "xytp")

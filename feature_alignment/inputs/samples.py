@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from feature_alignment.console import UserError
+from feature_alignment.inputs.event_units import UNITS, TimeUnit
 
 _LONGEST_QUESTION = 2000  # characters
 
@@ -36,6 +37,7 @@ class Sample:
     answer: str | None = None
     facts: dict[str, Any] | None = None
     event_start_ms: float | None = None  # where this clip begins in a long event file
+    event_time_unit: TimeUnit | None = None  # of an event file that does not state it
 
     def __post_init__(self) -> None:
         """raises UserError for what would go wrong far from here: a name no file can have, a question that stands for the clip"""
@@ -49,6 +51,8 @@ class Sample:
             raise UserError("wanted a text as answer and an object as facts, or null.")
         if self.event_start_ms is not None and not 0 <= self.event_start_ms < math.inf:
             raise UserError(f"event_start_ms {self.event_start_ms}: wanted 0 or more.")
+        if self.event_time_unit not in (None, *UNITS):
+            raise UserError(f"event_time_unit {str(self.event_time_unit)[:20]!r}: wanted one of {', '.join(UNITS)}.")
         try:
             "".join((self.id, self.sequence, self.question, self.answer or "")).encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair
@@ -118,6 +122,7 @@ def _from_lines(path: Path, text: str) -> list[Sample]:
                     answer=row.get("answer"),
                     facts=row.get("facts"),
                     event_start_ms=None if start_ms is None else float(start_ms),
+                    event_time_unit=row.get("event_time_unit"),
                 )
             )
         except UserError as error:
@@ -159,6 +164,7 @@ def _from_json(path: Path, text: str, split: str) -> list[Sample]:
                         events=_beside(path, row["event_data"], "event_npy"),
                         video=_beside(path, row.get("mp4_data") or row["video_data"], "mp4" if row.get("mp4_data") else "video"),
                         answer=answer,
+                        event_time_unit=row.get("event_time_unit"),
                     )
                 )
         except UserError as error:
@@ -208,7 +214,7 @@ def _ask(samples: list[Sample], questions: list[str]) -> list[Sample]:
     clips: dict[tuple, Sample] = {}
     answers = {}
     for s in samples:
-        clip = (s.events, s.video, s.event_start_ms)
+        clip = (s.events, s.video, s.event_start_ms, s.event_time_unit)
         clips.setdefault(clip, s)
         answers[clip, s.question] = s.answer
     asked = []
