@@ -100,7 +100,7 @@ def _table(content: Any, name: str, file_bytes: int) -> EventTable:
         named = columns_by_name(content.dtype.names)
         if named is None or content.ndim != 1:
             raise UserError(
-                f"{name} holds an array of fields {list(content.dtype.names)[:20]}, shape {content.shape}; wanted x, y, t and p."
+                f"{name} holds fields {list(content.dtype.names)[:20]}, shape {content.shape}; wanted a flat array of x, y, t and p."
             )
         return table_of({k: content[named[0][k]] for k in EVENT_FIELDS}, unit=named[1])
     if content.ndim == 2 and 4 in content.shape and content.dtype.kind in "iuf" and max(content.shape) > 4:
@@ -155,7 +155,7 @@ def read_zip(path: Path, *_: Any) -> EventTable | EventBlocks:
             if packed and unpacked > MAX_UNPACKED_BYTES:
                 raise ValueError(f"unpacked it takes {unpacked:,} bytes; at most {MAX_UNPACKED_BYTES:,} are read")
             content = {name: _member(path, archive, by_name[name], single == "event_bins") for name in wanted}
-        if wanted == [single]:
+        if single and wanted == [single]:
             return _table(content[single], str(path), path.stat().st_size + unpacked)
         assert named is not None
         return table_of({k: content[named[0][k]] for k in EVENT_FIELDS}, unit=named[1])

@@ -82,12 +82,13 @@ def halves_swapped(words: np.ndarray) -> bool | None:
     The kind of a word stands in its upper half; a mask of pixels in its place would be of every kind."""
     known = np.array([0, 1, 8, 0xA, 0xE, 0xF], np.uint64)
 
-    def fits(kind: np.ndarray, high: np.ndarray) -> bool:
-        times = high[kind == 8] & np.uint64(0xFFFFFFF)
-        return bool(np.isin(kind, known).all() and len(times) and (np.diff(times.astype(np.int64)) >= 0).mean() >= 0.99 or len(times) == 1)
+    def fits(upper: np.ndarray) -> bool:
+        kind = upper >> np.uint64(28)
+        times = (upper[kind == 8] & np.uint64(0xFFFFFFF)).astype(np.int64)
+        return bool(np.isin(kind, known).all()) and len(times) > 0 and bool((np.diff(times) >= 0).all())
 
     lower, upper = words & np.uint64(0xFFFFFFFF), words >> np.uint64(32)
-    plain, swapped = fits(upper >> np.uint64(28), upper), fits(lower >> np.uint64(28), lower)
+    plain, swapped = fits(upper), fits(lower)
     return None if plain == swapped else swapped
 
 
@@ -100,7 +101,7 @@ def decode_evt3(words: np.ndarray, state: State) -> Decoded:
     kind, value = words >> 12, words & 0xFFF
     row_of, base_of = last_index(kind == 0), last_index(kind == 3)
     row = _fill(value & 0x7FF, row_of, state.row)
-    t, end_low, end_high, end_epoch = _times_evt3(kind, value, state)
+    t, end_low, end_high, end_epoch = times_evt3(kind, value, state)
     size = np.select([kind == 4, kind == 5], [12, 8])
     done = np.cumsum(size) - size  # pixels of vectors before this word
     start = np.where(base_of >= 0, (_fill(value, base_of, 0) & 0x7FF) - _fill(done, base_of, 0), state.base) + done
@@ -120,7 +121,7 @@ def decode_evt3(words: np.ndarray, state: State) -> Decoded:
     return Decoded({"x": x[keep], "y": row[word], "t": t[word], "p": p[keep]}, after, early)
 
 
-def _times_evt3(kind: np.ndarray, value: np.ndarray, state: State) -> tuple[np.ndarray, int, int, int]:
+def times_evt3(kind: np.ndarray, value: np.ndarray, state: State) -> tuple[np.ndarray, int, int, int]:
     """The time [n] at every word, -1 before the first TIME_HIGH, and the low, high part and wraps after the last one."""
     high_at, low_at = np.flatnonzero(kind == 8), last_index(kind == 6)
     highs = np.concatenate([[state.high], value[high_at]])

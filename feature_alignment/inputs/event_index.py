@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from feature_alignment.console import log
-from feature_alignment.inputs.event_evt import State, _times_evt3
+from feature_alignment.inputs.event_evt import State, times_evt3
 
 CHUNK_BYTES = 1 << 20
 CACHED_FROM_BYTES = 1 << 24  # smaller files are scanned again each time, which takes milliseconds
@@ -95,7 +95,7 @@ def _load(place: Path) -> Index | None:
     """A cached index; None for one that is missing or damaged, which is then made again."""
     try:
         with np.load(place, allow_pickle=False) as kept:
-            index = Index(*(kept[k] for k in ("states", "low_us", "high_us")), str(kept["digest"]), kept["stamps"])
+            index = Index(kept["states"], kept["low_us"], kept["high_us"], str(kept["digest"]), kept["stamps"])
     except Exception:  # np.load raises many kinds for a damaged file
         return None
     shapes = index.states.shape == (len(index.low_us), 6) and index.low_us.shape == index.high_us.shape
@@ -137,9 +137,8 @@ def _build(path: Path, body: int, kind: Word, dtype: np.dtype, swapped: bool) ->
         lows.append(low)
         highs.append(high)
     digest = _digest(path) if path.stat().st_size >= CACHED_FROM_BYTES else ""
-    return Index(
-        np.array(states, np.int64).reshape(-1, 6), np.array(lows, np.int64), np.array(highs, np.int64), digest, np.zeros((0, 5), int)
-    )
+    before = np.array(states, np.int64).reshape(-1, 6)
+    return Index(before, np.array(lows, np.int64), np.array(highs, np.int64), digest, np.zeros((0, 5), np.int64))
 
 
 def _chunks(path: Path, body: int, dtype: np.dtype, swapped: bool) -> Iterator[np.ndarray]:
@@ -161,7 +160,7 @@ def _pass(words: np.ndarray, state: State, kind: Word) -> tuple[int, int, State]
     timed = words[(sort == 6) | (sort == 8)].astype(np.int64)
     times = np.zeros(0, np.int64)
     if len(timed):
-        times, low, high_part, epoch = _times_evt3(timed >> 12, timed & 0xFFF, state)
+        times, low, high_part, epoch = times_evt3(timed >> 12, timed & 0xFFF, state)
     before = [state.low + (state.high << 12) + (state.epoch << 24)] if state.high >= 0 else []
     times = np.concatenate([before, times[times >= 0]]).astype(np.int64)
     after = replace(state, low=low, high=high_part, epoch=epoch) if len(timed) else state

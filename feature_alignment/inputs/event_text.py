@@ -120,10 +120,13 @@ def _lines(stream: IO[bytes], preamble: int) -> Iterator[tuple[bytes, bool]]:
 
 def _blocks(path: Path, open_it: Any, preamble: int, names: list[str] | None) -> Iterator[dict[str, np.ndarray]]:
     order: list[str] | None = None
-    dtype, separator, last = None, b"", None
+    dtype: np.dtype | None = None
+    separator, last = b"", None
     try:
         with open_it() as stream:
             for text, unfinished in _lines(stream, preamble):
+                if not text.strip():
+                    continue
                 text = text.replace(b"True", b"1").replace(b"False", b"0").replace(b"true", b"1").replace(b"false", b"0")
                 if dtype is None:
                     separator = next((s for s in (b",", b";", b"\t") if s in text[:4096]), b"")
@@ -135,18 +138,14 @@ def _blocks(path: Path, open_it: Any, preamble: int, names: list[str] | None) ->
                         raise
                     mended(path, "cut off", f"ends in the middle of a line, which is dropped: {text[:80]!r}.")
                     return
-                columns = [table[f] for f in dtype.names]
+                columns = [table[f] for f in dtype.names or ()]
                 if order is None:
                     order = _order(path, columns, names)
                 block = {k: columns[order.index(k)] for k in EVENT_FIELDS}
-                if (
-                    unfinished
-                    and len(block["t"])
-                    and block["t"][-1] < max(block["t"][:-1], default=last if last is not None else block["t"][-1])
-                ):
+                if unfinished and (order[-1] in "xy" or (last is not None and block["t"][-1] < last)):  # digits may be missing
                     mended(path, "cut off", f"ends in the middle of a line, which is dropped: {text[:80]!r}.")
                     return
-                last = block["t"][-1] if len(block["t"]) else last
+                last = block["t"][-1]
                 yield block
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path} could not be read as text of events: {str(error)[:200]}; wanted one event a line: t x y p.") from None
@@ -158,10 +157,8 @@ def _blocks(path: Path, open_it: Any, preamble: int, names: list[str] | None) ->
 
 def _types(path: Path, text: bytes, separator: bytes, names: list[str] | None) -> np.dtype:
     """Integers where a column of the first lines has no fractions: 64-bit floats cannot hold nanoseconds since 1970."""
-    rows = [
-        re.split(rb"\s*" + separator + rb"\s*" if separator else rb"\s+", line.strip().rstrip(b","))
-        for line in text[:100_000].split(b"\n")[:500]
-    ]
+    between = rb"\s*" + separator + rb"\s*" if separator else rb"\s+"
+    rows = [re.split(between, line.strip().rstrip(b",")) for line in text[:100_000].split(b"\n")[:500]]
     rows = [row for row in rows if row != [b""] and not row[0].startswith(b"#")]
     width = len(rows[0])
     if width != 4 and (names is None or len(names) != width):

@@ -52,7 +52,7 @@ def choose_unit(sample: TimeSample, name: str, asked: TimeUnit | None = None, st
         raise UserError(
             f"{name} states its times in {NAMES[stated]}, but --event_time_unit {asked} was given. Drop the flag for this file."
         )
-    _refuse_impossible(sample, name)
+    _refuse_impossible(sample, name, stated)
     unit = stated or asked or _recognize(sample, name)
     if sample.values.dtype.kind == "f":
         _refuse_coarse(sample, name, unit)
@@ -87,13 +87,13 @@ def _us_per(unit: TimeUnit) -> float:
     return _PER_UNIT.get(unit, 0.001)
 
 
-def _refuse_impossible(sample: TimeSample, name: str) -> None:
+def _refuse_impossible(sample: TimeSample, name: str, stated: TimeUnit | None) -> None:
     values = sample.values
     if values.dtype.kind not in "iuf":
         raise UserError(f"{name}: x, y, t, p must be numbers, got t of {values.dtype}.")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise UserError(f"{name}: non-finite values among the events.")
-    if sample.count >= 5 and sample.first == sample.last and (values == sample.first).all():
+    if not stated and sample.count >= 5 and sample.first == sample.last and (values == sample.first).all():
         raise UserError(
             f"{name}: all {sample.count:,} events have the time {sample.first:g}. Were seconds cast to integers? "
             "Write the file again with microseconds as integers."

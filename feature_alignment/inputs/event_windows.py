@@ -21,6 +21,7 @@ _SMALL = 1 << 17  # tables with so few rows are read whole and checked event by 
 _RUN, _RUNS = 512, 64  # rows a unit is recognized from
 _MARGIN = 1 << 14  # rows read on each side of a window: packets of a camera arrive slightly out of order
 _SCAN = 1 << 20
+_MOST_ROWS = 1 << 34
 _PATIENCE_US = 1_000_000  # blocks are read so far beyond a window's end
 
 
@@ -104,6 +105,8 @@ def read_table(table: EventTable, name: str, start_us: int, window_us: int | Non
 
     raises: UserError for a unit that nobody can tell, or a stream that is too long to be taken whole
     """
+    if table.count > _MOST_ROWS:
+        raise UserError(f"{name} holds {table.count:,} rows; at most {_MOST_ROWS:,} are read.")
     if not table.count:
         return RawEvents(table.rows(slice(0, 0)), table.sensor_hw)
     if table.count <= _SMALL:
