@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from feature_alignment.console import log
-from feature_alignment.inputs.event_evt import State, times_evt3
+from feature_alignment.inputs.event_evt import State
 
 CHUNK_BYTES = 1 << 20
 CACHED_FROM_BYTES = 1 << 24  # smaller files are scanned again each time, which takes milliseconds
@@ -156,20 +156,30 @@ def _pass(words: np.ndarray, state: State, kind: Word) -> tuple[int, int, State]
         if not len(high):
             return 0, -1, state
         return int(high.min()) << 6, int(high.max()) << 6 | 63, replace(state, high=int(high[-1]))
+    return _pass_evt3(words, state)
+
+
+def _pass_evt3(words: np.ndarray, state: State) -> tuple[int, int, State]:
     sort = words >> 12
-    timed = words[(sort == 6) | (sort == 8)].astype(np.int64)
-    times = np.zeros(0, np.int64)
-    if len(timed):
-        times, low, high_part, epoch = times_evt3(timed >> 12, timed & 0xFFF, state)
-    before = [state.low + (state.high << 12) + (state.epoch << 24)] if state.high >= 0 else []
-    times = np.concatenate([before, times[times >= 0]]).astype(np.int64)
-    after = replace(state, low=low, high=high_part, epoch=epoch) if len(timed) else state
-    rows, bases = np.flatnonzero(sort == 0), np.flatnonzero(sort == 3)
+    high_at, low_at = np.flatnonzero(sort == 8), np.flatnonzero(sort == 6)
+    highs = np.concatenate([[state.high], (words[high_at] & 0xFFF).astype(np.int64)])
+    changed = np.flatnonzero(np.diff(highs))  # the high part is repeated far more often than it changes
+    parts = highs[np.concatenate([[0], changed + 1])]
+    steps = np.diff(parts)
+    steps[:1] *= state.high >= 0
+    starts = (parts << 12) + (np.concatenate([[state.epoch], state.epoch + np.cumsum(steps < -2048)]) << 24)
+    moved = high_at[changed[steps != 0]] if len(changed) else changed
+    after = replace(state, high=int(parts[-1]), epoch=int(starts[-1] - (parts[-1] << 12)) >> 24)
+    if len(low_at) and (not len(moved) or low_at[-1] > moved[-1]):
+        after = replace(after, low=int(words[low_at[-1]] & 0xFFF))
+    elif len(moved):
+        after = replace(after, low=0)
+    rows, bases, tail = np.flatnonzero(sort == 0), np.flatnonzero(sort == 3), sort
     if len(rows):
         after = replace(after, row=int(words[rows[-1]] & 0x7FF))
-    tail = sort
     if len(bases):
         word = int(words[bases[-1]])
         after, tail = replace(after, base=word & 0x7FF, base_p=word >> 11 & 1), sort[bases[-1] :]
     after = replace(after, base=after.base + 12 * int((tail == 4).sum()) + 8 * int((tail == 5).sum()))
-    return (int(times.min()), int(times.max()), after) if len(times) else (0, -1, after)
+    starts = starts[parts >= 0]
+    return (int(starts.min()), int(starts.max()) + 0xFFF, after) if len(starts) else (0, -1, after)
