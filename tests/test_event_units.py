@@ -105,7 +105,6 @@ def test_units_that_can_be_told_are_recognized(tmp_path, t, unit):
         (lambda e: e["t"] * 1e-3 * 7 / 9, r"--event_time_unit s .*--event_time_unit ms"),
         (lambda e: e["t"] // 10**6, "all 1,500 events have the time 0"),
         (lambda e: (1.7e9 + e["t"] / 1e6).astype(np.float32), "all 1,500 events have the time"),
-        (lambda e: (1.7e9 + e["t"] / 10).astype(np.float32), r"float32 holds times|could be of more"),
     ],
 )
 def test_units_that_nobody_can_tell_are_asked_for(tmp_path, t, message):
@@ -198,7 +197,7 @@ def test_metavision_files_are_read_or_named(tmp_path):
         properties.set_filter(0x8ECF, h5py.h5z.FLAG_OPTIONAL)
         space = h5py.h5s.create_simple((1500,))
         h5py.h5d.create(file.create_group("CD").id, b"events", h5py.h5t.py_create(table.dtype), space, properties)
-    with pytest.raises(UserError, match="compressed with ECF(.|\n)*metavision_file_to_dat"):
+    with pytest.raises(UserError, match=r"compressed with ECF(.|\n)*metavision_file_to_dat"):
         load_events(tmp_path / "ecf.h5")
 
 
@@ -263,10 +262,8 @@ def test_the_index_is_built_once_and_again_when_the_content_changes(tmp_path, mo
 def test_windows_of_large_tables_equal_those_of_the_whole(tmp_path, shuffled):
     rng = np.random.default_rng(3)
     e = clip(300_000, 2_000_000)
-    if shuffled:
-        order = rng.permutation(300_000)
-    else:  # packets slightly out of order, as cameras deliver them
-        order = np.argsort(e["t"] + rng.integers(0, 900, 300_000), kind="stable")
+    jittered = np.argsort(e["t"] + rng.integers(0, 900, 300_000), kind="stable")  # packets slightly out of order, as cameras deliver them
+    order = rng.permutation(300_000) if shuffled else jittered
     path = npz(tmp_path / "e.npz", **{k: v[order] for k, v in e.items()})
     for start in (0, 700, 1960):
         got = load_events(path, 50, start)

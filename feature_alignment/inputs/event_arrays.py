@@ -1,6 +1,6 @@
 """NumPy event files: dicts, structured arrays, tables of four columns, named arrays in `.npz`, EventGPT-Plus' `event_bins`.
 
-Plain arrays are mapped, so that a window of a large file costs the window. Pickles go through a restricted unpickler.
+Large plain arrays stay in the file, so that a window costs the window. Pickles go through a restricted unpickler.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ import numpy as np
 from feature_alignment.console import UserError
 from feature_alignment.inputs.event_columns import columns_by_name, order_of
 from feature_alignment.inputs.event_text import read_zipped_text
-from feature_alignment.inputs.event_windows import EVENT_FIELDS, MAX_UNPACKED_BYTES, EventBlocks, EventTable, joined, table_of
+from feature_alignment.inputs.event_windows import (
+    EVENT_FIELDS,
+    MAX_UNPACKED_BYTES,
+    Column,
+    EventBlocks,
+    EventTable,
+    StoredArray,
+    joined,
+    table_of,
+)
 from feature_alignment.pickles import ArraysOnly, look_through, plain_array
 
 _MAX_PICKLE_BYTES = 1 << 30
@@ -32,7 +41,7 @@ def read_npy(path: Path, *_: Any) -> EventTable:
     """EventGPT's pickled dict, without giving the pickle any code to run; a structured array, or a table [n, 4]."""
     try:
         with open(path, "rb") as file:
-            array = _array(file, path.stat().st_size, path)
+            array: Any = _array(file, path.stat().st_size)
             if array is None:
                 array = _unpickled(file, path.stat().st_size)
         return _table(array, str(path), path.stat().st_size)
@@ -50,21 +59,29 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     return read(stream)
 
 
-def _array(stream: IO[bytes], size: int, path: Path | None = None, offset: int = 0) -> np.ndarray | None:
-    """The array of a `.npy` of `size` bytes, mapped from `path` where there is one; None if it holds objects.
+def _array(stream: IO[bytes], size: int, offset: int = 0) -> np.ndarray | StoredArray | list[StoredArray] | None:
+    """The array of a `.npy` of `size` bytes at `offset` of a file; a large one is left there, a table [n, 4] as its four columns.
+    None if it holds objects.
 
     raises: ValueError for one whose header promises more than is there
     """
     shape, fortran, dtype = _header(stream)
     if dtype.hasobject:
         return None
-    start = stream.tell() - offset
-    promised, there = math.prod(shape) * dtype.itemsize, size - start
+    start = stream.tell()
+    promised, there = math.prod(shape) * dtype.itemsize, size - (start - offset)
     if min(shape, default=0) < 0 or promised > there:
         raise ValueError(f"its header promises {shape} of {dtype}, {promised:,} bytes; {there:,} are there")
+    if promised > _MAX_IN_MEMORY and not isinstance(stream, io.BytesIO):
+        if len(shape) == 1:
+            return StoredArray(stream, dtype, start, shape[0])
+        if len(shape) == 2 and shape[1] == 4 and not fortran:
+            records = StoredArray(stream, np.dtype([(f"f{i}", dtype) for i in range(4)]), start, shape[0])
+            return [records.field(f"f{i}") for i in range(4)]
+        if len(shape) == 2 and (shape[1] == 4 if fortran else shape[0] == 4):
+            count = promised // 4 // dtype.itemsize
+            return [StoredArray(stream, dtype, start + i * count * dtype.itemsize, count) for i in range(4)]
     order: Any = "F" if fortran else "C"
-    if path is not None and promised:
-        return np.memmap(path, dtype, "r", offset=offset + start, shape=shape, order=order)
     return np.frombuffer(stream.read(promised), dtype).reshape(shape, order=order)
 
 
@@ -94,24 +111,33 @@ def _table(content: Any, name: str, file_bytes: int) -> EventTable:
         if named is None:
             raise UserError(f"{name} holds {sorted(str(k)[:40] for k in content)[:20]}; wanted a dict with x, y, t and p.")
         return table_of({k: _flat(content[named[0][k]], k, file_bytes) for k in EVENT_FIELDS}, unit=named[1])
-    if not isinstance(content, np.ndarray):
+    if isinstance(content, np.ndarray) and content.ndim == 2 and 4 in content.shape and max(content.shape) > 4:
+        rows = content if content.shape[1] == 4 else content.T
+        content = [rows[:, i] for i in range(4)] if content.dtype.kind in "iuf" else content
+    if isinstance(content, list):
+        return _unnamed(content, name)
+    if not isinstance(content, np.ndarray | StoredArray):
         raise UserError(f"{name} holds {type(content).__name__}; wanted a dict with x, y, t and p.")
     if content.dtype.names:
-        named = columns_by_name(content.dtype.names)
-        if named is None or content.ndim != 1:
-            raise UserError(
-                f"{name} holds fields {list(content.dtype.names)[:20]}, shape {content.shape}; wanted a flat array of x, y, t and p."
-            )
-        return table_of({k: content[named[0][k]] for k in EVENT_FIELDS}, unit=named[1])
-    if content.ndim == 2 and 4 in content.shape and content.dtype.kind in "iuf" and max(content.shape) > 4:
-        rows = content if content.shape[1] == 4 else content.T
-        picked = np.linspace(0, len(rows) - 1, min(len(rows), 4096)).astype(int)
-        order = order_of([np.asarray(rows[picked, i]) for i in range(4)], name)
-        return table_of({k: rows[:, order.index(k)] for k in EVENT_FIELDS})
+        fields = list(content.dtype.names)
+        named = columns_by_name(fields)
+        if named is None or len(content.shape) != 1:
+            raise UserError(f"{name} holds fields {fields[:20]}, shape {content.shape}; wanted a flat array of x, y, t and p.")
+        pick = content.field if isinstance(content, StoredArray) else content.__getitem__
+        return table_of({k: pick(named[0][k]) for k in EVENT_FIELDS}, unit=named[1])
     raise UserError(
         f"{name} holds an array of {content.dtype} with shape {content.shape}; wanted EventGPT's pickled dict of x, y, t, p, "
         "an array with these fields, or a table of four columns."
     )
+
+
+def _unnamed(columns: list[Column], name: str) -> EventTable:
+    """Four columns whose meaning is told from 64 runs of their rows."""
+    count = columns[0].shape[0]
+    starts = np.unique(np.linspace(0, max(0, count - 64), 64).astype(int))
+    picked = [np.concatenate([c[int(i) : int(i) + 64] for i in starts]) if count > 4096 else c[0:count] for c in columns]
+    order = order_of(picked, name)
+    return table_of({k: columns[order.index(k)] for k in EVENT_FIELDS})
 
 
 def _bins(content: np.ndarray, name: str, file_bytes: int) -> EventTable:
@@ -166,7 +192,7 @@ def read_zip(path: Path, *_: Any) -> EventTable | EventBlocks:
 
 
 def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, may_hold_objects: bool) -> Any:
-    """An array of an `.npz`: mapped if it is stored as it is, unpacked into memory or a temporary file otherwise."""
+    """An array of an `.npz`: left in the file if it is large and not packed, unpacked into memory or a temporary file otherwise."""
     if info.compress_type == zipfile.ZIP_STORED and info.file_size > _MAX_IN_MEMORY and not info.flag_bits & 1:
         with open(path, "rb") as file:
             file.seek(info.header_offset + 26)
@@ -175,17 +201,17 @@ def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, may_hol
             file.seek(offset)
             if info.file_size > path.stat().st_size - offset:
                 raise ValueError("it is cut off")
-            array = _array(file, info.file_size, path, offset)
-            if array is not None:
-                return array
+            array = _array(file, info.file_size, offset)
+        if array is not None:
+            return array
     with archive.open(info) as packed:
         if info.file_size > _MAX_IN_MEMORY:
-            with tempfile.NamedTemporaryFile(prefix="events-", suffix=".npy") as plain:  # mapped before its name goes away
+            with tempfile.TemporaryFile(prefix="events-") as plain:
                 while piece := packed.read(1 << 22):
                     plain.write(piece)
                 plain.flush()
                 plain.seek(0)
-                array = _array(plain, info.file_size, Path(plain.name))
+                array = _array(plain, info.file_size)
         else:
             stream = io.BytesIO(packed.read())
             array = _array(stream, info.file_size)

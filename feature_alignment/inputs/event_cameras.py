@@ -13,7 +13,7 @@ from feature_alignment.console import UserError, mended
 from feature_alignment.inputs.event_evt import decode_evt2, decode_evt3, decode_evt21, halves_swapped
 from feature_alignment.inputs.event_h5 import INSTALL
 from feature_alignment.inputs.event_index import CHUNK_BYTES, Index, Word, chunk_words, open_index
-from feature_alignment.inputs.event_windows import EventBlocks, EventTable
+from feature_alignment.inputs.event_windows import EventBlocks, EventTable, StoredArray, refuse_long
 
 _LONGEST_HEADER = 1 << 20
 _PIECE_BYTES = 1 << 17  # a word of EVT2.1 can hold 32 events
@@ -55,8 +55,6 @@ def read_prophesee(path: Path, start_us: int, window_us: int | None) -> EventTab
         begin, end = first_us + start_us, first_us + start_us + window_us
         pieces = np.flatnonzero((index.low_us < end) & (index.high_us >= begin))
     elif first_us is not None and path.stat().st_size > CHUNK_BYTES:  # an hour is refused before it is decoded
-        from feature_alignment.inputs.event_windows import refuse_long
-
         refuse_long(int(index.high_us.max()) - first_us, str(path))
     return EventBlocks(_decoded(path, body, kind, dtype, swapped, index, pieces), _sensor(header), "us", first_us)
 
@@ -88,7 +86,7 @@ def _sensor(header: str) -> tuple[int, int] | None:
 
 
 def _dat(path: Path, header: str, body: int) -> EventTable:
-    """Type and size byte, then pairs of 32 bits: t; x in bits 0-13, y in 14-27, p in 28-31. Found by bisection, mapped."""
+    """Type and size byte, then pairs of 32 bits: t; x in bits 0-13, y in 14-27, p in 28-31. Windows are found by bisection."""
     version = re.search(r"^% version (\d+)", header, re.MULTILINE | re.IGNORECASE)
     if version and version[1] == "1":
         raise UserError(
@@ -104,16 +102,18 @@ def _dat(path: Path, header: str, body: int) -> EventTable:
     if rest:
         mended(path, "cut off", f"ends in the middle of a word; the last {rest} bytes are dropped.")
     pair = np.dtype([("t", "<u4"), ("word", "<u4")])
-    pairs = np.memmap(path, pair, "r", offset=body + 2, shape=(count,)) if count else np.zeros(0, pair)
-    sampled = pairs["t"][np.linspace(0, max(0, count - 1), min(count, 4096)).astype(int)].astype(np.int64)
+    with open(path, "rb") as file:
+        pairs = StoredArray(file, pair, body + 2, count)
+    sampled = np.array([pairs[slice(int(i), int(i) + 1)]["t"][0] for i in np.linspace(0, count - 1, 256)] if count else [], np.int64)
     if (np.diff(sampled) < -(2**31)).any():
         raise UserError(f"{path} is longer than 71 minutes: its 32-bit times begin again. Cut it into shorter files.")
 
     def rows(part: slice) -> dict[str, np.ndarray]:
-        word = np.array(pairs["word"][part]).astype(np.int64)
-        return {"x": word & 0x3FFF, "y": word >> 14 & 0x3FFF, "t": np.array(pairs["t"][part]), "p": word >> 28}
+        read = pairs[part]
+        word = read["word"].astype(np.int64)
+        return {"x": word & 0x3FFF, "y": word >> 14 & 0x3FFF, "t": read["t"], "p": word >> 28}
 
-    return EventTable(count, lambda part: np.asarray(pairs["t"][part]), rows, _sensor(header), "us", row_bytes=32)
+    return EventTable(count, lambda part: pairs[part]["t"], rows, _sensor(header), "us", row_bytes=32)
 
 
 # ---- EVT

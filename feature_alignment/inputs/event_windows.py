@@ -7,8 +7,12 @@ bisection), or `EventBlocks` (can only be read from the front; what lies outside
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 
@@ -73,13 +77,45 @@ class EventBlocks:
     first_us: int | None = None
 
 
-def table_of(columns: dict[str, np.ndarray], sensor_hw: tuple[int, int] | None = None, unit: TimeUnit | None = None) -> EventTable:
-    """A table of four arrays [n], in memory or mapped from a file."""
+class StoredArray:
+    """A flat array in a file, of which only the rows asked for are read. Not a memory map: the system counts and keeps pages around
+    every page that is touched, up to all of a file of 2 GB.
+
+    shape: (n,)
+    """
+
+    def __init__(self, file: IO[bytes], dtype: np.dtype, offset: int, count: int) -> None:
+        self._file = os.dup(file.fileno())  # the file may be closed, or have lost its name
+        weakref.finalize(self, os.close, self._file)
+        self._record, self._offset, self._field = dtype, offset, ""
+        self.shape = (count,)
+        self._whole: StoredArray | None = None
+        self.dtype = dtype
+
+    def field(self, name: str) -> StoredArray:
+        part = copy.copy(self)
+        part._whole = self  # or its file would be closed
+        part._field, part.dtype = name, self._record[name]
+        return part
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(self.shape[0])
+        size = self._record.itemsize
+        data = os.pread(self._file, max(0, stop - start) * size, self._offset + start * size)
+        values = np.frombuffer(data, self._record)
+        return values[self._field] if self._field else values
+
+
+Column = np.ndarray | StoredArray
+
+
+def table_of(columns: Mapping[str, Column], sensor_hw: tuple[int, int] | None = None, unit: TimeUnit | None = None) -> EventTable:
+    """A table of four arrays [n], in memory or in a file."""
     lengths = {k: v.shape for k, v in columns.items()}
     if len(set(lengths.values())) != 1 or any(len(s) != 1 for s in lengths.values()):
         raise ValueError(f"x, y, t, p must be flat and equally long, got shapes {lengths}")
     return EventTable(
-        len(columns["t"]),
+        columns["t"].shape[0],
         times=lambda rows: np.asarray(columns["t"][rows]),
         rows=lambda rows: {k: np.array(v[rows]) for k, v in columns.items()},
         sensor_hw=sensor_hw,

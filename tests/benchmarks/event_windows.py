@@ -3,8 +3,8 @@
     git worktree add /tmp/before main
     python tests/benchmarks/event_windows.py --before /tmp/before --megabytes 2000 --formats npy dat evt3
 
-Each reading is a process of its own that imports no torch and may take 8 GiB; checkouts take turns, so that both see the same machine. The ratio of each
-pair is what counts. The EVT index is first built ("index"), then used.
+Each reading is a process of its own that imports no torch and may take 8 GiB. Checkouts take turns, so that both see the same
+machine; the ratio of each pair is what counts. The EVT index is first built ("index"), then used.
 """
 
 from __future__ import annotations
