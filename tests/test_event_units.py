@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import zipfile
@@ -12,10 +13,12 @@ from conftest import SHARED, needs
 from test_event_random import evt3, npz_bins
 
 from feature_alignment import console
+from feature_alignment.config import Common, parse_config
 from feature_alignment.console import UserError, mended_in
 from feature_alignment.inputs import event_index
 from feature_alignment.inputs.event_evt import State, decode_evt3
 from feature_alignment.inputs.events import event_images, load_events
+from feature_alignment.inputs.samples import read_samples
 
 CASES = SHARED / "public_cases"
 
@@ -271,3 +274,20 @@ def test_windows_of_large_tables_equal_those_of_the_whole(tmp_path, shuffled):
         np.testing.assert_array_equal(got["t"], e["t"][rows])
         assert sorted(got["x"].tolist()) == sorted(e["x"][rows].tolist())
     assert len(event_images(got, 5)) == 5
+
+
+def test_a_manifest_row_can_state_the_unit(tmp_path):
+    row = {"id": "0", "sequence": "s", "events": "e.npz", "video": "v.mp4", "question": "What?"}
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(json.dumps({**row, "event_time_unit": "ns"}) + "\n" + json.dumps({**row, "id": "1"}) + "\n")
+    assert [s.event_time_unit for s in read_samples({"test": manifest}, "test")] == ["ns", None]
+    for unit in ("hours", 5, ["ns"]):
+        manifest.write_text(json.dumps({**row, "event_time_unit": unit}) + "\n")
+        with pytest.raises(UserError, match="line 1: event_time_unit .*wanted one of s, ms, us, ns"):
+            read_samples({"test": manifest}, "test")
+
+
+def test_the_flag_is_one_of_four_units():
+    assert parse_config(Common, ["--event_time_unit", "ns"], "extract_hidden_states").event_time_unit == "ns"
+    with pytest.raises(UserError, match="event_time_unit"):
+        parse_config(Common, ["--event_time_unit", "hours"], "extract_hidden_states")

@@ -94,7 +94,7 @@ def _digest(path: Path) -> str:
 def _load(place: Path) -> Index | None:
     """A cached index; None for one that is missing or damaged, which is then made again."""
     try:
-        with np.load(place, allow_pickle=False) as kept:
+        with open(place, "rb") as file, np.load(file, allow_pickle=False) as kept:
             index = Index(kept["states"], kept["low_us"], kept["high_us"], str(kept["digest"]), kept["stamps"])
     except Exception:  # np.load raises many kinds for a damaged file
         return None
