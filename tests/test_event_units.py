@@ -283,7 +283,7 @@ def test_a_manifest_row_can_state_the_unit(tmp_path):
     assert [s.event_time_unit for s in read_samples({"test": manifest}, "test")] == ["ns", None]
     for unit in ("hours", 5, ["ns"]):
         manifest.write_text(json.dumps({**row, "event_time_unit": unit}) + "\n")
-        with pytest.raises(UserError, match="line 1: event_time_unit .*wanted one of s, ms, us, ns"):
+        with pytest.raises(UserError, match=r"line 1: event_time_unit .*wanted one of s, ms, us, ns"):
             read_samples({"test": manifest}, "test")
 
 
