@@ -291,3 +291,17 @@ def test_the_flag_is_one_of_four_units():
     assert parse_config(Common, ["--event_time_unit", "ns"], "extract_hidden_states").event_time_unit == "ns"
     with pytest.raises(UserError, match="event_time_unit"):
         parse_config(Common, ["--event_time_unit", "hours"], "extract_hidden_states")
+
+
+def test_a_table_that_fits_two_orders_is_refused(tmp_path):
+    i = np.arange(300)
+    np.save(tmp_path / "e.npy", np.stack([i, i, i, i % 2], 1))  # t x y p or x y t p
+    with pytest.raises(UserError, match="more than one of the orders"):
+        load_events(tmp_path / "e.npy")
+
+
+def test_a_number_cut_off_at_the_end_of_a_text_is_not_used(tmp_path):
+    rows = "".join(f"{10_000 * i},1,5,{300 + i}\n" for i in range(9))
+    (tmp_path / "e.csv").write_text("t,p,y,x\n" + rows[:-2])  # 30 of 308
+    assert load_events(tmp_path / "e.csv")["x"].tolist() == [300 + i for i in range(8)]
+    assert mended_in(tmp_path / "e.csv") == ["cut off"]
