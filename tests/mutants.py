@@ -57,6 +57,8 @@ def is_said(node: ast.AST) -> bool:
     """Words for people: docstrings, log lines, errors, types. Not what a test should hold."""
     if isinstance(node, ast.JoinedStr | ast.Raise):
         return True
+    if isinstance(node, ast.Expr):
+        return is_said(node.value)
     if isinstance(node, ast.Call):
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         return name in UNTESTED or name.endswith(("Error", "Warning"))
@@ -133,7 +135,7 @@ def mutants(file: str, source: bytes) -> list[Mutant]:
     everything = frozenset(range(1, len(offsets)))
 
     def walk(node: ast.AST, lines: frozenset[int]) -> None:
-        if is_said(node) or (isinstance(node, ast.Raise) and node.exc is not None):
+        if is_said(node):
             return
         for what, text in replacements(node):
             start, end = (offsets[n - 1] + c for n, c in ((what.lineno, what.col_offset), (what.end_lineno, what.end_col_offset)))

@@ -262,21 +262,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     root = args.root.resolve()
     chosen = sample(root, args.package, args.modules, args.sample, args.seed)
-    files = args.tests or sorted(str(p.relative_to(root)) for p in (root / "tests").glob("test_*.py"))
+    files = args.tests or sorted(str(p.relative_to(root)) for p in (root / "tests").glob("test_*.py") if p.name != "test_mutate.py")
     survivors, began = [], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         project = Project(root, args.package, Path(folder))
         record = Record.load(project, files, root / ".pytest_cache" / "mutate.json")
         for number, mutant in enumerate(chosen, 1):
             tests = record.reaching(mutant)
+            reaching = len(tests)
             while record.seconds(tests) > args.seconds:
                 tests.pop()
             start, survived = time.monotonic(), not tests or project.test(mutant, tests, 20 + 3 * record.seconds(tests))
             took = time.monotonic() - start
             what = ("survived" if tests else "no test reaches it") if survived else "killed"
-            print(f"{number}/{len(chosen)} {mutant.file}:{mutant.line} {what} ({len(tests)} tests, {took:.1f} s)", file=sys.stderr)
+            print(
+                f"{number}/{len(chosen)} {mutant.file}:{mutant.line} {what} ({len(tests)} of {reaching} tests, {took:.1f} s)",
+                file=sys.stderr,
+            )
             if survived:
-                survivors.append({"file": mutant.file, "line": mutant.line, "tests": len(tests)})
+                survivors.append({"file": mutant.file, "line": mutant.line, "tests": len(tests), "reaching": reaching})
                 print(mutant.describe((root / mutant.file).read_bytes()), flush=True)
     counts = {"mutants": len(chosen), "killed": len(chosen) - len(survivors), "survived": len(survivors)}
     print(json.dumps({**counts, "seed": args.seed, "seconds": round(time.monotonic() - began, 1), "survivors": survivors}))
