@@ -301,3 +301,30 @@ def test_steps_of_a_chain_count_once_in_all():
 def test_cosine_is_what_torch_says():
     a, b = torch.randn(5, D), torch.randn(5, D)
     torch.testing.assert_close(scoring.cosine_per_position(a, b), F.normalize(a, dim=-1).mul(F.normalize(b, dim=-1)).sum(-1))
+
+
+def test_bins_of_reliability_hold_equal_counts_and_say_their_means():
+    cosine = torch.linspace(-0.9, 0.99, 100)[torch.randperm(100, generator=torch.Generator().manual_seed(0))].view(4, 25)
+    match = cosine > 0.3
+    there = torch.ones(4, 25, dtype=torch.bool)
+    bins = scoring.reliability(Scores(cosine, cosine.long(), match), there)
+    assert [b["n"] for b in bins] == [5] * 20
+    ordered = cosine.flatten().sort().values
+    for i, b in enumerate(bins):
+        own, up = ordered[5 * i : 5 * i + 5], ordered[5 * i :]
+        assert b["cosine"] == pytest.approx(float(own.mean())) and b["token_match"] == pytest.approx(float((own > 0.3).float().mean()))
+        assert b["token_match_above"] == pytest.approx(float((up > 0.3).float().mean()))
+    few = scoring.reliability(Scores(cosine, cosine.long(), match), there & (cosine > 0.9))
+    assert [b["n"] for b in few] == [1] * int((cosine > 0.9).sum())
+
+
+@pytest.mark.parametrize(("number", "rows"), [(1, 1), (S, 1), (2 * S, 2), (3 * S - 1, 2), (10**6, N)])
+def test_positions_come_in_order_and_a_few_rows_at_a_time(number, rows):
+    states = random_states()
+    parts = list(scoring.positions(states, number=number))
+    assert [len(p.rows.unique()) for p in parts[:-1]] == [rows] * (len(parts) - 1) and len(parts) == math.ceil(N / rows)
+    assert list(zip(torch.cat([p.rows for p in parts]).tolist(), torch.cat([p.at for p in parts]).tolist(), strict=True)) == [
+        (i, t) for i in range(N) for t in range(int(states.lengths[i]))
+    ]
+    assert torch.equal(torch.cat([p.draft for p in parts]), states.draft[states.mask])
+    assert torch.equal(torch.cat([p.target for p in parts]), states.target[states.mask])
