@@ -103,7 +103,7 @@ def calls(node: ast.Call) -> Iterator[tuple[ast.AST, str]]:
         yield node.func, ast.unparse(new)
     if name in IDENTITY and (of is not None or node.args) and not (of is not None and ast.unparse(of) in ("torch", "np", "math")):
         yield node, f"({ast.unparse(of or node.args[0])})"
-    if len(node.args) >= 2 and not any(isinstance(a, ast.Starred) for a in node.args[:2]):
+    if len(node.args) >= 2 and name not in NAMES and not any(isinstance(a, ast.Starred) for a in node.args[:2]):
         swapped = [node.args[1], node.args[0], *node.args[2:]]
         yield node, ast.unparse(ast.Call(node.func, swapped, node.keywords))
     for i, keyword in enumerate(node.keywords):

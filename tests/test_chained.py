@@ -193,6 +193,7 @@ def test_the_trace_identity(learnt, gamma):
     target, draft, states, adapter = learnt
     proposer = ChainedProposer(draft, adapter, target.lm_head, target.embeddings)
     scores, there = chain_scores(adapter, states, target.head_weight.detach(), target.embeddings, gamma)
+    assert scores.match.dtype == there.dtype == torch.bool and scores.says.dtype == torch.int64
     blocks = metrics.decoding_blocks(scores.match, states.mask, gamma, states.ended)
     assert blocks.accepted.sum() > 5  # the identity is not about zeros
     for i, prompt in enumerate(PROMPTS):

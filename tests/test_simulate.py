@@ -167,13 +167,23 @@ def test_senseless_sequences_are_refused():
 
 def test_the_command_writes_the_window_it_was_asked_for(tmp_path):
     lossless_video(tmp_path / "v.mkv", [10, 250, 10, 250, 10])
-    done = command(tmp_path / "v.mkv", tmp_path / "new" / "e.npy", "--start_ms", "10", "--duration_ms", "20", "--contrast", "0.5")
+    done = command(tmp_path / "v.mkv", tmp_path / "new" / "er" / "e.npy", "--start_ms", "10", "--duration_ms", "20", "--contrast", "0.5")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     steps = int((np.log(250 / 255 + 0.001) - np.log(10 / 255 + 0.001)) / 0.5)
     assert said["frames"] == 3 and said["span_ms"] == 20.0 and said["events"] == 2 * steps * 16 * 16
-    assert len(load_events(tmp_path / "new" / "e.npy")["t"]) == said["events"]
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["e.npy"]
+    assert len(load_events(tmp_path / "new" / "er" / "e.npy")["t"]) == said["events"]
+    assert [p.name for p in (tmp_path / "new" / "er").iterdir()] == ["e.npy"]
     for contrast in ("0", "-1", "nan"):
         done = command(tmp_path / "v.mkv", tmp_path / "f.npy", "--contrast", contrast)
         assert done.returncode == 2 and "wanted more than 0" in done.stderr
+
+
+def test_events_of_one_moment_come_in_the_order_of_their_pixels():
+    ramp = np.linspace(0, 0.65, 2)[:, None, None] * np.ones((1, 20, 20))
+    e = simulate_events(ramp, np.array([0, 900]))
+    assert len(e["t"]) == 3 * 400 and len(set(e["t"].tolist())) == 3
+    for begin in (0, 400, 800):
+        assert list(zip(e["y"][begin : begin + 400].tolist(), e["x"][begin : begin + 400].tolist(), strict=True)) == sorted(
+            (y, x) for y in range(20) for x in range(20)
+        )

@@ -216,3 +216,22 @@ def test_the_rate_of_learning_rises_then_falls_to_nothing(monkeypatch):
 def test_means_over_positions_weigh_each_batch_by_its_positions():
     batches = iter([(3, {"loss": torch.tensor(1.0)}), (1, {"loss": torch.tensor(5.0)})])
     assert training.mean_over_positions(batches) == {"loss": 2.0}
+
+
+@pytest.mark.parametrize("adapter", ["hidden", "chained"])
+def test_the_scores_of_an_epoch_are_means_over_its_batches(adapter):
+    """Where nothing is learnt and all texts are as long, they are the scores of the same rows as validation."""
+    n, s = 32, 5
+    g = torch.randn(n, s, D, generator=torch.Generator().manual_seed(1))
+    rows = [{"id": f"s{i}", "sequence": str(i)} for i in range(n)]
+    ids = torch.zeros(n, s, dtype=torch.long)
+    some = HiddenStates(g, bent(g), ids, torch.ones(n, s, dtype=torch.bool), torch.full((n,), s), rows, {}, g[:, :3])
+    cfg = config(lr=0.0, num_epochs=2, batch_size=8, linear_units=0, kl_weight=0.5, patience=9)
+    if adapter == "hidden":
+        _, history = train_hidden(some, some, HEAD, cfg)
+    else:
+        _, history = train_chained(some, some, HEAD, torch.ones(12, D), cfg)
+    assert [h["epoch"] for h in history] == [0, 1, 2]
+    for h in history[1:]:
+        for name in ("loss", "mse", "cosine", "kl", "token_match"):
+            assert h[f"train_{name}"] == pytest.approx(h[f"validation_{name}"], rel=1e-4, abs=1e-6), name
