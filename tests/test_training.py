@@ -125,9 +125,10 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, after):
     assert other.load() is None and dataclasses.replace(checkpoint, resume=False).load() is None
 
 
-def test_a_loss_that_is_not_finite_stops_it():
-    with pytest.raises(UserError, match=r"on 16 samples \(s\d+, s\d+, s\d+, …\); try a lower --lr"):
-        train_hidden(states(60, 1), states(20, 2), HEAD, config(mse_weight=float("inf")))
+@pytest.mark.parametrize("adapter", ["hidden", "chained"])
+def test_a_loss_that_is_not_finite_stops_it(adapter):
+    with pytest.raises(UserError, match=r"in epoch 1, step 0, on 16 samples \(s\d+, s\d+, s\d+, …\); try a lower --lr \(now 0.01\)"):
+        learn(adapter, Part(), mse_weight=float("inf"))
 
 
 def test_dealt_out_rows_are_all_of_them():
@@ -137,9 +138,9 @@ def test_dealt_out_rows_are_all_of_them():
     assert Part(1, 3).rows(batch[:2]).tolist() == [0, 1]  # too few to deal out: everyone takes both
 
 
-def learn(adapter, part):
+def learn(adapter, part, **more):
     """A short training of either adapter, on rows of very different lengths."""
-    train, validation, cfg = states(60, 1), states(20, 2), config(num_epochs=3)
+    train, validation, cfg = states(60, 1), states(20, 2), config(**{"num_epochs": 3, **more})
     if adapter == "hidden":
         return train_hidden(train, validation, HEAD, cfg, None, part)
     train, validation = (dataclasses.replace(some, events=some.draft[:, :3]) for some in (train, validation))
