@@ -256,3 +256,43 @@ def test_only_a_sentencepiece_model_needs_its_own_reader_and_libraries(tmp_path,
     else:
         with pytest.raises(UserError, match=r"needs sentencepiece and google\.protobuf"):
             loading.load_tokenizer(tmp_path)
+
+
+class Pieces:
+    """A tokenizer that is a list of pieces."""
+
+    def __init__(self, pieces, reads=lambda text: [1]):
+        self.pieces, self.reads = pieces, reads
+
+    def __len__(self):
+        return len(self.pieces)
+
+    def __call__(self, text):
+        return type("Encoding", (), {"input_ids": self.reads(text)})
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.pieces[i] for i in ids]
+
+
+def test_one_id_that_means_another_piece_is_named(tmp_path):
+    loading.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abcd"))  # what only one of them has is no matter
+    loading.check_shared_ids(tmp_path, Pieces("abcd"), tmp_path, Pieces("abc"))
+    with pytest.raises(UserError, match=r"1 of 3 differ, e\.g\. 2 is 'c' in the one and 'x' in the other"):
+        loading.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abx"))
+    with pytest.raises(UserError, match=r"2 of 3 differ, e\.g\. 0 is 'a' in the one and 'b' in the other"):
+        loading.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("bac"))
+    with pytest.raises(UserError, match="tokenise text differently"):
+        loading.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abc", lambda text: [1, 2]))
+
+
+def test_memory_that_is_free_is_that_of_the_gpus_in_use(monkeypatch):
+    import psutil
+
+    free = {0: 10, 1: 30, torch.device("cuda:1"): 30, torch.device("cuda"): 10}
+    assert loading.memory_there("cpu", None) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert loading.memory_there("cuda", None) == loading.memory_there("cuda", "auto") == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu], 1000))
+    assert [loading.memory_there(*asked) for asked in (("cuda", None), ("cuda:1", None), ("cuda", "auto"))] == [10, 30, 40]
