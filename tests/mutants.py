@@ -29,7 +29,9 @@ ARITHMETIC = {
 }  # fmt: skip
 NAMES = {a: b for pair in ("min max", "any all", "argmin argmax", "floor ceil", "amin amax") for a, b in (pair.split(), pair.split()[::-1])}
 IDENTITY = {"sorted", "reversed", "abs", "sqrt", "exp", "log", "strip", "lower", "cumprod", "clamp", "clip", "round"}
-UNTESTED = {"debug", "info", "warning", "exception", "print", "set_description", "set_postfix"}  # what is said, not what is done
+UNTESTED = {"debug", "info", "warning", "exception", "print", "progress", "tqdm", "set_description", "set_postfix"}
+# Keywords that change how something looks or how long it may take, assert (`strict` of zip), or matter on a GPU alone.
+NEUTRAL = {"strict", "device", "metadata", "help", "description", "epilog", "indent", "dpi", "figsize", "desc", "unit", "timeout"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def is_said(node: ast.AST) -> bool:
     if isinstance(node, ast.Expr):
         return is_said(node.value)
     if isinstance(node, ast.keyword):
-        return node.arg == "strict"  # of zip: an assertion
+        return node.arg in NEUTRAL
     if isinstance(node, ast.Call):
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         return name in UNTESTED or name.endswith(("Error", "Warning"))

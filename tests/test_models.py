@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from conftest import as_decoder, prompt_of, tiny_llama
 
+from feature_alignment.config import Common, parse_config
 from feature_alignment.console import UserError
-from feature_alignment.models import loading
+from feature_alignment.inputs.samples import read_samples
+from feature_alignment.models import loading, pair
 from feature_alignment.models.batches import _common_prefix, _keep, _Texts, _up_to, _with_room
 
 PROMPTS = [(1, 5, 9, 13), (1, 40, 3, 8), (1, 7, 7, 20), (1, 9, 33, 4)]
@@ -296,3 +299,38 @@ def test_memory_that_is_free_is_that_of_the_gpus_in_use(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu], 1000))
     assert [loading.memory_there(*asked) for asked in (("cuda", None), ("cuda:1", None), ("cuda", "auto"))] == [10, 30, 40]
+
+
+def test_a_pair_says_only_what_both_know_and_runs_on_the_gpu_it_is_told(monkeypatch, tmp_path):
+    decoders = {}
+    for name, size in (("target", 60), ("draft", 50)):
+        decoders[name] = as_decoder(tiny_llama(0))
+        decoders[name].restrict_vocabulary(size)
+        decoders[name].tokenizer = Pieces("abc")
+        monkeypatch.setattr(pair, f"load_{name}", lambda cfg, name=name: decoders[name])
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for device in ("cpu", "cuda:1", "cuda"):
+        found = pair.load_pair(Common(device=device))
+        assert (found.target, found.draft) == (decoders["target"], decoders["draft"])
+        assert found.target.vocab_size == found.draft.vocab_size == 50
+    assert chosen == ["cuda:1"]
+    found.record("graphs")
+    assert found.target.steps == found.draft.steps == "graphs"
+
+
+def test_the_check_knows_how_long_a_prompt_is_and_what_it_costs(tiny_run):
+    cfg = parse_config(Common, ["--config", str(tiny_run / "tiny.yaml"), "--device", "cpu"], "models/pair")
+    report, both = pair.check_pair(cfg), pair.load_pair(cfg)
+    sample = dataclasses.replace(read_samples(cfg.manifests, "test")[0], question=loading.PROBE_QUESTION)
+    needed = 0
+    for name, model in (("EventGPT", both.draft), ("Video-LLaVA", both.target)):
+        found, text = report["models"][name], model.llama.config
+        assert found["prompt_tokens"] == model.prefill([model.prepare(sample)]).length
+        per_token = 2 * 3 * 2 * (32 // 2) * 4  # keys and values of three layers of two heads, in float32
+        assert found["cache_bytes"] == per_token * (found["prompt_tokens"] + 64)
+        assert (found["layers"], found["hidden_size"]) == (3, 32) == (text.num_hidden_layers, text.hidden_size)
+        assert found["vision_tokens"] == model.vision_tokens and found["embedding_rows"] == len(model._head.weight)
+        assert found["weight_bytes"] == 4 * found["parameters"]
+        needed += found["weight_bytes"] + found["cache_bytes"]
+    assert report["needed_bytes"] == needed
