@@ -328,3 +328,12 @@ def test_positions_come_in_order_and_a_few_rows_at_a_time(number, rows):
     ]
     assert torch.equal(torch.cat([p.draft for p in parts]), states.draft[states.mask])
     assert torch.equal(torch.cat([p.target for p in parts]), states.target[states.mask])
+
+
+def test_every_position_of_a_clip_counts_once_unless_it_is_told_otherwise():
+    """excess: Σ weight · kept · (wrong - ε) of each clip; a score at the threshold is not kept; risk is the share of wrong among the kept."""
+    score, wrong = np.array([0.9, 0.5, 0.7, 0.8, 0.5]), np.array([True, True, False, False, False])
+    some = Judged(score, wrong, ["b", "a", "b", "a", "c"], 3)
+    assert some.excess(0.5, 0.1) == pytest.approx([-0.1, 0.9 - 0.1, 0.0])  # clips in the order of their names
+    assert Judged(score, wrong, some.clip, 3, 0.25).excess(0.5, 0.1) == pytest.approx([-0.025, 0.2, 0.0])
+    assert some.risk(0.5) == pytest.approx(1 / 3) and some.risk(0.85) == 1.0 and math.isnan(some.risk(0.9))

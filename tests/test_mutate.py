@@ -63,7 +63,7 @@ def test_every_mutant_differs_from_its_source_and_compiles():
     )
     made = [m for m in mutants.mutants("f.py", source) if mutants.is_mutant(m, source)]
     texts = {m.apply(source) for m in made}
-    assert len(texts) == len(made) > 15 and source not in texts
+    assert len(texts) == len(made) > 12 and source not in texts
     for text in texts:
         compile(text, "f.py", "exec")
         assert b"Says 1." in text
