@@ -331,7 +331,7 @@ def test_positions_come_in_order_and_a_few_rows_at_a_time(number, rows):
 
 
 def test_every_position_of_a_clip_counts_once_unless_it_is_told_otherwise():
-    """excess: Σ weight · kept · (wrong - ε) of each clip; a score at the threshold is not kept; risk is the share of wrong among the kept."""
+    """excess: Σ weight · kept · (wrong - ε) of each clip. A score at the threshold is not kept."""
     score, wrong = np.array([0.9, 0.5, 0.7, 0.8, 0.5]), np.array([True, True, False, False, False])
     some = Judged(score, wrong, ["b", "a", "b", "a", "c"], 3)
     assert some.excess(0.5, 0.1) == pytest.approx([-0.1, 0.9 - 0.1, 0.0])  # clips in the order of their names
