@@ -337,3 +337,42 @@ def test_every_position_of_a_clip_counts_once_unless_it_is_told_otherwise():
     assert some.excess(0.5, 0.1) == pytest.approx([-0.1, 0.9 - 0.1, 0.0])  # clips in the order of their names
     assert Judged(score, wrong, some.clip, 3, 0.25).excess(0.5, 0.1) == pytest.approx([-0.025, 0.2, 0.0])
     assert some.risk(0.5) == pytest.approx(1 / 3) and some.risk(0.85) == 1.0 and math.isnan(some.risk(0.9))
+
+
+def p_by_hand(z, epsilon, most, known=()):
+    seen, wealth, best = list(known), 0.0, 0.0
+    for value in z:
+        squares = sum(x * x for x in seen)
+        stake = min(max(-sum(seen) / squares, 0.0), 0.9 / ((1 - epsilon) * most)) if squares else 0.0
+        wealth += math.log(1 - stake * value)
+        best = max(best, wealth)
+        seen.append(value)
+    return math.exp(-best)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bets_and_the_walk_over_thresholds_by_plain_loops(seed):
+    rng = np.random.default_rng(seed)
+    tune, calibration = planted(rng, 30, 10, 1.0), planted(rng, 400 if seed else 5, 10, 1.0)  # five clips certify nothing
+    epsilon, delta = 0.08, 0.1
+    z, known = rng.normal(-0.2, 1, 40), rng.normal(-0.2, 1, 9)
+    assert p_value(z, epsilon, 10.0) == pytest.approx(p_by_hand(z, epsilon, 10.0))
+    assert p_value(z, epsilon, 10.0, known) == pytest.approx(p_by_hand(z, epsilon, 10.0, known))
+    grid = sorted({np.quantile(tune.score, i / 50) for i in range(50)}, reverse=True)
+    evidence = [p_by_hand(tune.excess(t, epsilon), epsilon, tune.most) for t in grid]
+    threshold, p = None, None
+    for t in grid[evidence.index(min(evidence)) :]:
+        now = p_by_hand(calibration.excess(t, epsilon), epsilon, calibration.most, tune.excess(t, epsilon))
+        if now > delta:
+            p = now if threshold is None else p
+            break
+        threshold, p = t, now
+    report = certify(tune, calibration, epsilon, delta)
+    assert (threshold is None) == (seed == 0) and report["p_value"] == pytest.approx(p)
+    assert report["threshold"] == (None if threshold is None else pytest.approx(threshold))
+    if threshold is not None:
+        kept = calibration.score > threshold
+        assert report["kept"] == pytest.approx(kept.mean()) and report["risk_on_calibration"] == pytest.approx(
+            calibration.wrong[kept].mean()
+        )
+    assert (report["epsilon"], report["delta"], report["clips"]) == (epsilon, delta, len(set(calibration.clip)))
