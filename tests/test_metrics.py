@@ -76,7 +76,9 @@ def test_auc_is_the_share_of_ordered_pairs(seed):
         (a > b) + 0.5 * (a == b) for a, p in zip(scores, positive, strict=True) if p for b, q in zip(scores, positive, strict=True) if not q
     ]
     assert metrics.auc(np.array(scores, float), np.array(positive)) == pytest.approx(sum(pairs) / len(pairs))
-    assert np.isnan(metrics.auc(np.array([1.0, 2.0]), np.array([True, True])))
+    with np.errstate(all="raise"):
+        for one_class in ([True, True], [False, False]):
+            assert np.isnan(metrics.auc(np.array([1.0, 2.0]), np.array(one_class)))
 
 
 def test_intervals_resample_clips_not_tokens():

@@ -9,12 +9,17 @@ import pytest
 import torch
 from conftest import as_decoder, prompt_of, tiny_llama
 
+from feature_alignment import hidden_adapter
+from feature_alignment.config import Common
+from feature_alignment.console import UserError
 from feature_alignment.decoding import measure
 from feature_alignment.decoding.engine import Generation, Round
 from feature_alignment.decoding.measure import Timed
+from feature_alignment.decoding.sources import Sources
 from feature_alignment.demo.captions import facts_in
 from feature_alignment.demo.world import HIDDEN_FROM_EVENTS, WORDS
 from feature_alignment.metrics import bootstrap_ratio
+from feature_alignment.models.pair import Pair
 
 
 def taking(*ms: float) -> list[Generation]:
@@ -102,3 +107,27 @@ def test_steps_are_timed_without_what_surrounds_them(monkeypatch):
     assert read == [(3, 1), (3, 4)] * 8
     measure.step_ms(model, prompt, (2,), repeats=1, says=True)
     assert len(asked) == 6
+
+
+def test_a_call_is_timed_after_it_has_warmed_up(monkeypatch):
+    """Median milliseconds of the timed calls: 7, 1 and 3 s, behind two that do not count."""
+    clock, calls = [0.0], []
+    took = iter([100.0, 100.0, 7.0, 1.0, 3.0])
+
+    def call():
+        calls.append(1)
+        clock[0] += next(took)
+
+    monkeypatch.setattr(hidden_adapter.time, "perf_counter", lambda: clock[0])
+    assert hidden_adapter.call_ms(call, 3, warmup=2) == 3000.0 and len(calls) == 5
+
+
+def test_an_adapter_nobody_trained_fits_the_pair(tmp_path):
+    """Two layers side by side into a target of another width; the chained one reads what EventGPT's last layer sees."""
+    target, draft = as_decoder(tiny_llama(0, layers=3)), as_decoder(tiny_llama(1, layers=3), taps=[1, 3])
+    made = Sources(Pair(target, draft), Common(output_dir=tmp_path), untrained=True)
+    assert made.adapter.geometry == {"d_draft": 64, "d_target": 32, "bottleneck": 256}
+    geometry = made.chained_adapter.geometry
+    assert (geometry["d_target"], geometry["d_event"], geometry["num_events"]) == (32, 32, 1)
+    with pytest.raises(UserError, match="train_hidden_adapter"):
+        Sources(Pair(target, draft), Common(output_dir=tmp_path)).adapter  # noqa: B018
