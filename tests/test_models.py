@@ -14,6 +14,7 @@ from feature_alignment.console import UserError
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models import loading, pair
 from feature_alignment.models.batches import _common_prefix, _keep, _Texts, _up_to, _with_room
+from feature_alignment.models.eventgpt import EventGPTConfig, EventGPTForCausalLM, load_eventgpt
 
 PROMPTS = [(1, 5, 9, 13), (1, 40, 3, 8), (1, 7, 7, 20), (1, 9, 33, 4)]
 
@@ -334,3 +335,39 @@ def test_the_check_knows_how_long_a_prompt_is_and_what_it_costs(tiny_run):
         assert found["weight_bytes"] == 4 * found["parameters"]
         needed += found["weight_bytes"] + found["cache_bytes"]
     assert report["needed_bytes"] == needed
+
+
+def test_a_checkpoint_is_looked_through_where_it_is_found(tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint at .*no config\.json there"):
+        loading.find_checkpoint(tmp_path, "--target_id")
+    assert loading.find_checkpoint(folder_with(tmp_path), "--target_id") == tmp_path
+    with pytest.raises(UserError, match="run code of its own"):
+        loading.find_checkpoint(folder_with(tmp_path, auto_map={"AutoModel": "x.py"}), "--target_id")
+
+
+def test_transformers_own_classes_know_what_an_eventgpt_is(tiny_run):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = tiny_run / "pair" / "eventgpt"
+    assert type(AutoConfig.from_pretrained(path)) is EventGPTConfig
+    assert type(AutoModelForCausalLM.from_pretrained(path)) is EventGPTForCausalLM
+
+
+def test_event_tokens_are_means_over_patches_then_over_time(tiny_run):
+    model = load_eventgpt(tiny_run / "pair" / "eventgpt", torch.float32)
+    side = model.config.vision_config.image_size
+    pixels = torch.randn(2, 5, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        tokens = model.model.encode_events(pixels)
+        patches = (side // model.config.vision_config.patch_size) ** 2 + 1
+        assert tokens.shape == (2, 5 + patches, 32)
+        one = [model.model.encode_events(pixels[:1, t : t + 1])[0, 1:] for t in range(5)]  # of one image its spatial tokens are its patches
+        torch.testing.assert_close(tokens[0, :5], torch.stack([patch.mean(0) for patch in one]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(tokens[0, 5:], torch.stack(one).mean(0), atol=1e-5, rtol=1e-4)
+        ids = torch.tensor([[1, 9, -200, 7, 5], [1, 8, -200, 6, 4]])
+        spliced = model.model.splice(ids, tokens)
+        words = model.model.embed_tokens
+        assert torch.equal(spliced, torch.cat([words(ids[:, :2]), tokens, words(ids[:, 3:])], 1))
+        for wrong in ([[1, 2, 3]], [[1, -200, -200]], [[1, -200, 3], [-200, 2, 3]]):
+            with pytest.raises(ValueError, match="exactly one -200"):
+                model.model.splice(torch.tensor(wrong), tokens)
