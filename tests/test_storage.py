@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from feature_alignment import pickles, state_files
+from feature_alignment import artifacts, pickles, state_files
 from feature_alignment.console import UserError
 from feature_alignment.pickles import ArraysOnly, check_pt, look_through
 from feature_alignment.processes import _name, claimed, processes, temporary_name
+from feature_alignment.verification import main, verify
 
 # ---- pickles
 
@@ -168,3 +169,168 @@ def test_a_row_cut_off_counts_as_zeros(tmp_path, monkeypatch):
     monkeypatch.setattr(state_files, "storage_offset", lambda path: 2)
     found = list(state_files.row_hashes(tmp_path / "rows", 3, 4))
     assert found == [hashlib.sha256(row).hexdigest()[:16] for row in (b"cdef", b"gh\0\0", bytes(4))]
+
+
+# ---- files and their hashes
+
+
+def short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def test_a_hash_is_of_a_files_bytes_or_of_a_folders_names_and_files(tmp_path):
+    big = os.urandom((1 << 22) + 5)
+    (tmp_path / "b.bin").write_bytes(big)
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "README.md").write_text("for people")
+    (tmp_path / "deeper").mkdir()
+    assert artifacts.file_hash(tmp_path / "b.bin") == short(big)
+    assert artifacts.file_hash(tmp_path) == short(f"a.txt:{short(b'a')}\nb.bin:{short(big)}\n".encode())
+    several = [tmp_path / "b.bin", tmp_path / "a.txt"]
+    assert artifacts.source_hash(several) != artifacts.source_hash(several[::-1]) and artifacts.source_hash(
+        tmp_path
+    ) == artifacts.file_hash(tmp_path)
+
+
+def test_a_sealed_file_tells_what_was_altered(tmp_path):
+    path, beside = tmp_path / "meta.json", tmp_path / "states.pt"
+    beside.write_text("states")
+    artifacts.write_sealed(path, {"value": float("nan"), "n": 1}, ["states.pt"])
+    content = artifacts.read_sealed(path, "make it")
+    assert content == {"value": None, "n": 1, "files": {"states.pt": short(b"states")}, "content_hash": content["content_hash"]}
+    assert content["content_hash"] == artifacts.content_hash(content) == artifacts.content_hash({**content, "content_hash": "other"})
+    assert artifacts.altered(path, content) == artifacts.altered(path, content, []) == []
+    assert artifacts.altered(path, content, ["states.pt", "nobody.pt"]) == ["nobody.pt"]
+    beside.write_text("others")
+    assert artifacts.altered(path, content) == ["states.pt"]
+    beside.unlink()
+    assert artifacts.altered(path, content) == ["states.pt"]
+    artifacts.write_json(path, {**content, "n": 2})
+    with pytest.raises(UserError, match=r"(?s)altered after it was written.*make it"):
+        artifacts.read_sealed(path, "make it")
+    for unsealed in ({"n": 1}, [1]):
+        artifacts.write_json(path, unsealed)
+        assert artifacts.read_json(path, "make it") == unsealed
+        with pytest.raises(UserError, match=r"(?s)does not say its own hash.*make it"):
+            artifacts.read_sealed(path, "make it")
+    path.write_text("{")
+    for read in (artifacts.read_json, artifacts.read_sealed):
+        with pytest.raises(UserError, match="not valid JSON"):
+            read(path, "make it")
+        with pytest.raises(UserError, match=r"is not there\. Make it first:\n  make it"):
+            read(tmp_path / "absent.json", "make it")
+
+
+def test_a_file_gets_its_name_when_its_bytes_are_on_the_disk(tmp_path, monkeypatch):
+    path, done = tmp_path / "new" / "deep" / "a.txt", []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (done.append("sync"), sync(number))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("replace"), replace(a, b))[1])
+    artifacts.write_text(path, "one")
+    assert done == ["sync", "replace"] and path.read_text() == "one" and list(path.parent.iterdir()) == [path]
+    with pytest.raises(RuntimeError), artifacts.replacing(path) as temporary:
+        temporary.write_text("two")
+        raise RuntimeError
+    assert path.read_text() == "one" and list(path.parent.iterdir()) == [path]
+
+
+def test_equal_weights_have_equal_hashes():
+    one = {"a": torch.ones(2, 3), "b": torch.tensor(2.0, dtype=torch.bfloat16)}
+    assert artifacts.weights_hash(one) == artifacts.weights_hash({k: v.clone() for k, v in one.items()})
+    others = (
+        {**one, "a": torch.ones(2, 3) * 2},
+        {"c": one["a"], "b": one["b"]},
+        {"a": one["a"]},
+        {**one, "b": torch.tensor(3.0).bfloat16()},
+    )
+    assert len({artifacts.weights_hash(o) for o in (one, *others)}) == 5
+    transposed = torch.arange(6.0).view(2, 3).T
+    assert artifacts.weights_hash({"a": transposed}) == artifacts.weights_hash({"a": transposed.contiguous()})
+
+
+def test_a_tensor_that_shows_more_than_its_file_holds_is_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    for good in (torch.ones(3, 4), {"a": {"b": torch.ones(2)}, "n": 1}):
+        artifacts.save_pt(path, good)
+        assert str(artifacts.load_pt(path, "make it")) == str(good)
+    for bad in (torch.ones(1).expand(1000), {"a": {"b": torch.ones(1).expand(1000)}}, torch.ones(3, 4).T):
+        artifacts.save_pt(path, bad)
+        with pytest.raises(UserError, match=r"(?s)shows more than the file holds.*make it"):
+            artifacts.load_pt(path, "make it")
+
+
+# ---- a whole run looked through
+
+
+def a_run(out, clip):
+    """Training states made from a clip, an adapter made from these, a benchmark made from the adapter, and a comparison beside them."""
+    clip.write_text("events")
+    for folder, source in (("adapter", ("states", out.parent / "states.pt")), ("benchmark", ("adapter", out / "adapter" / "meta.json"))):
+        (out / folder).mkdir(parents=True)
+        (out.parent / "states.pt").touch()
+        (out / folder / "beside.txt").write_text(folder)
+        name = "meta.json" if folder == "adapter" else "benchmark.json"
+        meta = {"made_from": {source[0]: artifacts.source_hash(source[1])}, "inputs": {source[0]: str(source[1])}}
+        artifacts.write_sealed(out / folder / name, {"meta": meta}, ["beside.txt"])
+    (out / "token_baseline").mkdir()
+    meta = {"made_from": {"clips": artifacts.source_hash([clip])}, "inputs": {"clips": [str(clip)]}}
+    artifacts.write_sealed(out / "token_baseline" / "comparison.json", {"meta": meta})
+
+
+def found_in(out):
+    return {(f.about, f.state): f.why for f in verify(out)[0]}
+
+
+def test_what_was_made_from_something_altered_is_stale_and_nothing_else(tmp_path):
+    out, clip = tmp_path / "out", tmp_path / "clip.npy"
+    a_run(out, clip)
+    assert verify(out) == ([], {"files": 5, "rows": 0, "sources": 3})
+    (out / "adapter" / "beside.txt").write_text("other")
+    found = found_in(out)
+    assert set(found) == {("adapter/beside.txt", "altered"), ("benchmark/benchmark.json", "stale")}
+    assert found["benchmark/benchmark.json", "stale"] == "made from adapter, which is not what it was"
+    (out / "adapter" / "beside.txt").unlink()
+    assert set(found_in(out)) == {("adapter/beside.txt", "missing"), ("benchmark/benchmark.json", "stale")}
+    (out / "adapter" / "beside.txt").write_text("adapter")
+    (tmp_path / "states.pt").write_text("others")
+    assert set(found_in(out)) == {("adapter/meta.json", "stale"), ("benchmark/benchmark.json", "stale")}
+    (tmp_path / "states.pt").unlink()
+    assert "which is gone" in found_in(out)["adapter/meta.json", "stale"]
+    (tmp_path / "states.pt").touch()
+    clip.write_text("another")
+    (found,) = verify(out)[0]
+    assert (found.about, found.state) == ("token_baseline/comparison.json", "stale") and found.why.startswith(
+        "made from another clips than "
+    )
+    clip.write_text("events")
+    (out / "benchmark" / "benchmark.json").write_text("{}")
+    assert set(found_in(out)) == {("benchmark/benchmark.json", "altered")}
+
+
+def test_what_was_left_by_a_killed_run_is_named_and_is_no_fault(tmp_path, capsys):
+    out = tmp_path / "out"
+    a_run(out, tmp_path / "clip.npy")
+    (out / "hidden_states" / "train.unfinished").mkdir(parents=True)
+    (out / "hidden_states" / "train.unfinished" / "meta.json").write_text("half")
+    (out / "adapter" / ".adapter.7.tmp.pt").touch()
+    found = main(["verify", str(out)])
+    assert (found["unfinished"], found["left over"], found["altered"], found["missing"], found["stale"]) == (1, 1, 0, 0, 0)
+    assert found["compared"] == {"files": 5, "rows": 0, "sources": 3}
+    (out / "adapter" / "meta.json").write_text("{}")
+    with pytest.raises(UserError, match=r"2 things in .* are not what they were"):
+        main(["verify", str(out)])
+    for nothing in (tmp_path / "absent", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match="wanted the directory of a run"):
+            verify(nothing)
+
+
+@pytest.mark.parametrize(("findings", "more"), [(40, ""), (41, "and 1 more"), (50, "and 10 more")])
+def test_only_forty_findings_are_shown(tmp_path, capsys, findings, more):
+    (tmp_path / "sd").mkdir(parents=True)
+    for i in range(findings):
+        (tmp_path / "sd" / f"{i:02d}.json").write_text("{}")
+    with pytest.raises(UserError, match=f"{findings} things"):
+        main(["verify", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert said.count("sd/") == 40 and ("more" in said) == bool(more) and more in said
