@@ -260,7 +260,7 @@ def test_random_weights_say_so_and_repeat(copied, caplog):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there(wide):
-    with pytest.raises(UserError, match=r"sees no GPU\. Type --device cpu"):
+    with pytest.raises(UserError, match=r"sees no GPU\. Pass --device cpu"):
         pair.load_pair(dataclasses.replace(wide, device="cuda"))
     with pytest.raises(UserError, match="wanted cpu, cuda"):
         pair.load_pair(dataclasses.replace(wide, device="gpu"))

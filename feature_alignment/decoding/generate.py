@@ -44,7 +44,7 @@ def ways(target: Decoder, max_new_tokens: int, num_draft_tokens: int, depth: int
     model = target.whole
     if model is None:
         raise ValueError("this decoder was not made from a whole model")
-    beyond = list(range(target.vocab_size, target._head.weight.shape[0])) or None  # ids that no mode may say
+    beyond = list(range(target.vocab_size, target._head_weight.shape[0])) or None  # ids that no mode may say
 
     def embedded(prompt: Prompt) -> dict[str, Any]:
         vision = target.encode_vision(prompt.pixels[None])
