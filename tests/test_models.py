@@ -311,6 +311,8 @@ def test_a_pair_says_only_what_both_know_and_runs_on_the_gpu_it_is_told(monkeypa
         monkeypatch.setattr(pair, f"load_{name}", lambda cfg, name=name: decoders[name])
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for device in ("cpu", "cuda:1", "cuda"):
         found = pair.load_pair(Common(device=device))
         assert (found.target, found.draft) == (decoders["target"], decoders["draft"])
@@ -331,7 +333,7 @@ def test_the_check_knows_how_long_a_prompt_is_and_what_it_costs(tiny_run):
         per_token = 2 * 3 * 2 * (32 // 2) * 4  # keys and values of three layers of two heads, in float32
         assert found["cache_bytes"] == per_token * (found["prompt_tokens"] + 64)
         assert (found["layers"], found["hidden_size"]) == (3, 32) == (text.num_hidden_layers, text.hidden_size)
-        assert found["vision_tokens"] == model.vision_tokens and found["embedding_rows"] == len(model._head.weight)
+        assert found["vision_tokens"] == model.vision_tokens and found["embedding_rows"] == len(model.llama.embed_tokens.weight)
         assert found["weight_bytes"] == 4 * found["parameters"]
         needed += found["weight_bytes"] + found["cache_bytes"]
     assert report["needed_bytes"] == needed

@@ -8,10 +8,13 @@ import pytest
 import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 
+from feature_alignment.chained_adapter import ChainedAdapter
 from feature_alignment.decoding.batch import speculate_batch
 from feature_alignment.decoding.engine import Generation, Round, greedy, speculate
 from feature_alignment.decoding.null_drafters import NGram, TableProposer
-from feature_alignment.decoding.proposers import ModelProposer
+from feature_alignment.decoding.pace import Pace
+from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
+from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.hidden_adapter import HiddenAdapter
 
 PROMPT = (1, 5, 9, 13)
@@ -73,6 +76,46 @@ def test_what_is_saved_of_a_generation():
         "rounds": [vars(kept)],
     }
     assert math.isnan(Generation([2], 0, 1.0, {}).tokens_per_pass)
+
+
+class OffAndOn(Pace):
+    """Two passes without drafts, then two rounds with drafts, again and again."""
+
+    rest = 2
+
+    def __init__(self):
+        super().__init__(1.0)
+        self.asked = -1
+
+    def next_floor(self):
+        self.asked += 1
+        return None if self.asked % 3 == 0 else 0.0
+
+
+@pytest.mark.parametrize("seed", range(2))
+@torch.inference_mode()
+def test_passes_without_drafts_are_part_of_the_text_and_of_what_drafts_are_made_from(seed):
+    model = tiny_llama(seed)
+    target, draft = as_decoder(model), as_decoder(noisy_copy(model, 0.1))
+    torch.manual_seed(seed)
+    adapter = ChainedAdapter(32, 32, 1, 16).eval()
+    make = lambda: ChainedProposer(draft, adapter, target.lm_head, target.embeddings)  # noqa: E731
+    prompt = prompt_of(*PROMPT)
+    got = speculate(target, make(), prompt, prompt, num_draft_tokens=3, max_new_tokens=22, pace=OffAndOn())
+    assert got.token_ids == greedy(target, prompt, 22).token_ids
+    states = model.model(input_ids=torch.tensor([[*PROMPT, *got.token_ids]])).last_hidden_state[0, len(PROMPT) - 1 :]
+    at, kinds = 1, []
+    for r in got.rounds:
+        kinds.append(r.stopped == "off")
+        if r.proposed:
+            fresh, watch = make(), Stopwatch()
+            fresh.start(prompt, watch)
+            wanted = fresh.propose(got.token_ids[:at], states[:at], len(r.proposed), watch).token_ids.tolist()
+            assert r.proposed == wanted
+        else:
+            assert (r.target_says, r.kept, r.extra_token, set(r.ms)) == ([], [], got.token_ids[at], {"verify"})
+        at += r.num_accepted + 1
+    assert kinds[:6] == [True, True, False, False, True, True] and len(got.token_ids) - at in (0, 1)
 
 
 @pytest.mark.parametrize("gamma", [0, 1, 3])
