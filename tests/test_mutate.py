@@ -97,6 +97,6 @@ def test_a_hanging_mutant_is_stopped_with_its_children(tmp_path):
 
 @pytest.mark.slow
 def test_few_mutants_of_the_package_survive():
-    """Four groups of modules, a small sample, so small that equivalent mutants may be a third of it; `python -m tests.mutate` draws more."""
+    """Four groups of modules, a small sample, equivalent ones among them; `python -m tests.mutate` draws more."""
     code, report, listed = mutation_run("--modules", "decoding", "measurement", "models", "storage", "--sample", "12", "--allowed", "4")
     assert code == 0 and report["mutants"] == 12, listed
