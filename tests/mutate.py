@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             if survived:
                 survivors.append({"file": mutant.file, "line": mutant.line, "tests": len(tests), "reaching": reaching})
-                print(mutant.describe((root / mutant.file).read_bytes()), flush=True)
+                print(mutant.describe((project.tree / mutant.file).read_bytes()), flush=True)
     counts = {"mutants": len(chosen), "killed": len(chosen) - len(survivors), "survived": len(survivors)}
     print(json.dumps({**counts, "seed": args.seed, "seconds": round(time.monotonic() - began, 1), "survivors": survivors}))
     return int(len(survivors) > args.allowed)
