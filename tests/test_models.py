@@ -373,3 +373,11 @@ def test_event_tokens_are_means_over_patches_then_over_time(tiny_run):
         for wrong in ([[1, 2, 3]], [[1, -200, -200]], [[1, -200, 3], [-200, 2, 3]]):
             with pytest.raises(ValueError, match="exactly one -200"):
                 model.model.splice(torch.tensor(wrong), tokens)
+
+
+def test_a_config_without_a_vision_tower_has_clips_large_one_at_336_pixels():
+    """As the released EventGPT, whose config.json says nothing of it."""
+    vision = EventGPTConfig().vision_config
+    assert (vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads) == (1024, 4096, 24, 16)
+    assert (vision.image_size, vision.patch_size, vision.hidden_act, vision.layer_norm_eps) == (336, 14, "quick_gelu", 1e-5)
+    assert EventGPTConfig(vision_config={"image_size": 48}).vision_config.image_size == 48
