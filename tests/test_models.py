@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import as_decoder, prompt_of, tiny_llama
@@ -381,3 +382,25 @@ def test_a_config_without_a_vision_tower_has_clips_large_one_at_336_pixels():
     assert (vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads) == (1024, 4096, 24, 16)
     assert (vision.image_size, vision.patch_size, vision.hidden_act, vision.layer_norm_eps) == (336, 14, "quick_gelu", 1e-5)
     assert EventGPTConfig(vision_config={"image_size": 48}).vision_config.image_size == 48
+
+
+@pytest.mark.parametrize(("beyond", "start"), [((0, 0), None), ((0, 0), 20.0), ((1, 0), None), ((0, 1), None)])
+def test_events_are_drawn_on_the_cameras_canvas_unless_they_reach_beyond_it(tiny_run, monkeypatch, beyond, start):
+    cfg = parse_config(
+        Common,
+        ["--config", str(tiny_run / "tiny.yaml"), "--device", "cpu", "--event_start_ms", "5", "--event_window_ms", "50"],
+        "models/pair",
+    )
+    canvas = json.loads((tiny_run / "pair" / "eventgpt" / "config.json").read_text())["event_canvas_hw"]
+    stream = {"y": np.array([0, canvas[0] - 1 + beyond[0]]), "x": np.array([canvas[1] - 1 + beyond[1], 3])}
+    asked = []
+    monkeypatch.setattr(pair.event_inputs, "load_events", lambda path, window, begin: (asked.append((path, window, begin)), stream)[1])
+    monkeypatch.setattr(
+        pair.event_inputs,
+        "event_images",
+        lambda stream, slices, on: (asked.append((slices, on)), [np.zeros((*canvas, 3), np.uint8)] * 5)[1],
+    )
+    sample = dataclasses.replace(read_samples(cfg.manifests, "test")[0], event_start_ms=start)
+    pixels = pair.load_draft(cfg).read_pixels(sample)
+    assert asked == [(sample.events, cfg.event_window_ms, 5.0 if start is None else 20.0), (5, None if any(beyond) else tuple(canvas))]
+    assert torch.equal(pixels, pixels.bfloat16().float()) and len(pixels) == 5
