@@ -11,6 +11,7 @@ from typing import Any
 
 from feature_alignment.artifacts import EXTRACT, read_json, replacing
 from feature_alignment.console import UserError, finite
+from feature_alignment.text_files import reason
 
 
 def write_token_pairs(path: Path, meta: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
@@ -68,7 +69,7 @@ def load_answers(path: Path, settings: dict[str, Any], sample_ids: Sequence[str]
     try:
         found = {str(r["sample_id"]): (array("i", r["vl_tokens"]), array("i", r["egpt_tokens"])) for r in content["results"]}
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: {error!r}; wanted results with sample_id, vl_tokens, egpt_tokens.") from None
+        raise UserError(f"{path}: {reason(error)}; wanted results with sample_id, vl_tokens, egpt_tokens.") from None
     answers = {i: found[i] for i in sample_ids if i in found and all(1 <= len(a) <= settings["max_new_tokens"] for a in found[i])}
     if len(answers) < len(sample_ids):
         without = next(i for i in sample_ids if i not in answers)

@@ -40,6 +40,7 @@ from feature_alignment.console import UserError, file_named, finite, mended_file
 from feature_alignment.pickles import check_pt
 from feature_alignment.processes import temporary_name
 from feature_alignment.state_files import frame_hash, row_hashes
+from feature_alignment.text_files import read_text, rows_of
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +94,8 @@ def read_json(path: Path, make_it: str) -> Any:
     if not path.is_file():
         raise UserError(f"{path} is not there. Make it first:\n  {make_it}")
     try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        content = json.loads(read_text(path))
+    except (UserError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}). Make it again:\n  {make_it}") from None
     if isinstance(content, dict) and content.get("content_hash", content_hash(content)) != content_hash(content):
         raise UserError(f"{path} was altered after it was written. Make it again:\n  {make_it}")
@@ -363,7 +364,7 @@ def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, eve
             f"{directory} holds EventGPT's layers {there} as one state, not {list(layers)}. Extract those, or all with --separate_layers."
         )
     positions = load_pt(directory / "positions.pt", command)
-    rows = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
+    rows = [json.loads(row) for _, row in rows_of(read_text(directory / "samples.jsonl"))]
     draft, target = (_load_states(directory / file, rows, meta, command) for file in (name, "vl_hidden_states.pt"))
     if draft.shape[:2] != target.shape[:2] or draft.shape[:2] != positions["token_ids"].shape:
         shapes = {"egpt": draft.shape, "vl": target.shape, "token_ids": positions["token_ids"].shape}

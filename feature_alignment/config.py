@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from feature_alignment.console import UserError, be_quiet
 from feature_alignment.ranges import validate, validate_text
+from feature_alignment.text_files import read_text
 
 SCRIPTS = (
     "extract_hidden_states",
@@ -227,11 +228,11 @@ def _file_flags(cls: type, path: Path, section: str, chosen: str | None) -> list
     import yaml
 
     try:
-        text = path.read_text()
+        text = read_text(path)
         _refuse_endless(path, text)
         _refuse_duplicates(path, yaml.compose(text, Loader=yaml.BaseLoader))
         content = yaml.load(text, Loader=yaml.BaseLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     known = {"common", *SCRIPTS, "train_hidden_adapter.plain", "train_hidden_adapter.chained"}
     if not isinstance(content, dict) or not set(content) <= known:

@@ -187,3 +187,14 @@ def test_events_of_one_moment_come_in_the_order_of_their_pixels():
         assert list(zip(e["y"][begin : begin + 400].tolist(), e["x"][begin : begin + 400].tolist(), strict=True)) == sorted(
             (y, x) for y in range(20) for x in range(20)
         )
+
+
+def test_events_of_a_turned_video_are_upright(tmp_path):
+    from test_video import MATRICES, set_matrix, upright_picture, write_pictures
+
+    from feature_alignment.inputs.simulate import read_log_intensity
+
+    numbers, stored = MATRICES["rotated by 90"]
+    write_pictures(tmp_path / "v.mp4", stored(upright_picture()))
+    set_matrix(tmp_path / "v.mp4", numbers)
+    assert read_log_intensity(tmp_path / "v.mp4")[0].shape == (10, 48, 64)
