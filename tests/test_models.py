@@ -249,6 +249,7 @@ def test_only_a_sentencepiece_model_needs_its_own_reader_and_libraries(tmp_path,
 
     monkeypatch.setattr(loading, "LlamaTokenizer", Reader("LLaMA's"))
     monkeypatch.setattr(loading, "AutoTokenizer", Reader("any"))
+    monkeypatch.setattr(loading, "prepare_for_prompts", lambda *_: None)
     monkeypatch.setattr(loading, "_installed", lambda name: True)
     for name in files:
         (tmp_path / name).touch()
@@ -266,13 +267,15 @@ def test_only_a_sentencepiece_model_needs_its_own_reader_and_libraries(tmp_path,
 class Pieces:
     """A tokenizer that is a list of pieces."""
 
+    bos_token_id, eos_token_id = 1, 2
+
     def __init__(self, pieces, reads=lambda text: [1]):
         self.pieces, self.reads = pieces, reads
 
     def __len__(self):
         return len(self.pieces)
 
-    def __call__(self, text):
+    def __call__(self, text, **_):
         return type("Encoding", (), {"input_ids": self.reads(text)})
 
     def convert_ids_to_tokens(self, ids):
@@ -287,7 +290,7 @@ def test_one_id_that_means_another_piece_is_named(tmp_path):
     with pytest.raises(UserError, match=r"2 of 3 differ, e\.g\. 0 is 'a' in the one and 'b' in the other"):
         loading.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("bac"))
     with pytest.raises(UserError, match="tokenise text differently"):
-        loading.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abc", lambda text: [1, 2]))
+        loading.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abc", lambda text: [1, 3]))
 
 
 def test_memory_that_is_free_is_that_of_the_gpus_in_use(monkeypatch):
