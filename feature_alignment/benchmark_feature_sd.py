@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from feature_alignment.advice import command_for
 from feature_alignment.config import Common, Steps, parse_config
 from feature_alignment.console import UserError, print_json_line, progress, run
 
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from feature_alignment.decoding.engine import Generation
     from feature_alignment.inputs.samples import Sample
     from feature_alignment.models.decoder import Prompt
-
-
-MEASURE = "python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml"
 
 
 @dataclass(frozen=True)
@@ -92,16 +90,18 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     from feature_alignment.inputs.samples import read_samples
     from feature_alignment.metrics import break_even
     from feature_alignment.models import fixed
+    from feature_alignment.models.loading import fetch_checkpoints
     from feature_alignment.models.pair import load_pair
     from feature_alignment.rows import Mode, answering, layers_of, modes, row_name, speeds
 
     samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions, allow_outside=cfg.allow_outside)
     number = min(cfg.limit or len(samples), len(samples))
     samples = [samples[i * len(samples) // number] for i in range(number)]  # spread over the clips, which the intervals resample
+    fetch_checkpoints(cfg)
     if cfg.planted_acceptance:
         return planted_benchmark(cfg, samples)
     acceptance_path = cfg.out / "acceptance" / "acceptance.json"
-    acceptance = artifacts.read_sealed(acceptance_path, MEASURE)
+    acceptance = artifacts.read_sealed(acceptance_path, command_for("measure_feature_acceptance"))
     out = cfg.out / "benchmark"
     chained_path = cfg.out / "chained_adapter" / "adapter.pt"
     made_from: dict[str, Path | Sequence[Path]] = {
@@ -116,13 +116,15 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
         **({"questions": cfg.questions} if cfg.questions else {}),
         **({"exit_adapters": cfg.exit_adapters} if cfg.exit_adapters else {}),
     }
-    result = artifacts.reusable(out / "benchmark.json", cfg, made_from)
+    identity = artifacts.identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
+    result = artifacts.reusable(out / "benchmark.json", cfg, identity)
     if result is not None:
         _show(result, out, reused=True)
         return result
     has_chain = chained_path.is_file()
     if has_chain and "chained" not in acceptance["chains"]:
-        raise UserError(f"{acceptance_path} does not know {chained_path} yet. Measure again:\n  {MEASURE}")
+        measure_again = command_for("measure_feature_acceptance")
+        raise UserError(f"{acceptance_path} does not know {chained_path} yet. Measure again:\n  {measure_again}")
     pair = load_pair(cfg)
     pair.record(cfg.steps)
     sources = Sources(pair, cfg, cfg.train_split)
@@ -165,16 +167,16 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     methods |= {m: method(m) for m in rows_of}
     bar = functools.partial(progress, desc="benchmark", unit="prompt")
     for _ in range(2):  # the second time all is warm
-        warm = measure.run_in_turns(methods, min(cfg.warmup, len(samples)), 1, iter)
-    live = {mode: speed_model.round_costs(warm[mode], warm["plain"]) for mode in rows_of}
+        measure.run_in_turns(methods, min(cfg.warmup, len(samples)), 1, iter)
     proposers["previous"] = sources.open("previous")  # it has heard answers that are asked for again
     timed = measure.run_in_turns(methods, len(samples), cfg.repeats, bar)
-    plain = timed["plain"]
+    plain, costs = timed["plain"], speed_model.Costs.of([(m, timed[m]) for m in rows_of], timed["plain"], cost["loop"]["v"])
+    cost |= costs.report(cost["loop"], clips)
 
     rows, log_likelihood = [], measure.log_likelihoods(pair.target, [p for p, _ in prompts])
     for mode in rows_of:
         runs = timed[mode]
-        row: dict[str, Any] = speeds(mode, runs, plain, clips, live[mode], cost)
+        row: dict[str, Any] = speeds(mode, runs, plain, clips, costs)
         row["draft_layers"] = layers_of(mode, pair.draft.taps)
         row["fidelity"] = measure.fidelity(pair.target, log_likelihood, samples, runs, plain)
         row["exact_match"] = row["fidelity"]["exact_match"]["value"]
@@ -184,11 +186,18 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
 
     cost["bound"] = {}
     for mode, row in zip(rows_of, rows, strict=True):
-        round_cost = live[mode]
+        round_cost = costs.all.round_cost(speed_model.drafter_of(mode))
         if round_cost and mode.draft in ("aligned", "chained") and mode.accept == "token" and not mode.adaptive and mode.exit_layer is None:
             cost["bound"][mode.draft] = speed_model.bound(row["acceptance_rate"]["value"], round_cost, cost)
-    best = rows_of[rows.index(targets.fastest_lossless(rows))]
-    end_to_end = lambda g: g.total_ms  # noqa: E731
+    end_to_end, decoding = (lambda g: g.total_ms), (lambda g: g.decode_ms)
+    candidates = [m for m in rows_of if targets.lossless(m)]
+    fastest = measure.fastest([timed[m] for m in candidates], plain, clips, end_to_end)
+    best = candidates[fastest.best]
+    speedups = {
+        "speedup": measure.speedup(plain, fastest.runs, clips, end_to_end),
+        "decode_speedup": measure.speedup(plain, fastest.runs, clips, decoding),
+    }
+    fastest_row = targets.report_fastest(fastest, [rows[rows_of.index(m)] for m in candidates], speedups)
     baselines = [
         {
             "name": "plain greedy",
@@ -197,7 +206,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
             "total_ms": float(plain.per_prompt(end_to_end).sum()),
             "prefill_ms": float(plain.per_prompt(lambda g: sum(g.ms.get(s, 0.0) for s in PREFILL_STAGES)).sum()),
             "decode_ms": float(plain.per_prompt(lambda g: g.decode_ms).sum()),
-            "best_over_it": measure.speedup(plain, timed[best], clips, end_to_end),
+            "best_over_it": speedups["speedup"],
             "fidelity": measure.fidelity(pair.target, log_likelihood, samples, plain, plain),
         }
     ]
@@ -208,15 +217,17 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
                 "name": name,
                 "total_ms": float(runs.per_prompt(end_to_end).sum()),
                 "speedup": measure.speedup(plain, runs, clips, end_to_end),
-                "best_over_it": measure.speedup(runs, timed[best], clips, end_to_end),
+                "best_over_it": measure.speedup(runs, fastest.runs, clips, end_to_end),
                 "exact_match": float(np.mean([a == b for a, b in zip(runs.texts, plain.texts, strict=True)])),
                 "mismatches": measure.mismatches(pair.target, [p for p, _ in prompts], samples, runs, plain),
             }
         )
-    in_use = targets.adapter_in_use(rows, adapter, chained, acceptance, cost, cfg.device, pair.target.head_weight.dtype)
+    in_use = targets.adapter_in_use(
+        rows[rows_of.index(best)], adapter, chained, acceptance, cost, cfg.device, pair.target.head_weight.dtype, cfg.steps
+    )
     result = {
         "meta": artifacts.provenance(
-            "benchmark_feature_sd", cfg, made_from, device=cfg.device, dtype=cfg.dtype, unrecorded=fixed.unrecorded
+            "benchmark_feature_sd", cfg, made_from, identity, device=cfg.device, dtype=cfg.dtype, unrecorded=fixed.unrecorded
         ),
         "baselines": baselines,
         "rows": rows,
@@ -225,7 +236,8 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
             str(g): {"1.0": break_even(g * cost["c"], g), str(targets.GOAL): break_even(g * cost["c"], g, targets.GOAL)}
             for g in cfg.num_draft_tokens
         },
-        "targets": targets.read(in_use, rows),
+        "fastest_lossless": fastest_row,
+        "targets": targets.read(in_use, rows, fastest_row),
     }
     shown = {"plain greedy": plain.generations[0][0], row_name(rows[rows_of.index(best)]): timed[best].generations[0][0]}
     report.write_benchmark_report(result, shown, pair.target.tokenizer.decode, out)
@@ -248,11 +260,12 @@ def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, 
     files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
     adapters = {name: cfg.out / f"{name}/adapter.pt" for name in ("adapter", "chained_adapter")}  # untrained ones, where they are missing
     made_from = files | {"clips": clips} | {name: path for name, path in adapters.items() if path.is_file()}
-    result = artifacts.reusable(out / "planted.json", cfg, made_from)
+    identity = artifacts.identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
+    result = artifacts.reusable(out / "planted.json", cfg, identity)
     reused = result is not None
     if result is None:
         sizes = cfg.num_draft_tokens, cfg.planted_acceptance, cfg.max_new_tokens, cfg.repeats, cfg.warmup
-        result = planted.run(cfg, cfg.steps, samples, ("chained", "aligned"), *sizes, made_from)
+        result = planted.run(cfg, cfg.steps, samples, ("chained", "aligned"), *sizes, made_from, identity)
         planted.write(result, out)
     planted.show(result)
     print_json_line({"planted": True, "best": result["best"], "reused": reused, "written": str(out / "planted.json")})

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+TINY = 1e-20  # a mean variance that is rounding only
+
 
 @dataclass(frozen=True)
 class Affine:
@@ -72,7 +74,11 @@ class Moments:
         """Ridge regression; `strength` is relative to the mean variance of x. rank: keep only the best r directions of y."""
         mean_x, mean_y, c_xx = self.x / self.n, self.y / self.n, self.covariance()
         c_xy = self.xy / self.n - torch.outer(mean_x, mean_y)
-        c_xx.diagonal().add_(strength * c_xx.diagonal().mean())
+        spread = c_xx.diagonal().mean()
+        if spread <= TINY:  # all inputs are the same: nothing can be learned from them but the mean
+            c_xx, c_xy = torch.eye(len(c_xx), dtype=c_xx.dtype, device=c_xx.device), torch.zeros_like(c_xy)
+        else:
+            c_xx.diagonal().add_(strength * spread)
         weight = torch.linalg.solve(c_xx, c_xy)
         means = (self._about[0] + mean_x).float(), self.mean_y
         if rank is None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from feature_alignment.advice import command_for
 from feature_alignment.config import Common, parse_config
 from feature_alignment.console import UserError, markdown_table, print_json_line, print_table, rate_text, run
 
@@ -88,6 +89,7 @@ def acceptance_report(scores: dict[str, Scores], fitted: dict[str, Fitted], stat
         **reports.pop("adapter"),
         "plain": reports.pop("plain", None),
         "nulls": reports,
+        "absent_controls": ["shuffled", "chained, events of another clip"] if len(set(states.clips)) < 2 else [],
         "thresholds": {f"{t:.2f}": scoring.rates_above(t, ours, mask, states, num_draft_tokens) for t in THRESHOLDS},
         "auc_cosine_token_match": metrics.auc(ours.cosine[mask].numpy(), ours.match[mask].numpy()),
         "reliability": scoring.reliability(ours, mask),
@@ -124,13 +126,12 @@ def score_chains(cfg: AcceptanceConfig, split: str, head: Tensor, all_of_them: b
     if not paths:
         return found
     states = artifacts.load_hidden_states(cfg.out / "hidden_states" / split, cfg.draft_layers, events=True)
-    embeddings = artifacts.load_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", artifacts.EXTRACT.format(split=split))
+    embeddings = artifacts.load_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", command_for("extract_hidden_states", split=split))
     embeddings = embeddings.float().to(head.device)
     for name, path in paths.items():
         adapter, meta = load_chained_adapter(path, states.meta["draft_layers"])
-        shown = {name: None} | (
-            {"chained, events of another clip": scoring.other_clip(states)} if all_of_them and name == "chained" else {}
-        )
+        others = scoring.other_clip(states) if all_of_them and name == "chained" else None
+        shown = {name: None} | ({} if others is None else {"chained, events of another clip": others})
         for label, events in shown.items():
             scores = scoring.chain_scores(adapter.to(head.device), states, head, embeddings, cfg.num_draft_tokens, events)
             found[label] = (*scores, meta)
@@ -196,16 +197,20 @@ def measure(cfg: AcceptanceConfig) -> dict[str, Any]:
             )
     out = cfg.out / "acceptance"
     made_from = adapter_paths(cfg) | {name: folder / split / "meta.json" for name, split in splits.items()}
-    report = artifacts.reusable(out / "acceptance.json", cfg, made_from)
+    identity = artifacts.identity_of("measure_feature_acceptance", cfg, made_from, timed=True)
+    report = artifacts.reusable(out / "acceptance.json", cfg, identity)
+    reused = report is not None
     if report is None:
-        head = artifacts.load_pt(folder / "vl_lm_head.pt", artifacts.EXTRACT.format(split=cfg.split)).float().to(cfg.device)
+        head = artifacts.load_pt(folder / "vl_lm_head.pt", command_for("extract_hidden_states", split=cfg.split)).float().to(cfg.device)
         fitted = predictors_of(cfg, states, head)
         scores = scoring.score({name: f.predict for name, f in fitted.items()}, test, head)
         chains = score_chains(cfg, cfg.split, head, True)
         measured = {"adapter": (scores["adapter"], test.mask)} | ({"chained": chains["chained"][:2]} if "chained" in chains else {})
         promised = calibrations(cfg, states, head, fitted["adapter"].predict, measured) if cfg.calibrate else {}
         report = {
-            "meta": artifacts.provenance("measure_feature_acceptance", cfg, made_from, prefix=test.meta["prefix"], split=cfg.split),
+            "meta": artifacts.provenance(
+                "measure_feature_acceptance", cfg, made_from, identity, prefix=test.meta["prefix"], split=cfg.split
+            ),
             "adapter": {"params": fitted["adapter"].parameters, "layer": test.meta["draft_layers"]},
             **acceptance_report(scores, fitted, test, cfg.num_draft_tokens),
             "calibration": promised.get("adapter"),
@@ -228,7 +233,7 @@ def measure(cfg: AcceptanceConfig) -> dict[str, Any]:
     for title, header, rows in tables(report):
         print_table(title, header, rows)
     numbers = {k: report[k]["value"] for k in ("cosine", "token_match", "acceptance_rate")}
-    print_json_line({**numbers, "auc": report["auc_cosine_token_match"], "written": str(out / "acceptance.json")})
+    print_json_line({**numbers, "auc": report["auc_cosine_token_match"], "reused": reused, "written": str(out / "acceptance.json")})
     return report
 
 
@@ -238,7 +243,12 @@ def tables(report: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tupl
     predictors = {"adapter": report} | ({"plain (TASKS.md)": report["plain"]} if report["plain"] else {}) | report["nulls"]
     found: list[tuple[str, tuple[str, ...], list[tuple]]] = [
         (
-            f"{meta['split']}, prefix: {meta['prefix']}, {report['cosine']['total']:,.0f} positions, {g} drafts a round",
+            f"{meta['split']}, prefix: {meta['prefix']}, {report['cosine']['total']:,.0f} positions, {g} drafts a round"
+            + (
+                f"; all of one clip, so these controls are absent: {', '.join(report['absent_controls'])}"
+                if report["absent_controls"]
+                else ""
+            ),
             ("predictor", "cosine", "token match", "acceptance rate", "tokens per pass", "parameters", "seconds"),
             [
                 (

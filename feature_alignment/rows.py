@@ -63,22 +63,25 @@ def row_name(r: dict[str, Any]) -> str:
     return f"{r['draft']}{layer} + {rule}, {r['drafts_per_round']}"
 
 
-def speeds(mode: Any, runs: Timed, plain: Timed, clips: Sequence[str], live: speed_model.RoundCost | None, cost: dict[str, Any]) -> dict:
-    """What a row says of time: measured and, beside it, modelled. mode: a dataclass with the names of `Mode`"""
-    emitted = sum(len(g[0].token_ids) - 1 for g in runs.generations)
+def speeds(mode: Any, runs: Timed, plain: Timed, clips: Sequence[str], costs: speed_model.Costs) -> dict[str, Any]:
+    """What a row says of time, measured and modelled; every figure is a ratio of sums over all repeats.
+
+    mode: a dataclass with the names of `Mode`
+    """
+    every = runs.every
+    emitted = sum(len(g.token_ids) - 1 for g in every)
     row: dict[str, Any] = {
         **dataclasses.asdict(mode),
         "drafts_per_round": mode.drafts_per_round,
         "speedup": measure.speedup(plain, runs, clips, lambda g: g.total_ms),
         "decode_speedup": measure.speedup(plain, runs, clips, lambda g: g.decode_ms),
-        "tokens_per_pass": emitted / max(1, sum(g[0].passes for g in runs.generations)),
+        "tokens_per_pass": emitted / max(1, sum(g.passes for g in every)),
         "acceptance_rate": acceptance_of(runs, clips, mode.accept),
         "ms": stages_of(runs),
     }
-    drafted = sum(len(r.proposed) for g in runs.generations for r in g[0].rounds)
-    spent = sum(g[0].ms.get("adapter", 0.0) for g in runs.generations)
+    drafted, spent = sum(len(r.proposed) for g in every for r in g.rounds), sum(g.ms.get("adapter", 0.0) for g in every)
     row["adapter_ms_per_draft"] = spent / drafted if spent else None
-    return row | speed_model.of_row(row, runs, plain, live, cost)
+    return row | speed_model.of_row(row, runs, costs)
 
 
 def layers_of(mode: Mode, taps: Sequence[int]) -> list[int] | str | None:
@@ -92,19 +95,16 @@ def acceptance_of(timed: Timed, clips: Sequence[str], accept: Rule) -> dict[str,
     """Kept / reached drafts over all rounds; under `relaxed` every draft is reached."""
     kept, reached = [], []
     for runs in timed.generations:
-        rounds = runs[0].rounds
+        rounds = [r for g in runs for r in g.rounds]
         kept.append(float(sum(r.num_accepted for r in rounds)))
         reached.append(float(sum(len(r.proposed) if accept == "relaxed" else min(r.num_accepted + 1, len(r.proposed)) for r in rounds)))
     return Counts(np.array(kept), np.array(reached)).rate(clips)
 
 
 def stages_of(timed: Timed) -> dict[str, float]:
-    """Mean milliseconds of a prompt in each stage."""
-
-    def spent(stage: str) -> float:
-        return float(timed.per_prompt(lambda g: g.ms.get(stage, 0.0)).mean())
-
-    return {stage: spent(stage) for stage in sorted({s for runs in timed.generations for s in runs[0].ms})}
+    """Mean milliseconds of a prompt in each stage, over all runs."""
+    every = timed.every
+    return {stage: sum(g.ms.get(stage, 0.0) for g in every) / len(every) for stage in sorted({s for g in every for s in g.ms})}
 
 
 def answering(way: Callable[..., Generation], prompts: Sequence[tuple[Any, ...]]) -> Callable[[int], Generation]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -117,17 +117,12 @@ def null_predictors(train: HiddenStates, validation: HiddenStates, test: HiddenS
     _, best, ridge = max(tried(), key=lambda found: found[0])
     seconds = time.perf_counter() - began
     low_rank = statistics.ridge(best, min(rank, d_target))
-    partner = torch.tensor(other_clip(test))
-
-    def shuffled(some: Positions) -> Tensor:
-        return test.target[partner[some.rows], some.at].float().to(device)
-
     nulls = {
         "target_mean": Fitted(lambda some: statistics.mean_y.expand(len(some.at), -1), d_target, mean_seconds),
         "position_mean": Fitted(
             lambda some: by_position[some.at.clamp(max=len(by_position) - 1).to(device)], by_position.numel(), mean_seconds
         ),
-        "shuffled": Fitted(shuffled),
+        **shuffled_pairs(test, device),
         "ridge": Fitted(reads(ridge), ridge.num_parameters, seconds),
         "ridge_rank_r": Fitted(reads(low_rank), low_rank.num_parameters, seconds),
     }
@@ -136,16 +131,37 @@ def null_predictors(train: HiddenStates, validation: HiddenStates, test: HiddenS
     return nulls
 
 
-def other_clip(states: HiddenStates) -> list[int]:
-    """For each row another row of another clip, preferably about the same question."""
-    clips, questions = states.clips, [r["question"] for r in states.rows]
-    n = len(clips)
-    partner = []
-    for i in range(n):
-        others = [j for j in ((i + k) % n for k in range(1, min(n, 200))) if clips[j] != clips[i]]
-        same = [j for j in others if questions[j] == questions[i]]
-        partner.append((same or others or [i])[0])
-    return partner
+def shuffled_pairs(test: HiddenStates, device: str) -> dict[str, Fitted]:
+    """The control that reads the target's state at the same position of another clip; empty where the split has one clip only."""
+    partners = other_clip(test)
+    if partners is None:
+        return {}
+    partner = torch.tensor(partners)
+    return {"shuffled": Fitted(lambda some: test.target[partner[some.rows], some.at].float().to(device))}
+
+
+def other_clip(states: HiddenStates) -> list[int] | None:
+    """For each row the next row of another clip, about the same question where there is one; None where all rows are of one clip."""
+    clips, by_question = states.clips, defaultdict(list)
+    if len(set(clips)) < 2:
+        return None
+    for i, row in enumerate(states.rows):
+        by_question[row["question"]].append(i)
+    partner = _next_of_another_clip(list(range(len(clips))), clips)
+    for rows in by_question.values():
+        partner |= _next_of_another_clip(rows, clips)
+    return [partner[i] for i in range(len(clips))]
+
+
+def _next_of_another_clip(rows: Sequence[int], clips: Sequence[str]) -> dict[int, int]:
+    """Row -> the first one after it, in a ring, that is of another clip; nothing where all are of one."""
+    found: dict[int, int] = {}
+    following: int | None = None
+    for here, after in reversed(list(pairwise([*rows, *rows, rows[0]]))):
+        following = after if clips[after] != clips[here] else following
+        if following is not None:
+            found[here] = following
+    return found
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -24,6 +25,8 @@ from feature_alignment.closed_form import Affine, moments
 from feature_alignment.console import UserError, progress
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.scoring import RIDGE_STRENGTHS, positions
+
+log = logging.getLogger(__name__)
 
 History = list[dict[str, float]]
 REACH = 1.0  # how far a unit that begins as a straight line uses GELU, in standard deviations
@@ -68,7 +71,10 @@ class Checkpoint:
         if not (self.resume and self.path.is_file()):
             return None
         saved = artifacts.load_pt(self.path, f"rm {self.path}")
-        return saved if saved.get("identity") == self.identity else None
+        if saved.get("identity") == self.identity:
+            return saved
+        log.warning("%s is of other settings, sources or code; training starts over.", self.path)
+        return None
 
     def save(self, **state: Any) -> None:
         artifacts.save_pt(self.path, {"identity": self.identity, **state})
@@ -199,6 +205,16 @@ def shuffled(n: int, size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
     return torch.randperm(n, generator=generator).split(size)
 
 
+def spread_of(states: Tensor) -> Tensor:
+    """Standard deviation of each channel, [d] float32, never so small that dividing by it is a risk; states: [p, d]."""
+    return states.std(0, correction=0).clamp(min=1e-4)
+
+
+def mean_variance(states: Tensor) -> float:
+    """Mean variance over channels, never zero; states: [p, d]. The squared error is reported as a share of it."""
+    return max(float(states.var(0, correction=0).mean()), 1e-8)
+
+
 def mixed_precision(cfg: Any) -> AbstractContextManager:
     """bfloat16 products on a GPU; on a CPU they are rarely faster."""
     return torch.autocast("cuda", torch.bfloat16, enabled=str(cfg.device).startswith("cuda"))
@@ -252,7 +268,7 @@ def start_from_linear(adapter: HiddenAdapter, fit: Affine, covariance: Tensor) -
     left, right = fit.factors
     r = min(len(right), adapter.bottleneck)
     left, right = left[:, -r:], right[-r:]  # the last are the strongest
-    spread = ((covariance.float() @ left) * left).sum(0).sqrt().clamp(min=1e-6)
+    spread = ((covariance.float() @ left) * left).sum(0).clamp(min=1e-12).sqrt()  # rounding may leave a variance of zero below zero
     middle = math.sqrt(2.0)
     slope = 0.5 * (1 + math.erf(1.0)) + middle * math.exp(-1.0) / math.sqrt(2 * math.pi)
     adapter.down.weight[:r] = (left / spread).T * REACH
@@ -283,8 +299,8 @@ def train_hidden(
             yield draft[mask].float().to(cfg.device), target[mask].float().to(cfg.device)
 
     sample_g, sample_v = next(row_batches(states, shuffled(len(states.draft), 512, 0, 0)))
-    scale = Scale(sample_g.mean(0), sample_g.std(0).clamp(min=1e-4), sample_v.std(0).clamp(min=1e-4))
-    variance = float(sample_v.var(0).mean())
+    scale = Scale(sample_g.mean(0), spread_of(sample_g), spread_of(sample_v))
+    variance = mean_variance(sample_v)
     adapter = HiddenAdapter(states.draft.shape[-1], states.target.shape[-1], cfg.bottleneck).to(cfg.device)
 
     def score(g: Tensor, v: Tensor) -> Batch:
@@ -332,7 +348,7 @@ def train_chained(
         raise UserError("the chained adapter learns from texts of at least two tokens; these have one.")
     sample = next(text_batches(states, shuffled(len(states.target), 512, 0, 0), cfg.device))
     real = sample.states[sample.mask]
-    variance = float(real.var(0).mean())
+    variance = mean_variance(real)
     num_events, d_event = sample.events.shape[1:]
     adapter = ChainedAdapter(states.target.shape[-1], d_event, num_events, cfg.bottleneck, cfg.blind).to(cfg.device)
     adapter.standardise(real, embeddings, sample.events)

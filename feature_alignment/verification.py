@@ -21,8 +21,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from feature_alignment.artifacts import content_hash, file_hash, load_pt, source_hash
 from feature_alignment.console import UserError, print_json_line, print_table
+from feature_alignment.files import content_hash, file_hash, load_pt
+from feature_alignment.identity import is_hub, source_hash
 from feature_alignment.ranges import path_argument
 from feature_alignment.state_files import frame_hash, row_hashes
 from feature_alignment.text_files import read_text, rows_of
@@ -104,7 +105,7 @@ class _Run:
         places = meta.get("inputs", {}).get(name)
         paths = [self.here(Path(p), meta) for p in (places if isinstance(places, list) else [places])]
         self.made_from.setdefault(record, []).extend((name, path) for path in paths)
-        if gone := [path for path in paths if not path.exists()]:
+        if gone := [path for path in paths if not (is_hub(path) or path.exists())]:
             self.find("stale", record, f"made from {name}, {gone[0]}, which is gone")
         elif source_hash(paths if isinstance(places, list) else paths[0]) != wanted:
             self.find("stale", record, f"made from another {name} than {', '.join(map(str, paths[:2]))}{' …' * (len(paths) > 2)} is now")

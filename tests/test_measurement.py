@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from feature_alignment import scoring
-from feature_alignment.artifacts import HiddenStates
+from feature_alignment import comparison, hidden_adapter, scoring, token_adapter
+from feature_alignment.artifacts import HiddenStates, save_pt
 from feature_alignment.calibration import Judged, certify, p_value
+from feature_alignment.compare_token_baseline import ComparisonConfig, token_adapter_report
 from feature_alignment.console import UserError
+from feature_alignment.decoding.acceptance import kept_drafts
 from feature_alignment.measure_feature_acceptance import acceptance_report, chain_report
 from feature_alignment.scoring import Fitted, Scores
 
@@ -212,6 +214,89 @@ def test_nulls_are_fitted_on_training_texts_alone():
     assert all(test.clips[i] != test.clips[j] and test.rows[i]["question"] == test.rows[j]["question"] for i, j in enumerate(partner))
 
 
+def test_positions_later_than_any_in_training_get_the_mean_of_the_last_one():
+    """A text of 11 positions against training texts of four: position 3 speaks for all that follow."""
+    train, test = random_states(1), random_states(3)
+    cut = HiddenStates(
+        *(x[:, :4] for x in (train.draft, train.target, train.token_ids, train.mask)), train.lengths.clamp(max=4), train.rows, {}
+    )
+    means = scoring.null_predictors(cut, random_states(2), test, 3, torch.randn(V, D))["position_mean"]
+    some = next(scoring.positions(test, number=10_000))
+    told = means.predict(some)
+    assert (some.at > 3).any()
+    last = train.target[train.lengths > 3, 3].mean(0)
+    torch.testing.assert_close(told[some.at >= 3], last.expand(int((some.at >= 3).sum()), -1))
+    torch.testing.assert_close(told[some.at == 2][0], train.target[train.lengths > 2, 2].mean(0))
+
+
+def clips_of_rows(clips, questions):
+    rows = [{"id": str(i), "sequence": c, "question": q} for i, (c, q) in enumerate(zip(clips, questions, strict=True))]
+    states, n = random_states(1), len(rows)
+    return HiddenStates(*(x[:1].expand(n, *x.shape[1:]) for x in (states.draft, states.target)), None, None, None, rows, {})
+
+
+def test_another_clip_is_found_however_many_rows_a_clip_has():
+    """300 rows of one clip, then one of another: the control never shows a clip itself, whatever the order."""
+    clips = ["a"] * 300 + ["b"]
+    for order in (clips, clips[::-1], ["a"] * 150 + ["b"] + ["a"] * 150):
+        partner = scoring.other_clip(clips_of_rows(order, ["q"] * 301))
+        assert all(order[i] != order[j] for i, j in enumerate(partner))
+    questions = [f"q{i % 7}" for i in range(300)] + ["q3"]
+    partner = scoring.other_clip(clips_of_rows(clips, questions))
+    assert partner[:300] == [300] * 300 and clips[partner[300]] == "a" and questions[partner[300]] == "q3"
+
+
+def test_with_one_clip_the_shuffled_control_is_absent():
+    """There is no other clip to show: no control, rather than one whose cosine is 1."""
+    train, test = random_states(1), random_states(3)
+    alone = HiddenStates(test.draft, test.target, test.token_ids, test.mask, test.lengths, [r | {"sequence": "one"} for r in test.rows], {})
+    assert scoring.other_clip(alone) is None
+    head = torch.randn(V, D, generator=torch.Generator().manual_seed(0))
+    fitted = scoring.null_predictors(train, random_states(2), alone, 3, head)
+    assert "shuffled" not in fitted and "shuffled" in scoring.null_predictors(train, random_states(2), test, 3, head)
+    report = acceptance_report(
+        scoring.score({"adapter": fitted["ridge"].predict} | {k: f.predict for k, f in fitted.items()}, alone, head),
+        {"adapter": fitted["ridge"], **fitted},
+        alone,
+        G,
+    )
+    assert "shuffled" not in report["nulls"] and "shuffled" in report["absent_controls"]
+
+
+def test_a_cosine_exactly_at_the_threshold_is_not_kept():
+    """> and not >=, in the rates, in calibration, in the decoder's rules and in what a cosine keeps."""
+    states = random_states(2)
+    states.mask[:] = True
+    states = HiddenStates(states.draft, states.target, states.token_ids, states.mask, torch.full((N,), S), states.rows, {})
+    at = Scores(torch.full((N, S), 0.5), torch.full((N, S), 4), torch.ones(N, S, dtype=torch.bool))
+    found = scoring.rates_above(0.5, at, states.mask, states, G)
+    assert found["relaxed_accept"]["count"] == 0 and found["consecutive_accept"]["count"] == 0
+    assert scoring.rates_above(0.49, at, states.mask, states, G)["relaxed_accept"]["value"] == 1
+    some = Judged(np.full(4, 0.5), np.ones(4, dtype=bool), ["a"] * 4, 4.0)
+    assert math.isnan(some.risk(0.5)) and some.risk(0.49) == 1 and some.excess(0.5, 0.1) == pytest.approx([0.0])
+    ids, cosine = torch.tensor([4, 4]), torch.tensor([0.5, 0.75])
+    assert kept_drafts("relaxed", ids, ids, cosine, 0.5).tolist() == [False, True]
+    assert kept_drafts("feature", ids, ids, cosine, 0.5).tolist() == [False, False]
+    source = {"cosine": at.cosine, "says": at.says, "there": states.mask}
+    sweep = comparison.kept_drafts({"x": source}, states.token_ids, str, [str(i) for i in range(N)])[0]["x"]
+    assert sweep[0]["threshold"] == 0.5 and sweep[0]["kept"] == 0
+
+
+def test_halves_are_those_of_the_sequences_not_of_the_rows():
+    """Four rows of one sequence and one of each of three others: each half has two sequences, in the order they come."""
+    rows = [{"sequence": s, "n": n} for n, s in enumerate("aaaabcd")]
+    first, second = comparison.halves(rows)
+    assert [r["n"] for r in first] == [0, 1, 2, 3, 4] and [r["n"] for r in second] == [5, 6]
+    assert comparison.halves(rows[:1]) == ([], rows[:1])
+
+
+def test_a_text_cut_off_gets_its_last_token_without_a_draft():
+    """Of token pairs: a text that ends with EOS may have its last token drafted, one cut off at the limit may not."""
+    whole, cut = ({"vl_tokens": [9, 9, 9, last], "sequence": "s"} for last in (2, 9))
+    right = torch.ones(1, 4, dtype=torch.bool)
+    assert [comparison.verified(right, [row], 5)["acceptance_rate"]["total"] for row in (whole, cut)] == [3, 2]
+
+
 def test_sums_hold_where_channels_are_far_from_zero():
     """Massive channels: a mean of 5,000 deviations must not drown what varies."""
     torch.manual_seed(0)
@@ -376,3 +461,18 @@ def test_bets_and_the_walk_over_thresholds_by_plain_loops(seed):
             calibration.wrong[kept].mean()
         )
     assert (report["epsilon"], report["delta"], report["clips"]) == (epsilon, delta, len(set(calibration.clip)))
+
+
+def test_the_token_adapter_is_timed_on_the_device_that_is_asked_for(tmp_path, monkeypatch):
+    """Its weights and its input lie on --device, and the clock waits for that device."""
+    model = token_adapter.TokenAdapter(12, 4)
+    save_pt(
+        tmp_path / "token_baseline" / "token_adapter.pt",
+        {"meta": {"geometry": model.geometry, "seconds": 1.0}, "state_dict": model.state_dict()},
+    )
+    asked = []
+    monkeypatch.setattr(hidden_adapter, "call_ms", lambda call, repeats, device="cpu": asked.append((call().device.type, device)) or 3.0)
+    monkeypatch.setattr(token_adapter, "matches", lambda model, rows: torch.ones(1, 4, dtype=torch.bool))
+    cfg = ComparisonConfig(target_id="t", draft_id="d", output_dir=tmp_path, device="meta")
+    report = token_adapter_report(cfg, [{"vl_tokens": [4, 5, 6, 2], "egpt_tokens": [4], "sequence": "s"}])
+    assert asked == [("meta", "meta")] and report["overhead_ms"] == 3.0

@@ -91,6 +91,14 @@ def whole(call):
     return torch.compile(call, fullgraph=True, dynamic=False, backend="eager")
 
 
+@pytest.mark.parametrize(("taps", "norm"), [(None, "post"), ([3], "post"), ([2], "pre"), ([1, 3], "pre")])
+def test_states_of_several_layers_are_not_called_normed(taps, norm):
+    """Of layers 1 and the last, only the part of the last is behind the final norm."""
+    model = as_decoder(tiny_llama(0, layers=3), taps)
+    assert model.norm == norm
+    assert model.norms == {k: "post" if k == 3 else "pre" for k in taps or [3]}
+
+
 @pytest.mark.parametrize("taps", [None, [1, 3]])
 @torch.inference_mode()
 def test_steps_never_ask_the_device(taps, monkeypatch):

@@ -18,7 +18,7 @@ from feature_alignment.closed_form import moments
 from feature_alignment.console import UserError
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.train_hidden_adapter import TrainConfig
-from feature_alignment.training import Checkpoint, Part, Scale, start_from_linear, train_chained, train_hidden
+from feature_alignment.training import Batch, Checkpoint, Part, Scale, start_from_linear, train_chained, train_hidden
 
 D = 8
 HEAD = torch.randn(12, D, generator=torch.Generator().manual_seed(5)) / 100
@@ -129,6 +129,106 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, after):
 def test_a_loss_that_is_not_finite_stops_it(adapter):
     with pytest.raises(UserError, match=r"in epoch 1, step 0, on 16 samples \(s\d+, s\d+, s\d+, …\); try a lower --lr \(now 0.01\)"):
         learn(adapter, Part(), mse_weight=float("inf"))
+
+
+@pytest.mark.parametrize("positions", [1, 2, 6])
+@pytest.mark.parametrize("linear_units", [0, 4])
+def test_one_row_is_enough_to_train_on(positions, linear_units):
+    """A single text, even of one position: the covariance is of rank zero or one, and the loss stays finite."""
+    one = states(1, 1, s=max(2, positions))
+    one.mask[:] = torch.arange(one.mask.shape[1]) < positions
+    one = dataclasses.replace(one, lengths=one.mask.sum(1))
+    adapter, history = train_hidden(one, states(5, 2), HEAD, config(linear_units=linear_units, num_epochs=2))
+    assert all(math.isfinite(v) for h in history for v in h.values())
+    assert torch.isfinite(adapter(states(5, 2).draft)).all()
+
+
+@pytest.mark.parametrize("what", ["constant", "two channels", "copies"])
+def test_degenerate_states_are_learnt_from(what):
+    """Covariances without full rank: all states equal, channels that are the same, rows that are."""
+    few = states(20, 1)
+    g = few.draft.clone()
+    if what == "constant":
+        g[:] = 2.5
+    elif what == "two channels":
+        g[..., 1:] = g[..., :1]
+    else:
+        g[:] = g[:1]
+    few = dataclasses.replace(few, draft=g, target=bent(g))
+    _, history = train_hidden(few, states(5, 2), HEAD, config(num_epochs=2))
+    assert all(math.isfinite(v) for h in history for v in h.values())
+
+
+def test_the_chained_adapter_learns_from_one_short_text():
+    one, few = states(1, 1), states(5, 2)
+    one.mask[:] = torch.arange(6) < 2
+    one, few = (dataclasses.replace(x, lengths=x.mask.sum(1), events=x.draft[:, :1]) for x in (one, few))
+    _, history = train_chained(one, few, HEAD, torch.randn(12, D), config(num_epochs=2))
+    assert all(math.isfinite(v) for h in history for v in h.values())
+
+
+def test_a_linear_fit_of_constant_inputs_is_the_mean():
+    found = moments([(torch.full((9, 3), 4.0), torch.arange(27.0).view(9, 3))], 3, 3)
+    for rank in (None, 2):
+        torch.testing.assert_close(found.ridge(1e-6, rank)(torch.full((1, 3), 4.0)), torch.tensor([[12.0, 13.0, 14.0]]))
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    orders = [torch.cat(training.shuffled(40, 7, 0, epoch)).tolist() for epoch in range(4)]
+    assert all(sorted(order) == list(range(40)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert torch.cat(training.shuffled(40, 7, 0, 1)).tolist() == orders[1]
+    assert torch.cat(training.shuffled(40, 7, 1, 1)).tolist() != orders[1]
+
+
+class Counterpart(Part):
+    """One of two processes, the other being played by hand: what it would add to the number of positions and to the gradients."""
+
+    others: tuple[torch.Tensor, ...] = ()
+
+    def add(self, *tensors):
+        for tensor, other in zip(tensors, self.others[:1] if tensors[0].ndim == 0 else self.others[1:], strict=True):
+            tensor += other
+
+
+def test_gradients_of_uneven_parts_add_up_to_that_of_the_whole(monkeypatch):
+    """One process has 3 positions, the other 9: each position counts the same, not each process."""
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 4), torch.randn(12, 2)
+    steps = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: steps.append([p.grad.clone() for p in self.param_groups[0]["params"]]))
+
+    def run(part, rows):
+        torch.manual_seed(1)
+        layer = torch.nn.Linear(4, 2)
+        epoch = lambda number: iter([Batch((layer(x[rows]) - y[rows]).pow(2).mean() / 50, {}, len(rows))])  # noqa: E731
+        training.fit(
+            layer, epoch, 1, lambda: {"loss": 1.0, "cosine": 0.0, "token_match": 0.0}, lambda: layer, config(num_epochs=1), [], None, part
+        )
+        return layer
+
+    mine, theirs = torch.arange(3), torch.arange(3, 12)
+    run(Part(), torch.arange(12))
+    torch.manual_seed(1)
+    fresh = torch.nn.Linear(4, 2)
+    ((fresh(x[theirs]) - y[theirs]).pow(2).mean() / 50 * 9 / 12).backward()
+    Counterpart.others = (torch.tensor(9.0), *(p.grad.clone() for p in fresh.parameters()))
+    run(Counterpart(0, 2), mine)
+    for whole, added in zip(*steps, strict=True):
+        torch.testing.assert_close(added, whole)
+
+
+def test_a_step_never_follows_more_than_a_gradient_of_length_one(monkeypatch):
+    """Clipping: AdamW hides its lack after one step, so the gradients themselves are looked at."""
+    norms, real = [], torch.optim.AdamW.step
+
+    def step(self):
+        norms.append(float(torch.stack([p.grad.norm() for group in self.param_groups for p in group["params"]]).norm()))
+        return real(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    train_hidden(states(60, 1), states(20, 2), HEAD, config(num_epochs=2, mse_weight=1000.0, linear_units=0))
+    assert len(norms) == 8 and max(norms) == pytest.approx(1.0, abs=1e-4)
 
 
 def test_dealt_out_rows_are_all_of_them():

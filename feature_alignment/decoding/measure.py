@@ -34,11 +34,17 @@ class Timed:
     generations: list[list[Generation]] = field(default_factory=list)
 
     def per_prompt(self, what: Callable[[Generation], float]) -> np.ndarray:
-        """Median over repeats, per prompt."""
-        return np.array([statistics.median(what(g) for g in runs) for runs in self.generations])
+        """Mean over all repeats, per prompt: [n] float64. A ratio of sums of these is one of sums over all runs."""
+        return np.array([statistics.fmean(what(g) for g in runs) for runs in self.generations])
+
+    @property
+    def every(self) -> list[Generation]:
+        """All runs: of all prompts, all repeats."""
+        return [g for runs in self.generations for g in runs]
 
     @property
     def texts(self) -> list[list[int]]:
+        """Of the first repeat."""
         return [runs[0].token_ids for runs in self.generations]
 
 
@@ -68,6 +74,37 @@ def speedup(baseline: Timed, method: Timed, clips: Sequence[str], what: Callable
     }
 
 
+@dataclass(frozen=True)
+class Fastest:
+    """The fastest of several methods, measured where it was not chosen.
+
+    Args:
+        best: index of the method that is fastest on all clips
+        chosen: index chosen on each half of the clips
+        runs: of each prompt the runs of the method that was chosen on the half its clip is not in
+    """
+
+    best: int
+    chosen: tuple[int, int]
+    runs: Timed
+
+
+def fastest(methods: Sequence[Timed], baseline: Timed, clips: Sequence[str], what: Callable[[Generation], float]) -> Fastest:
+    """Choose on one half of the clips, measure on the other, both ways. An interval taken on the clips that chose the maximum would
+    lie too high. With one clip there is nothing to choose on: that clip both chooses and measures, and has no interval."""
+    order = {clip: number for number, clip in enumerate(dict.fromkeys(clips))}
+    half = np.array([order[clip] % 2 for clip in clips])
+    gains = np.stack([m.per_prompt(what) for m in methods]), baseline.per_prompt(what)
+
+    def best_on(some: np.ndarray) -> int:
+        return int((gains[1][some].sum() / gains[0][:, some].sum(1)).argmax())
+
+    everywhere = np.ones(len(half), dtype=bool)
+    chosen = (best_on(half == 0), best_on(half == 1)) if len(order) > 1 else (best_on(everywhere),) * 2
+    runs = [methods[chosen[1 - h]].generations[i] for i, h in enumerate(half)]
+    return Fastest(best_on(everywhere), chosen, Timed(runs))
+
+
 @torch.inference_mode()
 def step_ms(model: Decoder, prompt: Prompt, numbers: Sequence[int] = (1,), repeats: int = 40, says: bool = False) -> dict[int, float]:
     """Number of new tokens behind a prompt -> median milliseconds of one forward pass over them, all numbers in turn; the cache is
@@ -92,6 +129,16 @@ def step_ms(model: Decoder, prompt: Prompt, numbers: Sequence[int] = (1,), repea
     return {k: statistics.median(found) for k, found in times.items()}
 
 
+@torch.inference_mode()
+def hidden_ms(adapter: HiddenAdapter, repeats: int = 200, steps: Steps = "eager") -> float:
+    """Median milliseconds of the hidden adapter on one state, stepping as decoding does."""
+    like = adapter.down.weight
+    state = torch.randn(1, adapter.d_draft, device=like.device, dtype=like.dtype)
+    call = recorded(adapter, steps)
+    return call_ms(lambda: call(state), repeats, like.device.type)
+
+
+@torch.inference_mode()
 def chained_ms(adapter: ChainedAdapter, repeats: int = 200, steps: Steps = "eager") -> float:
     """Median milliseconds of one chained draft without the head: the last state and token read, the next state expected."""
     like = adapter.out.bias
@@ -107,15 +154,15 @@ def chained_ms(adapter: ChainedAdapter, repeats: int = 200, steps: Steps = "eage
 def costs(
     target: Decoder, draft: Decoder, adapter: HiddenAdapter, chained: ChainedAdapter | None, target_prompt: Prompt, draft_prompt: Prompt
 ) -> dict[str, Any]:
-    """What each part of a round costs in a loop of its own: milliseconds, v(k) in target steps (head and argmax included), and one
-    draft in target steps: aligned, c = (draft step + adapter + head) / target step, chained, c_chained = (chained adapter + head) /
-    target step."""
+    """What each part of a round costs in a loop of its own, whose caches are warm: milliseconds of the parts, and under "loop" the
+    target's step there, v(k) in such steps (head and argmax included) and one draft token in such steps: aligned, c = (draft step +
+    adapter + head) / target step, chained, c_chained = (chained adapter + head) / target step. What decoding spends is measured in
+    its own rounds: `speed_model.Costs`."""
     device, repeats = target.device.type, 200
     steps = step_ms(target, target_prompt, VERIFIED, says=True)
     state = torch.randn(1, draft.hidden_size, device=target.device, dtype=target.head_weight.dtype)
     aligned = adapter(state)
-    adapt = recorded(adapter, draft.steps)  # as decoding calls it
-    t_adapter = call_ms(lambda: adapt(state), repeats, device)
+    t_adapter = hidden_ms(adapter, repeats, draft.steps)
     t_head = call_ms(lambda: target.lm_head(aligned).argmax(-1), repeats, device)
     t_draft = step_ms(draft, draft_prompt)[1]
     t_chained = None if chained is None else chained_ms(chained, steps=draft.steps)
@@ -124,10 +171,12 @@ def costs(
         "t_adapter_ms": t_adapter,
         "t_chained_ms": t_chained,
         "t_head_ms": t_head,
-        "t_target_ms": steps[1],
-        "c": (t_draft + t_adapter + t_head) / steps[1],
-        "c_chained": None if t_chained is None else (t_chained + t_head) / steps[1],
-        "v": {str(k): ms / steps[1] for k, ms in steps.items()},
+        "loop": {
+            "t_target_ms": steps[1],
+            "c": (t_draft + t_adapter + t_head) / steps[1],
+            "c_chained": None if t_chained is None else (t_chained + t_head) / steps[1],
+            "v": {str(k): ms / steps[1] for k, ms in steps.items()},
+        },
     }
 
 
@@ -147,7 +196,7 @@ def machine_costs(
             draft.llama.config.num_hidden_layers, draft.taps = k, (k,)
             draft.record(draft.steps)
             ms = step_ms(draft, draft_prompt, repeats=20)[1]
-            exits[str(k)] = {"t_draft_ms": ms, "c": (ms + rest_ms) / cost["t_target_ms"]}
+            exits[str(k)] = {"t_draft_ms": ms, "c": (ms + rest_ms) / cost["loop"]["t_target_ms"]}
     finally:
         draft.llama.config.num_hidden_layers, draft.taps = depth, taps
         draft.record(draft.steps)
@@ -158,7 +207,7 @@ def machine_costs(
     source = torch.zeros(1 << (31 if target.device.type == "cuda" else 27), dtype=torch.uint8, device=target.device)
     copy = torch.empty_like(source)
     copy_gb_per_s = 2 * source.numel() / 1e6 / call_ms(lambda: copy.copy_(source), 10, target.device.type, warmup=3)
-    reached = step_bytes / 1e6 / cost["t_target_ms"]
+    reached = step_bytes / 1e6 / cost["loop"]["t_target_ms"]
     bandwidth = {"step_bytes": step_bytes, "step_gb_per_s": reached, "copy_gb_per_s": copy_gb_per_s, "share": reached / copy_gb_per_s}
     return {"exit_layers": exits, "bandwidth": bandwidth}
 
@@ -168,8 +217,8 @@ def mismatches(target: Decoder, prompts: Sequence[Prompt], samples: Sequence[Sam
     """Where a text first leaves the target's own, and how near the target's two best tokens were there (logits): rounding in low
     precision can turn over a small gap, and only a small one."""
     found = []
-    for prompt, sample, text, own in zip(prompts, samples, texts.texts, plain.texts, strict=True):
-        if text != own:
+    for prompt, sample, runs, own in zip(prompts, samples, texts.generations, plain.texts, strict=True):
+        for text in sorted({tuple(g.token_ids) for g in runs} - {tuple(own)}):  # repeats may differ, each text is named once
             at = next((i for i, (a, b) in enumerate(zip(text, own, strict=False)) if a != b), min(len(text), len(own)))
             ids = torch.tensor([own], device=target.device)
             logits = target.lm_head(target.teacher_force(target.prefill([prompt]), ids))[0, min(at, len(own) - 1)]
@@ -201,17 +250,24 @@ def fidelity(
     dictionary
     """
     clips = [s.sequence for s in samples]
-    pairs = list(zip(texts.texts, plain.texts, strict=True))
-    ones = np.ones(len(pairs))
+    own = [tokens for tokens, runs in zip(plain.texts, texts.generations, strict=True) for _ in runs]
+    pairs = [(g.token_ids, tokens) for g, tokens in zip(texts.every, own, strict=True)]
+    prompt_of = [i for i, runs in enumerate(texts.generations) for _ in runs]
+
+    def rate(count: list[float], total: list[float]) -> dict[str, Any]:
+        """Sums over all repeats of a prompt, as every figure of a row."""
+        summed = (np.bincount(prompt_of, values, len(clips)) for values in (count, total))
+        return Counts(*summed).rate(clips)
+
     report: dict[str, Any] = {
-        "exact_match": Counts(np.array([float(a == b) for a, b in pairs]), ones).rate(clips),
-        "token_agreement": Counts(
-            np.array([float(sum(x == y for x, y in zip(a, b, strict=False))) for a, b in pairs]),
-            np.array([float(max(len(a), len(b))) for a, b in pairs]),
-        ).rate(clips),
+        "exact_match": rate([float(a == b) for a, b in pairs], [1.0] * len(pairs)),
+        "token_agreement": rate(
+            [float(sum(x == y for x, y in zip(a, b, strict=False))) for a, b in pairs], [float(max(len(a), len(b))) for a, b in pairs]
+        ),
+        "log_likelihood": rate(
+            [log_likelihood(i, tuple(a)) for i, (a, _) in zip(prompt_of, pairs, strict=True)], [float(len(a)) for a, _ in pairs]
+        ),
     }
-    likelihood = np.array([log_likelihood(i, tuple(tokens)) for i, tokens in enumerate(texts.texts)])
-    report["log_likelihood"] = Counts(likelihood, np.array([float(len(a)) for a, _ in pairs])).rate(clips)
     if all(s.facts for s in samples):
         report |= _judged_by_the_world(target, samples, texts)
     return report
@@ -226,11 +282,12 @@ def _judged_by_the_world(target: Decoder, samples: Sequence[Sample], texts: Time
     true, told = {k: np.zeros(len(samples)) for k in ("visible", "hidden")}, {k: np.zeros(len(samples)) for k in ("visible", "hidden")}
     kinds = {"kept": 0, "same": 0, "synonym": 0, "error": 0}
     for i, sample in enumerate(samples):
-        for slot, value in facts_in(decode(texts.texts[i], skip_special_tokens=True)).items():
-            kind = "hidden" if slot in HIDDEN_FROM_EVENTS else "visible"
-            told[kind][i] += 1
-            true[kind][i] += (sample.facts or {}).get(slot) == value
-        for r in texts.generations[i][0].rounds:
+        for g in texts.generations[i]:
+            for slot, value in facts_in(decode(g.token_ids, skip_special_tokens=True)).items():
+                kind = "hidden" if slot in HIDDEN_FROM_EVENTS else "visible"
+                told[kind][i] += 1
+                true[kind][i] += (sample.facts or {}).get(slot) == value
+        for r in (r for g in texts.generations[i] for r in g.rounds):
             for drafted, said, kept in zip(r.proposed, r.target_says, r.kept, strict=True):
                 if kept:
                     kinds["kept"] += 1

@@ -22,6 +22,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
+from feature_alignment.config import Common
 from feature_alignment.console import UserError
 from feature_alignment.inputs.video import clip_pixels
 from feature_alignment.models.prompts import prepare_for_prompts, text_ids
@@ -63,6 +64,13 @@ def find_checkpoint(path: Path, flag: str) -> Path:
         )
     look_through(path)
     return path
+
+
+def fetch_checkpoints(cfg: Common) -> None:
+    """Download `hub:` checkpoints that are not in the local cache yet, so that their revisions are known before anything is compared."""
+    for path, flag in ((cfg.target_id, "--target_id"), (cfg.draft_id, "--draft_id")):
+        if str(path).startswith("hub:"):
+            find_checkpoint(path, flag)
 
 
 def look_through(path: Path) -> None:
