@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
@@ -191,6 +193,7 @@ def test_the_trace_identity(learnt, gamma):
     target, draft, states, adapter = learnt
     proposer = ChainedProposer(draft, adapter, target.lm_head, target.embeddings)
     scores, there = chain_scores(adapter, states, target.head_weight.detach(), target.embeddings, gamma)
+    assert scores.match.dtype == there.dtype == torch.bool and scores.says.dtype == torch.int64
     blocks = metrics.decoding_blocks(scores.match, states.mask, gamma, states.ended)
     assert blocks.accepted.sum() > 5  # the identity is not about zeros
     for i, prompt in enumerate(PROMPTS):
@@ -239,3 +242,26 @@ def test_the_proposer_reads_only_what_is_new():
     fresh.propose([4, 5, 6, 7], states[:4], 2, watch)
     torch.testing.assert_close(proposer._memory, fresh._memory)
     assert not torch.allclose(kept, proposer._memory)
+
+
+def test_batches_of_texts_are_cut_to_their_own_longest(learnt):
+    _, _, states, _ = learnt
+    lengths = torch.tensor([5, 2, 9])
+    mask = torch.arange(states.mask.shape[1]) < lengths[:, None]
+    short = dataclasses.replace(states, mask=mask, lengths=lengths)
+    batches = [torch.tensor([0, 1]), torch.tensor([2])]
+    for rows, width, texts in zip(batches, (5, 9), text_batches(short, batches, "cpu"), strict=True):
+        assert texts.states.shape == (len(rows), width, D) and texts.events.shape == (len(rows), EVENTS, D)
+        assert torch.equal(texts.states, states.target[rows, :width]) and torch.equal(texts.events, states.events[rows])
+        assert torch.equal(texts.token_ids, states.token_ids[rows, :width]) and torch.equal(texts.mask, mask[rows, :width])
+
+
+def test_what_is_learnt_does_not_depend_on_the_scale_of_what_is_read(learnt):
+    """Inputs are standardised, so another unit of the states, the embeddings or the event states changes nothing but the unit."""
+    target, _, states, _ = learnt
+    cfg, found = TrainConfig(bottleneck=16, num_epochs=3, lr=1e-2), []
+    for scale in (1.0, 64.0):
+        scaled = dataclasses.replace(states, target=states.target * scale, events=states.events * scale)
+        found.append(train_chained(scaled, scaled, target.head_weight.detach() / scale, target.embeddings * scale, cfg)[1])
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)

@@ -74,6 +74,7 @@ def altered(tmp_path, change):
         (lambda s: s.pop("model.feature_adaptor.weight"), "missing keys: 1"),
         (lambda s: s.update({"model.extra.weight": torch.zeros(3)}), "unexpected keys: 1"),
         (lambda s: s.update({"model.query_embedder.weight": torch.zeros(3)}), "Q-Former"),
+        (lambda s: s.update({"model.attention_layers.0.weight": torch.zeros(3)}), "Q-Former"),
         (lambda s: s.update({"lm_head.weight": torch.zeros(7, 64)}), "mismatched keys: 1"),
     ],
 )

@@ -70,6 +70,7 @@ def test_a_batch_of_clips_says_and_thinks_what_each_question_alone_does(pair_and
         del model.encode_vision
     answers = batch.generate(12)
     assert len(seen) == 2 and len({len(p) for p in map(model.encode_prompt, {s.question for s in samples[:6]})}) > 1
+    assert batch.says(answers) == answers
     for sample, answer, states in zip(samples, answers, batch.states(answers), strict=False):
         state = model.prefill([model.prepare(sample)])
         assert model.generate(state, 12) == [answer]

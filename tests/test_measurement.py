@@ -388,6 +388,81 @@ def test_cosine_is_what_torch_says():
     torch.testing.assert_close(scoring.cosine_per_position(a, b), F.normalize(a, dim=-1).mul(F.normalize(b, dim=-1)).sum(-1))
 
 
+def test_bins_of_reliability_hold_equal_counts_and_say_their_means():
+    cosine = torch.linspace(-0.9, 0.99, 100)[torch.randperm(100, generator=torch.Generator().manual_seed(0))].view(4, 25)
+    match = cosine > 0.3
+    there = torch.ones(4, 25, dtype=torch.bool)
+    bins = scoring.reliability(Scores(cosine, cosine.long(), match), there)
+    assert [b["n"] for b in bins] == [5] * 20
+    ordered = cosine.flatten().sort().values
+    for i, b in enumerate(bins):
+        own, up = ordered[5 * i : 5 * i + 5], ordered[5 * i :]
+        assert b["cosine"] == pytest.approx(float(own.mean())) and b["token_match"] == pytest.approx(float((own > 0.3).float().mean()))
+        assert b["token_match_above"] == pytest.approx(float((up > 0.3).float().mean()))
+    few = scoring.reliability(Scores(cosine, cosine.long(), match), there & (cosine > 0.9))
+    assert [b["n"] for b in few] == [1] * int((cosine > 0.9).sum())
+
+
+@pytest.mark.parametrize(("number", "rows"), [(1, 1), (S, 1), (2 * S, 2), (3 * S - 1, 2), (10**6, N)])
+def test_positions_come_in_order_and_a_few_rows_at_a_time(number, rows):
+    states = random_states()
+    parts = list(scoring.positions(states, number=number))
+    assert [len(p.rows.unique()) for p in parts[:-1]] == [rows] * (len(parts) - 1) and len(parts) == math.ceil(N / rows)
+    assert list(zip(torch.cat([p.rows for p in parts]).tolist(), torch.cat([p.at for p in parts]).tolist(), strict=True)) == [
+        (i, t) for i in range(N) for t in range(int(states.lengths[i]))
+    ]
+    assert torch.equal(torch.cat([p.draft for p in parts]), states.draft[states.mask])
+    assert torch.equal(torch.cat([p.target for p in parts]), states.target[states.mask])
+
+
+def test_every_position_of_a_clip_counts_once_unless_it_is_told_otherwise():
+    """excess: Σ weight · kept · (wrong - ε) of each clip. A score at the threshold is not kept."""
+    score, wrong = np.array([0.9, 0.5, 0.7, 0.8, 0.5]), np.array([True, True, False, False, False])
+    some = Judged(score, wrong, ["b", "a", "b", "a", "c"], 3)
+    assert some.excess(0.5, 0.1) == pytest.approx([-0.1, 0.9 - 0.1, 0.0])  # clips in the order of their names
+    assert Judged(score, wrong, some.clip, 3, 0.25).excess(0.5, 0.1) == pytest.approx([-0.025, 0.2, 0.0])
+    assert some.risk(0.5) == pytest.approx(1 / 3) and some.risk(0.85) == 1.0 and math.isnan(some.risk(0.9))
+
+
+def p_by_hand(z, epsilon, most, known=()):
+    seen, wealth, best = list(known), 0.0, 0.0
+    for value in z:
+        squares = sum(x * x for x in seen)
+        stake = min(max(-sum(seen) / squares, 0.0), 0.9 / ((1 - epsilon) * most)) if squares else 0.0
+        wealth += math.log(1 - stake * value)
+        best = max(best, wealth)
+        seen.append(value)
+    return math.exp(-best)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bets_and_the_walk_over_thresholds_by_plain_loops(seed):
+    rng = np.random.default_rng(seed)
+    tune, calibration = planted(rng, 30, 10, 1.0), planted(rng, 400 if seed else 5, 10, 1.0)  # five clips certify nothing
+    epsilon, delta = 0.08, 0.1
+    z, known = rng.normal(-0.2, 1, 40), rng.normal(-0.2, 1, 9)
+    assert p_value(z, epsilon, 10.0) == pytest.approx(p_by_hand(z, epsilon, 10.0))
+    assert p_value(z, epsilon, 10.0, known) == pytest.approx(p_by_hand(z, epsilon, 10.0, known))
+    grid = sorted({np.quantile(tune.score, i / 50) for i in range(50)}, reverse=True)
+    evidence = [p_by_hand(tune.excess(t, epsilon), epsilon, tune.most) for t in grid]
+    threshold, p = None, None
+    for t in grid[evidence.index(min(evidence)) :]:
+        now = p_by_hand(calibration.excess(t, epsilon), epsilon, calibration.most, tune.excess(t, epsilon))
+        if now > delta:
+            p = now if threshold is None else p
+            break
+        threshold, p = t, now
+    report = certify(tune, calibration, epsilon, delta)
+    assert (threshold is None) == (seed == 0) and report["p_value"] == pytest.approx(p)
+    assert report["threshold"] == (None if threshold is None else pytest.approx(threshold))
+    if threshold is not None:
+        kept = calibration.score > threshold
+        assert report["kept"] == pytest.approx(kept.mean()) and report["risk_on_calibration"] == pytest.approx(
+            calibration.wrong[kept].mean()
+        )
+    assert (report["epsilon"], report["delta"], report["clips"]) == (epsilon, delta, len(set(calibration.clip)))
+
+
 def test_the_token_adapter_is_timed_on_the_device_that_is_asked_for(tmp_path, monkeypatch):
     """Its weights and its input lie on --device, and the clock waits for that device."""
     model = token_adapter.TokenAdapter(12, 4)

@@ -9,7 +9,7 @@ import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.decoding.engine import greedy, speculate
-from feature_alignment.decoding.pace import SHARE, Pace
+from feature_alignment.decoding.pace import FIRST_FLOOR, GOOD, SHARE, Pace
 from feature_alignment.decoding.proposers import ModelProposer
 
 
@@ -176,3 +176,48 @@ def test_text_and_trace_with_a_pace(noise):
                 pace.passed(4, 1, 3.6e6, 1.0)
             assert not pace.drafting
     assert "off" in reasons and len(reasons) > 1
+
+
+def test_a_drafter_of_which_nothing_is_known_waits_until_its_prompt_and_a_poor_round_are_paid_for(monkeypatch):
+    """A pass takes 1 ms and the prompt 4: it is tried when the share of all passes and prompts comes to 4 + 1/2 passes."""
+    monkeypatch.setattr("feature_alignment.decoding.pace.SHARE", 1 / 64)  # sums of it are exact
+    pace = Pace()
+    pace.passed(0, 1, 0.0, 1.0)
+    pace.prompted(4.0)
+    left = int((4.5 - 4 / 64) * 64)
+    assert not pace.drafting and pace.next_floor() is None and SHARE == 1 / 80
+    for i in range(left):
+        assert not pace.drafting and pace.rest == left - i
+        pace.passed(0, 1, 0.0, 1.0)
+    assert pace.drafting and pace.next_floor() == FIRST_FLOOR and pace.rest == 1
+
+
+def test_a_good_drafter_begins_at_once_and_reads_its_first_prompt_on_trust():
+    for acceptance in (GOOD, 1.0):
+        pace = Pace(acceptance)
+        pace.passed(0, 1, 0.0, 1.0)
+        pace.prompted(4.0)
+        assert pace.drafting and pace.next_floor() == FIRST_FLOOR
+        pace.started(3.0)
+        assert pace.drafting and pace.most(0.5) > 10**6
+    assert not Pace(GOOD - 0.01).drafting and Pace().most(0.5) == 1
+
+
+@pytest.mark.parametrize(("floor", "most"), [(0.9, 1), (0.5, 1), (0.25, 2), (0.13, 2), (0.12, 3), (0.1, 3), (0.0, 29)])
+def test_a_table_is_first_asked_for_what_even_chances_are_worth(floor, most):
+    assert Pace().most(floor, knows_chance=False) == most
+
+
+def test_the_floor_is_what_a_draft_costs_in_tokens():
+    """Two rounds of 4 drafts at 0.05 ms, 1.3 ms to verify, and plain passes of 1 ms: 5 tokens in 1.5 ms, and each draft costs 0.05."""
+    pace = Pace(1.0)
+    pace.prompted(4.0)
+    pace.started(2.0)
+    for _ in range(3):
+        pace.passed(0, 1, 0.0, 1.0)
+    for _ in range(2):
+        pace.passed(4, 5, 4 * 0.05, 1.3)
+    assert pace.next_floor() == pytest.approx(5 / 1.5 * 0.05)
+    pace.passed(2, 1, 2 * 0.05, 1.2)  # two drafts fewer were verified 0.1 ms sooner: one more takes 0.05
+    tokens, ms = ((0.9 * 5 + 5) * 0.9 + 1), ((0.9 * 1.5 + 1.5) * 0.9 + 1.3)
+    assert pace.next_floor() == pytest.approx(tokens / ms * (0.05 + 0.05))

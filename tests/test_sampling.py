@@ -15,7 +15,7 @@ from feature_alignment.chained_adapter import ChainedAdapter
 from feature_alignment.decoding.engine import plain, speculate
 from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
-from feature_alignment.decoding.sampling import Sampler
+from feature_alignment.decoding.sampling import Sampler, pick
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.models.decoder import EOS
 
@@ -161,3 +161,16 @@ def test_what_is_not_lossless_is_refused(target):
     prompt = prompt_of(*PROMPT)
     with pytest.raises(ValueError, match="token rule only"):
         speculate(target, proposer_for("aligned", target, None), prompt, prompt, accept="feature", sampler=Sampler(1.0))
+
+
+def test_how_likely_a_token_was_is_told_where_it_is_asked_for():
+    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 0.0]])
+    for sampler, temperature in ((None, 1.0), (Sampler(2.0), 2.0)):
+        first = float((logits[0] / temperature).softmax(-1)[1])
+        assert pick(logits, sampler).confidence == 1.0
+        asked = pick(logits, sampler, confidence=True)
+        assert asked.confidence == pytest.approx(first)
+        if sampler is None:
+            assert asked.token.tolist() == [1, 0] and asked.probs is None
+        else:
+            torch.testing.assert_close(asked.probs, (logits / 2.0).softmax(-1))

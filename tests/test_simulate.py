@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -114,6 +115,78 @@ def test_mistakes_are_named(tmp_path):
     (tmp_path / "junk.mp4").write_bytes(b"junk" * 99)
     with pytest.raises(UserError, match="could not be decoded"):
         read_log_intensity(tmp_path / "junk.mp4")
+
+
+def test_the_default_contrast_is_a_fifth_in_natural_logarithm():
+    ramp = np.linspace(0, 1.01, 3)[:, None, None] * np.ones((1, 1, 1))
+    assert len(simulate_events(ramp, np.arange(3) * 1000)["t"]) == 5
+
+
+def lossless_video(path, levels, per_second=100):
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=per_second)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "gray"
+        for level in levels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((16, 16), level, np.uint8), format="gray")))
+        container.mux(stream.encode())
+
+
+def test_a_video_is_read_as_the_logarithm_of_its_brightness(tmp_path):
+    """0 to 255 is 0 to 1, and black is a thousandth above nothing; times count from the first frame; the window has both its ends."""
+    levels = [0, 51, 128, 255, 254]
+    lossless_video(tmp_path / "v.mkv", levels)
+    logs, times = read_log_intensity(tmp_path / "v.mkv")
+    assert times.tolist() == [0, 10_000, 20_000, 30_000, 40_000]
+    np.testing.assert_allclose(logs[:, 0, 0], np.log(np.array(levels) / 255 + 0.001), rtol=1e-5, atol=1e-6)
+    assert read_log_intensity(tmp_path / "v.mkv", 10.0, 20.0)[1].tolist() == [10_000, 20_000, 30_000]
+    assert read_log_intensity(tmp_path / "v.mkv", 20.0)[1].tolist() == [20_000, 30_000, 40_000]
+    with pytest.raises(UserError, match="1 frames in the window"):
+        read_log_intensity(tmp_path / "v.mkv", 35.0)
+
+
+def test_senseless_sequences_are_refused():
+    log_intensity, times = scene(n=3)
+    for images, when, contrast in (
+        (log_intensity, times[:2], 0.2),
+        (log_intensity, times[[0, 1, 1]], 0.2),
+        (log_intensity, times, 0.0),
+        (log_intensity, times, float("nan")),
+    ):
+        with pytest.raises(ValueError, match="wanted ascending times"):
+            simulate_events(images, when, contrast)
+    one = simulate_events(log_intensity[:1], times[:1])
+    assert {k: (len(v), str(v.dtype)) for k, v in one.items()} == {
+        "x": (0, "uint16"),
+        "y": (0, "uint16"),
+        "t": (0, "int64"),
+        "p": (0, "uint8"),
+    }
+
+
+def test_the_command_writes_the_window_it_was_asked_for(tmp_path):
+    lossless_video(tmp_path / "v.mkv", [10, 250, 10, 250, 10])
+    done = command(tmp_path / "v.mkv", tmp_path / "new" / "er" / "e.npy", "--start_ms", "10", "--duration_ms", "20", "--contrast", "0.5")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    steps = int((np.log(250 / 255 + 0.001) - np.log(10 / 255 + 0.001)) / 0.5)
+    assert said["frames"] == 3 and said["span_ms"] == 20.0 and said["events"] == 2 * steps * 16 * 16
+    assert len(load_events(tmp_path / "new" / "er" / "e.npy")["t"]) == said["events"]
+    assert [p.name for p in (tmp_path / "new" / "er").iterdir()] == ["e.npy"]
+    for contrast in ("0", "-1", "nan"):
+        done = command(tmp_path / "v.mkv", tmp_path / "f.npy", "--contrast", contrast)
+        assert done.returncode == 2 and "--contrast" in done.stderr and not (tmp_path / "f.npy").exists()
+
+
+def test_events_of_one_moment_come_in_the_order_of_their_pixels():
+    ramp = np.linspace(0, 0.65, 2)[:, None, None] * np.ones((1, 20, 20))
+    e = simulate_events(ramp, np.array([0, 900]))
+    assert len(e["t"]) == 3 * 400 and len(set(e["t"].tolist())) == 3
+    for begin in (0, 400, 800):
+        assert list(zip(e["y"][begin : begin + 400].tolist(), e["x"][begin : begin + 400].tolist(), strict=True)) == sorted(
+            (y, x) for y in range(20) for x in range(20)
+        )
 
 
 def test_events_of_a_turned_video_are_upright(tmp_path):

@@ -125,9 +125,10 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, after):
     assert other.load() is None and dataclasses.replace(checkpoint, resume=False).load() is None
 
 
-def test_a_loss_that_is_not_finite_stops_it():
-    with pytest.raises(UserError, match=r"on 16 samples \(s\d+, s\d+, s\d+, …\); try a lower --lr"):
-        train_hidden(states(60, 1), states(20, 2), HEAD, config(mse_weight=float("inf")))
+@pytest.mark.parametrize("adapter", ["hidden", "chained"])
+def test_a_loss_that_is_not_finite_stops_it(adapter):
+    with pytest.raises(UserError, match=r"in epoch 1, step 0, on 16 samples \(s\d+, s\d+, s\d+, …\); try a lower --lr \(now 0.01\)"):
+        learn(adapter, Part(), mse_weight=float("inf"))
 
 
 @pytest.mark.parametrize("positions", [1, 2, 6])
@@ -237,9 +238,9 @@ def test_dealt_out_rows_are_all_of_them():
     assert Part(1, 3).rows(batch[:2]).tolist() == [0, 1]  # too few to deal out: everyone takes both
 
 
-def learn(adapter, part):
+def learn(adapter, part, **more):
     """A short training of either adapter, on rows of very different lengths."""
-    train, validation, cfg = states(60, 1), states(20, 2), config(num_epochs=3)
+    train, validation, cfg = states(60, 1), states(20, 2), config(**{"num_epochs": 3, **more})
     if adapter == "hidden":
         return train_hidden(train, validation, HEAD, cfg, None, part)
     train, validation = (dataclasses.replace(some, events=some.draft[:, :3]) for some in (train, validation))
@@ -281,3 +282,57 @@ def test_a_new_adapter_is_the_identity():
     assert torch.equal(HiddenAdapter(24, 8, 6)(g), g[..., -8:])  # of three layers side by side, the last
     assert not HiddenAdapter(24, 9, 6).residual
     assert HiddenAdapter(4096, 4096, 256).num_parameters == 2_101_504
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.5])
+def test_the_loss_is_the_sum_of_its_weighted_parts(kl):
+    """Also while learning, where the head is only used if its part counts."""
+    torch.manual_seed(0)
+    predicted, target = torch.randn(5, D), torch.randn(5, D)
+    cfg = config(mse_weight=0.7, cosine_weight=0.2, kl_weight=kl)
+    mse = float((predicted - target).pow(2).mean()) / 3.0
+    cosine = sum(float(p @ t / p.norm() / t.norm()) for p, t in zip(predicted, target, strict=True)) / 5
+    said, wanted = (HEAD @ predicted.T).T, (HEAD @ target.T).T
+    divergence = sum(float((w.softmax(0) * (w.softmax(0) / s.softmax(0)).log()).sum()) for s, w in zip(said, wanted, strict=True)) / 5
+    by_hand = 0.7 * mse + 0.2 * (1 - cosine) + kl * divergence
+    for learning in (True, False):
+        with torch.set_grad_enabled(learning):
+            loss, parts = training.losses(predicted, target, HEAD, 3.0, cfg)
+        assert float(loss) == pytest.approx(by_hand, rel=1e-5) and float(parts["loss"]) == float(loss)
+        assert float(parts["mse"]) == pytest.approx(mse, rel=1e-5) and float(parts["cosine"]) == pytest.approx(cosine, abs=1e-6)
+        assert ("kl" in parts) == ("token_match" in parts) == (bool(kl) or not learning)
+    assert float(parts["token_match"]) == float((said.argmax(1) == wanted.argmax(1)).float().mean())
+
+
+def test_the_rate_of_learning_rises_then_falls_to_nothing(monkeypatch):
+    """lr: a twentieth of the steps of warm-up, then half a cosine."""
+    rates, real = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]), real(self, *a))[1])
+    train_hidden(states(60, 1), states(20, 2), HEAD, config(num_epochs=15, lr=0.01, patience=99))
+    steps = 15 * 4
+    by_hand = [0.01 * min(1, (s + 1) / 3) * (1 + math.cos(math.pi * s / steps)) / 2 for s in range(steps)]
+    assert rates == pytest.approx(by_hand)
+
+
+def test_means_over_positions_weigh_each_batch_by_its_positions():
+    batches = iter([(3, {"loss": torch.tensor(1.0)}), (1, {"loss": torch.tensor(5.0)})])
+    assert training.mean_over_positions(batches) == {"loss": 2.0}
+
+
+@pytest.mark.parametrize("adapter", ["hidden", "chained"])
+def test_the_scores_of_an_epoch_are_means_over_its_batches(adapter):
+    """Where nothing is learnt and all texts are as long, they are the scores of the same rows as validation."""
+    n, s = 32, 5
+    g = torch.randn(n, s, D, generator=torch.Generator().manual_seed(1))
+    rows = [{"id": f"s{i}", "sequence": str(i)} for i in range(n)]
+    ids = torch.zeros(n, s, dtype=torch.long)
+    some = HiddenStates(g, bent(g), ids, torch.ones(n, s, dtype=torch.bool), torch.full((n,), s), rows, {}, g[:, :3])
+    cfg = config(lr=0.0, num_epochs=2, batch_size=8, linear_units=0, kl_weight=0.5, patience=9)
+    if adapter == "hidden":
+        _, history = train_hidden(some, some, HEAD, cfg)
+    else:
+        _, history = train_chained(some, some, HEAD, torch.ones(12, D), cfg)
+    assert [h["epoch"] for h in history] == [0, 1, 2]
+    for h in history[1:]:
+        for name in ("loss", "mse", "cosine", "kl", "token_match"):
+            assert h[f"train_{name}"] == pytest.approx(h[f"validation_{name}"], rel=1e-4, abs=1e-6), name

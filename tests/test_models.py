@@ -1,0 +1,409 @@
+"""Parts of the models on their own: texts that leave a batch, caches with room, vocabularies that are cut, limits of checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import as_decoder, prompt_of, tiny_llama
+
+from feature_alignment.config import Common, parse_config
+from feature_alignment.console import UserError
+from feature_alignment.inputs.samples import read_samples
+from feature_alignment.models import loading, pair
+from feature_alignment.models.batches import _common_prefix, _keep, _Texts, _up_to, _with_room
+from feature_alignment.models.eventgpt import EventGPTConfig, EventGPTForCausalLM, load_eventgpt
+
+PROMPTS = [(1, 5, 9, 13), (1, 40, 3, 8), (1, 7, 7, 20), (1, 9, 33, 4)]
+
+
+def alone(model, prompt, texts):
+    """The states behind each of `texts`, read in one pass of its own after the prompt."""
+    return [model.step(model.prefill([prompt_of(*prompt)]), torch.tensor([text]))[0] for text in texts]
+
+
+@pytest.mark.parametrize("leaving", [(0,), (3,), (1, 2), (0, 3), (0, 1, 2), (2, 3)])
+@torch.inference_mode()
+def test_what_clips_say_does_not_depend_on_which_others_have_left(leaving):
+    """Two texts of each of four clips; the clips that are done leave one after the other, from the front, the middle and the end."""
+    model = as_decoder(tiny_llama(0))
+    state = model.prefill([prompt_of(*p) for p in PROMPTS])
+    clip_of = [0, 0, 1, 1, 2, 2, 3, 3]
+    read = _Texts(model, state, clip_of, 20)
+    first = [[5 + i, 6 + i, 7][: 1 + i % 3] for i in range(8)]
+    rest = [[30 + i] for i in range(8)]
+    found = read.read(first)
+    staying = [i for i in range(8) if clip_of[i] not in leaving]
+    later = dict(zip(staying, read.read([rest[i] for i in staying], staying), strict=True))
+    last = staying[-2:]
+    latest = dict(zip(last, read.read([[3, 4] for _ in last], last), strict=True))
+    for i in range(8):
+        whole = [*first[i], *(rest[i] if i in later else []), *([3, 4] if i in latest else [])]
+        (wanted,) = alone(model, PROMPTS[clip_of[i]], [whole])
+        got = torch.cat([found[i], *([later[i]] if i in later else []), *([latest[i]] if i in latest else [])])
+        torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_cache_with_room_holds_what_was_read_and_leaves_the_original_alone():
+    model = as_decoder(tiny_llama(0))
+    state = model.prefill([prompt_of(*p) for p in PROMPTS])
+    roomy = _with_room(state, 5)
+    assert roomy.length == state.length == roomy.cache.get_seq_length() == 4
+    before = [layer.keys.clone() for layer in state.cache.layers]
+    model.step(roomy, torch.tensor([[5, 6]] * 4))
+    assert roomy.cache.get_seq_length() == 6 and state.cache.get_seq_length() == 4
+    for layer, old, new in zip(state.cache.layers, before, roomy.cache.layers, strict=True):
+        assert torch.equal(layer.keys, old) and torch.equal(new.keys[:, :, :4], old)
+        assert new._buffers[0].shape[2] == new._buffers[1].shape[2] == 4 + 5
+    assert _keep(roomy, [1, 3]) == [3, 1]
+    assert all(torch.equal(layer._buffers[0][:, :, :4], old[[3, 1]]) for layer, old in zip(roomy.cache.layers, before, strict=True))
+
+
+def test_a_shallower_model_goes_on_from_what_the_deeper_one_has_read():
+    deep, shallow = as_decoder(tiny_llama(0, layers=3)), as_decoder(tiny_llama(0, layers=3), taps=[2])
+    prompt = prompt_of(*PROMPTS[0])
+    state = _up_to(deep.prefill([prompt]), 2)
+    assert state.length == 4 and len(state.cache.layers) == 2
+    torch.testing.assert_close(shallow.step(state, torch.tensor([[5, 6]])), shallow.step(shallow.prefill([prompt]), torch.tensor([[5, 6]])))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [([(1, 2, 3)], 2), ([(1, 2, 3), (1, 2, 3)], 2), ([(1, 2, 3, 4), (1, 2, 9)], 2), ([(1, 2), (3, 2)], 0), ([(1,)], 0)],
+)
+def test_every_prompt_keeps_a_token_of_its_own(prompts, shared):
+    assert _common_prefix([torch.tensor(p) for p in prompts]) == shared
+
+
+# ---- one decoder
+
+
+def test_ids_outside_the_shared_vocabulary_are_neither_said_nor_read():
+    model = as_decoder(tiny_llama(0))
+    before = model.lm_head(torch.ones(3, 32))
+    model.restrict_vocabulary(40)
+    assert model.vocab_size == 40 and model.head_weight.shape == model.embeddings.shape == (40, 32)
+    assert torch.equal(model.lm_head(torch.ones(3, 32)), before[:, :40])
+    assert torch.equal(model.embeddings, model.llama.embed_tokens.weight[:40])
+
+
+@pytest.mark.parametrize(
+    ("taps", "norms", "norm", "own"),
+    [
+        (None, {3: "post"}, "post", True),
+        ([3], {3: "post"}, "post", True),
+        ([1, 3], {1: "pre", 3: "post"}, "pre", True),
+        ([1], {1: "pre"}, "pre", False),
+    ],
+)
+def test_a_state_says_which_of_its_layers_passed_the_final_norm(taps, norms, norm, own):
+    model = as_decoder(tiny_llama(0, layers=3), taps)
+    assert (model.norms, model.norm, model.has_own_head) == (norms, norm, own)
+    assert model.hidden_size == 32 * len(norms) and model.width == 32 and len(model.llama.layers) == max(norms)
+
+
+@pytest.mark.parametrize("taps", [[0], [4], [2, 1], [1, 1], [-1], [1, 4]])
+def test_layers_that_are_not_there_are_refused(taps):
+    with pytest.raises(UserError, match="ascending layer numbers from 1 to 3"):
+        as_decoder(tiny_llama(0, layers=3), taps)
+
+
+def test_texts_end_with_their_end_or_at_the_limit():
+    """`generate` of several rows is greedy of each alone, leaves no trace, and may be asked again."""
+    from feature_alignment.models import decoder
+
+    model = as_decoder(tiny_llama(0))
+    prompts = [prompt_of(*p) for p in PROMPTS]
+    single = [model.generate(model.prefill([p]), 9)[0] for p in prompts]
+    for text, p in zip(single, PROMPTS, strict=True):
+        ids = list(p)
+        for token in text:
+            assert token == int(model.lm_head(model.llama(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]).argmax())
+            ids.append(token)
+        assert len(text) == 9 or text[-1] == decoder.EOS
+    state = model.prefill(prompts)
+    length, last = state.length, state.last.clone()
+    assert model.generate(state, 9) == single and model.generate(state, 9) == single
+    assert state.length == length and torch.equal(state.last, last)
+    assert model.generate(state, 1) == [text[:1] for text in single]
+
+
+@pytest.mark.parametrize("ends", [0, 3, 8])
+def test_a_text_is_cut_off_behind_its_end(ends, monkeypatch):
+    from feature_alignment.models import decoder
+
+    model = as_decoder(tiny_llama(0))
+    text = model.generate(model.prefill([prompt_of(*PROMPTS[0])]), 9)[0]
+    monkeypatch.setattr(decoder, "EOS", text[ends])
+    assert model.generate(model.prefill([prompt_of(*PROMPTS[0])]), 9)[0] == text[: text.index(text[ends]) + 1]
+
+
+# ---- what a checkpoint directory may say
+
+
+def folder_with(tmp_path, name="config.json", **content):
+    (tmp_path / name).write_text(json.dumps(content))
+    return tmp_path
+
+
+LARGEST = {"num_hidden_layers": 512, "num_attention_heads": 1024, "hidden_size": 65_536, "intermediate_size": 2**20, "vocab_size": 2**22}
+LARGEST |= {"image_size": 4096, "patch_size": 4096, "shortest_edge": 4096}
+
+
+@pytest.mark.parametrize(("key", "most"), LARGEST.items())
+def test_sizes_have_a_largest_one(tmp_path, key, most):
+    assert loading.LARGEST == LARGEST
+    for fine in (1, most, None, [1, most]):
+        loading.look_through(folder_with(tmp_path, **{key: fine}))
+    for wrong in (0, most + 1, -1, True, "5", 2.0, [1, most + 1]):
+        with pytest.raises(UserError, match=f"{key} is .*wanted a number from 1 to {most:,}"):
+            loading.look_through(folder_with(tmp_path, text_config=[{"deep": {key: wrong}}]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"auto_map": {"AutoModel": "x.py"}}, "run code of its own"),
+        ({"a": [{"trust_remote_code": True}]}, "run code of its own"),
+        ({"_attn_implementation": "kernels/flash"}, "attention code from elsewhere"),
+        ({"weight_map": {"a": "../b.safetensors"}}, "weights outside its directory"),
+        ({"weight_map": ["a"]}, "weights outside its directory"),
+    ],
+)
+def test_what_reaches_outside_a_checkpoint_is_refused(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        loading.look_through(folder_with(tmp_path, "other.json", **content))
+    folder_with(tmp_path, "other.json", auto_map=None, trust_remote_code=False, attn_implementation="sdpa", weight_map={"a": "b"})
+    loading.look_through(tmp_path)
+    for ignored in ("tokenizer.json", "vocab.json"):
+        loading.look_through(folder_with(tmp_path, ignored, **content))
+    folder_with(tmp_path, "adapter_config.json")
+    with pytest.raises(UserError, match="PEFT adapter"):
+        loading.look_through(tmp_path)
+
+
+@pytest.mark.parametrize(("size", "known"), [(31_999, False), (32_000, True), (32_063, True), (32_064, False)])
+def test_prompt_lengths_are_known_for_one_size_of_vocabulary(tmp_path, size, known):
+    tokenizer = range(size)
+    loading.check_prompt(tmp_path, tokenizer, 21, (20, 21))
+    if not known:
+        loading.check_prompt(tmp_path, tokenizer, 22, (20, 21))
+    else:
+        with pytest.raises(UserError, match="has 22 text tokens"):
+            loading.check_prompt(tmp_path, tokenizer, 22, (20, 21))
+
+
+def test_weights_in_four_bits_are_counted_where_they_are_in_four_bits():
+    """A linear layer of 64 x 64 outside the named modules takes 4.127 bits a weight, everything else its dtype."""
+    part = lambda: torch.nn.ModuleDict({"linear": torch.nn.Linear(64, 64), "norm": torch.nn.LayerNorm(64)})  # noqa: E731
+    model = torch.nn.ModuleDict({"body": part(), "head": part(), "header": part()})
+    per_part, packed = 64 * 64 + 64 + 2 * 64, 64 * 64 * (0.5 + 1 / 64 + 4 / (64 * 256))
+    assert loading.weight_bytes(model, torch.bfloat16, "none", ["head"]) == 3 * per_part * 2
+    assert loading.weight_bytes(model, torch.float32, "none", []) == 3 * per_part * 4
+    assert loading.weight_bytes(model, torch.bfloat16, "nf4", ["head"]) == round(2 * (packed + 3 * 64 * 2) + per_part * 2)
+    assert loading.weight_bytes(model, torch.bfloat16, "nf4", ["body.linear"]) == round(2 * (packed + 3 * 64 * 2) + per_part * 2)
+
+
+def test_a_config_may_not_promise_many_more_parameters_than_there_are_bytes(tmp_path):
+    """A parameter takes half a byte at least, so four a byte is too many; weights of either format count."""
+    from transformers import LlamaForCausalLM
+
+    model = tiny_llama(0)
+    model.config.save_pretrained(tmp_path)
+    number = sum(p.numel() for p in model.parameters())
+    size = -(-number // 4)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).write_bytes(bytes(size))
+        loading._refuse_promises(LlamaForCausalLM, tmp_path, "LLaMA", None)
+        (tmp_path / name).write_bytes(bytes(size - 1))
+        with pytest.raises(UserError, match=f"promises {number:,} parameters, its weights are {size - 1:,} bytes"):
+            loading._refuse_promises(LlamaForCausalLM, tmp_path, "LLaMA", None)
+        (tmp_path / name).rename(tmp_path / "weights.txt")  # of no format that is read
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_states_that_are_not_finite_are_the_weights_fault(tmp_path, bad):
+    with pytest.raises(UserError, match="not finite in float16"), loading.refused_if_it_fails(tmp_path) as made:
+        made += [torch.zeros(2, dtype=torch.float16), torch.tensor([0.0, bad])]
+    with pytest.raises(UserError, match="does not fit its weights: no such shape"), loading.refused_if_it_fails(tmp_path) as made:
+        raise RuntimeError("no such shape\nat all")
+    with loading.refused_if_it_fails(tmp_path) as made:
+        made.append(torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [(["tokenizer.model"], "LLaMA's"), (["tokenizer.model", "tokenizer.json"], "any"), (["tokenizer.json"], "any"), ([], "any")],
+)
+def test_only_a_sentencepiece_model_needs_its_own_reader_and_libraries(tmp_path, monkeypatch, files, kind):
+    class Reader:
+        def __init__(self, name):
+            self.name = name
+
+        def from_pretrained(self, path):
+            return [self.name] * 7
+
+    monkeypatch.setattr(loading, "LlamaTokenizer", Reader("LLaMA's"))
+    monkeypatch.setattr(loading, "AutoTokenizer", Reader("any"))
+    monkeypatch.setattr(loading, "prepare_for_prompts", lambda *_: None)
+    monkeypatch.setattr(loading, "_installed", lambda name: True)
+    for name in files:
+        (tmp_path / name).touch()
+    assert set(loading.load_tokenizer(tmp_path)) == {kind} and loading.load_tokenizer(tmp_path, 7)
+    with pytest.raises(UserError, match="has 7 ids, the model 6 embedding rows"):
+        loading.load_tokenizer(tmp_path, 6)
+    monkeypatch.setattr(loading, "_installed", lambda name: False)
+    if kind == "any":
+        loading.load_tokenizer(tmp_path)
+    else:
+        with pytest.raises(UserError, match=r"needs sentencepiece and google\.protobuf"):
+            loading.load_tokenizer(tmp_path)
+
+
+class Pieces:
+    """A tokenizer that is a list of pieces."""
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def __init__(self, pieces, reads=lambda text: [1]):
+        self.pieces, self.reads = pieces, reads
+
+    def __len__(self):
+        return len(self.pieces)
+
+    def __call__(self, text, **_):
+        return type("Encoding", (), {"input_ids": self.reads(text)})
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.pieces[i] for i in ids]
+
+
+def test_one_id_that_means_another_piece_is_named(tmp_path):
+    loading.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abcd"))  # what only one of them has is no matter
+    loading.check_shared_ids(tmp_path, Pieces("abcd"), tmp_path, Pieces("abc"))
+    with pytest.raises(UserError, match=r"1 of 3 differ, e\.g\. 2 is 'c' in the one and 'x' in the other"):
+        loading.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abx"))
+    with pytest.raises(UserError, match=r"2 of 3 differ, e\.g\. 0 is 'a' in the one and 'b' in the other"):
+        loading.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("bac"))
+    with pytest.raises(UserError, match="tokenise text differently"):
+        loading.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abc", lambda text: [1, 3]))
+
+
+def test_memory_that_is_free_is_that_of_the_gpus_in_use(monkeypatch):
+    import psutil
+
+    free = {0: 10, 1: 30, torch.device("cuda:1"): 30, torch.device("cuda"): 10}
+    assert loading.memory_there("cpu", None) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert loading.memory_there("cuda", None) == loading.memory_there("cuda", "auto") == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu], 1000))
+    assert [loading.memory_there(*asked) for asked in (("cuda", None), ("cuda:1", None), ("cuda", "auto"))] == [10, 30, 40]
+
+
+def test_a_pair_says_only_what_both_know_and_runs_on_the_gpu_it_is_told(monkeypatch, tmp_path):
+    decoders = {}
+    for name, size in (("target", 60), ("draft", 50)):
+        decoders[name] = as_decoder(tiny_llama(0))
+        decoders[name].restrict_vocabulary(size)
+        decoders[name].tokenizer = Pieces("abc")
+        monkeypatch.setattr(pair, f"load_{name}", lambda cfg, name=name: decoders[name])
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("cpu", "cuda:1", "cuda"):
+        found = pair.load_pair(Common(device=device))
+        assert (found.target, found.draft) == (decoders["target"], decoders["draft"])
+        assert found.target.vocab_size == found.draft.vocab_size == 50
+    assert chosen == ["cuda:1"]
+    found.record("graphs")
+    assert found.target.steps == found.draft.steps == "graphs"
+
+
+def test_the_check_knows_how_long_a_prompt_is_and_what_it_costs(tiny_run):
+    cfg = parse_config(Common, ["--config", str(tiny_run / "tiny.yaml"), "--device", "cpu"], "models/pair")
+    report, both = pair.check_pair(cfg), pair.load_pair(cfg)
+    sample = dataclasses.replace(read_samples(cfg.manifests, "test")[0], question=loading.PROBE_QUESTION)
+    needed = 0
+    for name, model in (("EventGPT", both.draft), ("Video-LLaVA", both.target)):
+        found, text = report["models"][name], model.llama.config
+        assert found["prompt_tokens"] == model.prefill([model.prepare(sample)]).length
+        per_token = 2 * 3 * 2 * (32 // 2) * 4  # keys and values of three layers of two heads, in float32
+        assert found["cache_bytes"] == per_token * (found["prompt_tokens"] + 64)
+        assert (found["layers"], found["hidden_size"]) == (3, 32) == (text.num_hidden_layers, text.hidden_size)
+        assert found["vision_tokens"] == model.vision_tokens and found["embedding_rows"] == len(model.llama.embed_tokens.weight)
+        assert found["weight_bytes"] == 4 * found["parameters"]
+        needed += found["weight_bytes"] + found["cache_bytes"]
+    assert report["needed_bytes"] == needed
+
+
+def test_a_checkpoint_is_looked_through_where_it_is_found(tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint at .*no config\.json there"):
+        loading.find_checkpoint(tmp_path, "--target_id")
+    assert loading.find_checkpoint(folder_with(tmp_path), "--target_id") == tmp_path
+    with pytest.raises(UserError, match="run code of its own"):
+        loading.find_checkpoint(folder_with(tmp_path, auto_map={"AutoModel": "x.py"}), "--target_id")
+
+
+def test_transformers_own_classes_know_what_an_eventgpt_is(tiny_run):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = tiny_run / "pair" / "eventgpt"
+    assert type(AutoConfig.from_pretrained(path)) is EventGPTConfig
+    assert type(AutoModelForCausalLM.from_pretrained(path)) is EventGPTForCausalLM
+
+
+def test_event_tokens_are_means_over_patches_then_over_time(tiny_run):
+    model = load_eventgpt(tiny_run / "pair" / "eventgpt", torch.float32)
+    side = model.config.vision_config.image_size
+    pixels = torch.randn(2, 5, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        tokens = model.model.encode_events(pixels)
+        patches = (side // model.config.vision_config.patch_size) ** 2 + 1
+        assert tokens.shape == (2, 5 + patches, 32)
+        one = [model.model.encode_events(pixels[:1, t : t + 1])[0, 1:] for t in range(5)]  # of one image its spatial tokens are its patches
+        torch.testing.assert_close(tokens[0, :5], torch.stack([patch.mean(0) for patch in one]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(tokens[0, 5:], torch.stack(one).mean(0), atol=1e-5, rtol=1e-4)
+        ids = torch.tensor([[1, 9, -200, 7, 5], [1, 8, -200, 6, 4]])
+        spliced = model.model.splice(ids, tokens)
+        words = model.model.embed_tokens
+        assert torch.equal(spliced, torch.cat([words(ids[:, :2]), tokens, words(ids[:, 3:])], 1))
+        for wrong in ([[1, 2, 3]], [[1, -200, -200]], [[1, -200, 3], [-200, 2, 3]]):
+            with pytest.raises(ValueError, match="exactly one -200"):
+                model.model.splice(torch.tensor(wrong), tokens)
+
+
+def test_a_config_without_a_vision_tower_has_clips_large_one_at_336_pixels():
+    """As the released EventGPT, whose config.json says nothing of it."""
+    vision = EventGPTConfig().vision_config
+    assert (vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads) == (1024, 4096, 24, 16)
+    assert (vision.image_size, vision.patch_size, vision.hidden_act, vision.layer_norm_eps) == (336, 14, "quick_gelu", 1e-5)
+    assert EventGPTConfig(vision_config={"image_size": 48}).vision_config.image_size == 48
+
+
+@pytest.mark.parametrize(("beyond", "start"), [((0, 0), None), ((0, 0), 20.0), ((1, 0), None), ((0, 1), None)])
+def test_events_are_drawn_on_the_cameras_canvas_unless_they_reach_beyond_it(tiny_run, monkeypatch, beyond, start):
+    cfg = parse_config(
+        Common,
+        ["--config", str(tiny_run / "tiny.yaml"), "--device", "cpu", "--event_start_ms", "5", "--event_window_ms", "50"],
+        "models/pair",
+    )
+    canvas = json.loads((tiny_run / "pair" / "eventgpt" / "config.json").read_text())["event_canvas_hw"]
+    stream = {"y": np.array([0, canvas[0] - 1 + beyond[0]]), "x": np.array([canvas[1] - 1 + beyond[1], 3])}
+    asked = []
+    monkeypatch.setattr(pair.event_inputs, "load_events", lambda path, window, begin: (asked.append((path, window, begin)), stream)[1])
+    monkeypatch.setattr(
+        pair.event_inputs,
+        "event_images",
+        lambda stream, slices, on: (asked.append((slices, on)), [np.zeros((*canvas, 3), np.uint8)] * 5)[1],
+    )
+    sample = dataclasses.replace(read_samples(cfg.manifests, "test")[0], event_start_ms=start)
+    pixels = pair.load_draft(cfg).read_pixels(sample)
+    assert asked == [(sample.events, cfg.event_window_ms, 5.0 if start is None else 20.0), (5, None if any(beyond) else tuple(canvas))]
+    assert torch.equal(pixels, pixels.bfloat16().float()) and len(pixels) == 5

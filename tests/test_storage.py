@@ -1,0 +1,345 @@
+"""Files at their limits: pickles that are just small enough, locks and the folders made for them, hashes that cover every byte."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import pickletools
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from feature_alignment import artifacts, pickles, state_files
+from feature_alignment.console import UserError
+from feature_alignment.pickles import ArraysOnly, check_pt, look_through
+from feature_alignment.processes import _name, claimed, processes, temporary_name
+from feature_alignment.verification import main, verify
+
+# ---- pickles
+
+
+def test_a_pickle_may_hold_ten_thousand_tuples_and_no_more():
+    of = lambda number: pickle.dumps([(i,) for i in range(number)], 2)  # noqa: E731
+    look_through(of(10_000))
+    with pytest.raises(pickle.UnpicklingError, match="more than 10,000 steps"):
+        look_through(of(10_001))
+    with pytest.raises(pickle.UnpicklingError, match="more than 10,000 steps"):
+        look_through(pickle.dumps([frozenset([i]) for i in range(10_001)], 4))
+
+
+def test_a_pickle_may_take_so_many_steps_and_no_more(monkeypatch):
+    data = pickle.dumps(list(range(50)), 2)
+    steps = sum(1 for _ in pickletools.genops(data))
+    monkeypatch.setattr(pickles, "MAX_OPCODES", steps - 1)
+    look_through(data)
+    monkeypatch.setattr(pickles, "MAX_OPCODES", steps - 2)
+    with pytest.raises(pickle.UnpicklingError, match=f"more than {steps - 1} steps"):
+        look_through(data)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_pickle_is_refused_for_a_name_it_may_not_ask_for(protocol):
+    data = pickle.dumps(os.system, protocol)
+    look_through(data)  # any name
+    with pytest.raises(pickle.UnpicklingError, match="it asks for"):
+        look_through(data, {"builtins print"})
+    if protocol < 4:  # later ones build the name from what lies on the stack: none of those is let through
+        look_through(data, {f"{os.system.__module__} system"})
+
+
+def torch_file(path, change=None, compression=zipfile.ZIP_STORED, more=()):
+    """A `.pt` of one tensor, written again member by member."""
+    torch.save({"a": torch.arange(3000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in [*members.items(), *more]:
+            archive.writestr(name, data)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_torch_file_holds_one_program_once_and_unpacked(tmp_path, monkeypatch):
+    good = torch_file(tmp_path / "good.pt")
+    check_pt(good)
+    for more in ([("good/other.pkl", b"N.")], [("good/data/0", b"twice")]):
+        with pytest.raises(pickle.UnpicklingError, match=r"wanted one data\.pkl"):
+            check_pt(torch_file(tmp_path / "good.pt", more=more))
+    with pytest.raises(pickle.UnpicklingError, match="packed"):
+        check_pt(torch_file(tmp_path / "good.pt", compression=zipfile.ZIP_DEFLATED))
+    with zipfile.ZipFile(torch_file(good)) as archive:
+        size = next(m.file_size for m in archive.infolist() if m.filename.endswith("data.pkl"))
+    monkeypatch.setattr(pickles, "MAX_PT_PICKLE", size)
+    check_pt(good)
+    monkeypatch.setattr(pickles, "MAX_PT_PICKLE", size - 1)
+    with pytest.raises(pickle.UnpicklingError, match="packed, or larger"):
+        check_pt(good)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_survive_the_reader_that_calls_nothing(protocol, order):
+    there = {
+        "a": np.asarray(np.arange(12, dtype=">i4").reshape(3, 4), order=order),
+        "b": np.array([True, False]),
+        "one": np.float64(2.5),
+        "words": "\xe4 is one byte",
+    }
+    back = ArraysOnly(io.BytesIO(pickle.dumps(there, protocol))).load()
+    for name in ("a", "b", "one"):
+        np.testing.assert_array_equal(back[name], there[name])
+        assert back[name].dtype == pickle.loads(pickle.dumps(there[name], protocol)).dtype and type(back["one"]) is np.float64
+    assert np.dtype("i4").byteorder == "=" and back["words"] == there["words"]
+
+
+# ---- locks
+
+
+def test_a_refused_run_leaves_no_empty_folder_and_takes_none_away(tmp_path):
+    old = tmp_path / "old"
+    old.mkdir()
+    with pytest.raises(UserError, match="no"), claimed(old / "new" / "deep" / "adapter"):
+        raise UserError("no")
+    assert old.is_dir() and list(old.iterdir()) == []
+    with claimed(old / "new" / "deep" / "adapter"):
+        (old / "new" / "deep" / "adapter").mkdir()
+    assert [str(p.relative_to(old)) for p in sorted(old.rglob("*"))] == ["new", "new/deep", "new/deep/adapter"]
+    with claimed(old / "new" / "deep" / "other"):
+        assert (old / "new" / "deep" / "other.lock").is_file()
+    assert not (old / "new" / "deep" / "other.lock").exists()
+
+
+def test_a_lock_is_let_go_of_with_its_file(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with claimed(tmp_path / "adapter"):
+            assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_a_killed_owner_left_half_written_is_removed(tmp_path):
+    path = tmp_path / "adapter.pt"
+    for name in (".adapter.123.tmp.pt", ".other.123.tmp.pt", ".adapter.123.tmp.json"):
+        (tmp_path / name).touch()
+    with claimed(path):
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".adapter.123.tmp.json", ".other.123.tmp.pt", "adapter.pt.lock"]
+    (tmp_path / "split").mkdir()
+    for name in (".meta.5.tmp.json", "meta.json"):
+        (tmp_path / "split" / name).touch()
+    with claimed(tmp_path / "split"):
+        assert [p.name for p in (tmp_path / "split").iterdir()] == ["meta.json"]
+
+
+def test_a_temporary_file_is_hidden_and_has_its_process_in_its_name(tmp_path):
+    assert temporary_name(tmp_path / "adapter.pt").name == f".adapter.{os.getpid()}.tmp.pt"
+
+
+@pytest.mark.parametrize("since", [0, -5, "noon", None, 1e11, float("nan")])
+def test_an_owner_with_a_senseless_time_is_another_process(since):
+    assert _name({"pid": 7, "host": "h", "since": since}) == "another process"
+    assert _name(None) == _name({}) == "another process"
+    assert _name({"pid": 7, "host": "h", "since": 1.0}).startswith("process 7 on h, since 19")
+
+
+def test_a_process_alone_is_the_first_of_one(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    rank, number, device, wait = processes("cpu")
+    assert (rank, number, device, wait()) == (0, 1, "cpu", None)
+
+
+# ---- files of hidden states
+
+
+def test_every_byte_of_a_state_file_is_under_a_hash(tmp_path, monkeypatch):
+    path, tensor = tmp_path / "states.pt", torch.randn(3, 4, 5)
+    torch.save(tensor, path)
+    data, row_bytes = path.read_bytes(), 4 * 5 * 4
+    begin = state_files.storage_offset(path)
+    assert data[begin : begin + 3 * row_bytes] == tensor.numpy().tobytes()
+    rows = [tensor[i].numpy().tobytes() for i in range(3)]
+    assert list(state_files.row_hashes(path, 3, row_bytes)) == [hashlib.sha256(row).hexdigest()[:16] for row in rows]
+    assert state_files.row_hash(rows[0][:33], row_bytes) == hashlib.sha256(rows[0][:33] + bytes(row_bytes - 33)).hexdigest()[:16]
+    frame = hashlib.sha256(data[:begin] + data[begin + 3 * row_bytes :]).hexdigest()[:16]
+    assert state_files.frame_hash(path, 3 * row_bytes) == frame
+    for block in (1, 7):
+        monkeypatch.setattr(state_files, "_BLOCK", block)
+        assert state_files.frame_hash(path, 3 * row_bytes) == frame
+    path.write_bytes(data[: begin + 2 * row_bytes + 9])  # a file cut off in its last row is damaged, not shorter
+    with pytest.raises(UserError, match="--no_resume"):
+        state_files.storage_offset(path)
+
+
+def test_a_row_cut_off_counts_as_zeros(tmp_path, monkeypatch):
+    (tmp_path / "rows").write_bytes(b"abcdefgh")
+    monkeypatch.setattr(state_files, "storage_offset", lambda path: 2)
+    found = list(state_files.row_hashes(tmp_path / "rows", 3, 4))
+    assert found == [hashlib.sha256(row).hexdigest()[:16] for row in (b"cdef", b"gh\0\0", bytes(4))]
+
+
+# ---- files and their hashes
+
+
+def short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def test_a_hash_is_of_a_files_bytes_or_of_a_folders_names_and_files(tmp_path):
+    big = os.urandom((1 << 22) + 5)
+    (tmp_path / "b.bin").write_bytes(big)
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "README.md").write_text("for people")
+    (tmp_path / "deeper").mkdir()
+    assert artifacts.file_hash(tmp_path / "b.bin") == short(big)
+    assert artifacts.file_hash(tmp_path) == short(f"a.txt:{short(b'a')}\nb.bin:{short(big)}\n".encode())
+    several = [tmp_path / "b.bin", tmp_path / "a.txt"]
+    assert artifacts.source_hash(several) != artifacts.source_hash(several[::-1]) and artifacts.source_hash(
+        tmp_path
+    ) == artifacts.file_hash(tmp_path)
+
+
+def test_a_sealed_file_tells_what_was_altered(tmp_path):
+    path, beside = tmp_path / "meta.json", tmp_path / "states.pt"
+    beside.write_text("states")
+    artifacts.write_sealed(path, {"value": float("nan"), "n": 1}, ["states.pt"])
+    content = artifacts.read_sealed(path, "make it")
+    assert content == {"value": None, "n": 1, "files": {"states.pt": short(b"states")}, "content_hash": content["content_hash"]}
+    assert content["content_hash"] == artifacts.content_hash(content) == artifacts.content_hash({**content, "content_hash": "other"})
+    assert artifacts.altered(path, content) == artifacts.altered(path, content, []) == []
+    assert artifacts.altered(path, content, ["states.pt", "nobody.pt"]) == ["nobody.pt"]
+    beside.write_text("others")
+    assert artifacts.altered(path, content) == ["states.pt"]
+    beside.unlink()
+    assert artifacts.altered(path, content) == ["states.pt"]
+    artifacts.write_json(path, {**content, "n": 2})
+    with pytest.raises(UserError, match=r"(?s)altered after it was written.*make it"):
+        artifacts.read_sealed(path, "make it")
+    for unsealed in ({"n": 1}, [1]):
+        artifacts.write_json(path, unsealed)
+        assert artifacts.read_json(path, "make it") == unsealed
+        with pytest.raises(UserError, match=r"(?s)does not say its own hash.*make it"):
+            artifacts.read_sealed(path, "make it")
+    path.write_text("{")
+    for read in (artifacts.read_json, artifacts.read_sealed):
+        with pytest.raises(UserError, match="not valid JSON"):
+            read(path, "make it")
+        with pytest.raises(UserError, match=r"is not there\. Make it first:\n  make it"):
+            read(tmp_path / "absent.json", "make it")
+
+
+def test_a_file_gets_its_name_when_its_bytes_are_on_the_disk(tmp_path, monkeypatch):
+    path, done = tmp_path / "new" / "deep" / "a.txt", []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (done.append("sync"), sync(number))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("replace"), replace(a, b))[1])
+    artifacts.write_text(path, "one")
+    assert done == ["sync", "replace"] and path.read_text() == "one" and list(path.parent.iterdir()) == [path]
+    with pytest.raises(RuntimeError), artifacts.replacing(path) as temporary:
+        temporary.write_text("two")
+        raise RuntimeError
+    assert path.read_text() == "one" and list(path.parent.iterdir()) == [path]
+
+
+def test_equal_weights_have_equal_hashes():
+    one = {"a": torch.ones(2, 3), "b": torch.tensor(2.0, dtype=torch.bfloat16)}
+    assert artifacts.weights_hash(one) == artifacts.weights_hash({k: v.clone() for k, v in one.items()})
+    others = (
+        {**one, "a": torch.ones(2, 3) * 2},
+        {"c": one["a"], "b": one["b"]},
+        {"a": one["a"]},
+        {**one, "b": torch.tensor(3.0).bfloat16()},
+    )
+    assert len({artifacts.weights_hash(o) for o in (one, *others)}) == 5
+    transposed = torch.arange(6.0).view(2, 3).T
+    assert artifacts.weights_hash({"a": transposed}) == artifacts.weights_hash({"a": transposed.contiguous()})
+
+
+def test_a_tensor_that_shows_more_than_its_file_holds_is_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    for good in (torch.ones(3, 4), {"a": {"b": torch.ones(2)}, "n": 1}):
+        artifacts.save_pt(path, good)
+        assert str(artifacts.load_pt(path, "make it")) == str(good)
+    for bad in (torch.ones(1).expand(1000), {"a": {"b": torch.ones(1).expand(1000)}}, torch.ones(3, 4).T):
+        artifacts.save_pt(path, bad)
+        with pytest.raises(UserError, match=r"(?s)shows more than the file holds.*make it"):
+            artifacts.load_pt(path, "make it")
+
+
+# ---- a whole run looked through
+
+
+def a_run(out, clip):
+    """Training states made from a clip, an adapter made from these, a benchmark made from the adapter, and a comparison beside them."""
+    clip.write_text("events")
+    for folder, source in (("adapter", ("states", out.parent / "states.pt")), ("benchmark", ("adapter", out / "adapter" / "meta.json"))):
+        (out / folder).mkdir(parents=True)
+        (out.parent / "states.pt").touch()
+        (out / folder / "beside.txt").write_text(folder)
+        name = "meta.json" if folder == "adapter" else "benchmark.json"
+        meta = {"made_from": {source[0]: artifacts.source_hash(source[1])}, "inputs": {source[0]: str(source[1])}}
+        artifacts.write_sealed(out / folder / name, {"meta": meta}, ["beside.txt"])
+    (out / "token_baseline").mkdir()
+    meta = {"made_from": {"clips": artifacts.source_hash([clip])}, "inputs": {"clips": [str(clip)]}}
+    artifacts.write_sealed(out / "token_baseline" / "comparison.json", {"meta": meta})
+
+
+def found_in(out):
+    return {(f.about, f.state): f.why for f in verify(out)[0]}
+
+
+def test_what_was_made_from_something_altered_is_stale_and_nothing_else(tmp_path):
+    out, clip = tmp_path / "out", tmp_path / "clip.npy"
+    a_run(out, clip)
+    assert verify(out) == ([], {"files": 5, "rows": 0, "sources": 3})
+    (out / "adapter" / "beside.txt").write_text("other")
+    found = found_in(out)
+    assert set(found) == {("adapter/beside.txt", "altered"), ("benchmark/benchmark.json", "stale")}
+    assert found["benchmark/benchmark.json", "stale"] == "made from adapter, which is not what it was"
+    (out / "adapter" / "beside.txt").unlink()
+    assert set(found_in(out)) == {("adapter/beside.txt", "missing"), ("benchmark/benchmark.json", "stale")}
+    (out / "adapter" / "beside.txt").write_text("adapter")
+    (tmp_path / "states.pt").write_text("others")
+    assert set(found_in(out)) == {("adapter/meta.json", "stale"), ("benchmark/benchmark.json", "stale")}
+    (tmp_path / "states.pt").unlink()
+    assert "which is gone" in found_in(out)["adapter/meta.json", "stale"]
+    (tmp_path / "states.pt").touch()
+    clip.write_text("another")
+    (found,) = verify(out)[0]
+    assert (found.about, found.state) == ("token_baseline/comparison.json", "stale") and found.why.startswith(
+        "made from another clips than "
+    )
+    clip.write_text("events")
+    (out / "benchmark" / "benchmark.json").write_text("{}")
+    assert set(found_in(out)) == {("benchmark/benchmark.json", "altered")}
+
+
+def test_what_was_left_by_a_killed_run_is_named_and_is_no_fault(tmp_path, capsys):
+    out = tmp_path / "out"
+    a_run(out, tmp_path / "clip.npy")
+    (out / "hidden_states" / "train.unfinished").mkdir(parents=True)
+    (out / "hidden_states" / "train.unfinished" / "meta.json").write_text("half")
+    (out / "adapter" / ".adapter.7.tmp.pt").touch()
+    found = main(["verify", str(out)])
+    assert (found["unfinished"], found["left over"], found["altered"], found["missing"], found["stale"]) == (1, 1, 0, 0, 0)
+    assert found["compared"] == {"files": 5, "rows": 0, "sources": 3}
+    (out / "adapter" / "meta.json").write_text("{}")
+    with pytest.raises(UserError, match=r"2 things in .* are not what they were"):
+        main(["verify", str(out)])
+    for nothing in (tmp_path / "absent", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match="wanted the directory of a run"):
+            verify(nothing)
+
+
+@pytest.mark.parametrize(("findings", "more"), [(40, ""), (41, "and 1 more"), (50, "and 10 more")])
+def test_only_forty_findings_are_shown(tmp_path, capsys, findings, more):
+    (tmp_path / "sd").mkdir(parents=True)
+    for i in range(findings):
+        (tmp_path / "sd" / f"{i:02d}.json").write_text("{}")
+    with pytest.raises(UserError, match=f"{findings} things"):
+        main(["verify", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert said.count("sd/") == 40 and ("more" in said) == bool(more) and more in said
