@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from feature_alignment.artifacts import EXTRACT, read_json, replacing
+from feature_alignment.artifacts import EXTRACT, eos_ids_of, read_json, replacing
 from feature_alignment.console import UserError, finite
 
 
@@ -33,6 +33,12 @@ def write_token_pairs(path: Path, meta: dict[str, Any], rows: Iterable[dict[str,
 def read_token_pairs(path: Path) -> list[dict[str, Any]]:
     """Rows with `egpt_tokens` and `vl_tokens`, from `{"results": [...]}`; of our own files also `sample_id` and `query`."""
     return _read(path, EXTRACT.format(split="test"))["results"]
+
+
+def eos_ids(path: Path) -> list[int]:
+    """The token ids that end the target's texts in a token pairs file."""
+    meta = _read(path, EXTRACT.format(split="test")).get("meta")
+    return eos_ids_of(meta if isinstance(meta, dict) else None)
 
 
 def _read(path: Path, make_it: str) -> dict[str, Any]:

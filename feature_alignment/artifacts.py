@@ -42,6 +42,7 @@ SCHEMA = 3  # of the JSON files: what an older version left is made anew, not re
 Module = TypeVar("Module", bound=nn.Module)
 EVENT_STATES = "egpt_event_states.pt"
 CHECKED_AT_ONCE = 1 << 30  # bytes of states that are compared with their hashes whenever they are loaded
+EOS_IDS_ONCE = [2]  # of every file written before its meta said so
 VERIFY = "python -m feature_alignment.artifacts verify outputs/<name>"
 EXTRACT = "python feature_alignment/extract_hidden_states.py --config configs/demo.yaml --split {split}"
 
@@ -275,7 +276,8 @@ class HiddenStates:
     @property
     def ended(self) -> Tensor:
         """[n] bool: texts that end with EOS, not at the length limit."""
-        return self.token_ids[torch.arange(len(self.lengths)), self.lengths - 1] == 2
+        ids = eos_ids_of(self.meta, "draft_eos_token_ids" if self.meta.get("prefix") == "drafter" else "eos_token_ids")
+        return torch.isin(self.token_ids[torch.arange(len(self.lengths)), self.lengths - 1], torch.tensor(ids))
 
     @property
     def names(self) -> list[str]:
@@ -286,6 +288,14 @@ class HiddenStates:
     def clips(self) -> list[str]:
         """The cluster each row belongs to: intervals resample these."""
         return [row["sequence"] for row in self.rows]
+
+
+def eos_ids_of(meta: dict[str, Any] | None, key: str = "eos_token_ids") -> list[int]:
+    """The token ids that end the target's texts (or the drafter's, by its key), as the meta of an extraction or its token pairs says."""
+    ids = (meta or {}).get(key, EOS_IDS_ONCE)
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise UserError(f"{key} in a meta.json: wanted a list of token ids, got {str(ids)[:80]}. Look for what was altered:\n  {VERIFY}")
+    return ids
 
 
 def load_trained(path: Path, kind: str, build: Callable[..., Module], size: str, make_it: str) -> tuple[Module, dict[str, Any]]:

@@ -55,7 +55,7 @@ class ComparisonConfig(Common):
     num_epochs: int = 6
 
 
-def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict]) -> dict[str, Any] | None:
+def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict], eos_ids: Sequence[int]) -> dict[str, Any] | None:
     """The earlier attempt's token-level adapter, trained here; None where it has not been."""
     import torch
 
@@ -84,7 +84,7 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict]) -> dict[st
         at_7b = token_adapter.TokenAdapter(*LAYOUT_7B).num_parameters
     width = max(len(r["vl_tokens"]) for r in rows)
     bits = torch.nn.functional.pad(token_adapter.matches(model, rows), (0, max(0, width - text.shape[1])))[:, :width]
-    report = verified(bits, rows, cfg.num_draft_tokens)
+    report = verified(bits, rows, cfg.num_draft_tokens, eos_ids)
     return {**report, "params": model.num_parameters, "params_7b": at_7b, "overhead_ms": ms, "seconds": meta["seconds"]}
 
 
@@ -175,7 +175,7 @@ def compare(cfg: ComparisonConfig) -> dict[str, Any]:
     import torch
 
     from feature_alignment import artifacts, comparison, plots
-    from feature_alignment.answers import read_token_pairs
+    from feature_alignment.answers import eos_ids, read_token_pairs
     from feature_alignment.models.loading import load_tokenizer
 
     if cfg.threads:
@@ -185,11 +185,11 @@ def compare(cfg: ComparisonConfig) -> dict[str, Any]:
     report: dict[str, Any] = {"token_level": comparison.free_running_agreement(rows, cfg.num_draft_tokens)}
     report |= dict.fromkeys(("feature_level", "aligned_token_level", "chained_token_level", "token_adapter", "own_drafts"))
     report |= {"feature_rules": {}, "kept_by_cosine": {}, "examples": [], "nulls": {}}
-    made_from, g = {"token_pairs": path}, cfg.num_draft_tokens
+    made_from, g, ends = {"token_pairs": path}, cfg.num_draft_tokens, eos_ids(path)
     if cfg.token_pairs:
         first, second = comparison.halves(rows)
         if first:
-            report["nulls"] = comparison.null_drafter_reports(first, second, g)
+            report["nulls"] = comparison.null_drafter_reports(first, second, g, ends)
     else:
         acceptance_path, train_path = cfg.out / "acceptance" / "acceptance.json", cfg.out / "token_pairs" / f"{cfg.train_split}.json"
         acceptance = artifacts.read_sealed(acceptance_path, MEASURE)
@@ -208,13 +208,13 @@ def compare(cfg: ComparisonConfig) -> dict[str, Any]:
         at = acceptance["thresholds"]["0.90"]
         report["feature_level"] = {"consecutive": at["consecutive_accept"], "relaxed": at["relaxed_accept"], "threshold": 0.9}
         report["feature_level"]["params"] = acceptance["adapter"]["params"]
-        report["token_adapter"] = token_adapter_report(cfg, rows)
+        report["token_adapter"] = token_adapter_report(cfg, rows, ends)
         if "egpt_drafts" in states.rows[0]:
             drafts = comparison.right([r["egpt_drafts"] for r in states.rows], states.rows)
-            report["own_drafts"] = {**comparison.verified(drafts, states.rows, g), "params": 0}
+            report["own_drafts"] = {**comparison.verified(drafts, states.rows, g, ends), "params": 0}
         tokenizer = load_tokenizer(cfg.target_id)
         encode = lambda question: tokenizer.encode(question, add_special_tokens=False)  # noqa: E731
-        report["nulls"] = comparison.null_drafter_reports(read_token_pairs(train_path), rows, g, encode)
+        report["nulls"] = comparison.null_drafter_reports(read_token_pairs(train_path), rows, g, ends, encode)
         if states.rows[0].get("facts"):
             report["kept_by_cosine"], report["examples"] = judge_kept(cfg, states, tokenizer)
             plots.threshold_sweep(report["kept_by_cosine"], out)

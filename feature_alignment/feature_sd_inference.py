@@ -47,7 +47,8 @@ class InferenceConfig(Common):
         adaptive: draft on while one more token is expected to gain more than it costs, and not at all where nothing pays
         overlap: EventGPT reads its prompt in a thread of its own while Video-LLaVA reads its own; for a second core
         max_new_tokens: longest answer, EOS included
-        temperature: above 0 the answer is sampled, with the law of sampling from Video-LLaVA alone; --accept token only
+        temperature: above 0 the answer is sampled, with the law of sampling from Video-LLaVA alone; --accept token only. The same
+            --seed gives the same answer; with --adaptive that of Video-LLaVA alone, at a somewhat lower acceptance
         steps: how models step: eager; graphs = over caches of a fixed size, recorded once and replayed (CUDA graphs; on
             other devices only the fixed size); compiled = recorded steps that torch.compile has fused, after a minute of compiling
         verbose: every round with its milliseconds per stage and why it drafted no more, in colour on a terminal
@@ -125,12 +126,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     pair = load_pair(cfg)
     pair.record(cfg.steps)
     sources = Sources(pair, cfg, cfg.train_split)
-    sampler = Sampler(cfg.temperature, cfg.seed, cfg.device) if cfg.temperature else None
-    proposer = sources.open(cfg.draft, cfg.accept != "token", sampler)
+    sampler = Sampler(cfg.temperature, cfg.seed, pair.target.device, shared_noise=cfg.adaptive) if cfg.temperature else None
+    proposer = sources.open(cfg.draft, cfg.accept != "token")
     prompt, draft_prompt = pair.target.prepare(sample), pair.draft.prepare(sample)
     pace = Pace(sources.known_acceptance(cfg.draft)) if cfg.adaptive else None
     for _ in range(2):  # the first run warms up, and teaches the pace
+        if sampler is not None:
+            sampler.restart(cfg.seed)
         alone = plain(pair.target, prompt, cfg.max_new_tokens, sampler)
+        if sampler is not None:
+            sampler.restart(cfg.seed)
         generation = speculate(
             pair.target,
             proposer,
@@ -155,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         **generation.as_dict(),
         "plain_text": _text(pair.target, alone.token_ids),
         "plain_ms": alone.total_ms,
-        "exact_match": generation.token_ids == alone.token_ids if sampler is None else None,  # two samples need not be equal
+        # two samples need not be equal, unless they share their noise
+        "exact_match": generation.token_ids == alone.token_ids if sampler is None or sampler.shared_noise else None,
     }
     out = cfg.out / "sd" / f"{sample.id}.json"
     artifacts.write_sealed(out, result)

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
+from conftest import EOS, as_decoder, noisy_copy, prompt_of, tiny_llama
 from oracle import states_behind
 
 from feature_alignment.chained_adapter import ChainedAdapter
@@ -17,7 +17,6 @@ from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridPropos
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.hidden_adapter import HiddenAdapter
-from feature_alignment.models.decoder import EOS
 
 ERROR = 1e-4
 VOCAB, TEMPERATURE, LENGTH = 6, 1.3, 3
@@ -60,17 +59,17 @@ def law(target) -> dict[tuple[int, ...], float]:
     return law
 
 
-def proposer_for(source: str, target, sampler):
+def proposer_for(source: str, target):
     draft = as_decoder(noisy_copy(tiny_llama(5), 0.3))
     draft.restrict_vocabulary(VOCAB)
     torch.manual_seed(0)
     if source in ("own", "aligned"):
         adapter = HiddenAdapter(32, 32, 8).eval()
         torch.nn.init.normal_(adapter.up.weight, std=0.1)
-        return ModelProposer(draft, adapter, target.lm_head if source == "aligned" else None, sampler)
+        return ModelProposer(draft, adapter, target.lm_head if source == "aligned" else None)
     if source in NULL_DRAFTERS:
         return TableProposer(NULL_DRAFTERS[source](TEXTS))
-    chained = ChainedProposer(draft, ChainedAdapter(32, 32, 1, 16).eval(), target.lm_head, target.embeddings, sampler)
+    chained = ChainedProposer(draft, ChainedAdapter(32, 32, 1, 16).eval(), target.lm_head, target.embeddings)
     return chained if source == "chained" else HybridProposer(NGram(TEXTS), chained, sure=0.5)
 
 
@@ -93,7 +92,7 @@ CASES = [*FAST, *[pytest.param(s, g, 6000, marks=pytest.mark.slow) for s in ALL 
 @pytest.mark.parametrize(("source", "gamma", "n"), CASES)
 def test_drafts_do_not_change_the_law(target, law, source, gamma, n):
     sampler = Sampler(TEMPERATURE, seed=1)
-    counts, kept = counted(target, proposer_for(source, target, sampler), sampler, n, gamma)
+    counts, kept = counted(target, proposer_for(source, target), sampler, n, gamma)
     assert kept > (0 if source == "lookup" else n / 20) and p_value(counts, law) > ERROR
 
 
@@ -104,15 +103,15 @@ def test_plain_sampling_has_the_law(target, law):
 
 
 class KeepsTooMuch(Sampler):
-    def judge(self, draft_ids, draft_probs, target_probs):
-        return super().judge(draft_ids, draft_probs, torch.cat([target_probs[:-1].sqrt(), target_probs[-1:]]))
+    def judge(self, draft_ids, draft_probs, target_probs, position=0):
+        return super().judge(draft_ids, draft_probs, torch.cat([target_probs[:-1].sqrt(), target_probs[-1:]]), position)
 
 
 class ReplacesFromP(Sampler):
     """Not from what is left of p."""
 
-    def judge(self, draft_ids, draft_probs, target_probs):
-        kept, _ = super().judge(draft_ids, draft_probs, target_probs)
+    def judge(self, draft_ids, draft_probs, target_probs, position=0):
+        kept, _ = super().judge(draft_ids, draft_probs, target_probs, position)
         return kept, self.draw(target_probs[int(kept.sum())][None])[0]
 
 
@@ -141,7 +140,7 @@ def test_the_same_seed_says_the_same(target):
         sampler = Sampler(TEMPERATURE, seed)
         prompt = prompt_of(*PROMPT)
         texts.append(
-            speculate(target, proposer_for("chained", target, sampler), prompt, prompt, max_new_tokens=40, sampler=sampler).token_ids
+            speculate(target, proposer_for("chained", target), prompt, prompt, max_new_tokens=40, sampler=sampler).token_ids
         )
     assert texts[0] == texts[1] != texts[2]
 
@@ -149,7 +148,7 @@ def test_the_same_seed_says_the_same(target):
 def test_hardly_any_temperature_is_greedy():
     target = as_decoder(tiny_llama(0))
     sampler, prompt = Sampler(1e-4), prompt_of(*PROMPT)
-    proposer = ModelProposer(as_decoder(noisy_copy(tiny_llama(0), 0.05)), None, None, sampler)
+    proposer = ModelProposer(as_decoder(noisy_copy(tiny_llama(0), 0.05)), None, None)
     greedy = plain(target, prompt, 30).token_ids
     assert speculate(target, proposer, prompt, prompt, max_new_tokens=30, sampler=sampler).token_ids == greedy
     assert any(a != b for a, b in pairwise(greedy))
@@ -160,4 +159,4 @@ def test_what_is_not_lossless_is_refused(target):
         Sampler(0.0)
     prompt = prompt_of(*PROMPT)
     with pytest.raises(ValueError, match="token rule only"):
-        speculate(target, proposer_for("aligned", target, None), prompt, prompt, accept="feature", sampler=Sampler(1.0))
+        speculate(target, proposer_for("aligned", target), prompt, prompt, accept="feature", sampler=Sampler(1.0))

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from feature_alignment.decoding.engine import Generation
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.models.decoder import EOS, Decoder, Prompt
+from feature_alignment.models.decoder import Decoder, Prompt
 
 
 def first_layers(model: PreTrainedModel, depth: int) -> PreTrainedModel:
@@ -66,8 +66,8 @@ def ways(target: Decoder, max_new_tokens: int, num_draft_tokens: int, depth: int
                 **options,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                eos_token_id=EOS,
-                pad_token_id=EOS,
+                eos_token_id=sorted(target.eos_ids),
+                pad_token_id=min(target.eos_ids, default=0),
                 suppress_tokens=beyond,
             )
             text = out[0, given["input_ids"].shape[1] if "input_ids" in given else 0 :].tolist()

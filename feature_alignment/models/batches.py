@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from feature_alignment.inputs.samples import Sample
-from feature_alignment.models.decoder import EOS, Decoder, State
+from feature_alignment.models.decoder import Decoder, State
 
 _NOBODY = -1  # whose token stands where a row is filled up
 
@@ -68,7 +68,7 @@ class ClipBatch:
         tokens = self.model.lm_head(torch.stack([states[-1] for states in texts.read(self._tails)])).argmax(-1).tolist()
         answers, rows = [[token] for token in tokens], list(range(len(tokens)))
         while True:
-            rows = [row for row in rows if answers[row][-1] != EOS and len(answers[row]) < max_new_tokens]
+            rows = [row for row in rows if answers[row][-1] not in self.model.eos_ids and len(answers[row]) < max_new_tokens]
             if not rows:
                 return answers
             states = texts.read([[answers[row][-1]] for row in rows], rows)

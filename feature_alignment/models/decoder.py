@@ -8,7 +8,7 @@ State t of a text is the hidden state that *emits* token t:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -21,8 +21,6 @@ from feature_alignment.console import UserError, log
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models.fixed import FixedCache
 from feature_alignment.models.fused import unfit
-
-EOS = 2  # of both vocabularies
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,7 @@ class Decoder:
     device: where tensors go in and come out, and where the head is; a device map may have put the layers elsewhere.
     placeholder: the id that stands for vision in a prompt; vision_tokens: how many tokens a clip becomes there.
     whole: the model all of this is part of, for transformers' own `generate`.
+    eos_ids: token ids that end a text; by default the config's.
     """
 
     def __init__(
@@ -67,6 +66,7 @@ class Decoder:
         placeholder: int = -1,
         vision_tokens: int = 0,
         whole: PreTrainedModel | None = None,
+        eos_ids: Collection[int] | None = None,
     ) -> None:
         self.placeholder, self.vision_tokens, self.whole = placeholder, vision_tokens, whole
         self.llama, self.tokenizer, self.encode_prompt, self.read_pixels = llama, tokenizer, encode_prompt, read_pixels
@@ -75,6 +75,7 @@ class Decoder:
         self.taps = tuple(taps or (self.num_layers,))
         if list(self.taps) != sorted(set(self.taps)) or not 1 <= self.taps[0] <= self.taps[-1] <= self.num_layers:
             raise UserError(f"--draft_layers {list(self.taps)}: wanted ascending layer numbers from 1 to {self.num_layers}.")
+        self.eos_ids = eos_set(llama.config.eos_token_id if eos_ids is None else eos_ids)
         self.width = llama.config.hidden_size
         self.hidden_size = self.width * len(self.taps)
         self._head = lm_head
@@ -202,17 +203,18 @@ class Decoder:
 
     @torch.inference_mode()
     def generate(self, state: State, max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers of a freshly prefilled batch, each up to and including its EOS. Leaves `state` as it was."""
+        """Greedy answers of a freshly prefilled batch, each up to and including its first EOS. Leaves `state` as it was."""
         first, length = state.last, state.length
         tokens = [self.lm_head(first).argmax(-1)]
-        ended = tokens[0] == EOS
+        ids = torch.tensor(sorted(self.eos_ids), device=self.device)
+        ended = torch.isin(tokens[0], ids)
         while len(tokens) < max_new_tokens and not ended.all():
             tokens.append(self.lm_head(self.step(state, tokens[-1][:, None])[:, -1]).argmax(-1))
-            ended |= tokens[-1] == EOS
+            ended |= torch.isin(tokens[-1], ids)
         self.rollback(state, state.length - length)
         state.last = first
         rows = torch.stack(tokens, 1).tolist()
-        return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
+        return [row[: next((i + 1 for i, token in enumerate(row) if token in self.eos_ids), len(row))] for row in rows]
 
     @torch.inference_mode()
     def teacher_force(self, state: State, token_ids: Tensor) -> Tensor:
@@ -223,6 +225,11 @@ class Decoder:
         """
         first = state.last[:, None]
         return first if token_ids.shape[1] == 1 else torch.cat([first, self.step(state, token_ids[:, :-1])], dim=1)
+
+
+def eos_set(ids: int | Collection[int] | None) -> frozenset[int]:
+    """End-of-text ids as a config states them: one, several or none."""
+    return frozenset(() if ids is None else (ids,) if isinstance(ids, int) else ids)
 
 
 @contextmanager

@@ -46,6 +46,20 @@ class Pair:
         self.target.record(steps)
         self.draft.record(steps)
 
+    def draft_with(self, layers: list[int] | None, cfg: Common) -> Decoder:
+        """Another decoder of the drafter's checkpoint, with the pair's vocabulary and steps.
+
+        Args:
+            layers: which of its layers it reads; None for all of them.
+            cfg: of the pair.
+        """
+        return self._fitted(load_draft(dataclasses.replace(cfg, draft_layers=layers)))
+
+    def _fitted(self, draft: Decoder) -> Decoder:
+        draft.restrict_vocabulary(self.target.vocab_size)
+        draft.record(self.draft.steps)
+        return draft
+
 
 def load_pair(cfg: Common) -> Pair:
     """Both decoders of a config, on its device and dtype; refuses checkpoints whose vocabularies do not share ids."""
@@ -55,10 +69,10 @@ def load_pair(cfg: Common) -> Pair:
         torch.cuda.set_device(cfg.device)  # where steps are recorded and timed
     target, draft = load_target(cfg), load_draft(cfg)
     loading.check_shared_ids(cfg.draft_id, draft.tokenizer, cfg.target_id, target.tokenizer)
-    shared = min(target.vocab_size, draft.vocab_size)
-    target.restrict_vocabulary(shared)
-    draft.restrict_vocabulary(shared)
-    return Pair(target, draft)
+    target.restrict_vocabulary(min(target.vocab_size, draft.vocab_size))
+    pair = Pair(target, draft)
+    pair._fitted(draft)
+    return pair
 
 
 def load_target(cfg: Common) -> Decoder:
