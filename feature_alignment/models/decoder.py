@@ -69,7 +69,7 @@ class Decoder:
         eos_ids: Collection[int] | None = None,
     ) -> None:
         self.placeholder, self.vision_tokens, self.whole = placeholder, vision_tokens, whole
-        self.llama, self.tokenizer, self.encode_prompt, self.read_pixels = llama, tokenizer, encode_prompt, read_pixels
+        self.llama, self.tokenizer, self._encode_prompt, self.read_pixels = llama, tokenizer, encode_prompt, read_pixels
         self._encode_vision, self._splice = encode_vision, splice
         self.num_layers = llama.config.num_hidden_layers
         self.taps = tuple(taps or (self.num_layers,))
@@ -128,6 +128,17 @@ class Decoder:
     def lm_head(self, hidden: Tensor) -> Tensor:
         """Logits [.., v] over the shared ids. hidden [.., d], post-norm; of several taps only the last counts."""
         return nn.functional.linear(hidden[..., -self.width :], self.head_weight)
+
+    def encode_prompt(self, question: str) -> Tensor:
+        """Prompt ids [s] int64 with vision placeholders; raises UserError for more tokens than the model has positions."""
+        ids = self._encode_prompt(question)
+        length, most = int((ids != self.placeholder).sum()) + self.vision_tokens, positions_of(self.llama.config)
+        if length >= most:
+            raise UserError(
+                f"the question {question[:60]!r} makes a prompt of {length} tokens, vision included; {type(self.llama).__name__} was "
+                f"trained for {most} positions (max_position_embeddings), prompt and answer together. Ask a shorter question."
+            )
+        return ids
 
     def prepare(self, sample: Sample) -> Prompt:
         return Prompt(self.encode_prompt(sample.question), self.read_pixels(sample), sample.question)
@@ -225,6 +236,13 @@ class Decoder:
         """
         first = state.last[:, None]
         return first if token_ids.shape[1] == 1 else torch.cat([first, self.step(state, token_ids[:, :-1])], dim=1)
+
+
+def positions_of(config: PreTrainedConfig) -> int:
+    """How many positions a text may have: what the config states, times the factor by which its rotary embedding is stretched."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    stretched = 1.0 if "original_max_position_embeddings" in rope else rope.get("factor") or 1.0  # then the config states the product
+    return int(config.max_position_embeddings * stretched)
 
 
 def eos_set(ids: int | Collection[int] | None) -> frozenset[int]:

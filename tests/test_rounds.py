@@ -1,0 +1,359 @@
+"""One round at a time: who drafted, why it stopped, what is told to the pace, where a text ends, what fails meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import EOS, VOCAB, as_decoder, noisy_copy, prompt_of, tiny_llama
+
+from feature_alignment.chained_adapter import ChainedAdapter
+from feature_alignment.decoding import engine
+from feature_alignment.decoding.batch import speculate_batch
+from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.law import Law
+from feature_alignment.decoding.null_drafters import HybridProposer, NGram, Previous, TableProposer
+from feature_alignment.decoding.pace import Pace
+from feature_alignment.decoding.proposers import ChainedProposer, Draft, ModelProposer, Proposer
+from feature_alignment.decoding.stopwatch import Stopwatch
+
+PROMPT, MAX = (1, 5, 9, 13), 24
+
+
+class Unsure(Proposer):
+    """Drafts 10, 11, 12, … by position, each with the same confidence, and stops as the protocol asks."""
+
+    def __init__(self, confidence: float) -> None:
+        self.confidence, self.asked = confidence, []
+
+    def start(self, prompt, watch):
+        pass
+
+    def propose(self, emitted, states, num_tokens, watch, floor=0.0):
+        self.asked.append((len(emitted), num_tokens, floor))
+        tokens, chance = [], 1.0
+        while not tokens or (len(tokens) < num_tokens and chance >= floor):
+            tokens.append(10 + len(emitted) + len(tokens))
+            chance *= self.confidence
+        return Draft(torch.tensor(tokens), confidence=[self.confidence] * len(tokens))
+
+
+class Sure(NGram):
+    """Sure of some positions' tokens, by position in the answer."""
+
+    def __init__(self, known: dict[int, int], share: float = 1.0) -> None:
+        self.known, self.share = known, share
+
+    def guess(self, question, prefix):
+        return (self.known[len(prefix)], self.share) if len(prefix) in self.known else (None, 0.0)
+
+
+def drafted(proposer, floor: float, room: int = 3) -> list[int]:
+    proposer.start(prompt_of(*PROMPT), watch := Stopwatch())
+    return proposer.propose([7], torch.zeros(1, 1), room, watch, floor).token_ids.tolist()
+
+
+def test_a_discarded_draft_does_not_make_the_chain_unsure():
+    """The table overrides the first of three, the model is sure of the others: its doubt about the first is not held against them."""
+    model = Unsure(0.25)
+    model.propose = lambda text, states, n, watch, floor=0.0: (
+        Draft(torch.tensor([11]), confidence=[0.25]) if len(text) == 1 else Draft(torch.tensor([12, 13][:n]), confidence=[0.9, 0.9][:n])
+    )
+    assert drafted(HybridProposer(Sure({1: 50}), model), floor=0.3) == [50, 12, 13]
+
+
+def test_where_the_table_vouches_for_an_unsure_draft_the_model_goes_on():
+    assert drafted(HybridProposer(Sure({1: 11, 2: 12}), Unsure(0.2)), floor=0.3) == [11, 12, 13]
+    assert drafted(HybridProposer(Sure({}), Unsure(0.2)), floor=0.3) == [11]
+
+
+def test_a_tables_own_doubt_counts():
+    """Three tokens it is sure of by .5 each: the second is below a floor of .3."""
+    assert drafted(HybridProposer(Sure({1: 50, 2: 51, 3: 52}, share=0.5), Unsure(0.9), sure=0.5), floor=0.6) == [50, 51, 52]
+    model = Unsure(0.9)
+    drafted(HybridProposer(Sure({1: 50}, share=0.5), model, sure=0.5), floor=0.6)
+    assert [n for n, _, _ in model.asked] == [1]  # after the table's token the chance is below the floor: the model is not asked again
+
+
+@pytest.mark.parametrize(("floor", "length"), [(0.5, 2), (0.7, 1), (0.3, 3), (0.0, 5)])
+def test_two_drafts_of_confidence_point_6_are_below_a_floor_of_point_5(floor, length, monkeypatch):
+    """The draft whose chance, with all before it, is below the floor is the last: .6 is not, .36 is."""
+    model = tiny_llama(0)
+    target, prompt = as_decoder(model), prompt_of(*PROMPT)
+    pick = Law.pick
+    monkeypatch.setattr(Law, "pick", lambda self, logits, text, confidence=False: pick(self, logits, text)._replace(confidence=0.6))
+    chained = ChainedProposer(target, ChainedAdapter(32, 32, 1, 16).eval(), target.lm_head, target.embeddings)
+    for proposer in (
+        ModelProposer(as_decoder(model), None, None),
+        chained,
+        HybridProposer(Sure({}), ModelProposer(as_decoder(model), None, None)),
+    ):
+        proposer.start(prompt, watch := Stopwatch())
+        assert len(proposer.propose([7], torch.zeros(1, 32), 5, watch, floor).token_ids) == length
+
+
+def test_the_chain_goes_on_after_an_override_as_one_begun_anew():
+    """A stale chain: what was drafted after the overridden token is forgotten, and what the chain read of it too."""
+    torch.manual_seed(0)
+    target, adapter = as_decoder(tiny_llama(0)), ChainedAdapter(32, 32, 1, 16).eval()
+    states, watch = torch.randn(2, 32), Stopwatch()
+
+    def fresh():
+        proposer = ChainedProposer(target, adapter, target.lm_head, target.embeddings)
+        proposer.start(prompt_of(*PROMPT), watch)
+        return proposer
+
+    used = fresh()
+    first = used.propose([4, 5], states, 4, watch).token_ids.tolist()
+    for k in range(4):
+        text = [4, 5, *first[:k], (first[k] + 1) % 60 + 3]
+        again, anew = used.propose(text, states, 3, watch), fresh().propose(text, states, 3, watch)
+        assert again.token_ids.tolist() == anew.token_ids.tolist()
+        torch.testing.assert_close(again.aligned, anew.aligned)
+        used.propose([4, 5], states, 4, watch)
+
+
+@pytest.mark.parametrize("k", range(4))
+@torch.inference_mode()
+def test_the_kth_chained_draft_expects_the_state_t_plus_k(k):
+    """A chain from position t: draft k expects the state of position t + k, which its cosine is taken with."""
+    model = tiny_llama(0)
+    target, prompt, taken = as_decoder(model), prompt_of(*PROMPT), []
+    chained = ChainedProposer(target, ChainedAdapter(32, 32, 1, 16).eval(), target.lm_head, target.embeddings)
+    got = speculate(target, chained, prompt, prompt, accept="relaxed", threshold=-1.0, num_draft_tokens=4, max_new_tokens=12)
+    at = 1
+    for r in got.rounds:
+        ids = torch.tensor([[*PROMPT, *got.token_ids[: at + len(r.proposed)]]])
+        states = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        fresh = ChainedProposer(target, ChainedAdapter(32, 32, 1, 16).eval(), target.lm_head, target.embeddings)
+        fresh._adapter, fresh._tokens = chained._adapter, chained._tokens
+        fresh.start(prompt, watch := Stopwatch())
+        draft = fresh.propose(got.token_ids[:at], states[len(PROMPT) - 1 :][:at], len(r.proposed), watch)
+        if k < len(r.proposed):
+            state = states[len(PROMPT) - 1 + at + k]
+            taken.append(float(torch.cosine_similarity(draft.aligned[k], state, dim=0)) - r.cosine[k])
+        at += len(r.proposed) + 1
+    assert taken and max(map(abs, taken)) < 1e-4
+
+
+class Scripted(Proposer):
+    """Drafts these tokens, as many as there is room for."""
+
+    def __init__(self, *drafts: list[int], knows_chance: bool = True) -> None:
+        self.drafts, self.knows_chance = list(drafts), knows_chance
+
+    def start(self, prompt, watch):
+        pass
+
+    def propose(self, emitted, states, num_tokens, watch, floor=0.0):
+        return Draft(torch.tensor((self.drafts.pop(0) if self.drafts else [])[:num_tokens], dtype=torch.long))
+
+
+class Floor(Pace):
+    """Always drafts, above this floor."""
+
+    def __init__(self, floor: float) -> None:
+        super().__init__(0.9)
+        self.floor, self.told = floor, []
+
+    def next_floor(self):
+        return self.floor
+
+    def passed(self, *what):
+        self.told.append(what)
+
+    def most(self, floor, knows_chance=True):
+        return 99
+
+
+@pytest.mark.parametrize(
+    ("drafts", "floor", "knows_chance", "wanted"),
+    [
+        ([9, 9, 9, 9], 0.0, True, "length"),
+        ([9, 9, 9, EOS], 0.0, True, "EOS"),  # the last of exactly as many as there is room for
+        ([9, EOS], 0.0, True, "EOS"),
+        ([9, EOS], 0.4, True, "EOS"),
+        ([9, 9], 0.4, True, "unsure"),
+        ([9, 9], 0.4, False, "no idea"),  # a table that ran out knows no floor
+        ([9, 9], 0.0, True, "no idea"),
+        ([], 0.4, True, "no idea"),
+        ([], 0.0, False, "no idea"),
+    ],
+)
+def test_a_trace_says_why_no_more_was_drafted(drafts, floor, knows_chance, wanted):
+    target, prompt = as_decoder(tiny_llama(0)), prompt_of(*PROMPT)
+    proposer = Scripted(drafts, knows_chance=knows_chance)
+    got = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=12, pace=Floor(floor))
+    assert got.rounds[0].stopped == wanted
+    assert Scripted.knows_chance and not TableProposer.knows_chance
+
+
+def test_no_token_follows_a_drafted_end():
+    """An accepted EOS ends the text: the target's own token after it is not emitted, nor counted, nor shown."""
+    model = tiny_llama(2)
+    with torch.no_grad():
+        plain = greedy(as_decoder(model), prompt_of(*PROMPT), 12).token_ids
+        model.lm_head.weight[EOS] = model.lm_head.weight[plain[5]] * 1.01
+    target, prompt = as_decoder(model), prompt_of(*PROMPT)
+    wanted = greedy(target, prompt, MAX).token_ids
+    assert wanted[-1] == EOS
+    for accept in ("token", "feature", "relaxed"):
+
+        class All(Scripted):
+            def propose(self, *args, **kwargs):
+                draft = super().propose(*args, **kwargs)
+                return replace(draft, aligned=target.head_weight[draft.token_ids])
+
+        got = speculate(
+            target, All([*wanted[1:], 9, 9]), prompt, prompt, accept=accept, threshold=-1.0, num_draft_tokens=40, max_new_tokens=MAX
+        )
+        last = got.rounds[-1]
+        assert got.token_ids == wanted and last.extra_token is None and last.num_accepted == len(wanted) - 1 == sum(last.kept)
+    got = speculate_batch(target, [Scripted([*wanted[1:], 9])], [prompt], [prompt], num_draft_tokens=40, max_new_tokens=MAX)
+    assert got.token_ids == [wanted] and got.accepted == [[len(wanted) - 1]]
+
+
+def test_the_previous_answer_is_learned_in_the_loop():
+    """Another prompt's answer is drafted from the one before it; without `finish` and `finished` nothing would be."""
+    target, table = as_decoder(tiny_llama(0)), Previous([])
+    proposer = TableProposer(table)
+    for i, kept in ((0, False), (1, True)):
+        prompt = prompt_of(*PROMPT)  # another prompt with the same answer
+        got = speculate(target, proposer, prompt, prompt, num_draft_tokens=3, max_new_tokens=MAX)
+        assert (sum(r.num_accepted for r in got.rounds) > 10) is kept, i
+    assert table._last[""] == got.token_ids  # the first answer, told when the second prompt began
+    batch = TableProposer(Previous([]))
+    for kept in (False, True):
+        prompts = [prompt_of(*PROMPT)]
+        found = speculate_batch(target, [batch], prompts, prompts, num_draft_tokens=3, max_new_tokens=MAX)
+        assert (sum(map(sum, found.accepted)) > 10) is kept
+
+
+class Clock:
+    """A clock that moves only when it is told to."""
+
+    def __init__(self) -> None:
+        self.ms = 0.0
+
+    def perf_counter(self) -> float:
+        return self.ms / 1e3
+
+
+def test_the_pace_is_told_each_rounds_milliseconds(monkeypatch):
+    """Drafting takes 7 ms a round, the target 100 a pass, prompts 1,000 and 300: each is told as what it was, and all of it."""
+    clock = Clock()
+    monkeypatch.setattr("feature_alignment.decoding.stopwatch.time", clock)
+    target, prompt = as_decoder(tiny_llama(0)), prompt_of(*PROMPT)
+    step, prefill = target.step, target.prefill
+    target.step = lambda *a, **k: (setattr(clock, "ms", clock.ms + 100), step(*a, **k))[1]
+    target.prefill = lambda *a: (setattr(clock, "ms", clock.ms + 1000), prefill(*a))[1]
+    wanted = greedy(target, prompt, MAX).token_ids
+
+    class Costly(Scripted):
+        def start(self, prompt, watch):
+            with watch("draft_prefill"):
+                clock.ms += 300
+
+        def propose(self, *args, **kwargs):
+            with args[3]("draft"):
+                clock.ms += 7
+            return super().propose(*args, **kwargs)
+
+    class Told(Floor):
+        prompts: tuple = ()
+
+        def prompted(self, ms):
+            self.prompts += (("target", round(ms)),)
+
+        def started(self, ms):
+            self.prompts += (("drafter", round(ms)),)
+
+        def next_floor(self):
+            return None if len(self.told) == 2 else 0.1
+
+        rest = 2
+
+    pace = Told(0.1)
+    got = speculate(target, Costly(wanted[1:4], [9, 9], [wanted[8]]), prompt, prompt, pace=pace, max_new_tokens=12)
+    assert pace.prompts == (("target", 1000), ("drafter", 300)) and got.token_ids == wanted[:12]
+    told = [(drafts, tokens, round(draft_ms), round(other)) for drafts, tokens, draft_ms, other in pace.told]
+    assert told[:4] == [(3, 4, 7, 100), (2, 1, 7, 100), (0, 2, 0, 200), (1, 2, 7, 100)]
+    assert told[4:] and all(t == (0, 1, 7, 100) for t in told[4:-1])  # asked, and had no idea: that time is drafting's too
+
+
+class Stuck(Proposer):
+    """Reads its prompt for a while in a thread, then perhaps fails."""
+
+    def __init__(self, fails: bool) -> None:
+        self.fails, self.done = fails, False
+
+    def start(self, prompt, watch):
+        time.sleep(0.2)
+        self.done = True
+        if self.fails:
+            raise ArithmeticError("no events")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_target_that_fails_waits_for_its_drafter_and_both_are_heard(fails):
+    target, prompt, proposer = as_decoder(tiny_llama(0)), prompt_of(*PROMPT), Stuck(fails)
+
+    def prefill(prompts):
+        raise MemoryError("the target's prompt")
+
+    target.prefill = prefill
+    threads = threading.active_count()
+    with pytest.raises(MemoryError, match="the target's prompt") as found:
+        speculate(target, proposer, prompt, prompt, overlap=True)
+    assert proposer.done and threading.active_count() == threads
+    assert any("ArithmeticError: no events" in note for note in getattr(found.value, "__notes__", [])) is fails
+
+
+def test_a_failing_drafter_is_raised_once_and_as_itself():
+    target, prompt, proposer = as_decoder(tiny_llama(0)), prompt_of(*PROMPT), Stuck(True)
+    with pytest.raises(ArithmeticError, match="no events") as found:
+        speculate(target, proposer, prompt, prompt, overlap=True)
+    assert not getattr(found.value, "__notes__", [])
+
+
+def test_a_batch_of_one_is_decoding_alone():
+    target = as_decoder(tiny_llama(0))
+    for noise in (0.0, 0.05):
+        proposer = ModelProposer(as_decoder(noisy_copy(tiny_llama(0), noise)), None, None)
+        prompt = prompt_of(*PROMPT)
+        alone = speculate(target, proposer, prompt, prompt, num_draft_tokens=3, max_new_tokens=MAX)
+        got = speculate_batch(target, [proposer], [prompt], [prompt], num_draft_tokens=3, max_new_tokens=MAX)
+        rounds = [r.num_accepted for r in alone.rounds]
+        assert got.token_ids == [alone.token_ids] and got.passes == alone.passes
+        assert got.accepted[0][: len(rounds)] == rounds and not any(got.accepted[0][len(rounds) :])  # a last token without drafts
+
+
+def test_every_text_ends_where_the_targets_set_says():
+    """Several ids end a text, in plain decoding, drafted, and in a batch; a drafter's own set does not."""
+    model = tiny_llama(0)
+    text = greedy(as_decoder(model), prompt_of(*PROMPT), MAX).token_ids
+    first = {token: text.index(token) for token in text}
+    ids = sorted(first, key=first.get)[3:5]
+    assert VOCAB - 1 not in text and len(ids) == 2
+    target, prompt = as_decoder(model), prompt_of(*PROMPT)
+    target.eos_ids = frozenset({VOCAB - 1, *ids})
+    draft = as_decoder(model)
+    draft.eos_ids = frozenset(text[:1])
+    wanted = text[: first[ids[0]] + 1]
+    assert greedy(target, prompt, MAX).token_ids == wanted == target.generate(target.prefill([prompt]), MAX)[0]
+    proposers = [
+        ModelProposer(draft, None, None),
+        TableProposer(NGram([("", text)])),
+        HybridProposer(NGram([("", text)]), ModelProposer(draft, None, None)),
+    ]
+    for proposer in proposers:
+        for gamma in (2, 9):
+            got = speculate(target, proposer, prompt, prompt, num_draft_tokens=gamma, max_new_tokens=MAX)
+            assert got.token_ids == wanted
+            assert not any(target.eos_ids & {*r.proposed[:-1]} for r in got.rounds)  # nothing is drafted after an end
+    got = speculate_batch(target, proposers, [prompt] * 3, [prompt] * 3, max_new_tokens=MAX)
+    assert got.token_ids == [wanted] * 3
+    assert engine.Law.of(target, prompt).eos_ids == target.eos_ids
