@@ -49,6 +49,13 @@ class InferenceConfig(Common):
         max_new_tokens: longest answer, EOS included
         temperature: above 0 the answer is sampled, with the law of sampling from Video-LLaVA alone; --accept token only. The same
             --seed gives the same answer; with --adaptive that of Video-LLaVA alone, at a somewhat lower acceptance
+        top_p: of the sampled law, keep the most likely tokens that have this probability together; default as the checkpoint's
+            generation_config.json, which decides about the next five as well
+        top_k: of the sampled law, keep so many of the most likely tokens
+        min_p: of the sampled law, keep tokens with at least this share of the most likely one's probability
+        min_new_tokens: shortest answer
+        repetition_penalty: above 1, tokens of prompt and answer become less likely
+        stop: the answer also ends with the first of these strings
         steps: how models step: eager; graphs = over caches of a fixed size, recorded once and replayed (CUDA graphs; on
             other devices only the fixed size); compiled = recorded steps that torch.compile has fused, after a minute of compiling
         verbose: every round with its milliseconds per stage and why it drafted no more, in colour on a terminal
@@ -68,6 +75,12 @@ class InferenceConfig(Common):
     overlap: bool = False
     max_new_tokens: int = 64
     temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    min_new_tokens: int | None = None
+    repetition_penalty: float | None = None
+    stop: list[str] | None = None
     steps: Steps = "eager"
     verbose: bool = False
 
@@ -115,16 +128,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"--temperature {cfg.temperature} --accept {cfg.accept}: a temperature wants to be 0 (greedy) or above, and sampling is "
             "lossless only where tokens are compared; pass --accept token."
         )
+    narrowing = [f"--{name}" for name in ("top_p", "top_k", "min_p") if getattr(cfg, name) is not None]
+    if narrowing and not cfg.temperature:
+        raise UserError(f"{', '.join(narrowing)} change only what is sampled, and greedy decoding samples nothing; pass --temperature 1.")
     sample = choose_sample(cfg)
     from feature_alignment import artifacts
     from feature_alignment.decoding.engine import plain, speculate
     from feature_alignment.decoding.pace import Pace
     from feature_alignment.decoding.sampling import Sampler
     from feature_alignment.decoding.sources import Sources
+    from feature_alignment.models.generation import with_flags
     from feature_alignment.models.pair import load_pair
 
     pair = load_pair(cfg)
     pair.record(cfg.steps)
+    flags = {name: getattr(cfg, name) for name in ("top_p", "top_k", "min_p", "min_new_tokens", "repetition_penalty")}
+    pair.target.settings = with_flags(pair.target.settings, **flags, stop_strings=cfg.stop)
     sources = Sources(pair, cfg, cfg.train_split)
     sampler = Sampler(cfg.temperature, cfg.seed, pair.target.device, shared_noise=cfg.adaptive) if cfg.temperature else None
     proposer = sources.open(cfg.draft, cfg.accept != "token")

@@ -171,7 +171,7 @@ SHAPES = {"what both like": (0, 1.0), "what the model dislikes": (1, 1.0), "an i
 def test_a_hybrid_keeps_the_law_whatever_its_table_is_sure_of(shape, shared):
     """Draft tokens of the table's are point masses, also where the model drew the same token."""
     sampler, proposer = Sampler(1.0, seed=7, shared_noise=shared), HybridProposer(Says(*SHAPES[shape]), Drawn(Q))
-    proposer.law = law = Law((), sampler)
+    proposer.law = law = Law(sampler=sampler)
     proposer.start(prompt_of(*PROMPT), watch := Stopwatch())
     counts, gamma = Counter(), 2
     for i in range(DRAWS):
@@ -191,7 +191,7 @@ def test_a_drafts_law_lies_where_its_model_is():
     proposer = HybridProposer(Says(1, 1.0), Drawn(Q.to("meta")))
     proposer._model.propose = lambda *_: Draft(torch.tensor([0, 0, 2]), probs=Q.to("meta").expand(3, -1))
     proposer._table.guess = lambda question, prefix: (1, 1.0) if len(prefix) == 2 else (0, 0.0)
-    proposer.law = Law((), Sampler(1.0))
+    proposer.law = Law(sampler=Sampler(1.0))
     proposer.start(prompt_of(*PROMPT), watch := Stopwatch())
     assert proposer.propose([0], P[None], 2, watch).probs.device.type == "meta"
 

@@ -32,6 +32,10 @@ class Row:
     states: Tensor
     accepted: list[int]
 
+    @property
+    def ended(self) -> bool:
+        return self.law.rules.end_of(self.emitted[:-1], self.emitted[-1:]) is not None
+
 
 @dataclass
 class BatchGeneration:
@@ -66,8 +70,8 @@ def speculate_batch(
     start = watch.now()
     with watch("target_prefill"):
         state, seen, place = _prefill(target, prompts)
-        first = target.lm_head(state.last).argmax(-1).tolist()
-    laws = [Law.of(target, prompt) for prompt in prompts]
+        laws = [Law.of(target, prompt) for prompt in prompts]
+        first = [int(law.pick(logits, []).token) for law, logits in zip(laws, target.lm_head(state.last)[:, None], strict=True)]
     everyone = [Row(p, law, [token], h[None], []) for p, law, token, h in zip(proposers, laws, first, state.last, strict=True)]
     if num_draft_tokens:
         for row, draft_prompt in zip(everyone, draft_prompts, strict=True):
@@ -75,7 +79,7 @@ def speculate_batch(
             row.proposer.start(draft_prompt, watch)
     rows, passes = everyone, 0
     while True:
-        going = [i for i, row in enumerate(rows) if row.law.end_of(row.emitted[-1:]) is None and len(row.emitted) < max_new_tokens]
+        going = [i for i, row in enumerate(rows) if not row.ended and len(row.emitted) < max_new_tokens]
         if not going:
             break
         if len(going) < len(rows):
@@ -98,14 +102,18 @@ def speculate_batch(
                 "attention_mask": torch.cat([seen, there.long()], 1),
             }
             hidden = target.step(state, block, **where)  # [b, width, d]
-            says = target.lm_head(hidden).argmax(-1).tolist()
+            logits = target.lm_head(hidden)
+            says = [
+                row.law.rules.scores(scores[: len(drafted) + 1], row.emitted, drafted).argmax(-1).tolist()
+                for row, drafted, scores in zip(rows, drafts, logits, strict=True)
+            ]
             passes += 1
         kept = []
         with watch("accept"):
             for row, drafted, said, h in zip(rows, drafts, says, hidden, strict=True):
                 n = next((i for i, (d, s) in enumerate(zip(drafted, said, strict=False)) if d != s), len(drafted))
                 new = [*drafted[:n], said[n]]
-                new = new[: row.law.end_of(new)]
+                new = new[: row.law.rules.end_of(row.emitted, new)]
                 row.emitted += new
                 row.states = torch.cat([row.states, h[: len(new)]])
                 row.accepted.append(min(n, len(new)))

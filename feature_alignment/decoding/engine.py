@@ -91,7 +91,7 @@ def plain(target: Decoder, prompt: Prompt, max_new_tokens: int, sampler: Sampler
         token = law.pick(target.lm_head(state.last), []).token
     emitted = [int(token)]
     with watch("verify"):
-        while law.end_of(emitted[-1:]) is None and len(emitted) < max_new_tokens:
+        while law.rules.end_of(emitted[:-1], emitted[-1:]) is None and len(emitted) < max_new_tokens:
             token = law.pick(target.lm_head(target.step(state, token[None])[:, -1]), emitted).token
             emitted.append(int(token))
     return Generation(emitted, len(emitted) - 1, watch.now() - start, watch.ms, spans=_since(start, watch.spans))
@@ -193,7 +193,7 @@ class _Text:
 
     @property
     def ended(self) -> bool:
-        return self.law.end_of(self.emitted[-1:]) is not None
+        return self.law.rules.end_of(self.emitted[:-1], self.emitted[-1:]) is not None
 
     def step(self, num_tokens: int) -> None:
         """At most num_tokens tokens of plain decoding."""
@@ -215,13 +215,13 @@ class _Text:
         g, last = len(drafts), torch.tensor([self.emitted[-1]], device=self.target.device)
         with self.watch("verify"):
             hidden = self.target.step(self.state, torch.cat([last, drafts])[None])[0]  # [g + 1, d]
-            logits = self.target.lm_head(hidden)
-            says = logits.argmax(-1)  # [g + 1]
+            scores = self.law.rules.scores(self.target.lm_head(hidden), self.emitted, draft.token_ids.tolist())
+            says = scores.argmax(-1)  # [g + 1]
             self.passes += 1
         with self.watch("accept"):
             cosine = None if draft.aligned is None else cosine_per_position(draft.aligned, hidden[:g])
             if accept == "token":
-                kept, after = self.law.kept_of(drafts, draft.probs, logits, self.emitted)
+                kept, after = self.law.kept_of(drafts, draft.probs, scores, self.emitted)
                 n, extra = int(kept.sum()), int(after)
             else:
                 kept = kept_drafts(accept, drafts, says[:g], cosine, threshold) if g else drafts.bool()
@@ -236,13 +236,13 @@ class _Text:
                     n = g - int(kept.int().argmin())
                     reread = _reread(self.target, self.state, tokens, n)
                     hidden = torch.cat([hidden[: g + 1 - n], reread])
-                    extra = int(self.target.lm_head(reread[-1]).argmax(-1))
+                    extra = int(self.law.pick(self.target.lm_head(reread[-1:]), [*self.emitted, *tokens.tolist()]).token)
                     self.passes += 1
         else:
             with self.watch("rollback"):
                 self.target.rollback(self.state, g - n)
         new = [*tokens.tolist(), extra]
-        end = self.law.end_of(new) or len(new)
+        end = self.law.rules.end_of(self.emitted, new) or len(new)
         self.states[len(self.emitted) : len(self.emitted) + end] = hidden[:end]
         self.emitted += new[:end]
         kept_here = [k and i < end for i, k in enumerate(kept.tolist())]  # nothing after EOS counts
@@ -312,7 +312,7 @@ def _in_a_thread(device: torch.device, call: Callable, *args: Any) -> Future:
 
 def _why(drafts: Sequence[int], room: int, law: Law, heeds_floor: bool) -> str:
     """Why no more was drafted. heeds_floor: the drafter stops where the chance of its draft tokens is below a floor above 0"""
-    if law.end_of(drafts) is not None:
+    if drafts and drafts[-1] in law.eos_ids:
         return "EOS"
     if len(drafts) == room:
         return "length"

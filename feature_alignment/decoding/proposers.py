@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from feature_alignment.chained_adapter import ChainedAdapter, Seen
-from feature_alignment.decoding.law import Law
-from feature_alignment.decoding.sampling import Pick
+from feature_alignment.decoding.law import Law, Pick
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.models.decoder import Decoder, Prompt, State
 from feature_alignment.models.fixed import recorded

@@ -15,7 +15,7 @@ A draft token that was not drawn (an argmax, a table's entry) has all of q on it
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -45,9 +45,10 @@ class Sampler:
         self._seed = seed
         self._generator.manual_seed(seed)
 
-    def probs(self, logits: Tensor) -> Tensor:
-        """[.., v] float32."""
-        return (logits.float() / self.temperature).softmax(-1)
+    def probs(self, logits: Tensor, narrows: Callable[..., Tensor] | None = None) -> Tensor:
+        """The law of logits [n, v]: [n, v] float32. narrows: transformers' processors after the temperature, such as top-p"""
+        scores = logits.float() / self.temperature
+        return (narrows(None, scores) if narrows else scores).softmax(-1)
 
     def draw(self, probs: Tensor, position: int = 0) -> Tensor:
         """One token per row, at successive positions of the text: [n, v] -> [n] int64. Rows need not be normalized.
@@ -89,27 +90,3 @@ class Sampler:
         """Exponential variates [v] float32, above 0, that depend on seed and position alone (Philox, a counter-based generator)."""
         source = np.random.Generator(np.random.Philox(key=[self._seed % 2**64, position]))
         return np.maximum(source.standard_exponential(v), 1e-30).astype(np.float32)
-
-
-class Pick(NamedTuple):
-    """Tokens [n], what they were drawn from [n, v] (None: not drawn, the most likely ones), and the share of the first one's
-    probability, where it was asked for (else 1)."""
-
-    token: Tensor
-    probs: Tensor | None
-    confidence: float
-
-
-def pick(logits: Tensor, sampler: Sampler | None, confidence: bool = False, position: int = 0) -> Pick:
-    """The next token of each row of logits [n, v]: drawn by the sampler, without one the argmax.
-
-    Args:
-        logits: [n, v], at successive positions of the text.
-        sampler: None for greedy decoding.
-        confidence: ask for the first token's.
-        position: of the first row in the text.
-    """
-    if sampler is None:
-        return Pick(logits.argmax(-1), None, float(logits[0].float().softmax(-1).max()) if confidence else 1.0)
-    probs = sampler.probs(logits)
-    return Pick(sampler.draw(probs, position), probs, float(probs[0].max()) if confidence else 1.0)

@@ -8,19 +8,20 @@ State t of a text is the hidden state that *emits* token t:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from feature_alignment.config import Steps
 from feature_alignment.console import UserError, log
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models.fixed import FixedCache
 from feature_alignment.models.fused import unfit
+from feature_alignment.models.generation import Rules, eos_set, most_likely
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class State:
     cache: DynamicCache | FixedCache
     last: Tensor
     length: int
+    ids: Tensor | None = None  # [b, s] of the prompts
 
 
 class Decoder:
@@ -49,7 +51,7 @@ class Decoder:
     device: where tensors go in and come out, and where the head is; a device map may have put the layers elsewhere.
     placeholder: the id that stands for vision in a prompt; vision_tokens: how many tokens a clip becomes there.
     whole: the model all of this is part of, for transformers' own `generate`.
-    eos_ids: token ids that end a text; by default the config's.
+    settings: of generation, as the checkpoint states them; by default those of the config, which name the ids that end a text.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Decoder:
         placeholder: int = -1,
         vision_tokens: int = 0,
         whole: PreTrainedModel | None = None,
-        eos_ids: Collection[int] | None = None,
+        settings: GenerationConfig | None = None,
     ) -> None:
         self.placeholder, self.vision_tokens, self.whole = placeholder, vision_tokens, whole
         self.llama, self.tokenizer, self._encode_prompt, self.read_pixels = llama, tokenizer, encode_prompt, read_pixels
@@ -75,7 +77,8 @@ class Decoder:
         self.taps = tuple(taps or (self.num_layers,))
         if list(self.taps) != sorted(set(self.taps)) or not 1 <= self.taps[0] <= self.taps[-1] <= self.num_layers:
             raise UserError(f"--draft_layers {list(self.taps)}: wanted ascending layer numbers from 1 to {self.num_layers}.")
-        self.eos_ids = eos_set(llama.config.eos_token_id if eos_ids is None else eos_ids)
+        self.settings = settings
+        self.eos_ids = eos_set(llama.config.eos_token_id if settings is None else settings.eos_token_id)
         self.width = llama.config.hidden_size
         self.hidden_size = self.width * len(self.taps)
         self._head = lm_head
@@ -140,6 +143,11 @@ class Decoder:
             )
         return ids
 
+    def rules(self, prompt_ids: Tensor) -> Rules:
+        """The settings of generation, at work on a text after this prompt [s]."""
+        rows = self._head.weight.shape[0]
+        return Rules.of(self.settings, self.eos_ids, prompt_ids.tolist(), rows, self.tokenizer, self.device)
+
     def prepare(self, sample: Sample) -> Prompt:
         return Prompt(self.encode_prompt(sample.question), self.read_pixels(sample), sample.question)
 
@@ -171,7 +179,7 @@ class Decoder:
         """`prefill` of ids [b, s] for clips whose vision tokens [b, e, d] are there already; ids may end before the question."""
         ids = ids.to(self.device)
         cache = DynamicCache(config=self.llama.config)
-        state = State(cache, ids, 0)
+        state = State(cache, ids, 0, ids)
         self._read(state, {"inputs_embeds": self._splice(ids, vision)}, keep=1)
         if self._fixed is not None and len(ids) == 1:
             state.cache = self._fixed.take(cache, state)
@@ -214,18 +222,22 @@ class Decoder:
 
     @torch.inference_mode()
     def generate(self, state: State, max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers of a freshly prefilled batch, each up to and including its first EOS. Leaves `state` as it was."""
-        first, length = state.last, state.length
-        tokens = [self.lm_head(first).argmax(-1)]
-        ids = torch.tensor(sorted(self.eos_ids), device=self.device)
-        ended = torch.isin(tokens[0], ids)
-        while len(tokens) < max_new_tokens and not ended.all():
-            tokens.append(self.lm_head(self.step(state, tokens[-1][:, None])[:, -1]).argmax(-1))
-            ended |= torch.isin(tokens[-1], ids)
+        """Greedy answers of a freshly prefilled batch, each up to and including its end. Leaves `state` as it was."""
+        assert state.ids is not None
+        first, length, rules = state.last, state.length, [self.rules(ids) for ids in state.ids]
+        answers: list[list[int]] = [[] for _ in rules]
+        open_rows, logits = set(range(len(rules))), self.lm_head(first)
+        while True:
+            for answer, token in zip(answers, most_likely(rules, logits, answers), strict=True):
+                answer.append(token)
+            open_rows -= {row for row in open_rows if rules[row].end_of(answers[row][:-1], answers[row][-1:]) is not None}
+            if not open_rows or len(answers[0]) == max_new_tokens:
+                break
+            latest = torch.tensor([[answer[-1]] for answer in answers], device=self.device)
+            logits = self.lm_head(self.step(state, latest)[:, -1])
         self.rollback(state, state.length - length)
         state.last = first
-        rows = torch.stack(tokens, 1).tolist()
-        return [row[: next((i + 1 for i, token in enumerate(row) if token in self.eos_ids), len(row))] for row in rows]
+        return [answer[: rule.end_of([], answer)] for answer, rule in zip(answers, rules, strict=True)]
 
     @torch.inference_mode()
     def teacher_force(self, state: State, token_ids: Tensor) -> Tensor:
@@ -243,11 +255,6 @@ def positions_of(config: PreTrainedConfig) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     stretched = 1.0 if "original_max_position_embeddings" in rope else rope.get("factor") or 1.0  # then the config states the product
     return int(config.max_position_embeddings * stretched)
-
-
-def eos_set(ids: int | Collection[int] | None) -> frozenset[int]:
-    """End-of-text ids as a config states them: one, several or none."""
-    return frozenset(() if ids is None else (ids,) if isinstance(ids, int) else ids)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from feature_alignment.console import UserError, print_json_line, print_table, r
 from feature_alignment.inputs import events as event_inputs
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.inputs.video import NUM_FRAMES, clip_pixels, read_frames
-from feature_alignment.models import loading
+from feature_alignment.models import generation, loading
 from feature_alignment.models.decoder import Decoder, State
 
 _ROOM = 64  # tokens of an answer, where memory is reckoned
@@ -96,6 +96,7 @@ def load_target(cfg: Common) -> Decoder:
         placeholder=model.config.video_token_index,
         vision_tokens=vision_tokens,
         whole=model,
+        settings=generation.read_settings(loading.find_checkpoint(cfg.target_id, "--target_id"), model.config, tokenizer),
     )
     return _probed(decoder, cfg.target_id, model.config.vision_config.image_size)
 
@@ -127,6 +128,7 @@ def load_draft(cfg: Common) -> Decoder:
         device=cfg.device,
         placeholder=eventgpt.EVENT_TOKEN_INDEX,
         vision_tokens=vision_tokens,
+        settings=generation.read_settings(loading.find_checkpoint(cfg.draft_id, "--draft_id"), model.config, tokenizer),
     )
     return _probed(decoder, cfg.draft_id, model.config.vision_config.image_size)
 
