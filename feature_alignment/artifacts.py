@@ -27,11 +27,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+if __name__ == "__main__":
+    from feature_alignment.console import run_module
+
+    run_module("feature_alignment.verification")
+
 import torch
 from torch import Tensor, nn
 
 from feature_alignment.config import Common, as_plain
-from feature_alignment.console import UserError, finite, mended_files
+from feature_alignment.console import UserError, file_named, finite, mended_files
 from feature_alignment.pickles import check_pt
 from feature_alignment.processes import temporary_name
 from feature_alignment.state_files import frame_hash, row_hashes
@@ -53,10 +58,11 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        with file_named(path):
+            yield temporary
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -401,10 +407,3 @@ def _load_states(path: Path, rows: Sequence[dict[str, Any]], meta: dict[str, Any
     else:
         log.info("%s: %.3g GB are not compared with their hashes now; that takes\n  %s", path, states.nbytes / 1e9, VERIFY)
     return states
-
-
-if __name__ == "__main__":
-    from feature_alignment.console import run
-    from feature_alignment.verification import main
-
-    run(main)

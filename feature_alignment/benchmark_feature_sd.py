@@ -73,15 +73,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
         return compare(argv[1:])
     cfg = parse_config(BenchmarkConfig, argv, "benchmark_feature_sd")
-    from feature_alignment.processes import claimed
+    from feature_alignment.processes import check_device, claimed
 
+    check_device(cfg.device)
     with claimed(cfg.out / "benchmark"):
         return benchmark(cfg)
 
 
 def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Measure, or reuse what is there; returns the content of benchmark.json."""
-    refuse_senseless(cfg)
     import numpy as np
 
     from feature_alignment import artifacts, report, speed_model, targets
@@ -233,27 +233,6 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     artifacts.write_sealed(out / "benchmark.json", result, beside)  # last
     _show(result, out, reused=False)
     return result
-
-
-def refuse_senseless(cfg: BenchmarkConfig) -> None:
-    """raises UserError for settings that no row could be measured at"""
-    if cfg.warmup < 0:
-        raise UserError(f"--warmup {cfg.warmup}: wanted 0 or more.")
-    for name in ("num_draft_tokens", "most_draft_tokens", "max_new_tokens", "assistant_layers", "repeats", "limit"):
-        value = getattr(cfg, name)
-        if value is not None and (value == [] or min(value if isinstance(value, list) else [value]) < 1):
-            raise UserError(f"--{name} {value}: wanted numbers of at least 1.")
-    if not cfg.threshold or not all(-1 <= t <= 1 for t in cfg.threshold):
-        raise UserError(f"--threshold {cfg.threshold}: wanted cosines, from -1 to 1.")
-    if not all(0 <= rate <= 1 for rate in cfg.planted_acceptance):
-        raise UserError(f"--planted_acceptance {cfg.planted_acceptance}: wanted rates from 0 to 1.")
-    for name in ("num_draft_tokens", "threshold", "planted_acceptance", "exit_adapters"):
-        given = getattr(cfg, name)
-        if len(set(given)) < len(given):
-            raise UserError(f"--{name} {' '.join(map(str, given))}: each is measured once; leave out what is there twice.")
-    for path in cfg.exit_adapters:
-        if not path.is_file():
-            raise UserError(f"no adapter at {path}; train one for the layer with train_hidden_adapter.py --draft_layers K.")
 
 
 def clips_of(samples: Sequence[Sample]) -> list[Path]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_alignment.config import Common, parse_config
-from feature_alignment.console import UserError, markdown_table, print_json_line, print_table, rate_text, run
+from feature_alignment.console import markdown_table, print_json_line, print_table, rate_text, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,8 +78,9 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict], eos_ids: S
     if not path.is_file():
         return None
     model, meta = artifacts.load_trained(path, "a token-level adapter", token_adapter.TokenAdapter, "vocabulary", TRAIN)
-    text = torch.full((1, model.geometry["longest"]), 5)
-    ms = call_ms(lambda: model(text), 20)
+    model.to(cfg.device)
+    text = torch.full((1, model.geometry["longest"]), 5, device=cfg.device)
+    ms = call_ms(lambda: model(text), 20, cfg.device)
     with torch.device("meta"):
         at_7b = token_adapter.TokenAdapter(*LAYOUT_7B).num_parameters
     width = max(len(r["vl_tokens"]) for r in rows)
@@ -162,10 +163,9 @@ def tables(report: dict[str, Any], num_draft_tokens: int) -> list[tuple[str, tup
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(ComparisonConfig, argv, "compare_token_baseline")
-    if cfg.num_draft_tokens < 1:
-        raise UserError(f"--num_draft_tokens wants at least 1, got {cfg.num_draft_tokens}.")
-    from feature_alignment.processes import claimed
+    from feature_alignment.processes import check_device, claimed
 
+    check_device(cfg.device)
     with claimed(cfg.out / "token_baseline"):
         return compare(cfg)
 

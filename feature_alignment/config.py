@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 import typing
 from argparse import HelpFormatter
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from feature_alignment.console import UserError, be_quiet
+from feature_alignment.ranges import validate, validate_text
 
 SCRIPTS = (
     "extract_hidden_states",
@@ -28,7 +28,6 @@ SCRIPTS = (
     "feature_sd_inference",
     "benchmark_feature_sd",
 )
-_LARGEST = 2**53  # every JSON reader keeps integers up to here
 _ALIASES = {"gamma": "num_draft_tokens", "gammas": "num_draft_tokens", "max_samples": "limit"}
 _LONGEST_CONFIG = 100_000
 T = TypeVar("T", bound="Common")
@@ -73,7 +72,7 @@ class Common:
     frame_sampling: Literal["linspace", "arange"] = "linspace"
     output_dir: Path | None = None
     device: str = "cpu"
-    device_map: str | None = None
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantize: Literal["none", "nf4"] = "none"
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -100,6 +99,7 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
     config_path, words = _take_option(words, "--config")
     show = "--print_config" in words
     words = [w for w in words if w != "--print_config"]
+    _refuse_empty(cls, words)
     chosen = next((w.partition("=")[2] for w in words if variant and w.startswith(f"--{variant}=")), None)
     from_file = _file_flags(cls, Path(config_path), section, chosen) if config_path else []
 
@@ -129,12 +129,13 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
     try:
         namespace = parser.parse_args(from_file + words)
         values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)}
-    except ArgumentError as error:
-        raise UserError(f"{error}\nSee: python feature_alignment/{section}.py --help") from None
+    except (ArgumentError, ValueError, TypeError, RecursionError) as error:
+        said = "too many brackets" if isinstance(error, RecursionError) else str(error)[:1000]
+        raise UserError(f"{said}\nSee: python feature_alignment/{section}.py --help") from None
     if values["output_dir"] is None:
         values["output_dir"] = Path("outputs") / (Path(config_path).stem if config_path else "default")
     cfg = cls(**values)
-    _refuse_senseless(cfg)
+    validate(cfg)
     be_quiet(cfg.quiet)
     if show:
         import yaml
@@ -142,20 +143,6 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
         print(yaml.safe_dump(as_plain(cfg), sort_keys=False), end="")
         sys.exit(0)
     return cfg
-
-
-def _refuse_senseless(cfg: Common) -> None:
-    """raises UserError for numbers that no setting can mean"""
-    for name, value in as_plain(cfg).items():
-        numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(v, float) and not math.isfinite(v) for v in numbers):
-            raise UserError(f"--{name} {value}: wanted a finite number.")
-        if any(isinstance(v, int) and abs(v) > _LARGEST for v in numbers):
-            raise UserError(f"--{name} {value}: wanted a number of at most {_LARGEST:,}.")
-    if cfg.threads < 0 or cfg.seed < 0:
-        raise UserError(f"--threads {cfg.threads}, --seed {cfg.seed}: wanted 0 or more.")
-    if cfg.threads > 1024:
-        raise UserError(f"--threads {cfg.threads}: wanted at most 1,024.")
 
 
 def as_plain(cfg: Any) -> dict[str, Any]:
@@ -209,6 +196,15 @@ def _normalise(cls: type, argv: list[str]) -> list[str]:
     return words
 
 
+def _refuse_empty(cls: type, words: Sequence[str]) -> None:
+    """Raise UserError for `--name ""`: an empty path would mean the working directory."""
+    hints = typing.get_type_hints(cls)
+    for word in words:
+        name, has_value, value = word.removeprefix("--").partition("=")
+        if name in hints and has_value and not value.strip():
+            raise UserError(f"--{name} {value!r}: wanted a value, got an empty text. To use the default, leave --{name} out.")
+
+
 def _is_list(hint: Any) -> bool:
     return typing.get_origin(hint) is list or any(typing.get_origin(a) is list for a in typing.get_args(hint))
 
@@ -224,6 +220,7 @@ def _take_option(words: list[str], name: str) -> tuple[str | None, list[str]]:
 
 def _file_flags(cls: type, path: Path, section: str, chosen: str | None) -> list[str]:
     """A YAML file as flags. All scalars are read as strings, so `1e-3` means the same as on the command line."""
+    validate_text("config", path)
     if not path.is_file():
         found = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none here"
         raise UserError(f"no config file at {path} (configs/*.yaml: {found}).")
@@ -232,6 +229,7 @@ def _file_flags(cls: type, path: Path, section: str, chosen: str | None) -> list
     try:
         text = path.read_text()
         _refuse_endless(path, text)
+        _refuse_duplicates(path, yaml.compose(text, Loader=yaml.BaseLoader))
         content = yaml.load(text, Loader=yaml.BaseLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
@@ -249,6 +247,8 @@ def _file_flags(cls: type, path: Path, section: str, chosen: str | None) -> list
         for key, value in settings.items():
             if key not in allowed:
                 raise UserError(f"{path}: unknown key `{part}.{key}`; known here: {', '.join(sorted(allowed))}.")
+            if value is None or value == "":
+                raise UserError(f"{path}: `{part}.{key}` is empty; wanted a value, or `null` for none.")
             flags.append(f"--{key}={value if isinstance(value, str) else json.dumps(_unquoted_numbers(value))}")
     return flags
 
@@ -262,6 +262,24 @@ def _refuse_endless(path: Path, text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent) or depth > 10 or len(text) > _LONGEST_CONFIG:
             raise UserError(f"{path}: wanted at most {_LONGEST_CONFIG:,} characters, 10 levels of nesting and no aliases (*name).")
+
+
+def _refuse_duplicates(path: Path, node: Any, prefix: str = "") -> None:
+    """Raise UserError for a key given twice in one mapping: YAML readers silently keep the last value."""
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_duplicates(path, item, prefix)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in lines:
+            raise UserError(f"{path}: `{prefix}{name}` is given in line {lines[name]} and again in line {line}. Remove one of them.")
+        lines[name] = line
+        _refuse_duplicates(path, value, f"{prefix}{name}.")
 
 
 def _unquoted_numbers(value: Any) -> Any:

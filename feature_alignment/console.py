@@ -6,20 +6,25 @@ Exit codes: 0 done; 2 something the user can mend, said in one message (a mistak
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
+STDOUT = "standard output"
 CONSOLE = 100  # characters a table may be wide
 
 
@@ -56,21 +61,76 @@ def run(main: Callable[[], object]) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    interrupts = _count_interrupts()
     try:
-        main()
+        try:
+            main()
+        finally:  # also after --help and --print_config, which exit
+            with file_named(STDOUT):
+                sys.stdout.flush()
     except UserError as error:
         _stop(str(error))
-    except BrokenPipeError:  # `… | head` closed our stdout: not an error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:  # no room, no permission, a file that vanished: the machine's matter, not the program's
-        _stop(f"{error.filename or 'a file'}: {error.strerror or error}. What is complete is kept; mend this and type the same again.")
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in ("not enough memory", "out of memory")):
-            raise
-        _stop(f"this needs more memory than there is ({str(error)[:200]}). Type smaller sizes or a smaller --batch_size.")
+    except Exception as error:
+        if interrupts:  # a library turned the KeyboardInterrupt into an error of its own
+            sys.exit(130)
+        _explain(error)
+
+
+def run_module(name: str) -> NoReturn:
+    """`run` the `main` of a module that is imported only now: Ctrl-C during a slow import then ends without a traceback too."""
+    run(lambda: import_module(name).main())
+    sys.exit()
+
+
+def _count_interrupts() -> list[int]:
+    """A list that grows with every Ctrl-C; the handler raises KeyboardInterrupt as Python's own does."""
+    seen: list[int] = []
+
+    def interrupted(number: int, _: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a parent process has it ignored
+        signal.signal(signal.SIGINT, interrupted)
+    return seen
+
+
+def _explain(error: Exception) -> NoReturn:
+    """End with exit code 2 for what the machine lacks (disk, permission, memory); raise everything else again."""
+    if isinstance(error, BrokenPipeError):  # `… | head` closed our stdout: not an error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    if isinstance(error, OSError):
+        _stop(f"{disk_error(error)}. Files under their final names are complete; fix the cause and run the same command again.")
+    signs = ("not enough memory", "out of memory", "defaultcpuallocator", "storage size calculation overflowed")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)):
+        _stop(f"not enough memory ({str(error)[:200]}). Use smaller sizes or a smaller --batch_size.")
+    raise error
+
+
+@contextmanager
+def file_named(path: Path | str) -> Iterator[None]:
+    """Let an OSError from inside name `path`: a failed write, unlike a failed open, does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def disk_error(error: OSError) -> str:
+    """`file: cause`, and for a full disk the disk and what it has free."""
+    said = f"{error.filename or 'a file or standard output'}: {error.strerror or error}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename in (None, STDOUT):
+        return said
+    folder = next((p for p in Path(error.filename).absolute().parents if p.is_dir()), None)
+    if folder is None:
+        return said
+    disk = next(p for p in (folder, *folder.parents) if p.is_mount())
+    return f"{said}; its disk, mounted at {disk}, has {shutil.disk_usage(disk).free:,} bytes free"
 
 
 def _stop(message: str) -> NoReturn:

@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(ExtractConfig, argv, "extract_hidden_states")
     from feature_alignment import hidden_states_writer as files
     from feature_alignment.inputs.samples import read_samples
-    from feature_alignment.processes import check_device, claimed, processes
+    from feature_alignment.processes import check_device, check_writable, claimed, processes
 
     shard, shards = parse_shard(cfg)
     check_device(cfg.device)
@@ -207,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rank, world, device, wait = processes(cfg.device)
     if cfg.resume and files.complete(out, settings):
         return report(cfg, out, reused=True, first=rank == 0)
+    check_writable(cfg.out / "token_pairs" / f"{cfg.split}.json")
     with claimed(out) if rank == 0 else nullcontext():
         if cfg.merge:
             token_pairs = cfg.out / "token_pairs" / f"{cfg.split}.json"
@@ -259,7 +260,8 @@ def fill(
     wait()  # everyone has looked before anything changes
     if rank == 0:
         missing = len(place) - (len(files.rows_done(out)) if cfg.resume else 0)
-        at_most = missing * files.row_bytes(shapes.values(), dtype)
+        at_most = missing * files.row_bytes(shapes.values(), dtype) + pair.target.head_weight.nbytes
+        at_most += pair.target.embeddings.nbytes if cfg.event_states else 0
         log.info("extract  %s: %d of %d rows to do, at most %.4g MB", cfg.split, missing, len(place), at_most / 1e6)
         files.check_room(cfg.out, at_most)
         files.begin(out, settings, cfg.resume)
@@ -292,9 +294,6 @@ def parse_shard(cfg: ExtractConfig) -> tuple[int, int]:
     i, _, n = (cfg.shard or "1/1").partition("/")
     if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)) or (cfg.shard and cfg.merge):
         raise UserError(f"--shard wants i/n with i from 1 to n, e.g. 1/3, and no --merge beside it; got {cfg.shard!r}.")
-    for name in ("batch_size", "max_new_tokens", "max_positions"):
-        if (value := getattr(cfg, name)) is not None and value < 1:
-            raise UserError(f"--{name} wants a number of at least 1, got {value}.")
     return int(i), int(n)
 
 

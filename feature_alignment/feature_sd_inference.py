@@ -89,10 +89,6 @@ def choose_sample(cfg: InferenceConfig) -> Sample:
     """The sample to answer: from the three flags if any is given, else from the manifest."""
     from feature_alignment.inputs.samples import Sample, read_samples
 
-    given = {"--events": cfg.events, "--video": cfg.video, "--question": cfg.question}
-    missing = [k for k, v in given.items() if not v]
-    if 0 < len(missing) < len(given):
-        raise UserError(f"{', '.join(missing)} missing: --events, --video and --question belong together.")
     if cfg.events and cfg.video and cfg.question:
         return Sample(id=f"{cfg.video.stem}--{cfg.events.stem}", sequence="user", question=cfg.question, events=cfg.events, video=cfg.video)
     samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions, allow_outside=cfg.allow_outside)
@@ -121,17 +117,12 @@ def print_trace(generation: Generation, decode: Callable[[list[int]], str], verb
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(InferenceConfig, argv, "feature_sd_inference")
-    if min(cfg.num_draft_tokens, cfg.max_new_tokens) < 1:
-        raise UserError("--num_draft_tokens and --max_new_tokens want at least 1.")
-    if cfg.temperature < 0 or (cfg.temperature and cfg.accept != "token"):
-        raise UserError(
-            f"--temperature {cfg.temperature} --accept {cfg.accept}: a temperature wants to be 0 (greedy) or above, and sampling is "
-            "lossless only where tokens are compared; pass --accept token."
-        )
-    narrowing = [f"--{name}" for name in ("top_p", "top_k", "min_p") if getattr(cfg, name) is not None]
-    if narrowing and not cfg.temperature:
-        raise UserError(f"{', '.join(narrowing)} change only what is sampled, and greedy decoding samples nothing; pass --temperature 1.")
+    from feature_alignment.processes import check_device, check_writable
+
+    check_device(cfg.device)
     sample = choose_sample(cfg)
+    out = cfg.out / "sd" / f"{sample.id}.json"
+    check_writable(out)
     from feature_alignment import artifacts
     from feature_alignment.decoding.engine import plain, speculate
     from feature_alignment.decoding.pace import Pace
@@ -182,7 +173,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         # two samples need not be equal, unless they share their noise
         "exact_match": generation.token_ids == alone.token_ids if sampler is None or sampler.shared_noise else None,
     }
-    out = cfg.out / "sd" / f"{sample.id}.json"
     artifacts.write_sealed(out, result)
     print(f"question  {sample.question}\nanswer    {text}")
     if not result["exact_match"]:

@@ -11,6 +11,7 @@ width (LLaMA's proportions, random weights) and one step of the configured Video
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,15 +45,21 @@ class AdapterConfig(Common):
     repeats: int = 100
 
 
-if __name__ == "__main__":  # answer --help before torch is imported
-    import sys
+def _run_imported() -> None:
+    """Run the importable copy of this module: torch is then imported inside `run`, where Ctrl-C ends without a traceback."""
+    parse_config(AdapterConfig, None, "hidden_adapter")  # answers --help, and refuses mistakes, before torch is imported
+    from feature_alignment import hidden_adapter
 
-    if {"-h", "--help", "--print_config"} & set(sys.argv):
-        run(lambda: parse_config(AdapterConfig, None, "hidden_adapter"))
+    hidden_adapter.main()
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+
+if __name__ == "__main__":
+    run(_run_imported)
+    sys.exit()
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class HiddenAdapter(nn.Module):
@@ -153,16 +160,11 @@ def decoder_layer_ms(width: int, tokens: Sequence[int], repeats: int, device: st
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(AdapterConfig, argv, "hidden_adapter")
-    if not cfg.tokens or min(*cfg.tokens, cfg.repeats, cfg.num_taps) < 1:
-        raise UserError("--tokens, --repeats and --num_taps want numbers of at least 1.")
     from feature_alignment.processes import check_device
 
     check_device(cfg.device)
     torch.set_num_threads(cfg.threads or 1)  # spinning threads on a busy machine cost far more than they give here
-    try:
-        adapter = HiddenAdapter(cfg.hidden_size * cfg.num_taps, cfg.hidden_size, cfg.bottleneck)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    adapter = HiddenAdapter(cfg.hidden_size * cfg.num_taps, cfg.hidden_size, cfg.bottleneck)
     dtype, width = getattr(torch, cfg.dtype), adapter.d_draft
     ms = [forward_ms(adapter, n, width, cfg.repeats, cfg.device, dtype) for n in cfg.tokens]
     layer = decoder_layer_ms(cfg.hidden_size, cfg.tokens, max(3, cfg.repeats // 20), cfg.device, dtype)
@@ -201,7 +203,3 @@ def target_step_ms(cfg: AdapterConfig) -> float:
         target.rollback(state, 1)
 
     return call_ms(step, max(5, cfg.repeats // 5), cfg.device)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -10,6 +10,7 @@ each with the hashes of its states; a resumed run does again what does not have 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from feature_alignment.answers import write_token_pairs
 from feature_alignment.artifacts import EVENT_STATES, altered, load_pt, read_json, read_sealed, save_pt, write_json, write_sealed
-from feature_alignment.console import UserError
+from feature_alignment.console import UserError, file_named
 from feature_alignment.state_files import frame_hash, row_hash, row_hashes, storage_offset
 
 log = logging.getLogger(__name__)
@@ -130,12 +131,13 @@ def _sweep(directory: Path) -> None:
 
 
 def check_room(directory: Path, needed_bytes: int) -> None:
-    """raises UserError if the disk that holds `directory` has less room than that"""
-    free = shutil.disk_usage(next(p for p in (directory.absolute(), *directory.absolute().parents) if p.is_dir())).free
+    """Raise UserError if the disk that holds `directory` has less room than `needed_bytes`."""
+    folder = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.is_dir())
+    disk, free = next(p for p in (folder, *folder.parents) if p.is_mount()), shutil.disk_usage(folder).free
     if needed_bytes > free:
         raise UserError(
-            f"{directory} may need {needed_bytes:,} bytes, its disk has {free:,} free. Make room, give an --output_dir on another disk, "
-            "or store less: --store_dtype bfloat16, --max_positions, --limit."
+            f"{directory} may need {needed_bytes:,} bytes, its disk has {free:,} free (mounted at {disk}). Make room, "
+            "give an --output_dir on another disk, or store less: --store_dtype bfloat16, --max_positions, --limit."
         )
 
 
@@ -241,18 +243,21 @@ class HiddenStatesWriter:
     def _put(self, name: str, row: int, data: memoryview) -> None:
         at = self._offsets[name] + row * row_bytes([self._shapes[name]], self._dtype)
         data = data.cast("B")
-        while data:  # one call writes at most 2 GiB, and less where a signal comes
-            sent = os.pwrite(self._files[name], data, at)
-            data, at = data[sent:], at + sent
+        with file_named(self.part / name):
+            while data:  # one call writes at most 2 GiB, and less where a signal comes
+                sent = os.pwrite(self._files[name], data, at)
+                data, at = data[sent:], at + sent
 
     def commit(self) -> None:
         """Note the rows written since the last commit. States reach the disk first: a noted row is there even if the power fails."""
-        for stream in self._files.values():
-            os.fdatasync(stream)
+        for name, stream in self._files.items():
+            with file_named(self.part / name):
+                os.fdatasync(stream)
         lines = b"".join(map(_note, self._waiting))
-        if lines and os.write(self._progress, lines) != len(lines):
-            raise OSError(f"{self.part}: the disk took only part of the progress notes")
-        os.fdatasync(self._progress)
+        with file_named(self.part):
+            if lines and os.write(self._progress, lines) != len(lines):
+                raise OSError(errno.ENOSPC, "the disk took only part of the progress notes")
+            os.fdatasync(self._progress)
         self.done |= {about["row"] for about in self._waiting}
         self._waiting.clear()
 
@@ -274,7 +279,7 @@ class HiddenStatesWriter:
         count, width = self._rows, self._longest
         counts: dict[str, Counter[str]] = {"mended": Counter(), "cut": Counter()}
         token_ids, lengths = torch.zeros(count, width, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
-        with (self.part / "samples.jsonl").open("w") as stream:
+        with file_named(self.part / "samples.jsonl"), (self.part / "samples.jsonl").open("w") as stream:
             for row, about in enumerate(self.rows()):
                 read = about.pop("read")
                 for kind, counter in counts.items():

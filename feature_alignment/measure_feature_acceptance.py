@@ -169,16 +169,15 @@ def calibrations(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(AcceptanceConfig, argv, "measure_feature_acceptance")
-    from feature_alignment.processes import claimed
+    from feature_alignment.processes import check_device, claimed
 
+    check_device(cfg.device)
     with claimed(cfg.out / "acceptance"):
         return measure(cfg)
 
 
 def measure(cfg: AcceptanceConfig) -> dict[str, Any]:
     """Measure, or reuse what is there; returns the content of acceptance.json."""
-    if cfg.num_draft_tokens < 1 or not (0 < cfg.epsilon < 1 and 0 < cfg.delta < 1):
-        raise UserError("--num_draft_tokens wants at least 1, --epsilon and --delta a number between 0 and 1.")
     import torch
 
     from feature_alignment import artifacts, plots, scoring

@@ -8,7 +8,9 @@ import fcntl
 import json
 import logging
 import os
+import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from feature_alignment.console import UserError
+from feature_alignment.ranges import validate_text
 
 log = logging.getLogger(__name__)
 
 
 def processes(device: str) -> tuple[int, int, str, Callable[[], None]]:
     """This process's number, how many there are, this one's device, and a call that waits until all have made it."""
+    check_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1, device, lambda: None
     from accelerate import PartialState
@@ -32,17 +36,39 @@ def processes(device: str) -> tuple[int, int, str, Callable[[], None]]:
 
 
 def check_device(device: str) -> None:
-    """raises UserError for a device that torch does not know or this machine does not have"""
+    """Raise UserError unless `device` is cpu, or a GPU of this machine. Every script calls it before anything is loaded."""
+    validate_text("device", device)
+    if device == "cpu":
+        return
     import torch
 
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise UserError(f"--device {device}: torch {torch.__version__} sees no GPU. Pass --device cpu, or install torch's CUDA build.")
+    if int(device.partition(":")[2] or 0) >= count:
+        raise UserError(f"--device {device}: this machine has {count} GPU(s), cuda:0 to cuda:{count - 1}.")
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError unless the file `path` can be written: before hours of work, not after. Leaves nothing behind."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; wanted to write a file there. Remove it, or give another --output_dir.")
     try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UserError(f"--device {device}: wanted cpu, cuda or cuda:<number>.") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch {torch.__version__} sees no GPU. Type --device cpu, or install torch's CUDA build.")
-    if kind not in ("cpu", "cuda", "meta"):
-        raise UserError(f"--device {device}: wanted cpu, cuda or cuda:<number>.")
+        folder = next(p for p in path.absolute().parents if p.exists() or p.is_symlink())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"nothing can be written to {path.parent} ({error.strerror}). Give an --output_dir that can be written.") from None
+
+
+@contextmanager
+def children_ignore_interrupts() -> Iterator[None]:
+    """Child processes started inside ignore Ctrl-C, which a terminal sends to all: only the parent reports it, and ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

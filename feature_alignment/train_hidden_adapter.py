@@ -116,14 +116,10 @@ def adapter_folder(cfg: TrainConfig) -> Path:
 
 def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[], None]) -> dict[str, Any]:
     """Train, or reuse what is there, as process `rank` of `world`; returns the adapter's meta."""
-    if min(cfg.num_epochs, cfg.patience, cfg.batch_size, cfg.bottleneck, cfg.roll_out_steps, cfg.linear_units + 1) < 1:
-        raise UserError("--num_epochs, --patience, --batch_size, --bottleneck and --roll_out_steps want at least 1, --linear_units 0.")
     import torch
 
     from feature_alignment import artifacts, training
-    from feature_alignment.processes import check_device
 
-    check_device(cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     chained, folder = cfg.adapter == "chained", cfg.out / "hidden_states"

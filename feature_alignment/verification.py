@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from feature_alignment.artifacts import content_hash, file_hash, load_pt, source_hash
 from feature_alignment.console import UserError, print_json_line, print_table
+from feature_alignment.ranges import path_argument
 from feature_alignment.state_files import frame_hash, row_hashes
 
 WRONG = ("altered", "missing", "stale")
@@ -168,7 +169,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m feature_alignment.artifacts", description=__doc__, formatter_class=kind)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("verify", help="compare a whole run with its hashes").add_argument("out", type=Path, help="e.g. outputs/demo")
+    commands.add_parser("verify", help="compare a whole run with its hashes").add_argument(
+        "out", type=path_argument, help="e.g. outputs/demo"
+    )
     out = parser.parse_args(argv).out
     findings, compared = verify(out)
     if findings:

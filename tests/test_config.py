@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, main_of
 
 from feature_alignment.config import SCRIPTS, Common, parse_config
 from feature_alignment.console import CONSOLE, UserError, print_table
+from feature_alignment.ranges import INPUT_FILES, RANGES, SPLITS
 
 
 @dataclass(frozen=True)
@@ -149,3 +151,131 @@ def test_a_users_mistake_is_one_message_and_exit_code_2(argv):
         [sys.executable, "feature_alignment/train_hidden_adapter.py", *argv], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr and not done.stdout
+
+
+# ---- every setting of every script, with hostile values
+
+
+def settings(kind):
+    """(script, setting) of all scripts whose type mentions one of `kind`."""
+    for script in SCRIPTS:
+        for f in dataclasses.fields(config_class(script)):
+            if re.search(rf"\b({kind})\b", str(f.type)):
+                yield script, f.name
+
+
+def refused(script, *argv):
+    with pytest.raises(UserError) as error:
+        parse_config(config_class(script), argv, script)
+    return str(error.value)
+
+
+def test_every_number_has_a_range():
+    assert {name for _, name in settings("int|float")} <= RANGES.keys()
+
+
+@pytest.mark.parametrize(("script", "name"), settings("int|float"))
+def test_a_number_outside_its_range_is_refused_with_its_name(script, name):
+    valid = RANGES[name]
+    values = ["nan", "inf", "-1e300", "1e300", repr(valid.high * 1.5 + 2), repr(valid.low - 1 - abs(valid.low))]
+    values += [repr(end) for end in (valid.low, valid.high) if valid.is_open]
+    for value in values:
+        whole = value.removesuffix(".0")
+        assert name in refused(script, f"--{name}={whole}"), value
+
+
+@pytest.mark.parametrize(("script", "name"), settings("Path|str"))
+def test_an_empty_text_or_one_with_a_control_character_is_refused(script, name):
+    for value in ("", " ", "a\0b", "a\x1b[31m", "a\ud800"):
+        assert name in refused(script, f"--{name}={value}")
+
+
+@pytest.mark.parametrize(("script", "name"), [(s, n) for s, n in settings("Path") if n != "manifests"])
+def test_a_path_that_the_file_system_refuses_is_one_message(script, name, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for value in (tmp_path / "loop", "x" * 300, tmp_path / ("x/" * 5000)):
+        message = refused(script, f"--{name}={value}")
+        assert name in message and len(message) < 600
+
+
+@pytest.mark.parametrize(("script", "name"), [(s, n) for s, n in settings("Path") if n in INPUT_FILES])
+def test_an_input_file_must_be_a_file(script, name, tmp_path):
+    assert "no such file" in refused(script, f"--{name}={tmp_path / 'absent'}")
+    assert "found a folder" in refused(script, f"--{name}={tmp_path}")
+    assert "found something else" in refused(script, f"--{name}=/dev/zero")
+
+
+@pytest.mark.parametrize(("script", "name"), [(s, n) for s, n in settings("str") if n in SPLITS])
+def test_a_split_cannot_leave_its_folder(script, name):
+    for value in ("../x", "a/b", "/tmp", ".hidden", ".."):
+        assert "names a folder" in refused(script, f"--{name}={value}")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("device", ["cuda:-1", "cuda:", "cuda:x", "cuda:01", "meta", "mps", "cpu:0", "CPU", "0", "xla", "x" * 5000])
+def test_an_unknown_device_is_refused_by_every_script(script, device):
+    message = refused(script, "--device", device)
+    assert "wanted cpu, cuda or cuda:<number>" in message and len(message) < 500
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "models.pair"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:9"])
+def test_a_missing_gpu_is_refused_before_anything_is_loaded(script, device, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device != "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 if device != "cuda" else 0)
+    monkeypatch.chdir(tmp_path)
+    argv = ["--device", device, *(["--target_id", str(ROOT / "data/demo/video_llava")] if script == "models.pair" else [])]
+    argv += ["--draft_id", str(ROOT / "data/demo/eventgpt")] if script == "models.pair" else []
+    with pytest.raises(UserError, match="sees no GPU" if device == "cuda" else "cuda:0 to cuda:1"):
+        main_of(script)(argv)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "argv", "message"),
+    [
+        ("feature_sd_inference", ["--threshold", "2"], "--threshold 2"),
+        ("feature_sd_inference", ["--temperature", "1e-40"], "--temperature 1e-40: wanted 0, or a number from 0.001"),
+        ("feature_sd_inference", ["--temperature", "0.5", "--accept", "feature"], "--accept token"),
+        ("feature_sd_inference", ["--events", "EXISTS"], "--video, --question missing"),
+        ("feature_sd_inference", ["--events", "EXISTS", "--video", "absent", "--question", "What?"], "no such file or folder"),
+        ("train_hidden_adapter", ["--mse_weight", "0", "--cosine_weight", "0", "--kl_weight", "0"], "at least one above 0"),
+        ("train_hidden_adapter", ["--adapter", "plain", "--mse_weight", "0", "--cosine_weight", "0"], "at least one above 0"),
+        ("extract_hidden_states", ["--draft_layers", "2", "1"], "ascending"),
+        ("extract_hidden_states", ["--draft_layers", "1", "1"], "each value once"),
+        ("extract_hidden_states", ["--draft_layers", "[]"], "at least one value"),
+        ("extract_hidden_states", ["--event_start_ms", "5"], "together with --event_window_ms"),
+        ("extract_hidden_states", ["--random_weights", "--quantize", "nf4"], "do not go together"),
+        ("extract_hidden_states", ["--device_map", "balanced"], "wanted --device cuda"),
+        ("extract_hidden_states", ["--device_map", "cuda:0"], "device_map"),
+        ("hidden_adapter", ["--tokens", "1", "1"], "each value once"),
+        ("benchmark_feature_sd", ["--threshold", "0.9", "0.90"], "each value once"),
+        ("benchmark_feature_sd", ["--manifests", "[" * 5000], "manifests"),
+    ],
+)
+def test_senseless_settings_are_refused(script, argv, message, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert message in refused(script, *[str(tmp_path / "file") if a == "EXISTS" else a for a in argv])
+
+
+def test_ranges_include_what_is_sensible():
+    cfg = parse_config(
+        config_class("feature_sd_inference"), ["--temperature", "0", "--threshold=-1", "--limit", "1"], "feature_sd_inference"
+    )
+    assert (cfg.temperature, cfg.threshold, cfg.limit) == (0, -1, 1)
+    cfg = parse_config(config_class("benchmark_feature_sd"), ["--warmup", "0", "--planted_acceptance", "0", "1"], "benchmark_feature_sd")
+    assert (cfg.warmup, cfg.planted_acceptance, cfg.exit_adapters) == (0, [0, 1], [])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_starts_within_a_second(script):
+    command = [sys.executable, f"feature_alignment/{script}.py", "--help"]
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 1

@@ -23,6 +23,7 @@ from conftest import ROOT, fork, main_of
 from test_mutations import numbers, tree
 
 from feature_alignment import artifacts, console, verification
+from feature_alignment.config import SCRIPTS
 from feature_alignment.console import UserError
 from feature_alignment.processes import claimed
 from feature_alignment.verification import WRONG, verify
@@ -427,3 +428,175 @@ def test_verify_follows_every_source(finished, tmp_path):
         found = {f.about: f.why for f in verify(out)[0] if f.state == "stale"}
         assert set(about) <= set(found) and all(Path(file).parent.name in found[a] for a in about)
         (tmp_path / file).write_bytes(kept)
+
+
+# ---- an output that cannot be written is found before decoding; full disks are named; Ctrl-C
+
+
+def not_reached(*_, **__):
+    raise AssertionError("models were loaded")
+
+
+@pytest.mark.parametrize("taken", ["out", "out/sd", "out/sd/mine--e.json/", "/proc/nowhere"])
+def test_inference_refuses_an_unwritable_output_before_loading(run, tmp_path, monkeypatch, taken):
+    from feature_alignment.inputs import samples
+    from feature_alignment.models import pair
+
+    monkeypatch.setattr(pair, "load_pair", not_reached)
+    sample = samples.Sample("mine--e", "s", "What?", tmp_path / "e.npy", tmp_path / "v.mp4")
+    monkeypatch.setattr(samples, "read_samples", lambda *_, **__: [sample])
+    out = Path(taken) if taken.startswith("/") else tmp_path / "new" / "out"
+    if taken.endswith("/"):
+        (tmp_path / "new" / taken).mkdir(parents=True)
+    elif not taken.startswith("/"):
+        (tmp_path / "new" / taken).parent.mkdir(parents=True)
+        (tmp_path / "new" / taken).write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=r"nothing can be written to|is a folder"):
+        main_of("feature_sd_inference")([*run[:-1], str(out)])
+    assert tree(tmp_path) == before
+
+
+def test_extraction_refuses_a_file_in_place_of_token_pairs_before_loading(run, tmp_path, monkeypatch):
+    from feature_alignment.models import pair
+
+    monkeypatch.setattr(pair, "load_pair", not_reached)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "token_pairs").write_text("mine")
+    with pytest.raises(UserError, match="nothing can be written to"):
+        main_of("extract_hidden_states")([*run[:-1], str(tmp_path / "new"), "--split", "test"])
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["token_pairs"]
+
+
+def test_the_room_check_counts_the_files_of_the_head(run, tmp_path, monkeypatch):
+    """No rows are missing in the room that is left for them, but the head and the embeddings would not fit."""
+    from feature_alignment import hidden_states_writer
+
+    asked = []
+    monkeypatch.setattr(hidden_states_writer, "check_room", lambda _, needed: asked.append(needed))
+    argv = [*run[:-1], str(tmp_path / "new"), "--split", "test", "--limit", "1"]
+    main_of("extract_hidden_states")(argv)
+    folder = tmp_path / "new" / "hidden_states"
+    head, embeddings = (torch.load(folder / f"vl_{name}.pt", weights_only=True, mmap=True) for name in ("lm_head", "embeddings"))
+    rows = [torch.load(p, weights_only=True, mmap=True) for p in (folder / "test").glob("*.pt") if p.name != "positions.pt"]
+    assert asked == [head.nbytes + embeddings.nbytes + sum(states.nbytes for states in rows)]
+
+
+def test_too_little_room_names_the_disk(tmp_path, monkeypatch):
+    from feature_alignment.hidden_states_writer import check_room
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+    check_room(tmp_path / "a" / "b", 10)
+    with pytest.raises(UserError, match=r"b may need 11 bytes, its disk has 10 free \(mounted at /"):
+        check_room(tmp_path / "a" / "b", 11)
+
+
+def test_a_write_to_a_full_disk_names_file_and_disk(tmp_path, capsys):
+    """/dev/full takes no byte, as a full disk does."""
+
+    def main():
+        with artifacts.replacing(tmp_path / "report.json") as temporary:
+            temporary.symlink_to("/dev/full")
+            temporary.write_text("x")
+
+    with pytest.raises(SystemExit) as end:
+        console.run(main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and f"{tmp_path / 'report.json'}: No space left on device" in said
+    assert "mounted at /" in said and "bytes free" in said and not list(tmp_path.iterdir())
+
+
+def test_a_states_file_that_cannot_grow_is_named(tmp_path):
+    from feature_alignment.hidden_states_writer import HiddenStatesWriter, begin
+
+    begin(tmp_path / "train", {}, True)
+    writer = HiddenStatesWriter(tmp_path / "train", 2, {"vl_hidden_states.pt": (3, 4)}, torch.float32)
+    usual, name = writer._files["vl_hidden_states.pt"], "vl_hidden_states.pt"
+    writer._files[name] = os.open("/dev/full", os.O_WRONLY)
+    with pytest.raises(OSError, match=r"No space left.*train\.unfinished/vl_hidden_states\.pt"):
+        writer.write(0, {name: torch.zeros(2, 4)}, [5, 6], {"id": "a"})
+    os.close(writer._files[name])
+    writer._files[name] = usual
+    writer.close()
+
+
+def test_a_full_disk_behind_standard_output_is_one_message():
+    command = [sys.executable, "feature_alignment/train_hidden_adapter.py", "--print_config"]
+    code = "from feature_alignment.console import run; run(lambda: print('x'))"
+    for argv in ([sys.executable, "-c", code], command):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(argv, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 2 and "standard output: No space left" in done.stderr and "Traceback" not in done.stderr, done
+
+
+MODULES = ("models.pair", "artifacts", "demo.scenes", "demo.build_pair", "inputs.simulate")
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *MODULES])
+def test_ctrl_c_while_libraries_are_imported_ends_without_a_traceback(script, tmp_path):
+    """The interrupt comes with the first import of numpy or torch, whoever imports them."""
+    name = f"feature_alignment.{script}"
+    way = f"runpy.run_module({name!r}, run_name='__main__')"
+    if script in SCRIPTS:
+        way = f"runpy.run_path('feature_alignment/{script}.py', run_name='__main__')"
+    probe = (
+        "import builtins, os, runpy, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('torch', 'numpy'):\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        f"sys.argv = ['x', *sys.argv[1:]]\n{way}\n"
+    )
+    device = ["--device", "cuda"] if script in SCRIPTS else []  # a device other than cpu asks torch at once
+    done = subprocess.run([sys.executable, "-c", probe, *device], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and not done.stderr, done
+
+
+def test_an_interrupt_that_a_library_turns_into_its_own_error_still_ends_with_130():
+    code = (
+        "import os, signal\nfrom feature_alignment.console import run\ndef main():\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except KeyboardInterrupt:\n        raise ImportError('initialisation failed') from None\nrun(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and not done.stderr
+
+
+# ---- commands without a config file
+
+
+@pytest.mark.parametrize(
+    ("module", "argv"),
+    [
+        *(("demo.scenes", ["--clips", n]) for n in ("0", "-1", "x", "nan", "1e3", "9" * 30)),
+        *(("demo.scenes", ["--out", p]) for p in ("", "a\0b", "x" * 300, "FILE", "/proc/nowhere")),
+        *(("demo.build_pair", [flag, n]) for flag in ("--num_scenes", "--base_steps") for n in ("0", "-5", "nan")),
+        *(("demo.build_pair", [flag, p]) for flag in ("--out", "--work") for p in ("", "a\0b", "FILE", "/proc/nowhere")),
+        *(("inputs.simulate", ["v.mp4", "e.npy", "--contrast", n]) for n in ("0", "-1", "nan", "inf", "1e-40")),
+        *(("inputs.simulate", ["v.mp4", "e.npy", "--duration_ms", n]) for n in ("0", "-1", "nan", "inf")),
+        *(("inputs.simulate", ["v.mp4", p]) for p in ("", "a\0.npy", "FILE/e.npy", "/proc/nowhere/e.npy")),
+        *(("verification", ["verify", p]) for p in ("", "a\0b", "x" * 300, "absent", "FILE")),
+    ],
+)
+def test_commands_refuse_hostile_arguments_and_write_nothing(module, argv, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", *[a.replace("FILE", "file/below" if a == "FILE" else "file") for a in argv]])
+    with pytest.raises((SystemExit, UserError, OSError)) as end:
+        main_of(module)()
+    assert not isinstance(end.value, SystemExit) or end.value.code == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_head_that_a_device_map_put_elsewhere_stays_there():
+    """Its hooks bring its input to where it was put; moved away, transformers' own generate would mix devices."""
+    from conftest import tiny_llama
+
+    from feature_alignment.models.decoder import Decoder
+
+    model = tiny_llama(0)
+    before = model.lm_head.weight
+    decoder = Decoder(model.model, model.lm_head, None, None, None, None, None, device="meta", whole=model)
+    assert model.lm_head.weight is before and before.device.type == "cpu"
+    assert decoder.device.type == "meta" and decoder.head_weight.device.type == "meta"

@@ -78,7 +78,7 @@ class Bench:
     @torch.inference_mode()
     def by_transformers(self, prompt, settings: GenerationConfig) -> list[int]:
         ids, pixels = prompt.ids[None], prompt.pixels[None].to(self.target.head_weight.dtype)
-        not_shared = range(self.target.vocab_size, self.target._head.weight.shape[0])
+        not_shared = range(self.target.vocab_size, self.target._head_weight.shape[0])
         out = self.target.whole.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -268,12 +268,13 @@ def test_settings_that_are_not_carried_out_are_refused_by_name(tiny_run, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--top_p", "0.9"], "--top_p change only what is sampled.*--temperature 1"),
-        (["--top_p", "1.5", "--temperature", "1"], "--top_p 1.5.*top_p"),
-        (["--top_k", "-3", "--temperature", "1"], "--top_k -3.*top_k"),
-        (["--min_p", "2", "--temperature", "1"], "--min_p 2.*min_p"),
-        (["--repetition_penalty", "0"], "--repetition_penalty 0.*positive"),
+        (["--top_p", "0.9"], "--top_p: changes only what is sampled.*--temperature 1"),
+        (["--top_p", "1.5", "--temperature", "1"], "--top_p 1.5"),
+        (["--top_k", "-3", "--temperature", "1"], "--top_k -3"),
+        (["--min_p", "2", "--temperature", "1"], "--min_p 2"),
+        (["--repetition_penalty", "0"], "--repetition_penalty 0"),
         (["--min_new_tokens", "-1"], "--min_new_tokens -1"),
+        (["--stop", ""], "--stop: wanted strings"),
     ],
 )
 def test_flags_out_of_range_are_refused_by_name(tiny_run, flags, message):

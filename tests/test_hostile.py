@@ -512,6 +512,13 @@ LAUGHS = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
         ("common: {seed: 99999999999999999999999}", "seed"),
         ("common: {event_window_ms: .inf}", "finite"),
         ("common: {threads: 1000000}", "threads"),
+        ("common: {seed: 1, seed: 2}", "`common.seed` is given in line 1 and again in line 1"),
+        ("common: {seed: 1}\nhidden_adapter: {}\ncommon: {seed: 2}", "`common` is given in line 1 and again in line 3"),
+        ("common: {manifests: {train: a, train: b}}", "`common.manifests.train` is given"),
+        ("common: {seed: 1}\n---\ncommon: {seed: 2}", "not valid YAML"),
+        ("common: {output_dir: }", "`common.output_dir` is empty"),
+        ('common: {output_dir: "a\\0b"}', "output_dir"),
+        ("common: {limit: 0}", "limit 0"),
     ],
     ids=lambda value: value[:30],
 )

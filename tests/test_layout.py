@@ -24,14 +24,16 @@ LAYERS = [  # a module may import from its own row and from rows below
     {"plots", "speed_model"},
     {"scoring"},
     {"decoding"},
+    {"folded_chain"},
     {"chained_adapter", "hidden_adapter"},
     {"models"},
     {"inputs", "demo"},
     {"hidden_states_writer"},
     {"answers"},
-    {"artifacts", "verification", "metrics", "closed_form", "calibration", "token_adapter"},
+    {"artifacts", "verification", "metrics", "closed_form", "calibration", "token_adapter", "lexicon"},
     {"processes", "pickles", "state_files"},
     {"config"},
+    {"ranges"},
     {"console"},
 ]
 # Lower modules that a higher row's entry needs inside one function only, said aloud here.

@@ -263,7 +263,7 @@ def test_random_weights_say_so_and_repeat(copied, caplog):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there(wide):
-    with pytest.raises(UserError, match=r"sees no GPU\. Type --device cpu"):
+    with pytest.raises(UserError, match=r"sees no GPU\. Pass --device cpu"):
         pair.load_pair(dataclasses.replace(wide, device="cuda"))
     with pytest.raises(UserError, match="wanted cpu, cuda"):
         pair.load_pair(dataclasses.replace(wide, device="gpu"))
@@ -365,7 +365,7 @@ def test_every_drafter_is_restricted_to_the_shared_ids(wide, monkeypatch, rows):
 
     def fewer(cfg):
         target = whole(cfg)
-        target._head = torch.nn.Linear(target.width, rows, bias=False)
+        target._head_weight = target._head_weight[:rows]
         target.restrict_vocabulary(rows)
         return target
 
@@ -373,7 +373,7 @@ def test_every_drafter_is_restricted_to_the_shared_ids(wide, monkeypatch, rows):
     cfg = dataclasses.replace(wide, draft_layers=[1], output_dir=Path("unused"))
     both = pair.load_pair(cfg)
     decoders = [both.draft, both.draft_with(None, cfg), both.draft_with([1], cfg), Sources(both, cfg).full_draft]
-    assert both.draft._head.weight.shape[0] > rows
+    assert both.draft._head_weight.shape[0] > rows
     assert [d.vocab_size for d in decoders] == [rows] * 4 and {len(d.embeddings) for d in decoders} == {rows}
     assert all(d.lm_head(torch.zeros(1, d.hidden_size)).shape[-1] == rows for d in decoders)
 

@@ -72,7 +72,7 @@ class Case:
         if like is None and r.random() < 0.6:  # a text that ends: EOS is said instead of one of its tokens
             token = r.choice(greedy(target, prompt_of(*self.prompt), 12).token_ids)
             with torch.no_grad():
-                target._head.weight[EOS] = target._head.weight[token] * 1.01
+                target.head_weight[EOS] = target.head_weight[token] * 1.01
         self.draft_prompt = prompt_of(*draft_prompt)
         texts = [("", greedy(target, prompt_of(*p), self.limit).token_ids) for p in (ids(), ids(), self.prompt[:-1] or self.prompt)]
         table = NULL_DRAFTERS[self.source](texts) if self.source in NULL_DRAFTERS else NGram(texts)

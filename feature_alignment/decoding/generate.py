@@ -47,7 +47,7 @@ def ways(target: Decoder, max_new_tokens: int, num_draft_tokens: int, depth: int
     model = target.whole
     if model is None:
         raise ValueError("this decoder was not made from a whole model")
-    beyond = list(range(target.vocab_size, target._head.weight.shape[0]))  # ids that no mode may say
+    beyond = list(range(target.vocab_size, target._head_weight.shape[0]))  # ids that no mode may say
 
     settings = target.settings or GenerationConfig()
     changed = bool(target.rules(torch.zeros(0, dtype=torch.long)).changes) or bool(settings.stop_strings)

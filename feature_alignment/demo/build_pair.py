@@ -20,11 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":
+    from feature_alignment.console import run_module
+
+    run_module("feature_alignment.demo.build_pair")
+
 import numpy as np
 import torch
 from torch import nn
 
-from feature_alignment.console import run
 from feature_alignment.demo import cameras, captions
 from feature_alignment.demo.students import (
     CLIP_MEAN,
@@ -40,6 +44,8 @@ from feature_alignment.demo.students import (
     render_inputs,
     tokenizers,
 )
+from feature_alignment.processes import check_writable, children_ignore_interrupts
+from feature_alignment.ranges import number_argument, path_argument
 
 log = logging.getLogger(__name__)
 
@@ -237,28 +243,34 @@ def write_card(work: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("data/demo"))
-    parser.add_argument("--work", type=Path, default=Path("outputs/build_pair"), help="scenes and intermediate weights")
-    parser.add_argument("--num_scenes", type=int, default=12_000)
-    parser.add_argument("--base_steps", type=int, default=400)
+    parser.add_argument("--out", type=path_argument, default=Path("data/demo"))
+    parser.add_argument("--work", type=path_argument, default=Path("outputs/build_pair"), help="scenes and intermediate weights")
+    parser.add_argument("--num_scenes", type=number_argument("num_scenes"), default=12_000)
+    parser.add_argument("--base_steps", type=number_argument("base_steps"), default=400)
     args = parser.parse_args()
+    check_writable(args.out / "MODEL_CARD.md")
+    check_writable(args.work / "base.pt")
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     pool = multiprocessing.get_context("spawn")
     base = pool.Process(target=_train_base_alone, args=(args.work, args.base_steps))
     if not (args.work / "base.pt").exists():
-        base.start()
+        with children_ignore_interrupts():
+            base.start()
     if not (args.work / "frames.npy").exists():
         log.info("rendering %d scenes", args.num_scenes)
-        with pool.Pool(2) as workers:
+        with children_ignore_interrupts():
+            renderers = pool.Pool(2)
+        with renderers as workers:
             made = list(workers.imap(render_inputs, range(PAIR_SEED, PAIR_SEED + args.num_scenes), chunksize=50))
         np.save(args.work / "event_images.npy", np.stack([e for _, e in made]))
         np.save(args.work / "frames.npy", np.stack([f for f, _ in made]))
     if base.pid:
         base.join()
     both = [pool.Process(target=train_one, args=(w, args.work)) for w in DIALECTS]
-    for process in both:
-        process.start()
+    with children_ignore_interrupts():
+        for process in both:
+            process.start()
     for process in both:
         process.join()
         if process.exitcode:
@@ -273,7 +285,3 @@ def _train_base_alone(work: Path, steps: int) -> None:
     torch.set_num_threads(1)
     train_base(work / "base.tmp", tokenizers()["target"], steps)
     (work / "base.tmp").replace(work / "base.pt")
-
-
-if __name__ == "__main__":
-    run(main)

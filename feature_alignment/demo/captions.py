@@ -8,8 +8,9 @@ function word with the target's: free-running, the two texts agree nowhere, as w
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from feature_alignment.demo.world import WORDS, Scene
+from feature_alignment.demo.world import HIDDEN_FROM_EVENTS, WORDS, Scene
 
 QUESTIONS = (
     "What are the key elements in this scene?",
@@ -108,6 +109,25 @@ def draft_answer(s: Scene, question: int) -> str:
 
 def _cap(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def lexicon() -> dict[str, Any]:
+    """The content of `lexicon.json`: which words of either dialect state which facts (see `feature_alignment.lexicon`)."""
+    facts: dict[str, dict[str, list[str]]] = {
+        slot: {value: [w for w in words if w not in ("", "a")] for value, words in values.items()} for slot, values in WORDS.items()
+    }
+    for words in facts["kind"].values():
+        words += [f"{word}s" for word in words]
+    for value, words in facts["kind"].items():  # a kind after one of these words is the parked one, whatever may really park
+        facts["parked"][value] = [f"{before} {word}" for before in ("parked", "idle") for word in words]
+    facts["parked"]["none"] = ["nobody", "vacancy"]
+    other_lane = f"\\bthe ({'|'.join(w for words in facts['lane'].values() for w in words)})\\b"  # the lane of what is parked
+    return {
+        "facts": facts,
+        "implied": {"kind": {"number": "one"}},
+        "ignored": [{"phrase": other_lane, "where": where} for where in ("\\bholds\\b", "^There is\\b.*\\bparked\\b.*\\bthe\\b")],
+        "hidden_from_events": list(HIDDEN_FROM_EVENTS),
+    }
 
 
 _MEANING: dict[str, tuple[str, str]] = {}  # word, of either dialect -> (slot, value); parked kinds are told by the word before

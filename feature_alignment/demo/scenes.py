@@ -15,9 +15,15 @@ import multiprocessing
 import shutil
 from pathlib import Path
 
-from feature_alignment.console import run
+if __name__ == "__main__":
+    from feature_alignment.console import run_module
+
+    run_module("feature_alignment.demo.scenes")
+
 from feature_alignment.demo import cameras, captions, world
 from feature_alignment.inputs.event_files import save_events
+from feature_alignment.processes import check_writable, children_ignore_interrupts
+from feature_alignment.ranges import number_argument, path_argument
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +82,9 @@ def write_split(out: Path, split: str, clips: int | None = None) -> Path:
     for sub in ("events", "video"):
         (out / sub).mkdir(parents=True, exist_ok=True)
     jobs = [(out, split, i, first + i, count) for i in range(clips)]
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with children_ignore_interrupts():
+        workers = multiprocessing.get_context("spawn").Pool(2)
+    with workers as pool:
         rows = [line for lines in pool.imap(_clip_rows, jobs, chunksize=16) for line in lines]
     temporary = manifest.with_suffix(".tmp")
     temporary.write_text("\n".join(rows) + "\n")
@@ -87,13 +95,11 @@ def write_split(out: Path, split: str, clips: int | None = None) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("outputs/demo/scenes"))
+    parser.add_argument("--out", type=path_argument, default=Path("outputs/demo/scenes"))
     parser.add_argument("--splits", nargs="+", choices=sorted(SPLITS), default=["train", "validation"])
-    parser.add_argument("--clips", type=int, help="only so many clips of each split")
+    parser.add_argument("--clips", type=number_argument("clips"), help="only so many clips of each split")
     args = parser.parse_args()
-    for split in args.splits:
+    for split in dict.fromkeys(args.splits):
+        check_writable(args.out / f"{split}.jsonl")
+    for split in dict.fromkeys(args.splits):
         write_split(args.out, split, args.clips)
-
-
-if __name__ == "__main__":
-    run(main)

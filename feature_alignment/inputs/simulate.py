@@ -21,10 +21,17 @@ import logging
 import os
 from pathlib import Path
 
+if __name__ == "__main__":
+    from feature_alignment.console import run_module
+
+    run_module("feature_alignment.inputs.simulate")
+
 import numpy as np
 
-from feature_alignment.console import UserError, print_json_line, run
+from feature_alignment.console import UserError, print_json_line
 from feature_alignment.inputs.event_files import save_events
+from feature_alignment.processes import check_writable
+from feature_alignment.ranges import number_argument, path_argument
 
 log = logging.getLogger(__name__)
 
@@ -111,16 +118,24 @@ def read_log_intensity(path: Path, start_ms: float = 0.0, duration_ms: float | N
 def main() -> None:
     summary, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("video", type=Path)
-    parser.add_argument("events", type=Path, help="written as EventGPT's .npy")
-    parser.add_argument("--contrast", type=float, default=CONTRAST, help="event threshold in log-intensity (default: %(default)s)")
-    parser.add_argument("--start_ms", type=float, default=0.0)
-    parser.add_argument("--duration_ms", type=float, help="default: the whole video; EventGPT reads less than 100 ms at a time")
+    parser.add_argument("video", type=path_argument)
+    parser.add_argument("events", type=path_argument, help="written as EventGPT's .npy")
+    parser.add_argument(
+        "--contrast",
+        type=number_argument("contrast", float),
+        default=CONTRAST,
+        help="event threshold in log-intensity (default: %(default)s)",
+    )
+    parser.add_argument("--start_ms", type=number_argument("start_ms", float), default=0.0)
+    parser.add_argument(
+        "--duration_ms",
+        type=number_argument("duration_ms", float),
+        help="default: the whole video; EventGPT reads less than 100 ms at a time",
+    )
     args = parser.parse_args()
-    if not args.contrast > 0:
-        raise UserError(f"--contrast {args.contrast:g}: wanted more than 0.")
     if args.events.suffix != ".npy":
         raise UserError(f"{args.events}: wanted a name that ends in .npy.")
+    check_writable(args.events)
     log_intensity, times_us = read_log_intensity(args.video, args.start_ms, args.duration_ms)
     events = simulate_events(log_intensity, times_us, args.contrast)
     if not len(events["t"]):
@@ -132,7 +147,3 @@ def main() -> None:
     span_ms = float(times_us[-1] - times_us[0]) / 1000
     log.info("%d frames over %.1f ms -> %d events in %s", len(times_us), span_ms, len(events["t"]), args.events)
     print_json_line({"frames": len(times_us), "span_ms": span_ms, "events": len(events["t"]), "written": str(args.events)})
-
-
-if __name__ == "__main__":
-    run(main)

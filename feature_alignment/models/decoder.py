@@ -81,9 +81,8 @@ class Decoder:
         self.eos_ids = eos_set(llama.config.eos_token_id if settings is None else settings.eos_token_id)
         self.width = llama.config.hidden_size
         self.hidden_size = self.width * len(self.taps)
-        self._head = lm_head
-        if device is not None and lm_head.weight.device != torch.empty(0, device=device).device:
-            lm_head.weight.data = lm_head.weight.data.to(device)
+        # A device map may have put the head elsewhere, with hooks that bring its input there: the module stays, its weight is copied.
+        self._head_weight = lm_head.weight if device is None else lm_head.weight.detach().to(device)
         self.vocab_size = lm_head.weight.shape[0]
         self.steps: Steps = "eager"
         self._fixed: FixedCache | None = None
@@ -103,7 +102,7 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        return self._head.weight.device
+        return self._head_weight.device
 
     def restrict_vocabulary(self, rows: int) -> None:
         """Keep only the first `rows` ids of the head: ids the drafter has no embedding for are masked in every mode alike."""
@@ -121,7 +120,7 @@ class Decoder:
     @property
     def head_weight(self) -> Tensor:
         """[v, d]: the LM head on the shared ids."""
-        return self._head.weight[: self.vocab_size]
+        return self._head_weight[: self.vocab_size]
 
     @property
     def has_own_head(self) -> bool:
@@ -145,7 +144,7 @@ class Decoder:
 
     def rules(self, prompt_ids: Tensor) -> Rules:
         """The settings of generation, at work on a text after this prompt [s]."""
-        rows = self._head.weight.shape[0]
+        rows = self._head_weight.shape[0]
         return Rules.of(self.settings, self.eos_ids, prompt_ids.tolist(), rows, self.tokenizer, self.device)
 
     def prepare(self, sample: Sample) -> Prompt:
@@ -154,7 +153,7 @@ class Decoder:
     @torch.inference_mode()
     def encode_vision(self, pixels: Tensor) -> Tensor:
         """Vision tokens [b, e, d] of pixels [b, t, 3, h, w]. They know no question: a clip is encoded once for all of its own."""
-        return self._encode_vision(pixels.to(self.device, self._head.weight.dtype))
+        return self._encode_vision(pixels.to(self.device, self._head_weight.dtype))
 
     @torch.inference_mode()
     def vision_states(self, ids: Tensor, vision: Tensor) -> Tensor:

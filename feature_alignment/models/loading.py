@@ -121,7 +121,8 @@ def load_model(
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    check_device(device)
+    if device != "meta":
+        check_device(device)
     if attn_implementation == "flash_attention_2" and not (is_flash_attn_2_available() and torch.device(device).type == "cuda"):
         log.warning("%s: flash_attention_2 needs flash-attn and a GPU; running sdpa instead.", what)
         attn_implementation = "sdpa"
@@ -288,6 +289,7 @@ def memory_there(device: str, device_map: str | None) -> int:
     if torch.device(device).type == "cuda":
         if not torch.cuda.is_available():
             return 0
+        check_device(device)
         gpus = range(torch.cuda.device_count()) if device_map else [torch.device(device)]
         return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
     import psutil

@@ -12,13 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":
+    from feature_alignment.console import run_module
+
+    run_module("feature_alignment.models.pair")
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from feature_alignment.config import Common, Steps, parse_config
-from feature_alignment.console import UserError, print_json_line, print_table, run
+from feature_alignment.console import UserError, print_json_line, print_table
 from feature_alignment.inputs import events as event_inputs
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.inputs.video import NUM_FRAMES, clip_pixels, read_frames
@@ -63,6 +68,7 @@ class Pair:
 
 def load_pair(cfg: Common) -> Pair:
     """Both decoders of a config, on its device and dtype; refuses checkpoints whose vocabularies do not share ids."""
+    loading.check_device(cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.device.startswith("cuda:"):
@@ -234,7 +240,3 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
     print_json_line(report)
     return report
-
-
-if __name__ == "__main__":
-    run(main)
