@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from feature_alignment.advice import command_for
 from feature_alignment.config import Common, Steps, parse_config
 from feature_alignment.console import UserError, print_json_line, progress, run
 
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from feature_alignment.decoding.engine import Generation
     from feature_alignment.inputs.samples import Sample
     from feature_alignment.models.decoder import Prompt
-
-
-MEASURE = "python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml"
 
 
 @dataclass(frozen=True)
@@ -92,16 +90,18 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     from feature_alignment.inputs.samples import read_samples
     from feature_alignment.metrics import break_even
     from feature_alignment.models import fixed
+    from feature_alignment.models.loading import fetch_checkpoints
     from feature_alignment.models.pair import load_pair
     from feature_alignment.rows import Mode, answering, layers_of, modes, row_name, speeds
 
     samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions, allow_outside=cfg.allow_outside)
     number = min(cfg.limit or len(samples), len(samples))
     samples = [samples[i * len(samples) // number] for i in range(number)]  # spread over the clips, which the intervals resample
+    fetch_checkpoints(cfg)
     if cfg.planted_acceptance:
         return planted_benchmark(cfg, samples)
     acceptance_path = cfg.out / "acceptance" / "acceptance.json"
-    acceptance = artifacts.read_sealed(acceptance_path, MEASURE)
+    acceptance = artifacts.read_sealed(acceptance_path, command_for("measure_feature_acceptance"))
     out = cfg.out / "benchmark"
     chained_path = cfg.out / "chained_adapter" / "adapter.pt"
     made_from: dict[str, Path | Sequence[Path]] = {
@@ -116,13 +116,15 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
         **({"questions": cfg.questions} if cfg.questions else {}),
         **({"exit_adapters": cfg.exit_adapters} if cfg.exit_adapters else {}),
     }
-    result = artifacts.reusable(out / "benchmark.json", cfg, made_from)
+    identity = artifacts.identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
+    result = artifacts.reusable(out / "benchmark.json", cfg, identity)
     if result is not None:
         _show(result, out, reused=True)
         return result
     has_chain = chained_path.is_file()
     if has_chain and "chained" not in acceptance["chains"]:
-        raise UserError(f"{acceptance_path} does not know {chained_path} yet. Measure again:\n  {MEASURE}")
+        measure_again = command_for("measure_feature_acceptance")
+        raise UserError(f"{acceptance_path} does not know {chained_path} yet. Measure again:\n  {measure_again}")
     pair = load_pair(cfg)
     pair.record(cfg.steps)
     sources = Sources(pair, cfg, cfg.train_split)
@@ -216,7 +218,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     in_use = targets.adapter_in_use(rows, adapter, chained, acceptance, cost, cfg.device, pair.target.head_weight.dtype)
     result = {
         "meta": artifacts.provenance(
-            "benchmark_feature_sd", cfg, made_from, device=cfg.device, dtype=cfg.dtype, unrecorded=fixed.unrecorded
+            "benchmark_feature_sd", cfg, made_from, identity, device=cfg.device, dtype=cfg.dtype, unrecorded=fixed.unrecorded
         ),
         "baselines": baselines,
         "rows": rows,
@@ -248,11 +250,12 @@ def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, 
     files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
     adapters = {name: cfg.out / f"{name}/adapter.pt" for name in ("adapter", "chained_adapter")}  # untrained ones, where they are missing
     made_from = files | {"clips": clips} | {name: path for name, path in adapters.items() if path.is_file()}
-    result = artifacts.reusable(out / "planted.json", cfg, made_from)
+    identity = artifacts.identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
+    result = artifacts.reusable(out / "planted.json", cfg, identity)
     reused = result is not None
     if result is None:
         sizes = cfg.num_draft_tokens, cfg.planted_acceptance, cfg.max_new_tokens, cfg.repeats, cfg.warmup
-        result = planted.run(cfg, cfg.steps, samples, ("chained", "aligned"), *sizes, made_from)
+        result = planted.run(cfg, cfg.steps, samples, ("chained", "aligned"), *sizes, made_from, identity)
         planted.write(result, out)
     planted.show(result)
     print_json_line({"planted": True, "best": result["best"], "reused": reused, "written": str(out / "planted.json")})

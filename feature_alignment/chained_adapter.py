@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from feature_alignment.advice import command_for
 from feature_alignment.artifacts import HiddenStates, layers_read, load_trained
 from feature_alignment.console import UserError
 
 HEADS = 4
-TRAIN = "python feature_alignment/train_hidden_adapter.py --config configs/demo.yaml --adapter chained"
 
 
 class Seen(NamedTuple):
@@ -183,8 +183,9 @@ def chain_over(adapter: ChainedAdapter, texts: Texts, embeddings: Tensor, steps:
 
 def load_chained_adapter(path: Path, draft_layers: Sequence[int] | None = None) -> tuple[ChainedAdapter, dict[str, Any]]:
     """A chained adapter and its meta. Refuses (UserError) one trained on states of another layer of EventGPT."""
-    adapter, meta = load_trained(path, "a chained adapter", ChainedAdapter, "num_events", TRAIN)
-    layers = layers_read(path, meta, TRAIN)
+    make_it = command_for("train_hidden_adapter", adapter="chained")
+    adapter, meta = load_trained(path, "a chained adapter", ChainedAdapter, "num_events", make_it)
+    layers = layers_read(path, meta, make_it)
     if draft_layers is not None and layers[-1] != draft_layers[-1]:
         raise UserError(
             f"{path} was trained on event states of EventGPT's layer {layers[-1]}, this run ends at {draft_layers[-1]}. "

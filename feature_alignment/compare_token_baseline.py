@@ -11,22 +11,25 @@ writes  token_baseline/comparison.json, comparison.md, threshold_sweep.png; toke
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from feature_alignment.advice import command_for
 from feature_alignment.config import Common, parse_config
-from feature_alignment.console import markdown_table, print_json_line, print_table, rate_text, run
+from feature_alignment.console import UserError, markdown_table, print_json_line, print_table, rate_text, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from feature_alignment.artifacts import HiddenStates
+    from feature_alignment.hidden_states import HiddenStates
+    from feature_alignment.identity import RunIdentity
 
-MEASURE = "python feature_alignment/measure_feature_acceptance.py --config configs/demo.yaml"
-TRAIN = "python feature_alignment/compare_token_baseline.py --config configs/demo.yaml --train_token_adapter"
+log = logging.getLogger(__name__)
+
 LAYOUT_7B = (32_000, 64)  # vocabulary of the released models, longest answer: what the token-level adapter weighs there
 
 
@@ -55,29 +58,50 @@ class ComparisonConfig(Common):
     num_epochs: int = 6
 
 
+def token_adapter_path(cfg: ComparisonConfig) -> Path:
+    return cfg.out / "token_baseline" / "token_adapter.pt"
+
+
+def train_token_adapter(cfg: ComparisonConfig, rows: Sequence[dict]) -> None:
+    """Train the earlier attempt's token-level adapter, unless one of the same identity lies there.
+
+    Args:
+        cfg: settings
+        rows: what is compared; the adapter must take texts of their length
+    """
+    from feature_alignment import artifacts, token_adapter
+    from feature_alignment.answers import read_token_pairs
+
+    path, identity = token_adapter_path(cfg), token_adapter_identity(cfg)
+    if _trained_already(path, cfg, identity):
+        return
+    train, validation = (read_token_pairs(cfg.out / "token_pairs" / f"{split}.json") for split in (cfg.train_split, cfg.validation_split))
+    extract = command_for("extract_hidden_states", split=cfg.train_split)
+    vocabulary = len(artifacts.load_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", extract))
+    longest = max(len(r[k]) for r in (*train, *validation, *rows) for k in ("egpt_tokens", "vl_tokens"))
+    began = time.time()
+    model, accuracies = token_adapter.train_token_adapter(train, validation, vocabulary, longest, cfg.num_epochs, cfg.device, cfg.seed)
+    meta = {"geometry": model.geometry, "seconds": time.time() - began, "validation_accuracy": accuracies, **identity.as_dict()}
+    artifacts.save_pt(path, {"meta": meta, "state_dict": {k: v.cpu() for k, v in model.state_dict().items()}})
+
+
 def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict], eos_ids: Sequence[int]) -> dict[str, Any] | None:
-    """The earlier attempt's token-level adapter, trained here; None where it has not been."""
+    """The earlier attempt's token-level adapter, trained here; None where it has not been, or from other texts."""
     import torch
 
     from feature_alignment import artifacts, token_adapter
-    from feature_alignment.answers import read_token_pairs
     from feature_alignment.comparison import verified
     from feature_alignment.hidden_adapter import call_ms
 
-    path = cfg.out / "token_baseline" / "token_adapter.pt"
-    if cfg.train_token_adapter:
-        train, validation = (
-            read_token_pairs(cfg.out / "token_pairs" / f"{split}.json") for split in (cfg.train_split, cfg.validation_split)
-        )
-        vocabulary = len(artifacts.load_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", artifacts.EXTRACT.format(split=cfg.train_split)))
-        longest = max(len(r[k]) for r in (*train, *validation, *rows) for k in ("egpt_tokens", "vl_tokens"))
-        began = time.time()
-        model, accuracies = token_adapter.train_token_adapter(train, validation, vocabulary, longest, cfg.num_epochs, cfg.device, cfg.seed)
-        meta = {"geometry": model.geometry, "seconds": time.time() - began, "validation_accuracy": accuracies}
-        artifacts.save_pt(path, {"meta": meta, "state_dict": {k: v.cpu() for k, v in model.state_dict().items()}})
+    path = token_adapter_path(cfg)
     if not path.is_file():
         return None
-    model, meta = artifacts.load_trained(path, "a token-level adapter", token_adapter.TokenAdapter, "vocabulary", TRAIN)
+    train_it = command_for("compare_token_baseline", "--train_token_adapter")
+    model, meta = artifacts.load_trained(path, "a token-level adapter", token_adapter.TokenAdapter, "vocabulary", train_it)
+    texts = replace(token_adapter_identity(cfg), settings=meta.get("settings", {}))  # however long it was trained
+    if changes := texts.changes(meta, ignore_code=True):
+        log.warning("%s is left out (then → now): %s. Train it again:\n  %s", path, "; ".join(changes), train_it)
+        return None
     model.to(cfg.device)
     text = torch.full((1, model.geometry["longest"]), 5, device=cfg.device)
     ms = call_ms(lambda: model(text), 20, cfg.device)
@@ -89,6 +113,32 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict], eos_ids: S
     return {**report, "params": model.num_parameters, "params_7b": at_7b, "overhead_ms": ms, "seconds": meta["seconds"]}
 
 
+def token_adapter_identity(cfg: ComparisonConfig) -> RunIdentity:
+    """What the token-level adapter is trained from: both models' texts of two splits, and the settings of its training."""
+    from feature_alignment import artifacts, identity
+
+    texts = {split: cfg.out / "token_pairs" / f"{split}.json" for split in (cfg.train_split, cfg.validation_split)}
+    whole = artifacts.identity_of("token_adapter", cfg, texts)
+    return identity.RunIdentity({k: whole.settings[k] for k in ("num_epochs", "seed", "device")}, whole.made_from, whole.code)
+
+
+def _trained_already(path: Path, cfg: ComparisonConfig, identity: RunIdentity) -> bool:
+    """Whether `--resume` finds a token-level adapter of this identity."""
+    from feature_alignment import artifacts
+
+    if not (cfg.resume and path.is_file()):
+        return False
+    try:
+        meta = artifacts.load_pt(path, "")["meta"]
+    except (UserError, KeyError, TypeError):
+        return False
+    if changes := identity.changes(meta, cfg.ignore_code):
+        log.warning("%s is trained again (then → now): %s", path, "; ".join(changes))
+        return False
+    artifacts.log_reuse(path, identity, meta)
+    return True
+
+
 def judge_kept(
     cfg: ComparisonConfig, states: HiddenStates, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
@@ -96,7 +146,7 @@ def judge_kept(
     from feature_alignment import artifacts
     from feature_alignment.comparison import kept_drafts
 
-    scores = artifacts.load_pt(cfg.out / "acceptance" / "scores.pt", MEASURE)
+    scores = artifacts.load_pt(cfg.out / "acceptance" / "scores.pt", command_for("measure_feature_acceptance"))
     sources = {"aligned": scores["adapter"]} | ({"chained": scores["chained"]} if "chained" in scores else {})
     if "egpt_drafts" in states.rows[0]:
         own = states.token_ids.clone()
@@ -171,68 +221,99 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def compare(cfg: ComparisonConfig) -> dict[str, Any]:
-    """Compare; returns the content of comparison.json."""
+    """Compare, or reuse what is there; returns the content of comparison.json."""
     import torch
 
-    from feature_alignment import artifacts, comparison, plots
-    from feature_alignment.answers import eos_ids, read_token_pairs
-    from feature_alignment.models.loading import load_tokenizer
+    from feature_alignment import artifacts
+    from feature_alignment.answers import read_token_pairs
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    path = cfg.token_pairs or cfg.out / "token_pairs" / f"{cfg.split}.json"
-    rows, out = read_token_pairs(path), cfg.out / "token_baseline"
-    report: dict[str, Any] = {"token_level": comparison.free_running_agreement(rows, cfg.num_draft_tokens)}
-    report |= dict.fromkeys(("feature_level", "aligned_token_level", "chained_token_level", "token_adapter", "own_drafts"))
-    report |= {"feature_rules": {}, "kept_by_cosine": {}, "examples": [], "nulls": {}}
-    made_from, g, ends = {"token_pairs": path}, cfg.num_draft_tokens, eos_ids(path)
-    if cfg.token_pairs:
-        first, second = comparison.halves(rows)
-        if first:
-            report["nulls"] = comparison.null_drafter_reports(first, second, g, ends)
-    else:
-        acceptance_path, train_path = cfg.out / "acceptance" / "acceptance.json", cfg.out / "token_pairs" / f"{cfg.train_split}.json"
-        acceptance = artifacts.read_sealed(acceptance_path, MEASURE)
-        states = artifacts.load_hidden_states(cfg.out / "hidden_states" / cfg.split, cfg.draft_layers)
-        made_from |= {
-            "states": cfg.out / "hidden_states" / cfg.split / "meta.json",
-            "acceptance": acceptance_path,
-            "train_token_pairs": train_path,
-        }
-        levels = {"aligned": acceptance | {"params": acceptance["adapter"]["params"]}}
-        levels |= {"chained": acceptance["chains"]["chained"]} if "chained" in acceptance["chains"] else {}
-        for name, level in levels.items():
-            report[f"{name}_token_level"] = {k: level[k] for k in ("token_match", "acceptance_rate", "tokens_per_pass", "params")}
-            report[f"{name}_token_level"]["consecutive_accept"] = level["consecutive_accept_token"]
-            report["feature_rules"][name] = level["thresholds"]
-        at = acceptance["thresholds"]["0.90"]
-        report["feature_level"] = {"consecutive": at["consecutive_accept"], "relaxed": at["relaxed_accept"], "threshold": 0.9}
-        report["feature_level"]["params"] = acceptance["adapter"]["params"]
-        report["token_adapter"] = token_adapter_report(cfg, rows, ends)
-        if "egpt_drafts" in states.rows[0]:
-            drafts = comparison.right([r["egpt_drafts"] for r in states.rows], states.rows)
-            report["own_drafts"] = {**comparison.verified(drafts, states.rows, g, ends), "params": 0}
-        tokenizer = load_tokenizer(cfg.target_id)
-        encode = lambda question: tokenizer.encode(question, add_special_tokens=False)  # noqa: E731
-        report["nulls"] = comparison.null_drafter_reports(read_token_pairs(train_path), rows, g, ends, encode)
-        if states.rows[0].get("facts"):
-            report["kept_by_cosine"], report["examples"] = judge_kept(cfg, states, tokenizer)
-            plots.threshold_sweep(report["kept_by_cosine"], out)
-    shown = tables(report, g)
-    report["rows"] = [{"table": title, **dict(zip(header, row, strict=True))} for title, header, lines in shown for row in lines]
-    report = {"meta": artifacts.provenance("compare_token_baseline", cfg, made_from), **report}
-    markdown = [f"**{title}**\n\n{markdown_table(header, lines)}\n" for title, header, lines in shown]
-    artifacts.write_text(out / "comparison.md", "\n".join(markdown))
-    beside = ("comparison.md", *(("threshold_sweep.png",) if report["kept_by_cosine"] else ()))
-    artifacts.write_sealed(out / "comparison.json", report, beside)
-    for title, header, lines in shown:
+    made_from, out = sources_of(cfg), cfg.out / "token_baseline"
+    rows = read_token_pairs(made_from["token_pairs"])
+    if cfg.train_token_adapter and not cfg.token_pairs:
+        train_token_adapter(cfg, rows)
+    identity = artifacts.identity_of("compare_token_baseline", cfg, made_from, timed=True, without=("train_token_adapter",))
+    report = artifacts.reusable(out / "comparison.json", cfg, identity)
+    reused = report is not None
+    if report is None:
+        report = comparison_report(cfg, rows, out)
+        shown = tables(report, cfg.num_draft_tokens)
+        report["rows"] = [{"table": title, **dict(zip(header, row, strict=True))} for title, header, lines in shown for row in lines]
+        report = {"meta": artifacts.provenance("compare_token_baseline", cfg, made_from, identity), **report}
+        markdown = [f"**{title}**\n\n{markdown_table(header, lines)}\n" for title, header, lines in shown]
+        artifacts.write_text(out / "comparison.md", "\n".join(markdown))
+        beside = ("comparison.md", *(("threshold_sweep.png",) if report["kept_by_cosine"] else ()))
+        artifacts.write_sealed(out / "comparison.json", report, beside)
+    for title, header, lines in tables(report, cfg.num_draft_tokens):
         print_table(title, header, lines)
     if report["examples"]:
         columns = ("source", "before", "drafted", "said", "verdict", "cosine")
         print_table("kept though the word is another, highest cosine first", columns, [[e[c] for c in columns] for e in report["examples"]])
     level = report["token_level"]
     numbers = {k: level[k]["value"] for k in ("position_match", "mean_prefix", "first_token_differs")}
-    print_json_line({**numbers, "written": str(out / "comparison.json")})
+    print_json_line({**numbers, "reused": reused, "written": str(out / "comparison.json")})
+    return report
+
+
+def sources_of(cfg: ComparisonConfig) -> dict[str, Path]:
+    """Name -> every file that the comparison reads."""
+    if cfg.token_pairs:
+        return {"token_pairs": cfg.token_pairs}
+    files = {
+        "token_pairs": cfg.out / "token_pairs" / f"{cfg.split}.json",
+        "states": cfg.out / "hidden_states" / cfg.split / "meta.json",
+        "acceptance": cfg.out / "acceptance" / "acceptance.json",
+        "train_token_pairs": cfg.out / "token_pairs" / f"{cfg.train_split}.json",
+        "target": cfg.target_id,
+        "token_adapter": token_adapter_path(cfg),
+    }
+    return {name: path for name, path in files.items() if name != "token_adapter" or path.is_file()}
+
+
+def comparison_report(cfg: ComparisonConfig, rows: Sequence[dict], out: Path) -> dict[str, Any]:
+    """Every number of comparison.json, compared now.
+
+    Args:
+        cfg: settings
+        rows: both models' free-running answers
+        out: where the picture goes
+    """
+    from feature_alignment import artifacts, comparison, plots
+    from feature_alignment.answers import eos_ids, read_token_pairs
+    from feature_alignment.models.loading import find_checkpoint, load_tokenizer
+
+    report: dict[str, Any] = {"token_level": comparison.free_running_agreement(rows, cfg.num_draft_tokens)}
+    report |= dict.fromkeys(("feature_level", "aligned_token_level", "chained_token_level", "token_adapter", "own_drafts"))
+    report |= {"feature_rules": {}, "kept_by_cosine": {}, "examples": [], "nulls": {}}
+    g, ends = cfg.num_draft_tokens, eos_ids(cfg.token_pairs or cfg.out / "token_pairs" / f"{cfg.split}.json")
+    if cfg.token_pairs:
+        first, second = comparison.halves(rows)
+        if first:
+            report["nulls"] = comparison.null_drafter_reports(first, second, g, ends)
+        return report
+    acceptance = artifacts.read_sealed(cfg.out / "acceptance" / "acceptance.json", command_for("measure_feature_acceptance"))
+    states = artifacts.load_hidden_states(cfg.out / "hidden_states" / cfg.split, cfg.draft_layers)
+    levels = {"aligned": acceptance | {"params": acceptance["adapter"]["params"]}}
+    levels |= {"chained": acceptance["chains"]["chained"]} if "chained" in acceptance["chains"] else {}
+    for name, level in levels.items():
+        report[f"{name}_token_level"] = {k: level[k] for k in ("token_match", "acceptance_rate", "tokens_per_pass", "params")}
+        report[f"{name}_token_level"]["consecutive_accept"] = level["consecutive_accept_token"]
+        report["feature_rules"][name] = level["thresholds"]
+    at = acceptance["thresholds"]["0.90"]
+    report["feature_level"] = {"consecutive": at["consecutive_accept"], "relaxed": at["relaxed_accept"], "threshold": 0.9}
+    report["feature_level"]["params"] = acceptance["adapter"]["params"]
+    report["token_adapter"] = token_adapter_report(cfg, rows, ends)
+    if "egpt_drafts" in states.rows[0]:
+        drafts = comparison.right([r["egpt_drafts"] for r in states.rows], states.rows)
+        report["own_drafts"] = {**comparison.verified(drafts, states.rows, g, ends), "params": 0}
+    tokenizer = load_tokenizer(find_checkpoint(cfg.target_id, "--target_id"))
+    encode = lambda question: tokenizer.encode(question, add_special_tokens=False)  # noqa: E731
+    train_pairs = read_token_pairs(cfg.out / "token_pairs" / f"{cfg.train_split}.json")
+    report["nulls"] = comparison.null_drafter_reports(train_pairs, rows, g, ends, encode)
+    if states.rows[0].get("facts"):
+        report["kept_by_cosine"], report["examples"] = judge_kept(cfg, states, tokenizer)
+        plots.threshold_sweep(report["kept_by_cosine"], out)
     return report
 
 

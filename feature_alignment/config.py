@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from feature_alignment.advice import use_config
 from feature_alignment.console import UserError, be_quiet
 from feature_alignment.ranges import validate, validate_text
+from feature_alignment.text_files import read_text
 
 SCRIPTS = (
     "extract_hidden_states",
@@ -59,6 +61,7 @@ class Common:
         draft_layers: which of the drafter's layers the adapter reads; it runs no deeper than the last of them (default: all)
         limit: at most this many samples
         resume: reuse what is complete and was made from the same inputs, continue what was stopped; --no_resume starts over
+        ignore_code: reuse hidden states, answers and adapters although the code that made them has changed since; never timings
         quiet: results and errors only, no logs and no progress bars
     """
 
@@ -82,6 +85,7 @@ class Common:
     draft_layers: list[int] | None = None
     limit: int | None = None
     resume: bool = True
+    ignore_code: bool = False
     quiet: bool = False
 
     @property
@@ -135,6 +139,7 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
     if values["output_dir"] is None:
         values["output_dir"] = Path("outputs") / (Path(config_path).stem if config_path else "default")
     cfg = cls(**values)
+    use_config(config_path, cfg.out, any(word.startswith("--output_dir=") for word in words))
     validate(cfg)
     be_quiet(cfg.quiet)
     if show:
@@ -227,11 +232,11 @@ def _file_flags(cls: type, path: Path, section: str, chosen: str | None) -> list
     import yaml
 
     try:
-        text = path.read_text()
+        text = read_text(path)
         _refuse_endless(path, text)
         _refuse_duplicates(path, yaml.compose(text, Loader=yaml.BaseLoader))
         content = yaml.load(text, Loader=yaml.BaseLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     known = {"common", *SCRIPTS, "train_hidden_adapter.plain", "train_hidden_adapter.chained"}
     if not isinstance(content, dict) or not set(content) <= known:

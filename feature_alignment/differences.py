@@ -9,7 +9,7 @@ from feature_alignment.artifacts import read_sealed
 from feature_alignment.console import UserError, log, print_json_line, print_table, rate_text
 from feature_alignment.rows import row_name
 
-RUN = "python feature_alignment/benchmark_feature_sd.py --config configs/demo.yaml"
+RUN = "python feature_alignment/benchmark_feature_sd.py --config CONFIG"  # `compare` reads no config
 MUST = ("max_new_tokens", "split", "limit", "questions")  # of the config: other texts, or other prompts
 
 

@@ -18,9 +18,7 @@ hidden_states/ into one and run the command with `--merge`. All ways give the sa
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -28,14 +26,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from feature_alignment.config import Common, as_plain, parse_config
+from feature_alignment.config import Common, parse_config
 from feature_alignment.console import UserError, print_json_line, print_table, progress, run
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from feature_alignment.answers import Answers
+    from feature_alignment.earlier_rows import Row
     from feature_alignment.hidden_states_writer import HiddenStatesWriter
+    from feature_alignment.identity import RunIdentity
     from feature_alignment.inputs.samples import Sample
     from feature_alignment.models.decoder import Decoder
     from feature_alignment.models.pair import Pair
@@ -85,23 +86,22 @@ def extract(
     mine: Sequence[range],
     cfg: ExtractConfig,
     writer: HiddenStatesWriter,
-    answers: Answers | None,
+    answers: Answers,
     place: dict[int, int],
+    entries: Sequence[Row],
     first: bool = True,
 ) -> None:
     """Fill `writer` with every batch of `mine` that it does not have in full; a batch is done whole, as its floats depend on it.
 
     speaker: the drafter at full depth where its own words are asked for: they need its own head
-    answers: both models' texts where they are known; None generates them
+    answers: both models' texts where they are known; a batch that is not known whole is generated
     place:   row of `samples` -> row of the files
+    entries: what identifies each row of the files
     first:   whether this process may speak
     """
-    from feature_alignment.artifacts import EVENT_STATES, file_hash
+    from feature_alignment.artifacts import EVENT_STATES
     from feature_alignment.console import mended_in
     from feature_alignment.models.batches import ClipBatch
-
-    folder = cfg.manifests[cfg.split].resolve().parent
-    hash_of = functools.cache(lambda path: [os.path.relpath(path.resolve(), folder), file_hash(path)])
 
     todo = [rows for rows in mine if any(place[row] not in writer.done for row in rows)]
     total, began = sum(map(len, todo)), time.perf_counter()
@@ -110,7 +110,7 @@ def extract(
             asked = [samples[row] for row in rows]
             target, deep = ClipBatch(pair.target, asked), ClipBatch(speaker, asked)
             draft = deep if speaker is pair.draft else ClipBatch(pair.draft, asked, deep)
-            if answers:
+            if all(sample.id in answers for sample in asked):
                 vl, egpt = ([list(answers[s.id][who]) for s in asked] for who in (0, 1))
             else:
                 vl, egpt = target.generate(cfg.max_new_tokens), deep.generate(cfg.max_new_tokens)
@@ -123,8 +123,7 @@ def extract(
                 rows, asked, *found, target_reads, vl, egpt, strict=True
             ):
                 length = min(len(v), len(g))  # `own` is paired by index, up to the shorter text
-                about = {"id": sample.id, "sequence": sample.sequence, "question": sample.question, "facts": sample.facts}
-                about["clip"] = dict(hash_of(path) for path in (sample.events, sample.video))
+                about: dict[str, Any] = dict(entries[place[row]])
                 if mended := mended_in(sample.events, sample.video):
                     about["mended"] = mended
                 for who, decoder, tokens in (("vl", pair.target, vl_tokens), ("egpt", pair.draft, egpt_tokens)):
@@ -161,130 +160,133 @@ def draft_files(draft: Decoder, hidden: Tensor, cfg: ExtractConfig) -> dict[str,
     return {layer_file(k): part for k, part in zip(draft.taps, hidden.split(draft.width, dim=-1), strict=True)}
 
 
-def settings_of(cfg: ExtractConfig) -> dict[str, Any]:
-    """What decides the bytes of a run: files by their content, never by their place."""
-    from feature_alignment.artifacts import file_hash
+def identity_of(cfg: ExtractConfig) -> RunIdentity:
+    """What decides the bytes of a run, besides its rows: files count by their content, the manifest row by row."""
+    from feature_alignment import artifacts
 
-    paths = {
-        "target": cfg.target_id,
-        "draft": cfg.draft_id,
-        "manifest": cfg.manifests[cfg.split],
-        "answers": cfg.answers,
-        "questions": cfg.questions,
-    }
-    elsewhere = {"target_id", "draft_id", "manifests", "answers", "questions", "allow_outside"}
-    elsewhere |= {"resume", "quiet", "output_dir", "threads", "steps", "seed", "merge"}
-    settings = {k: v for k, v in as_plain(cfg).items() if k not in elsewhere}
-    return settings | {k: file_hash(p) if p and p.exists() else None for k, p in paths.items()}
-
-
-def known_answers(cfg: ExtractConfig, settings: dict[str, Any], sample_ids: Sequence[str]) -> Answers | None:
-    """Answers to read instead of generating them: those asked for, or what an earlier run of the same models left here."""
-    from feature_alignment.answers import load_answers
-
-    if cfg.answers:
-        return load_answers(cfg.answers, settings, sample_ids)
-    path = cfg.out / "token_pairs" / f"{cfg.split}.json"
-    if not (cfg.resume and path.is_file()):
-        return None
-    try:
-        return load_answers(path, settings, sample_ids)
-    except UserError:
-        return None  # of other models or clips: they will be replaced
+    sources = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
+    sources |= {name: path for name, path in {"answers": cfg.answers, "questions": cfg.questions}.items() if path}
+    without = ["threads", "limit", "merge", *(() if cfg.random_weights else ("seed",))]
+    identity = artifacts.identity_of("extract_hidden_states", cfg, sources, without=without)
+    return dataclasses.replace(identity, not_compared=frozenset({"manifest"}))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(ExtractConfig, argv, "extract_hidden_states")
-    from feature_alignment import hidden_states_writer as files
+    from feature_alignment import earlier_rows, shards
+    from feature_alignment.inputs.row_identity import identify
     from feature_alignment.inputs.samples import read_samples
+    from feature_alignment.models.batches import batches
+    from feature_alignment.models.loading import fetch_checkpoints
     from feature_alignment.processes import check_device, check_writable, claimed, processes
 
-    shard, shards = parse_shard(cfg)
+    shard, of = parse_shard(cfg)
     check_device(cfg.device)
     samples = read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions, cfg.allow_outside)
-    settings = settings_of(cfg)
-    out = cfg.out / "hidden_states" / (files.shard_name(cfg.split, shard, shards) if cfg.shard else cfg.split)
+    fetch_checkpoints(cfg)
+    identity = identity_of(cfg)
+    parts = batches(samples, cfg.batch_size)[shard - 1 :: of]
+    if not parts:
+        raise UserError(f"--shard {cfg.shard}: {len(samples)} rows in batches of {cfg.batch_size} leave it nothing; wanted fewer shards.")
+    if cfg.merge:  # this machine need not have the clips
+        rows = [{"id": s.id, "sequence": s.sequence, "question": s.question, "facts": s.facts} for s in samples]
+    else:
+        rows = identify(samples, parts, cfg.manifests[cfg.split], cfg.event_start_ms)
+    out = cfg.out / "hidden_states" / (shards.shard_name(cfg.split, shard, of) if cfg.shard else cfg.split)
     rank, world, device, wait = processes(cfg.device)
-    if cfg.resume and files.complete(out, settings):
+    if cfg.resume and earlier_rows.complete(out, identity, rows, cfg.ignore_code):
         return report(cfg, out, reused=True, first=rank == 0)
     check_writable(cfg.out / "token_pairs" / f"{cfg.split}.json")
     with claimed(out) if rank == 0 else nullcontext():
         if cfg.merge:
-            token_pairs = cfg.out / "token_pairs" / f"{cfg.split}.json"
-            files.merge_shards(out, settings, {s.id: row for row, s in enumerate(samples)}, token_pairs, cfg.resume)
+            shards.merge_shards(out, identity, rows, cfg.out / "token_pairs" / f"{cfg.split}.json", cfg.resume, cfg.ignore_code)
         else:
-            fill(cfg, samples, settings, out, (shard, shards), (rank, world, device, wait))
+            fill(cfg, samples, parts, rows, identity, out, (rank, world, device, wait))
     return report(cfg, out, reused=False, first=rank == 0)
 
 
 def fill(
     cfg: ExtractConfig,
     samples: Sequence[Sample],
-    settings: dict[str, Any],
+    parts: Sequence[range],
+    rows: Sequence[Row],
+    identity: RunIdentity,
     out: Path,
-    part: tuple[int, int],
     process: tuple[int, int, str, Callable[[], None]],
 ) -> None:
-    """Extract this process's rows of `samples` into `out`; the first process makes the files and gives them their names.
+    """Extract this process's batches into `out`; the first process makes the files, keeps earlier rows and gives the files their names.
 
-    part: shard i of n; process: number, how many, device, wait, as `processes` says
+    Args:
+        cfg: settings
+        samples: of the whole manifest
+        parts: the batches of this run, as rows of `samples`
+        rows: what identifies each row of the files, in their order
+        identity: of this run
+        out: folder of the split
+        process: number, how many, device, wait, as `processes` says
     """
-    import torch
-
-    from feature_alignment import artifacts
+    from feature_alignment import artifacts, earlier_rows
     from feature_alignment import hidden_states_writer as files
-    from feature_alignment.models.batches import batches
+    from feature_alignment.answers import known_answers
     from feature_alignment.models.pair import load_pair
 
-    (shard, shards), (rank, world, device, wait) = part, process
-    answers = known_answers(cfg, settings, [s.id for s in samples])
+    rank, world, device, wait = process
+    token_pairs = cfg.out / "token_pairs" / f"{cfg.split}.json"
+    answers = known_answers(cfg.answers, token_pairs if cfg.resume else None, identity, rows, cfg.ignore_code)
     pair = load_pair(dataclasses.replace(cfg, device=device))
     refuse_foreign_ids(answers, pair.target.vocab_size)
     speaker = pair.draft
-    if (cfg.own_drafts or not answers) and not pair.draft.has_own_head:
+    if (cfg.own_drafts or len(answers) < len(rows)) and not pair.draft.has_own_head:
         speaker = pair.draft_with(None, dataclasses.replace(cfg, device=device))
-    parts = batches(samples, cfg.batch_size)[shard - 1 :: shards]
-    if not parts:
-        raise UserError(
-            f"--shard {cfg.shard}: {len(samples)} rows in batches of {cfg.batch_size} leave nothing for it; wanted fewer shards."
-        )
     place = {row: i for i, row in enumerate(row for part in parts for row in part)}
-    width, dtype = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens), getattr(torch, cfg.store_dtype)
-    nothing = draft_files(pair.draft, torch.empty(0, pair.draft.hidden_size), cfg)
-    shapes = {name: (width, states.shape[-1]) for name, states in nothing.items()}
-    shapes |= {"vl_hidden_states.pt": (width, pair.target.hidden_size)}
-    if cfg.event_states:
-        shapes |= {artifacts.EVENT_STATES: (pair.draft.vision_tokens, pair.draft.width)}
+    shapes, dtype = shapes_of(pair, cfg)
     if cfg.resume:
-        files.refuse_changes(out, settings)
+        earlier_rows.refuse_changes(out, identity, rows, cfg.limit is not None, cfg.ignore_code)
+        identity = earlier_rows.with_recorded_code(out, identity) if cfg.ignore_code else identity
     wait()  # everyone has looked before anything changes
     if rank == 0:
-        missing = len(place) - (len(files.rows_done(out)) if cfg.resume else 0)
-        at_most = missing * files.row_bytes(shapes.values(), dtype) + pair.target.head_weight.nbytes
-        at_most += pair.target.embeddings.nbytes if cfg.event_states else 0
-        log.info("extract  %s: %d of %d rows to do, at most %.4g MB", cfg.split, missing, len(place), at_most / 1e6)
-        files.check_room(cfg.out, at_most)
-        files.begin(out, settings, cfg.resume)
+        begun = files.rows_done(out) if cfg.resume else set()
+        at_most = (len(place) - len(begun)) * files.row_bytes(shapes.values(), dtype) + pair.target.head_weight.nbytes
+        files.check_room(cfg.out, at_most + (pair.target.embeddings.nbytes if cfg.event_states else 0))
+        may_keep = files.begin(out, identity, files.plan_hash(rows), cfg.resume)
         writer = files.HiddenStatesWriter(out, len(place), shapes, dtype)
+        if may_keep:
+            earlier_rows.keep_rows(writer, identity, rows, cfg.ignore_code)
+        log.info("extract  %s: %d of %d rows to do", cfg.split, len(place) - len(writer.done), len(place))
     wait()
     if rank:
         writer = files.HiddenStatesWriter(out, len(place), shapes, dtype, rank)
     try:
-        extract(pair, speaker, samples, parts[rank::world], cfg, writer, answers, place, first=rank == 0)
+        extract(pair, speaker, samples, parts[rank::world], cfg, writer, answers, place, rows, first=rank == 0)
         wait()
         if rank == 0:
             artifacts.save_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", pair.target.head_weight.detach().cpu().clone())
             if cfg.event_states:
                 artifacts.save_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", pair.target.embeddings.cpu().clone())
-            writer.finish(describe(pair, cfg, settings, len(place)), None if cfg.shard else cfg.out / "token_pairs" / f"{cfg.split}.json")
+            writer.finish(describe(pair, cfg, identity, len(place)), None if cfg.shard else token_pairs)
     finally:
         writer.close()
     wait()
 
 
-def refuse_foreign_ids(answers: Answers | None, vocab_size: int) -> None:
+def shapes_of(pair: Pair, cfg: ExtractConfig) -> tuple[dict[str, tuple[int, int]], torch.dtype]:
+    """File name -> (positions, size) of one row in it, and what the files hold."""
+    import torch
+
+    from feature_alignment.artifacts import EVENT_STATES
+
+    width = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens)
+    nothing = draft_files(pair.draft, torch.empty(0, pair.draft.hidden_size), cfg)
+    shapes = {name: (width, states.shape[-1]) for name, states in nothing.items()} | {
+        "vl_hidden_states.pt": (width, pair.target.hidden_size)
+    }
+    shapes |= {EVENT_STATES: (pair.draft.vision_tokens, pair.draft.width)} if cfg.event_states else {}
+    return shapes, getattr(torch, cfg.store_dtype)
+
+
+def refuse_foreign_ids(answers: Answers, vocab_size: int) -> None:
     """raises UserError for answers with an id that the pair does not share"""
-    for sample_id, texts in (answers or {}).items():
+    for sample_id, texts in answers.items():
         if max(map(max, texts)) >= vocab_size:
             raise UserError(f"the answers of sample {sample_id} hold ids beyond the {vocab_size} of this pair: texts of another one.")
 
@@ -297,7 +299,7 @@ def parse_shard(cfg: ExtractConfig) -> tuple[int, int]:
     return int(i), int(n)
 
 
-def describe(pair: Pair, cfg: ExtractConfig, settings: dict[str, Any], rows: int) -> dict[str, Any]:
+def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -> dict[str, Any]:
     """The `meta` of a run."""
     from feature_alignment.artifacts import provenance
 
@@ -305,7 +307,7 @@ def describe(pair: Pair, cfg: ExtractConfig, settings: dict[str, Any], rows: int
         "extract_hidden_states",
         cfg,
         {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]},
-        settings=settings,
+        identity,
         prefix=cfg.prefix,
         rows=rows,
         separate_layers=cfg.separate_layers,

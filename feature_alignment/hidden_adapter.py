@@ -19,10 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from feature_alignment.advice import command_for
 from feature_alignment.config import Common, parse_config
 from feature_alignment.console import UserError, print_json_line, print_table, run
-
-TRAIN = "python feature_alignment/train_hidden_adapter.py --config configs/demo.yaml"
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,12 @@ def load_adapter(path: Path, d_draft: int | None = None, draft_layers: Sequence[
     """An adapter and its meta. Refuses (UserError) one trained for other states than those it is to be used on."""
     from feature_alignment.artifacts import layers_read, load_trained
 
-    adapter, meta = load_trained(path, "a hidden adapter", HiddenAdapter, "d_draft", TRAIN)
-    layers = layers_read(path, meta, TRAIN)
+    make_it = command_for("train_hidden_adapter")
+    adapter, meta = load_trained(path, "a hidden adapter", HiddenAdapter, "d_draft", make_it)
+    layers = layers_read(path, meta, make_it)
     if d_draft is not None and meta["geometry"]["d_draft"] != d_draft:
         raise UserError(
-            f"{path} reads states of width {meta['geometry']['d_draft']}, these are {d_draft} wide. Train it on them:\n  {TRAIN}"
+            f"{path} reads states of width {meta['geometry']['d_draft']}, these are {d_draft} wide. Train it on them:\n  {make_it}"
         )
     if draft_layers is not None and layers != list(draft_layers):
         raise UserError(

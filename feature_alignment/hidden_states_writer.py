@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -26,12 +27,15 @@ import torch
 from torch import Tensor
 
 from feature_alignment.answers import write_token_pairs
-from feature_alignment.artifacts import EVENT_STATES, altered, load_pt, read_json, read_sealed, save_pt, write_json, write_sealed
 from feature_alignment.console import UserError, file_named
+from feature_alignment.files import read_json, save_pt, write_json, write_sealed
+from feature_alignment.hidden_states import EVENT_STATES
+from feature_alignment.identity import RunIdentity
 from feature_alignment.state_files import frame_hash, row_hash, row_hashes, storage_offset
 
 log = logging.getLogger(__name__)
 ANEW = "the same command with --no_resume"
+NAMED = ("identity", "id", "sequence", "question", "facts", "clip")  # of a row's entry, what its sample says
 
 
 def unfinished(directory: Path) -> Path:
@@ -39,49 +43,52 @@ def unfinished(directory: Path) -> Path:
     return directory.with_name(directory.name + ".unfinished")
 
 
-def complete(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The meta of the complete run in `directory`, if these settings made it and all small files are as they were."""
-    if unfinished(directory).is_dir() or not (directory / "meta.json").is_file():
-        return None
-    meta = read_sealed(directory / "meta.json", ANEW)
-    if _changed(meta.get("settings", {}), settings):
-        return None
-    if changed := altered(directory / "meta.json", meta):
-        log.warning("%s: %s was altered or is gone; the split is extracted anew.", directory, ", ".join(changed))
-        return None
-    _sweep(directory)
-    return meta
+def begin(directory: Path, identity: RunIdentity, plan: str, resume: bool) -> bool:
+    """Make the unfinished folder, or keep the one that is there if it is of the same rows.
 
+    An unfinished folder of other rows is set aside, so that the rows it shares with this run can be copied. A complete run stays until
+    the new one takes its place.
 
-def refuse_changes(directory: Path, settings: dict[str, Any]) -> None:
-    """raises UserError, naming what changed, where a complete or unfinished run in `directory` was made with other settings"""
-    for path in (unfinished(directory) / "settings.json", directory / "meta.json"):
-        if path.is_file():
-            content = read_json(path, ANEW)
-            changed = _changed(content if path.name == "settings.json" else content.get("settings", {}), settings)
-            if changed:
-                raise UserError(
-                    f"{path.parent} was made with other settings (then → now):\n{changed}\n"
-                    "Give the old values, keep both with another --output_dir, or make it anew with --no_resume (the old rows are lost)."
-                )
-            return  # an unfinished run is there to replace the complete one
+    Args:
+        directory: where the complete run will lie
+        identity: of the run
+        plan: `plan_hash` of its rows
+        resume: whether what is unfinished is kept; otherwise it is deleted
 
-
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
-    keys = [k for k in sorted({*old, *new}) if (old.get(k) or None) != (new.get(k) or None)]  # a setting that came later was off
-    return "\n".join(f"  {k}: {old.get(k)} → {new.get(k)}" for k in keys)
-
-
-def begin(directory: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Make the unfinished folder, or keep the one that is there. `resume=False` throws its rows away; a complete run stays until
-    the new one takes its place."""
+    Returns:
+        Whether rows of earlier runs may be copied: not where --no_resume began this run.
+    """
     part = unfinished(directory)
-    if not (resume and (part / "settings.json").is_file()):
-        for notes in part.glob("progress-*.txt"):  # nobody's rows are thrown away while they are being written
-            os.close(_open_progress(notes))
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        write_json(part / "settings.json", settings)
+    recorded = part / "settings.json"
+    if resume and recorded.is_file() and (found := read_json(recorded, ANEW)).get("plan") == plan:
+        return not found.get("anew")
+    for notes in part.glob("progress-*.txt"):  # nobody's rows are thrown away while they are being written
+        os.close(_open_progress(notes))
+    if resume and recorded.is_file():
+        os.rename(part, directory.with_name(f"{directory.name}.earlier-{len(set_aside(directory)) + 1}.unfinished"))
+    for folder in () if resume else set_aside(directory):
+        shutil.rmtree(folder)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    write_json(recorded, {**identity.as_dict(), "plan": plan, "anew": not resume})
+    return resume
+
+
+def set_aside(directory: Path) -> list[Path]:
+    """Unfinished runs of other rows, whose rows may be copied."""
+    return sorted(directory.parent.glob(f"{directory.name}.earlier-*.unfinished"))
+
+
+def plan_hash(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One hash of all rows in their order: what they depend on, and how they are named.
+
+    Args:
+        rows: entries of samples.jsonl, or what `row_identity.identify` says of the samples
+    """
+    digest = hashlib.sha256()
+    for about in rows:
+        digest.update(json.dumps([about.get(key) for key in NAMED], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def _open_progress(path: Path) -> int:
@@ -99,6 +106,12 @@ def _open_progress(path: Path) -> int:
 def rows_done(directory: Path) -> set[int]:
     """Rows that an unfinished run has noted."""
     return {row for row, *_ in _notes(unfinished(directory))}
+
+
+def notes_of(folder: Path) -> Iterator[dict[str, Any]]:
+    """The last whole note of every row of an unfinished run: `row`, its text as `read`, and what samples.jsonl will say."""
+    for path, at in {row: (path, at) for row, path, at in _notes(folder)}.values():
+        yield _about(path, at)
 
 
 def _note(about: dict[str, Any]) -> bytes:
@@ -124,7 +137,13 @@ def _notes(part: Path) -> Iterator[tuple[int, Path, int]]:
                 at += len(line)
 
 
-def _sweep(directory: Path) -> None:
+def _about(path: Path, at: int) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        stream.seek(at)
+        return _read_note(stream.readline()) or {}
+
+
+def sweep(directory: Path) -> None:
     """Remove from a complete run what only the unfinished one needed; done after the rename, so that no kill can lose rows."""
     for leftover in (*directory.glob("progress-*.txt"), directory / "settings.json"):
         leftover.unlink(missing_ok=True)
@@ -184,7 +203,7 @@ class HiddenStatesWriter:
 
     def _intact(self) -> set[int]:
         """Noted rows whose states have the hashes they were noted with; others are done again."""
-        noted = {row: self._about(path, at)["sha256"] for row, path, at in _notes(self.part)}
+        noted = {row: _about(path, at)["sha256"] for row, path, at in _notes(self.part)}
         wrong: set[int] = set()
         for name in self._shapes if noted else ():
             for row, found in enumerate(row_hashes(self.part / name, max(noted) + 1, row_bytes([self._shapes[name]], self._dtype))):
@@ -265,14 +284,9 @@ class HiddenStatesWriter:
         """What was said about every row, in their order, one at a time; `read` is the text the states stand on."""
         where = {row: (path, at) for row, path, at in _notes(self.part)}
         for row in range(self._rows):
-            about = self._about(*where[row])
+            about = _about(*where[row])
             del about["row"]
             yield about
-
-    def _about(self, path: Path, at: int) -> dict[str, Any]:
-        with path.open("rb") as stream:
-            stream.seek(at)
-            return _read_note(stream.readline()) or {}
 
     def finish(self, meta: dict[str, Any], token_pairs: Path | None = None) -> None:
         """Write what goes beside the states (and the answers to `token_pairs`) and give everything its final name at once."""
@@ -287,19 +301,21 @@ class HiddenStatesWriter:
                 token_ids[row, : len(read)], lengths[row] = torch.tensor(read), len(read)
                 stream.write(json.dumps(about) + "\n")
         save_pt(self.part / "positions.pt", {"token_ids": token_ids, "mask": torch.arange(width) < lengths[:, None], "lengths": lengths})
-        meta = {**meta, "positions": int(lengths.sum()), **counts}
+        sizes = {name: row_bytes([shape], self._dtype) for name, shape in self._shapes.items()}
+        meta = {**meta, "plan": plan_hash(self.rows()), "positions": int(lengths.sum()), **counts, "row_bytes": sizes}
         beside = ["positions.pt", "samples.jsonl", *[f"../{p.name}" for p in sorted(self.directory.parent.glob("vl_*.pt"))]]
         if token_pairs:
             write_token_pairs(token_pairs, meta, self.rows())
             beside.append(os.path.relpath(token_pairs, self.directory))
-        sizes = {name: count * row_bytes([shape], self._dtype) for name, shape in self._shapes.items()}
-        frames = {name: frame_hash(self.part / name, size) for name, size in sizes.items()}
+        frames = {name: frame_hash(self.part / name, count * size) for name, size in sizes.items()}
         write_sealed(self.part / "meta.json", {**meta, "frames": frames}, beside)
         shutil.rmtree(self.part / "fresh", ignore_errors=True)
-        if self.directory.is_dir():  # made with other settings, and --no_resume was given
+        if self.directory.is_dir():  # of other rows, damaged, or of other settings and --no_resume was given
             shutil.rmtree(self.directory)
         os.rename(self.part, self.directory)
-        _sweep(self.directory)
+        for folder in set_aside(self.directory):
+            shutil.rmtree(folder)
+        sweep(self.directory)
         self.close()
 
     def close(self) -> None:
@@ -308,46 +324,3 @@ class HiddenStatesWriter:
         for stream in open_files:
             os.close(stream)
         self._files = {}
-
-
-def shard_name(split: str, shard: int, shards: int) -> str:
-    return f"{split}.shard-{shard}-of-{shards}"
-
-
-def merge_shards(directory: Path, settings: dict[str, Any], places: Mapping[str, int], token_pairs: Path, resume: bool) -> None:
-    """Put the shards that lie beside `directory` together, as if one machine had done all. A killed merge goes on.
-
-    settings: of the whole run; places: sample id -> row
-    raises:   UserError if shards are missing, unfinished, or of other settings
-    """
-    found = sorted(directory.parent.glob(f"{directory.name}.shard-*-of-*/meta.json"))
-    metas = {path.parent: read_sealed(path, "the same command with --shard and --no_resume") for path in found}
-    shards = int(found[0].parent.name.rpartition("-")[2]) if found else 1
-    wanted = [directory.with_name(shard_name(directory.name, i + 1, shards)) for i in range(shards)]
-    if missing := [folder.name for folder in wanted if folder not in metas]:
-        raise UserError(f"{directory.parent} lacks {', '.join(missing)} (complete, not .unfinished). Run or copy every shard first.")
-    head = directory.parent / "vl_lm_head.pt"
-    for i, folder in enumerate(wanted):
-        theirs, ours = metas[folder]["settings"], {**settings, "shard": f"{i + 1}/{shards}"}
-        changed = [f"{k}: {theirs.get(k)} there, {ours[k]} now" for k in ours if theirs.get(k) != ours[k]]
-        if changed or not head.is_file():
-            what = "\n  ".join(changed) or f"{head} is not there: copy it from any of the machines"
-            raise UserError(f"{folder} cannot be merged:\n  {what}")
-    first = load_pt(wanted[0] / "vl_hidden_states.pt", "copy it again")
-    shapes = {name: tuple(load_pt(wanted[0] / name, "copy it again").shape[1:]) for name in metas[wanted[0]]["frames"]}
-    check_room(directory.parent, (len(places) - len(rows_done(directory))) * row_bytes(shapes.values(), first.dtype))
-    if resume:
-        refuse_changes(directory, settings)
-    begin(directory, settings, resume)
-    writer = HiddenStatesWriter(directory, len(places), shapes, first.dtype)
-    for folder in wanted:
-        if changed := altered(folder / "meta.json", metas[folder], ("positions.pt", "samples.jsonl")):
-            raise UserError(f"{folder}: {', '.join(changed)} was altered after it was written. Copy it again.")
-        positions = load_pt(folder / "positions.pt", "copy it again")
-        with (folder / "samples.jsonl").open() as stream:
-            for i, line in enumerate(stream):
-                about, n = json.loads(line), int(positions["lengths"][i])
-                if places[about["id"]] not in writer.done:
-                    writer.copy(places[about["id"]], folder, i, {"read": positions["token_ids"][i, :n].tolist(), **about})
-        writer.commit()
-    writer.finish({**metas[wanted[0]], "settings": settings, "rows": len(places), "merged_shards": shards}, token_pairs)

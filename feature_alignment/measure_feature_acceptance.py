@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from feature_alignment.advice import command_for
 from feature_alignment.config import Common, parse_config
 from feature_alignment.console import UserError, markdown_table, print_json_line, print_table, rate_text, run
 
@@ -124,7 +125,7 @@ def score_chains(cfg: AcceptanceConfig, split: str, head: Tensor, all_of_them: b
     if not paths:
         return found
     states = artifacts.load_hidden_states(cfg.out / "hidden_states" / split, cfg.draft_layers, events=True)
-    embeddings = artifacts.load_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", artifacts.EXTRACT.format(split=split))
+    embeddings = artifacts.load_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", command_for("extract_hidden_states", split=split))
     embeddings = embeddings.float().to(head.device)
     for name, path in paths.items():
         adapter, meta = load_chained_adapter(path, states.meta["draft_layers"])
@@ -196,16 +197,20 @@ def measure(cfg: AcceptanceConfig) -> dict[str, Any]:
             )
     out = cfg.out / "acceptance"
     made_from = adapter_paths(cfg) | {name: folder / split / "meta.json" for name, split in splits.items()}
-    report = artifacts.reusable(out / "acceptance.json", cfg, made_from)
+    identity = artifacts.identity_of("measure_feature_acceptance", cfg, made_from, timed=True)
+    report = artifacts.reusable(out / "acceptance.json", cfg, identity)
+    reused = report is not None
     if report is None:
-        head = artifacts.load_pt(folder / "vl_lm_head.pt", artifacts.EXTRACT.format(split=cfg.split)).float().to(cfg.device)
+        head = artifacts.load_pt(folder / "vl_lm_head.pt", command_for("extract_hidden_states", split=cfg.split)).float().to(cfg.device)
         fitted = predictors_of(cfg, states, head)
         scores = scoring.score({name: f.predict for name, f in fitted.items()}, test, head)
         chains = score_chains(cfg, cfg.split, head, True)
         measured = {"adapter": (scores["adapter"], test.mask)} | ({"chained": chains["chained"][:2]} if "chained" in chains else {})
         promised = calibrations(cfg, states, head, fitted["adapter"].predict, measured) if cfg.calibrate else {}
         report = {
-            "meta": artifacts.provenance("measure_feature_acceptance", cfg, made_from, prefix=test.meta["prefix"], split=cfg.split),
+            "meta": artifacts.provenance(
+                "measure_feature_acceptance", cfg, made_from, identity, prefix=test.meta["prefix"], split=cfg.split
+            ),
             "adapter": {"params": fitted["adapter"].parameters, "layer": test.meta["draft_layers"]},
             **acceptance_report(scores, fitted, test, cfg.num_draft_tokens),
             "calibration": promised.get("adapter"),
@@ -228,7 +233,7 @@ def measure(cfg: AcceptanceConfig) -> dict[str, Any]:
     for title, header, rows in tables(report):
         print_table(title, header, rows)
     numbers = {k: report[k]["value"] for k in ("cosine", "token_match", "acceptance_rate")}
-    print_json_line({**numbers, "auc": report["auc_cosine_token_match"], "written": str(out / "acceptance.json")})
+    print_json_line({**numbers, "auc": report["auc_cosine_token_match"], "reused": reused, "written": str(out / "acceptance.json")})
     return report
 
 

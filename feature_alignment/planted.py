@@ -46,6 +46,7 @@ def run(
     repeats: int,
     warmup: int,
     made_from: dict[str, Any],
+    identity: artifacts.RunIdentity | None = None,
 ) -> dict[str, Any]:
     """One row for each draft source, length and rate, beside plain greedy decoding in turn; adapters that were never trained will do."""
     pair = load_pair(cfg)
@@ -90,7 +91,7 @@ def run(
         "total_ms": float(plain.per_prompt(lambda g: g.total_ms).sum()),
         "decode_ms": float(plain.per_prompt(lambda g: g.decode_ms).sum()),
     }
-    meta = artifacts.provenance("benchmark_feature_sd", cfg, made_from, device=cfg.device, dtype=cfg.dtype, planted=True)
+    meta = artifacts.provenance("benchmark_feature_sd", cfg, made_from, identity, device=cfg.device, dtype=cfg.dtype, planted=True)
     meta["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else None
     meta["unrecorded"] = fixed.unrecorded
     return {"meta": meta, "planted": True, "baselines": [baseline], "rows": rows, "cost": cost, "best": best_lengths(rows)}

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from feature_alignment.advice import command_for
 from feature_alignment.config import Common, parse_config
 from feature_alignment.console import UserError, print_json_line, print_table, run
 
@@ -137,14 +138,15 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
 
     out = adapter_folder(cfg)
     made_from = {k: split / "meta.json" for k, split in splits.items()} | weights
-    meta = artifacts.reusable(out / "meta.json", cfg, made_from) if (out / "adapter.pt").is_file() else None
+    identity = artifacts.identity_of("train_hidden_adapter", cfg, made_from)
+    meta = artifacts.reusable(out / "meta.json", cfg, identity, cfg.ignore_code) if (out / "adapter.pt").is_file() else None
     if meta is not None:
         return _show(meta, out, reused=True) if rank == 0 else meta
     wait()  # everyone has looked before anything changes
     start = time.time()
-    matrices = [artifacts.load_pt(path, artifacts.EXTRACT.format(split=cfg.train_split)) for path in weights.values()]
+    matrices = [artifacts.load_pt(path, command_for("extract_hidden_states", split=cfg.train_split)) for path in weights.values()]
     learn: Callable[..., tuple[Any, training.History]] = training.train_chained if chained else training.train_hidden
-    unfinished = training.Checkpoint(out / "unfinished.pt", artifacts.identity_of(cfg, made_from), cfg.resume)
+    unfinished = training.Checkpoint(out / "unfinished.pt", identity.hash, cfg.resume)
     here = dataclasses.replace(cfg, device=device)
     adapter, history = learn(states["train"], states["validation"], *matrices, here, unfinished, training.Part(rank, world))
     best = min(history, key=lambda h: h["validation_loss"])
@@ -153,6 +155,7 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
         "train_hidden_adapter",
         cfg,
         made_from,
+        identity,
         geometry=adapter.geometry,
         parameters=adapter.num_parameters,
         weights_hash=artifacts.weights_hash(adapter.state_dict()),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -24,6 +25,8 @@ from feature_alignment.closed_form import Affine, moments
 from feature_alignment.console import UserError, progress
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.scoring import RIDGE_STRENGTHS, positions
+
+log = logging.getLogger(__name__)
 
 History = list[dict[str, float]]
 REACH = 1.0  # how far a unit that begins as a straight line uses GELU, in standard deviations
@@ -68,7 +71,10 @@ class Checkpoint:
         if not (self.resume and self.path.is_file()):
             return None
         saved = artifacts.load_pt(self.path, f"rm {self.path}")
-        return saved if saved.get("identity") == self.identity else None
+        if saved.get("identity") == self.identity:
+            return saved
+        log.warning("%s is of other settings, sources or code; training starts over.", self.path)
+        return None
 
     def save(self, **state: Any) -> None:
         artifacts.save_pt(self.path, {"identity": self.identity, **state})

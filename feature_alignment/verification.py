@@ -21,10 +21,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from feature_alignment.artifacts import content_hash, file_hash, load_pt, source_hash
 from feature_alignment.console import UserError, print_json_line, print_table
+from feature_alignment.files import content_hash, file_hash, load_pt
+from feature_alignment.identity import is_hub, source_hash
 from feature_alignment.ranges import path_argument
 from feature_alignment.state_files import frame_hash, row_hashes
+from feature_alignment.text_files import read_text, rows_of
 
 WRONG = ("altered", "missing", "stale")
 # The JSON files that say what they, and the files beside them, are
@@ -77,8 +79,8 @@ class _Run:
         """One record: itself, the files beside it, its sources, and of hidden states every row and clip."""
         self.compared["files"] += 1
         try:
-            content = json.loads(path.read_text())
-        except (ValueError, RecursionError):
+            content = json.loads(read_text(path))
+        except (UserError, ValueError, RecursionError):
             content = None
         if not isinstance(content, dict) or content.get("content_hash") != content_hash(content):
             self.find("altered", path, "no JSON, or not what its own hash is of (an older version wrote none)")
@@ -103,7 +105,7 @@ class _Run:
         places = meta.get("inputs", {}).get(name)
         paths = [self.here(Path(p), meta) for p in (places if isinstance(places, list) else [places])]
         self.made_from.setdefault(record, []).extend((name, path) for path in paths)
-        if gone := [path for path in paths if not path.exists()]:
+        if gone := [path for path in paths if not (is_hub(path) or path.exists())]:
             self.find("stale", record, f"made from {name}, {gone[0]}, which is gone")
         elif source_hash(paths if isinstance(places, list) else paths[0]) != wanted:
             self.find("stale", record, f"made from another {name} than {', '.join(map(str, paths[:2]))}{' …' * (len(paths) > 2)} is now")
@@ -115,8 +117,8 @@ class _Run:
 
     def check_states(self, folder: Path, meta: dict[str, Any]) -> None:
         try:
-            rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-        except (OSError, ValueError):
+            rows = [json.loads(row) for _, row in rows_of(read_text(folder / "samples.jsonl"))]
+        except (OSError, UserError, ValueError):
             return  # it was named already
         for name, frame in meta["frames"].items():
             path = folder / name

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT
-from test_readme import README, disagreements
+from test_readme import DOCUMENTS, disagreements
 
 from feature_alignment.benchmark_plots import PICTURES
 from feature_alignment.plots import ACCEPTANCE
@@ -86,6 +86,7 @@ def test_the_run_is_what_it_was_when_it_was_made():
     assert not findings and compared["rows"] > 9_000
 
 
-def test_parameters_and_counts_are_those_of_readme():
-    wrong, compared = disagreements(README, OUT)
-    assert not wrong and (compared or "<!-- " not in README)
+@pytest.mark.parametrize("name", ["README.md", "TASKS.md", "docs/results.md"])
+def test_parameters_and_counts_are_those_of_the_documents(name):
+    wrong, compared = disagreements(DOCUMENTS[name], OUT)
+    assert not wrong and compared

@@ -10,7 +10,9 @@ import torch
 from feature_alignment import artifacts
 from feature_alignment.config import Common
 from feature_alignment.console import UserError
-from feature_alignment.hidden_states_writer import HiddenStatesWriter, begin, check_room, complete, refuse_changes, rows_done
+from feature_alignment.earlier_rows import complete, refuse_changes
+from feature_alignment.hidden_states_writer import HiddenStatesWriter, begin, check_room, plan_hash, rows_done
+from feature_alignment.identity import RunIdentity
 
 DRAFT, TARGET = "egpt_hidden_states.pt", "vl_hidden_states.pt"
 META = {"draft_layers": [3], "hidden_size_draft": 6, "hidden_size_target": 4}
@@ -22,14 +24,27 @@ def fill(writer, rows):
         n = 2 + i % 3
         torch.manual_seed(i)
         states = {DRAFT: torch.randn(n, 6), TARGET: torch.randn(n, 4)}
-        writer.write(i, states, list(range(10, 10 + n)), {"id": f"s{i}", "sequence": f"c{i}", "question": "?"})
+        writer.write(i, states, list(range(10, 10 + n)), entries(i + 1)[i])
     writer.commit()
 
 
+def made_with(**settings):
+    return RunIdentity(settings, {}, {})
+
+
+def entries(rows=5):
+    """What identifies the rows that `fill` writes."""
+    return [
+        {"id": f"s{i}", "sequence": f"c{i}", "question": "?", "facts": None, "clip": {}, "identity": {"row": f"r{i}", "batch": f"b{i}:0"}}
+        for i in range(rows)
+    ]
+
+
 def open_writer(path, settings=None, rows=5, resume=True, rank=0):
+    identity = made_with(**(settings or {"a": 1}))
     if resume:
-        refuse_changes(path, settings or {"a": 1})
-    begin(path, settings or {"a": 1}, resume)
+        refuse_changes(path, identity, entries(rows), False)
+    begin(path, identity, plan_hash(entries(rows)), resume)
     return HiddenStatesWriter(path, rows, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32, rank)
 
 
@@ -96,12 +111,18 @@ def test_a_run_somebody_else_is_writing_is_left_alone(tmp_path, resume):
     assert rows_done(tmp_path / "a") == {0, 1}
 
 
+def test_what_no_resume_began_takes_no_earlier_rows(tmp_path):
+    assert begin(tmp_path / "a", made_with(), "plan", resume=True)
+    assert not begin(tmp_path / "a", made_with(), "plan", resume=False)
+    assert not begin(tmp_path / "a", made_with(), "plan", resume=True)  # it was killed, and goes on
+
+
 @pytest.mark.parametrize("is_complete", [False, True])
 def test_other_settings_are_refused_by_name(tmp_path, is_complete):
     writer = open_writer(tmp_path / "a", {"a": 1, "b": None})
     fill(writer, range(5))
     if is_complete:
-        writer.finish(META | {"settings": {"a": 1, "b": None}})
+        writer.finish(META | made_with(a=1, b=None).as_dict())
     else:
         writer.close()
     with pytest.raises(UserError, match=r"(?s)a: 1 → 2.*--output_dir.*--no_resume"):
@@ -110,16 +131,17 @@ def test_other_settings_are_refused_by_name(tmp_path, is_complete):
     again = open_writer(tmp_path / "a", {"a": 2}, resume=False)
     assert again.done == set() and (tmp_path / "a").is_dir() == is_complete  # the old one stays until the new one is there
     fill(again, range(5))
-    again.finish(META | {"settings": {"a": 2}})
-    assert complete(tmp_path / "a", {"a": 2})["settings"] == {"a": 2} and not complete(tmp_path / "a", {"a": 1})
+    again.finish(META | made_with(a=2).as_dict())
+    assert complete(tmp_path / "a", made_with(a=2), entries())["settings"] == {"a": 2}
+    assert not complete(tmp_path / "a", made_with(a=1), entries())
 
 
 def test_a_run_killed_between_its_last_two_steps_is_complete(tmp_path):
     writer = open_writer(tmp_path / "a")
     fill(writer, range(5))
-    writer.finish(META | {"settings": {"a": 1}})
+    writer.finish(META | made_with(a=1).as_dict())
     (tmp_path / "a" / "progress-0.txt").write_text("")
-    assert complete(tmp_path / "a", {"a": 1}) and not (tmp_path / "a" / "progress-0.txt").exists()
+    assert complete(tmp_path / "a", made_with(a=1), entries()) and not (tmp_path / "a" / "progress-0.txt").exists()
 
 
 def test_states_that_are_not_finite_stop_the_run(tmp_path):
@@ -133,7 +155,7 @@ def test_a_full_disk_is_seen_before_the_work(tmp_path):
 
 
 def test_one_of_several_layers_is_read(tmp_path):
-    begin(tmp_path / "a", {}, resume=True)
+    begin(tmp_path / "a", made_with(), "", resume=True)
     names = {artifacts.layer_file(k): (5, 6) for k in (2, 4)}
     writer = HiddenStatesWriter(tmp_path / "a", 1, names | {TARGET: (5, 4)}, torch.float32)
     states = {artifacts.layer_file(k): torch.full((2, 6), float(k)) for k in (2, 4)}
@@ -146,6 +168,17 @@ def test_one_of_several_layers_is_read(tmp_path):
     for layers in (None, [3], [2, 4]):
         with pytest.raises(UserError, match=r"layers \[2, 4\] apart"):
             artifacts.load_hidden_states(tmp_path / "a", layers)
+
+
+@pytest.mark.parametrize("layers", [[2], [1], [2, 1], [1, 2, 3], []])
+def test_layers_stored_side_by_side_are_read_together_or_not_at_all(tmp_path, layers):
+    writer = open_writer(tmp_path / "a")
+    fill(writer, range(5))
+    writer.finish(META | {"draft_layers": [1, 2]})
+    for wanted in (None, [1, 2]):
+        assert artifacts.load_hidden_states(tmp_path / "a", wanted).meta["draft_layers"] == [1, 2]
+    with pytest.raises(UserError, match=r"holds EventGPT's layers \[1, 2\] as one state, not .*--separate_layers"):
+        artifacts.load_hidden_states(tmp_path / "a", layers)
 
 
 def test_swapped_and_damaged_files_are_refused(tmp_path):

@@ -15,7 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from feature_alignment.console import UserError
 from feature_alignment.inputs.events import event_images, load_events
 from feature_alignment.inputs.video import clip_pixels
-from feature_alignment.models.eventgpt import EventGPTConfig, encode_prompt, load_eventgpt
+from feature_alignment.models.eventgpt import EventGPTConfig, load_eventgpt
 
 REFERENCE = SHARED / "eventgpt_reference"
 pytestmark = needs(REFERENCE)
@@ -85,12 +85,3 @@ def test_incomplete_checkpoints_are_refused(tmp_path, change, message):
 def test_saving_writes_the_released_keys_back(tmp_path):
     load().save_pretrained(tmp_path)
     assert set(load_file(tmp_path / "model.safetensors")) == set(load_file(REFERENCE / "model.safetensors"))
-
-
-def test_the_prompt_has_one_place_for_events():
-    class Words:
-        def __call__(self, text):
-            return type("E", (), {"input_ids": [1, *range(10, 10 + len(text.split()))]})
-
-    ids = encode_prompt(Words(), "What?")
-    assert ids.count(-200) == 1 and ids[0] == 1 and ids.count(1) == 1

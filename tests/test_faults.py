@@ -22,7 +22,7 @@ import torch
 from conftest import ROOT, fork, main_of
 from test_mutations import numbers, tree
 
-from feature_alignment import artifacts, console, verification
+from feature_alignment import artifacts, console, hidden_states, verification
 from feature_alignment.config import SCRIPTS
 from feature_alignment.console import UserError
 from feature_alignment.processes import claimed
@@ -346,7 +346,7 @@ def test_two_threads_give_nearly_the_same(finished, tmp_path):
 @pytest.mark.parametrize("name", ["training", "chained training", "acceptance"])
 def test_states_that_are_not_finite_name_their_sample(run, tmp_path, monkeypatch, name):
     """As if the files were too large to be compared with their hashes when they are loaded."""
-    monkeypatch.setattr(artifacts, "CHECKED_AT_ONCE", 0)
+    monkeypatch.setattr(hidden_states, "CHECKED_AT_ONCE", 0)
     split = "test" if name == "acceptance" else "train"
     folder = tmp_path / "out" / "hidden_states" / split
     states = artifacts.load_hidden_states(folder)

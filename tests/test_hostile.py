@@ -348,6 +348,18 @@ def test_images(tmp_path, data, message):
     refuses(lambda: read_frames(tmp_path / "frames"), tmp_path, message)
 
 
+def test_an_image_in_a_zip_that_is_large_by_its_own_word(tmp_path):
+    with zipfile.ZipFile(tmp_path / "v.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", png(64, 64) + bytes(1 << 28))
+    refuses(lambda: read_frames(tmp_path / "v.zip"), tmp_path, "takes 268,435,")
+
+
+def test_a_page_of_many_pixels(tmp_path):
+    pages = [Image.new("1", (8, 8)), Image.new("1", (9_000, 9_000))]
+    pages[0].save(tmp_path / "v.tif", save_all=True, append_images=pages[1:], compression="group4")
+    refuses(lambda: read_frames(tmp_path / "v.tif"), tmp_path, "at most 33,554,432 pixels")
+
+
 # ---- .pt
 
 

@@ -270,7 +270,7 @@ class Scene:
         rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
         notes = [{"row": i, "read": positions["token_ids"][i, : positions["lengths"][i]].tolist(), **r} for i, r in enumerate(rows[:8])]
         (folder / "progress-0.txt").write_bytes(b"".join(map(_note, notes)))
-        (folder / "settings.json").write_text(json.dumps(meta["settings"]))
+        (folder / "settings.json").write_text(json.dumps({k: meta[k] for k in ("schema", "settings", "made_from", "code", "plan")}))
         for name in ("meta.json", "positions.pt", "samples.jsonl"):
             (folder / name).unlink()
         folder.rename(unfinished(folder))

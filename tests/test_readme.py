@@ -1,36 +1,73 @@
-"""Every command of README is one that works: its flags are known, its script is there, and the cheap ones run. Every number of a
-measured table is the one in the JSON it came from; a comment behind the table says which (see `disagreements`)."""
+"""README and the documents say what is so: every command is executed or parsed, every link leads somewhere, every flag is known, and
+every measured number is the one in the result file that a comment names (see `disagreements`)."""
 
 from __future__ import annotations
 
+import argparse
+import ast
+import dataclasses
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import readme
 import torch
 from conftest import ROOT
 
+from feature_alignment.config import SCRIPTS, Common
 from feature_alignment.console import UserError
 from feature_alignment.demo import scenes
 
-README = (ROOT / "README.md").read_text()
+PATHS = [ROOT / name for name in ("README.md", "TASKS.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PATHS += [*sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md"]
+DOCUMENTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PATHS}
+README = DOCUMENTS["README.md"]
 OUT = ROOT / "outputs" / "demo"
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-LINES = [line.strip() for block in BLOCKS for line in re.sub(r"\\\n\s*", "", block).splitlines() if line.strip()]
-SCRIPTS = [line for line in LINES if "feature_alignment/" in line]
-CONFIGURED = [line for line in SCRIPTS if " compare " not in line]
 
-# A table, and behind it what its numbers come from: <!-- file.json, made <meta.created>; then one line per row -->
+
+def commands_in(text: str) -> list[str]:
+    """The command lines of the fenced bash blocks, continued lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [line.strip() for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines() if line.strip()]
+
+
+def code_spans(text: str) -> list[str]:
+    return re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+LINES = list(dict.fromkeys(line for text in DOCUMENTS.values() for line in commands_in(text)))
+RUN_HERE = [line for line in LINES if "feature_alignment/" in line]
+SPANS = [re.sub(r"\s+", " ", span) for text in DOCUMENTS.values() for span in code_spans(text)]
+INLINE = [
+    f"python feature_alignment/{s}" if re.match(r"\w+\.py --", s) else s
+    for s in SPANS
+    if re.match(r"(python|bash|pip|torchrun) |\w+\.py --", s)
+]
+SCRIPT_LINES = [
+    line for line in dict.fromkeys([*RUN_HERE, *INLINE]) if "feature_alignment/" in line and " compare " not in line and "--" in line
+]
+PROGRAMS = {"python", "bash", "pip", "torchrun", "ruff", "mypy", "source"}
+
+
+def measurements_in(lines: list[str]) -> list[str]:
+    """Commands of tests/benchmarks; `speed | memory` stands for two of them, a mere path for none."""
+    found = [m for line in lines if (m := re.match(r"(python )?(tests/benchmarks/\w+\.py)\b([^#]*)", line)) and (m[1] or m[3].strip())]
+    return list(dict.fromkeys(f"{m[2]} {rest.strip()}" for m in found for rest in m[3].split("|")))
+
+
+# A table, and after it what its numbers come from: <!-- file.json, made <meta.created>; then one line per row -->
 TABLE = re.compile(r"^((?:\|.*\|\n)+)(\n*(?:<!-- \S+\.json(?:.|\n)*?-->\n*)*)", re.MULTILINE)
 SOURCE = re.compile(r"<!-- (\S+\.json), made (\S+)\n((?:.|\n)*?)-->")
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?(?: %)?")
-SIZES = {"params", "measured", "note"}  # where numbers of parameters stand
+SIZES = {"params", "measured", "note"}  # columns that hold numbers of parameters
 MEASURED = re.compile(r"\d\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]")  # a value with its interval
 
 
@@ -41,36 +78,119 @@ def words_of(line):
 # ------------------------------------------------------------------------------------------------------------------ commands
 
 
-def test_the_two_commands_are_there():
-    commands = {" ".join(words_of(line)) for line in LINES}
+def test_readme_fits_one_screen_and_names_the_two_commands():
+    assert len(README.splitlines()) <= 160
+    commands = {" ".join(words_of(line)) for line in commands_in(README)}
     assert {"bash run_all.sh", "bash run_tests.sh"} <= commands
-    assert (ROOT / "run_all.sh").is_file() and (ROOT / "run_tests.sh").is_file()
-    assert len(SCRIPTS) >= 6
+    assert {Path(words_of(line)[1]).stem for line in commands_in(README) if "feature_alignment/" in line} == set(SCRIPTS)
 
 
-@pytest.mark.parametrize("line", CONFIGURED)
-def test_each_command_is_understood(line, geometry, capsys):
-    words = words_of(line.replace("outputs/geometry_7b", str(geometry)))
+@pytest.mark.parametrize("line", SCRIPT_LINES)
+def test_each_script_s_command_is_understood(line, geometry, capsys):
+    words = words_of(line.replace("outputs/geometry_7b", str(geometry)).replace("configs/yours.yaml", "configs/demo.yaml"))
     at = next(i for i, w in enumerate(words) if w.startswith("feature_alignment/"))
     script = words[at].removeprefix("feature_alignment/").removesuffix(".py")
     with pytest.raises(SystemExit) as stop:
         import_module(f"feature_alignment.{script}").main([*words[at + 1 :], "--print_config"])
     assert not stop.value.code
-    assert "target_id" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "target_id" in said or "--help" in words
 
 
-@pytest.mark.parametrize("line", [line for line in SCRIPTS if "hidden_adapter.py --hidden" in line])
-def test_the_cost_of_the_adapter_is_as_said(line):
+@pytest.mark.parametrize("line", measurements_in([*LINES, *SPANS]))
+def test_each_longer_measurement_s_command_is_understood(line, monkeypatch):
+    path, *words = words_of(line)
+    module, parse = import_module(Path(path).stem), argparse.ArgumentParser.parse_args
+
+    class Understood(Exception):
+        pass
+
+    def parsed(self, args=None, namespace=None):
+        parse(self, words)
+        raise Understood
+
+    if not hasattr(module, "argparse"):
+        assert callable(module.main) and not words
+        return
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    with pytest.raises(Understood):
+        module.main()
+
+
+@pytest.mark.parametrize("line", list(dict.fromkeys([*LINES, *INLINE])))
+def test_each_command_names_a_program_and_files_that_exist(line):
+    for words in (words_of(part) for part in re.sub("#.*", "", line).split("&&")):
+        assert words[0] in PROGRAMS
+        if words[0] in ("bash", "python") and words[1] != "-m":
+            assert (ROOT / words[1]).is_file(), words[1]
+        if words[:2] == ["python", "-m"]:
+            assert '__name__ == "__main__"' in Path(find_spec(words[2]).origin).read_text()
+        if words[0] == "pip" and (extra := re.fullmatch(r"\.\[(\w+)\]", words[-1])):
+            assert extra[1] in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        for config in (w for w in words if re.fullmatch(r"configs/\w+\.yaml", w) and w != "configs/yours.yaml"):
+            assert (ROOT / config).is_file(), config
+
+
+def test_each_flag_is_known():
+    for name in (*SCRIPTS, "models.pair"):
+        import_module(f"feature_alignment.{name}")
+    kinds, known = [Common], {"help", "print_config", "config", "no_resume", "splits"}
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        known |= {f.name for f in dataclasses.fields(kind)}
+    torchrun = {"nproc_per_node"}
+    unknown = {
+        (name, flag)
+        for name, text in DOCUMENTS.items()
+        for code in [*code_spans(text), *commands_in(text)]
+        for flag in re.findall(r"(?<![\w-])--([a-z][a-z_]*)", code)
+        if flag not in known | torchrun
+    }
+    assert not unknown
+
+
+def said_by_the_package() -> list[str]:
+    """Every string of the package; of an f-string its constant parts, one space for each value in it."""
+    said = []
+    for path in (ROOT / "feature_alignment").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                said.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+    return said
+
+
+def test_each_quoted_symptom_is_a_message_of_the_package():
+    said = said_by_the_package()
+    cells = [line.split("|")[1] for line in DOCUMENTS["docs/troubleshooting.md"].splitlines() if line.startswith("| `")]
+    symptoms = [part.strip() for cell in cells for span in re.findall(r"`([^`]+)`", cell) for part in span.split("…") if part.strip()]
+    missing = [s for s in symptoms if not any(s in text for text in said)]
+    assert len(symptoms) > 40 and not missing
+
+
+def test_each_link_leads_to_a_file():
+    for path in PATHS:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+            assert target.startswith("https://") or (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+@pytest.mark.parametrize("line", [line for line in SCRIPT_LINES if "hidden_adapter.py --hidden" in line])
+def test_the_hidden_adapter_has_the_parameters_that_readme_states(line):
     assert import_module("feature_alignment.hidden_adapter").main(words_of(line)[2:])["parameters"] == 2_101_504
 
 
 def adapted(words: list[str], root: Path) -> list[str]:
-    """A command of README as it is typed for the tiny pair: its config, its samples, its folder, one process."""
+    """A command of a document as it is typed for the tiny pair: its config, its samples, its folder, one process."""
     words = [str(root / "tiny.yaml") if w == "configs/demo.yaml" else w for w in words]
-    words = [w.replace("outputs/demo", str(root.parent / "as_it_was")).replace("outputs/layers", str(root / "layers")) for w in words]
+    for name, here in {"demo": root.parent / "as_it_was", "layers": root / "layers", "depth": root / "depth"}.items():
+        words = [w.replace(f"outputs/{name}", str(here)) for w in words]
     if "--draft_layers" in words:  # the tiny drafter has three layers
-        at = words.index("--draft_layers") + 1
-        words[at : at + 3] = ["1", "2", "3"]
+        at = end = words.index("--draft_layers") + 1
+        while end < len(words) and words[end].isdigit():
+            end += 1
+        words[at:end] = ["1", "2", "3"]
     if "--sample" in words:
         words[words.index("--sample") + 1] = json.loads((root / "scenes" / "test.jsonl").read_text().splitlines()[0])["id"]
     if "--train_token_adapter" in words:
@@ -79,14 +199,14 @@ def adapted(words: list[str], root: Path) -> list[str]:
 
 
 def test_every_command_runs(finished, geometry, tmp_path):
-    """All of them, in their order, on the tiny pair; those for several machines, GPUs or hours of the demo pair only to their message."""
+    """All fenced commands, in their order, on the tiny pair; those for machines or hours that are not here only to their message."""
     root = tmp_path / "run"
     shutil.copytree(finished, root)
     shutil.copytree(finished / "out", tmp_path / "as_it_was")
     config = json.loads((root / "tiny.yaml").read_text().replace(str(finished / "out"), str(root / "out")))
     config["common"]["manifests"]["calibration"] = str(scenes.write_split(root / "scenes", "calibration", 3))
     (root / "tiny.yaml").write_text(json.dumps(config))
-    for line in SCRIPTS + [line for line in LINES if line.startswith("python -m feature_alignment.")]:
+    for line in RUN_HERE + [line for line in LINES if line.startswith("python -m feature_alignment.")]:
         words = words_of(line)
         if "--shard" in words or "--merge" in words or words[0] == "torchrun" or "feature_alignment.demo." in line:
             continue  # tests/test_extraction.py runs several shards and processes, tests/conftest.py the demo's scenes and pair
@@ -110,9 +230,9 @@ def test_every_command_runs(finished, geometry, tmp_path):
 
 
 def disagreements(readme: str, out: Path) -> tuple[list[str], int]:
-    """The numbers of a README's marked tables that are not in the JSON files under `out`, and how many numbers were compared.
+    """The numbers of a document's marked tables that are not in the JSON files under `out`, and how many numbers were compared.
 
-    Behind a table stands one comment for each file its rows come from, with the file's own `meta.created`:
+    After a table comes one comment for each file its rows come from, with the file's own `meta.created`:
 
         <!-- acceptance/acceptance.json, made 2026-01-31T12:00:00Z
         * = chains/* : cosine | steps/token_match | tokens_per_pass
@@ -121,13 +241,16 @@ def disagreements(readme: str, out: Path) -> tuple[list[str], int]:
 
     Left of `=` the row's first cell, or `*` for rows not named; then a path, where `*` stands for that cell and `[name]` picks the
     item of a list whose values spell the name; then the keys of each further column, `-` for none. A number agrees if one under its
-    keys rounds to it. Of another run than the one README tells of, only the numbers of parameters are compared: all others depend on
-    the machine.
+    keys rounds to it. If the file is of another run than the document quotes, only the numbers of parameters are compared: all others
+    depend on the machine.
     """
     wrong, compared = [], 0
     for table, comments in TABLE.findall(readme):
         rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()[2:]]
-        sources = [(out / name, made, dict(_rule(line) for line in lines.splitlines())) for name, made, lines in SOURCE.findall(comments)]
+        sources = [
+            (ROOT / name if name.startswith("data/") else out / name, made, dict(_rule(line) for line in lines.splitlines()))
+            for name, made, lines in SOURCE.findall(comments)
+        ]
         for first, *cells in rows if sources else []:
             path, made, rules = next(s for s in sources if first in s[2] or ("*" in s[2] and not any(first in t[2] for t in sources)))
             content = json.loads(path.read_text())
@@ -159,7 +282,7 @@ def _rule(line: str) -> tuple[str, tuple[str, list[list[str]]]]:
 
 
 def _at(content, path: str):
-    """What lies at a path. A list that is not picked from stands for all its items. `.` is the file itself."""
+    """The value at a path. A list that is not picked from stands for all its items. `.` is the file itself."""
     for step in re.findall(r"\[[^\]]*\]|[^/\[]+", path) if path != "." else []:
         if step.startswith("["):
             spelt = re.findall(r"[\w.]+", step)
@@ -203,15 +326,52 @@ def test_numbers_that_differ_from_their_file_are_found(tmp_path):
     assert "nothing at" in found
 
 
-@pytest.mark.skipif("<!-- " not in README, reason="README marks no table")
-def test_every_measured_table_says_where_it_comes_from():
-    unmarked = [table for table, comments in TABLE.findall(README) if MEASURED.search(table) and not SOURCE.search(comments)]
-    assert not unmarked
+def test_every_measured_table_names_its_result_file():
+    tables = [(name, table, comments) for name, text in DOCUMENTS.items() for table, comments in TABLE.findall(text)]
+    assert not [(name, table) for name, table, comments in tables if MEASURED.search(table) and not SOURCE.search(comments)]
+
+
+def test_all_documents_quote_one_run():
+    quoted: dict[str, set[str]] = {}
+    for text in DOCUMENTS.values():
+        for name, made, rules in SOURCE.findall(text):
+            if not name.startswith("data/") and "calibration" not in rules:  # certified thresholds come from a run of their own
+                quoted.setdefault(name, set()).add(made)
+        for name, made in re.findall(r"(\S+\.json) made (\S+?)(?:;| -->)", text):
+            quoted.setdefault(name, set()).add(made)
+    assert len(quoted) == 3 and all(len(made) == 1 for made in quoted.values()), quoted
+
+
+def test_numbers_of_the_gpu_run_are_those_of_its_files():
+    wrong, compared = disagreements(DOCUMENTS["docs/gpu.md"], OUT)
+    assert not wrong and compared > 30
+    assert readme.rendered("docs/gpu.md", DOCUMENTS["docs/gpu.md"], readme.Run(OUT)) == DOCUMENTS["docs/gpu.md"]
 
 
 @pytest.mark.skipif(not OUT.is_dir(), reason="no outputs of a whole run are here")
-def test_numbers_are_those_of_the_run_they_came_from():
-    wrong, compared = disagreements(README, OUT)
-    assert not wrong
-    if not compared:
-        pytest.skip("README marks no table")
+@pytest.mark.parametrize("name", readme.DOCUMENTS)
+def test_numbers_are_those_of_the_run_they_came_from(name):
+    wrong, compared = disagreements(DOCUMENTS[name], OUT)
+    assert not wrong and compared
+
+
+@pytest.mark.skipif(not OUT.is_dir(), reason="no outputs of a whole run are here")
+@pytest.mark.parametrize("name", readme.DOCUMENTS)
+def test_sentences_and_boxes_are_those_of_the_run_they_came_from(name):
+    run = readme.Run(OUT)
+    quoted = dict(re.findall(r"<!-- ((?:benchmark|acceptance|token_baseline)/\S+\.json), made (\S+)\n", DOCUMENTS["docs/results.md"]))
+    if any(run.made[file] != made for file, made in quoted.items() if file != "acceptance/acceptance.json"):
+        pytest.skip("the documents quote another run")
+    assert readme.rendered(name, DOCUMENTS[name], run) == DOCUMENTS[name]
+
+
+@pytest.mark.skipif(not OUT.is_dir(), reason="no outputs of a whole run are here")
+def test_an_altered_sentence_or_box_is_generated_anew():
+    run = readme.Run(OUT)
+    tasks = readme.rendered("TASKS.md", DOCUMENTS["TASKS.md"], run)
+    measured = next(line for line in tasks.splitlines() if "Measured: 2,101,504" in line)
+    altered = tasks.replace(measured, measured.replace("2,101,504", "2,000,000")).replace("- [x] **1.2", "- [ ] **1.2")
+    assert altered != tasks and readme.rendered("TASKS.md", altered, run) == tasks
+    text = readme.rendered("README.md", README, run)
+    sentence = readme.headline(run)
+    assert sentence in text and readme.rendered("README.md", text.replace(sentence, sentence.upper()), run) == text

@@ -114,3 +114,14 @@ def test_mistakes_are_named(tmp_path):
     (tmp_path / "junk.mp4").write_bytes(b"junk" * 99)
     with pytest.raises(UserError, match="could not be decoded"):
         read_log_intensity(tmp_path / "junk.mp4")
+
+
+def test_events_of_a_turned_video_are_upright(tmp_path):
+    from test_video import MATRICES, set_matrix, upright_picture, write_pictures
+
+    from feature_alignment.inputs.simulate import read_log_intensity
+
+    numbers, stored = MATRICES["rotated by 90"]
+    write_pictures(tmp_path / "v.mp4", stored(upright_picture()))
+    set_matrix(tmp_path / "v.mp4", numbers)
+    assert read_log_intensity(tmp_path / "v.mp4")[0].shape == (10, 48, 64)

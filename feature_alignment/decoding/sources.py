@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache, cached_property
 from pathlib import Path
 
+from feature_alignment.advice import command_for
 from feature_alignment.answers import read_token_pairs
 from feature_alignment.artifacts import load_pt
 from feature_alignment.chained_adapter import ChainedAdapter, load_chained_adapter
@@ -12,7 +13,7 @@ from feature_alignment.config import Common
 from feature_alignment.console import UserError
 from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
-from feature_alignment.hidden_adapter import TRAIN, HiddenAdapter, load_adapter
+from feature_alignment.hidden_adapter import HiddenAdapter, load_adapter
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import Pair
 
@@ -109,7 +110,7 @@ class Sources:
         """How many of a source's drafts were right on the clips its adapter was validated on; None where no adapter says so."""
         name = self._hybrid_model if name == "hybrid" else name
         path = {"aligned": self.adapter_path, "chained": self.chained_path}.get(name)
-        return None if path is None else load_pt(path, TRAIN)["meta"].get("validation", {}).get("token_match")
+        return None if path is None else load_pt(path, command_for("train_hidden_adapter"))["meta"].get("validation", {}).get("token_match")
 
     @property
     def _hybrid_model(self) -> str:

@@ -1,9 +1,11 @@
-"""The one list of samples that drives every script: JSON lines, or the EventGPT/DSEC JSON; paths relative to the file.
+"""The one list of samples that drives every script: rows of this project or of EventGPT/DSEC; paths relative to the file.
 
 {"id": "…", "sequence": "…", "events": "events/0.npy", "video": "video/0.mp4", "question": "…", "answer": …, "facts": …}
 
-[{"id": …, "split": "test", "event_data": "<sequence>/<clip>.npy", "mp4_data": "<sequence>/<clip>.mp4",
-  "conversations": [{"from": "human", "value": "<event>\nWhat …"}, {"from": "gpt", "value": "…"}]}, …]
+{"id": …, "split": "test", "event_data": "<sequence>/<clip>.npy", "mp4_data": "<sequence>/<clip>.mp4",
+ "conversations": [{"from": "human", "value": "<event>\nWhat …"}, {"from": "gpt", "value": "…"}]}
+
+Both kinds may be JSON lines or one JSON list. Turns may also be `{"role": "user", "content": …}`, under `conversations` or `messages`.
 """
 
 from __future__ import annotations
@@ -14,14 +16,18 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from feature_alignment.console import UserError
+from feature_alignment.text_files import as_object, kind_of, read_text, reason, rows_of
 
 _LONGEST_QUESTION = 2000  # characters
+_SPLITS = {"val": "validation", "valid": "validation", "dev": "validation"}
+_SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer"}
+_FOLDERS_OF_A_KIND = ("event_npy", "event_data", "events", "event", "npy")  # of all recordings together; no sequence
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,7 @@ def read_samples(
         raise UserError(f"no manifest at {path}. For the embedded pair make it with:\n  python -m feature_alignment.demo.scenes")
     if limit is not None and limit < 1:
         raise UserError(f"--limit wants a number of samples of at least 1, got {limit}.")
-    try:
-        text = path.read_text()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text: {error}") from None
-    samples = _from_json(path, text, split) if text.lstrip().startswith("[") else _from_lines(path, text)
+    samples = _from_rows(path, _numbered_rows(path), split)
     if not samples:
         raise UserError(f"{path} is empty.")
     if not allow_outside:
@@ -102,78 +104,121 @@ def _stay_inside(path: Path, samples: list[Sample]) -> None:
             raise UserError(f"{path} names {clip}, which lies outside its folder {root}. If you trust the file, type --allow_outside.")
 
 
-def _from_lines(path: Path, text: str) -> list[Sample]:
-    samples = []
-    for number, line in enumerate(text.splitlines(), 1):
+def _numbered_rows(path: Path) -> list[tuple[str, Any]]:
+    """The rows of a manifest, JSON lines or one JSON list, each with what messages call it."""
+    text = read_text(path)
+    if text.lstrip("\ufeff \t\r\n").startswith("["):
         try:
-            row = json.loads(line)
-            start_ms = row.get("event_start_ms")
-            samples.append(
-                Sample(
-                    id=_name(row, "id"),
-                    sequence=_name(row, "sequence"),
-                    question=row["question"],
-                    events=path.parent / row["events"],
-                    video=path.parent / row["video"],
-                    answer=row.get("answer"),
-                    facts=row.get("facts"),
-                    event_start_ms=None if start_ms is None else float(start_ms),
-                )
-            )
-        except UserError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: {error!r}; wanted JSON with id, sequence, question, events, video.") from None
-    return samples
+            return [(f"row {number}", row) for number, row in enumerate(json.loads(text), 1)]
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not valid JSON: {error}") from None
+    rows = []
+    for number, line in rows_of(text):
+        try:
+            rows.append((f"line {number}", json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: {reason(error)}; wanted one JSON object a line.") from None
+    return rows
 
 
-def _from_json(path: Path, text: str, split: str) -> list[Sample]:
-    """One sample for each question and answer of the rows of `split` (`val` counts as validation; rows without one as any)."""
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+def _from_rows(path: Path, rows: Sequence[tuple[str, Any]], split: str) -> list[Sample]:
+    """The samples of the rows of `split`; rows that name no split belong to any."""
     samples: list[Sample] = []
     split_of: dict[str, str] = {}
-    for number, row in enumerate(rows, 1):
+    for name, row in rows:
+        wanted = "id, sequence, question, events, video; or id, event_data, mp4_data or video_data, conversations"
         try:
-            its_split = {"val": "validation"}.get(row.get("split"), row.get("split") or split)
-            sequence = Path(row["event_data"]).parent.name
+            if "event_data" not in as_object(row):
+                samples += _own_samples(path, row)
+                continue
+            wanted = "id, event_data, mp4_data or video_data, conversations"
+            sequence = _sequence_of(_text(row, "event_data"))
+            its_split = _SPLITS.get(row.get("split"), row.get("split") or split)
             if split_of.setdefault(sequence, its_split) != its_split:
                 raise UserError(
                     f"sequence {sequence!r} is in split {split_of[sequence]!r} and in {its_split!r}. Its clips "
                     "overlap, so a test on it would be no test; give every sequence one split."
                 )
-            if its_split != split:
-                continue
-            turns = row["conversations"]
-            pairs = [(a["value"], b["value"]) for a, b in itertools.pairwise(turns) if (a["from"], b["from"]) == ("human", "gpt")]
-            if not pairs:
-                raise ValueError("no human turn followed by a gpt turn")
-            for k, (question, answer) in enumerate(pairs):
-                samples.append(
-                    Sample(
-                        id=_name(row, "id") if len(pairs) == 1 else f"{_name(row, 'id')}-q{k}",
-                        sequence=sequence,
-                        question=re.sub(r"<(event|image|video)>", "", question).strip(),
-                        events=_beside(path, row["event_data"], "event_npy"),
-                        video=_beside(path, row.get("mp4_data") or row["video_data"], "mp4" if row.get("mp4_data") else "video"),
-                        answer=answer,
-                    )
-                )
+            if its_split == split:
+                samples += _eventgpt_samples(path, row, sequence)
         except UserError as error:
-            raise UserError(f"{path}, row {number}: {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}, row {number}: {error!r}; wanted id, event_data, mp4_data or video_data, conversations.") from None
+            raise UserError(f"{path}, {name}: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path}, {name}: {reason(error)}; wanted {wanted}.") from None
     if rows and not samples:
         found = ", ".join(f"{s} ({n} sequences)" for s, n in sorted(Counter(split_of.values()).items()))
         raise UserError(f"{path} has no rows of split {split!r}; it has {found}.")
     return samples
 
 
+def _own_samples(path: Path, row: dict[str, Any]) -> list[Sample]:
+    """A row of this project: one question, or turns in its place."""
+    start_ms = row.get("event_start_ms")
+    if not isinstance(start_ms, int | float | str | None) or isinstance(start_ms, bool):
+        raise ValueError(f"event_start_ms: wanted a number, got {kind_of(start_ms)}")
+    clip: dict[str, Any] = {
+        "sequence": _name(row, "sequence"),
+        "events": path.parent / _text(row, "events"),
+        "video": path.parent / _text(row, "video"),
+        "facts": row.get("facts"),
+        "event_start_ms": None if start_ms is None else float(start_ms),
+    }
+    if "question" not in row and ("conversations" in row or "messages" in row):
+        return _samples_of_turns(row, clip)
+    return [Sample(id=_name(row, "id"), question=row["question"], answer=row.get("answer"), **clip)]
+
+
+def _eventgpt_samples(path: Path, row: dict[str, Any], sequence: str) -> list[Sample]:
+    video = "mp4_data" if row.get("mp4_data") else "video_data"
+    clip: dict[str, Any] = {
+        "sequence": sequence,
+        "events": _beside(path, row["event_data"], "event_npy"),
+        "video": _beside(path, _text(row, video), video.removesuffix("_data")),
+    }
+    return _samples_of_turns(row, clip)
+
+
+def _samples_of_turns(row: dict[str, Any], clip: dict[str, Any]) -> list[Sample]:
+    """One sample for each question that an answer follows."""
+    turns = [_turn(turn) for turn in row["messages" if row.get("messages") else "conversations"]]
+    pairs = [(a, b) for (asks, a), (answers, b) in itertools.pairwise(turns) if (asks, answers) == ("question", "answer")]
+    if not pairs:
+        raise ValueError("no human turn followed by a gpt turn (or user and assistant)")
+    name = _name(row, "id")
+    names = [name] if len(pairs) == 1 else [f"{name}-q{k}" for k in range(len(pairs))]
+    return [
+        Sample(id=i, question=re.sub(r"<(event|image|video)>", "", question).strip(), answer=answer, **clip)
+        for i, (question, answer) in zip(names, pairs, strict=True)
+    ]
+
+
+def _turn(turn: Any) -> tuple[str | None, str]:
+    """Who speaks in a turn, and the text: `{"from", "value"}` or `{"role", "content"}`, whose content may be a list of parts."""
+    speaker, text = ("role", "content") if "role" in as_object(turn) else ("from", "value")
+    content = turn[text]
+    if isinstance(content, list):  # pictures and recordings are parts of their own; the row names their files
+        content = " ".join(as_object(part)["text"] for part in content if as_object(part).get("type") == "text")
+    if not isinstance(content, str):
+        raise ValueError(f"{text} of a turn: wanted a text, got {kind_of(content)}")
+    return _SPEAKERS.get(turn[speaker]), content
+
+
+def _sequence_of(event_data: str) -> str:
+    """The recording a clip belongs to: its folder; the clip's own name where it lies in none, or in one of all recordings."""
+    clip = Path(event_data)
+    folder = clip.parent.name
+    return clip.stem if not folder or folder in (*_FOLDERS_OF_A_KIND, "..") else folder
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    if not isinstance(row[key], str) or not row[key]:
+        raise ValueError(f"{key}: wanted a text, got {kind_of(row[key]) if row[key] != '' else 'an empty one'}")
+    return row[key]
+
+
 def _name(row: dict[str, Any], key: str) -> str:
-    if not isinstance(row[key], str | int):
-        raise ValueError(f"{key}: wanted a text or a number, got {type(row[key]).__name__}")
+    if not isinstance(row[key], str | int) or isinstance(row[key], bool):
+        raise ValueError(f"{key}: wanted a text or a number, got {kind_of(row[key])}")
     return str(row[key])
 
 
@@ -184,23 +229,40 @@ def _beside(path: Path, name: str, folder: str) -> Path:
 
 
 def read_questions(path: Path) -> list[str]:
-    """Questions of a file: a JSON list of strings or of {"question": …}, or one per line."""
+    """Questions of a file: a JSON list of texts or of {"question": …}, JSON lines of the latter, or one question a line."""
     if not path.is_file():
         raise UserError(f"no questions at {path}; --questions wants a JSON list or one question per line.")
-    try:
-        text = path.read_text()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text: {error}") from None
+    text = read_text(path)
     if text.lstrip().startswith("["):
         try:
-            questions = [row if isinstance(row, str) else row["question"] for row in json.loads(text)]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f'{path}: {error!r}; wanted a JSON list of strings or of {{"question": …}}.') from None
+            rows = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f'{path}: {reason(error)}; wanted a JSON list of texts or of {{"question": …}}.') from None
+        questions = [_question(path, number, row) for number, row in enumerate(rows, 1)]
+    elif text.lstrip().startswith("{"):
+        questions = [_question(path, number, _parsed(path, number, row)) for number, row in rows_of(text)]
     else:
-        questions = [line.strip() for line in text.splitlines() if line.strip()]
+        if "\r" in text.replace("\r\n", "\n"):
+            raise UserError(f"{path}: lines that end with a carriage return alone; wanted newlines. Save it with Unix line ends.")
+        questions = [row.strip() for _, row in rows_of(text)]
     if not questions or not all(isinstance(q, str) and q.strip() for q in questions):
         raise UserError(f"{path} holds no question, or an empty one.")
     return list(dict.fromkeys(questions))
+
+
+def _parsed(path: Path, number: int, row: str) -> Any:
+    try:
+        return json.loads(row)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{path}, row {number}: {reason(error)}; wanted {{"question": …}} a line.') from None
+
+
+def _question(path: Path, number: int, row: Any) -> str:
+    question = row.get("question") if isinstance(row, dict) else row
+    if not isinstance(question, str):
+        found = "an object without a question" if isinstance(row, dict) and question is None else kind_of(question)
+        raise UserError(f'{path}, row {number}: {found}; wanted a text or {{"question": …}}.')
+    return question
 
 
 def _ask(samples: list[Sample], questions: list[str]) -> list[Sample]:

@@ -30,6 +30,7 @@ import numpy as np
 
 from feature_alignment.console import UserError, print_json_line
 from feature_alignment.inputs.event_files import save_events
+from feature_alignment.inputs.video import open_video, upright_frames
 from feature_alignment.processes import check_writable
 from feature_alignment.ranges import number_argument, path_argument
 
@@ -95,10 +96,8 @@ def read_log_intensity(path: Path, start_ms: float = 0.0, duration_ms: float | N
     times: list[int] = []
     first_us = None
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UserError(f"{path} has no video stream.")
-            for frame in container.decode(video=0):
+        with open_video(path) as container:
+            for frame, turn in upright_frames(path, container, every=True):
                 if frame.time is None:
                     raise UserError(f"{path}: frames without a time; write it again with time stamps, e.g. ffmpeg -i {path.name} out.mp4")
                 first_us = round(frame.time * 1e6) if first_us is None else first_us
@@ -106,7 +105,7 @@ def read_log_intensity(path: Path, start_ms: float = 0.0, duration_ms: float | N
                 if duration_ms is not None and t_us > (start_ms + duration_ms) * 1000:
                     break
                 if t_us >= start_ms * 1000 and (not times or t_us > times[-1]):
-                    images.append(np.log(frame.to_ndarray(format="gray").astype(np.float32) / 255 + _DARK))
+                    images.append(np.log(turn.apply(frame.to_ndarray(format="gray")).astype(np.float32) / 255 + _DARK))
                     times.append(t_us)
     except av.error.FFmpegError as error:
         raise UserError(f"{path} could not be decoded: {error}") from None

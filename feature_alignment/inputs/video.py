@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,21 @@ import numpy as np
 from PIL import Image
 
 from feature_alignment.console import UserError, mended
+from feature_alignment.inputs.images import UPRIGHT, Turn, exif_turn, open_stills, refuse_large, to_8_bits
 
 NUM_FRAMES = 8
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-_IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # whatever the suffix says: Pillow knows others that start programs
-MAX_PIXELS = 1 << 25  # of a frame: 8K
 _SMALL = 1 << 18  # bytes of an image that is resized sooner than threads are made
 # Containers that hold their frames themselves. FFmpeg also knows playlists, which make it open other files and addresses.
-_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,mpeg,mpegts,mpegvideo,asf,flv,ogg,ivf,h264,hevc,m4v,mxf,nut,dv"
+_CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,mpeg,mpegts,mpegvideo,asf,flv,ogg,ivf,h264,hevc,m4v,mxf,nut,dv,"
+    "mjpeg,obu,yuv4mpegpipe"
+)
+_QUARTER_TURNS = {  # counterclockwise degrees
+    0: UPRIGHT,
+    90: Turn(transpose=True, flip_rows=True),
+    180: Turn(flip_rows=True, flip_columns=True),
+    270: Turn(transpose=True, flip_columns=True),
+}
 _OPEN_SAFELY = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
 
 
@@ -34,74 +42,197 @@ def sample_indices(num_frames: int, wanted: int = NUM_FRAMES, sampling: str = "l
 
 
 def read_frames(path: str | Path, wanted: int = NUM_FRAMES, sampling: str = "linspace") -> np.ndarray:
-    """Evenly spaced frames of a video file (anything FFmpeg reads, gif included) or a folder of images.
+    """Evenly spaced frames of a clip as a player shows them: upright, presentable frames only.
 
-    sampling: see `sample_indices`
-    returns:  [wanted, h, w, 3] uint8 RGB; frame-exact, because every frame up to the last one wanted is decoded in order. A clip
-              with fewer frames repeats some of them and says so in the log
-    raises:   UserError for a missing or damaged file, or one without frames
+    Frames are counted by decoding them all, so time stamps are not needed and every index is exact. Frames that cannot be decoded
+    are counted in the log and in `meta`, and the wanted ones are sampled from the others. A clip with fewer frames repeats some.
+
+    Args:
+        path: A video file (a container of `_CONTAINERS`, gif included), an image, or a folder or a zip of images.
+        wanted: Number of frames.
+        sampling: See `sample_indices`.
+
+    Returns:
+        [wanted, h, w, 3] uint8 RGB; more than 8 bits are scaled to 8.
+
+    Raises:
+        UserError: For a missing or damaged file, or one without frames.
     """
     path = Path(path)
-    if path.is_dir():
-        files = sorted((f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES), key=lambda f: (len(f.stem), f.stem))
-        if not files:
-            raise UserError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {path}.")
-        _say_if_few(path, len(files), wanted)
-        return _stack([_read_image(files[i]) for i in sample_indices(len(files), wanted, sampling)], path)
-    if not path.is_file():
-        raise UserError(f"no video at {path}; --video wants a video file or a folder of frames.")
+    if not path.exists():
+        raise UserError(f"no video at {path}; --video wants a video file, an image, or a folder or a zip of frames.")
+    stills = open_stills(path)
+    if stills is None:
+        return _stack(_read_video(path, wanted, sampling), path)
+    _say_if_few(path, stills.count, wanted)
+    indices = sample_indices(stills.count, wanted, sampling)
+    read = {i: stills.read(i) for i in sorted(set(indices))}
+    return _stack(to_8_bits([read[i] for i in indices], path), path)
+
+
+def open_video(path: Path) -> Any:
+    """An FFmpeg container of a file, as a context manager. `file:` keeps a colon in a name from being read as a protocol."""
     import av  # 0.2 s, not needed for --help
 
+    return av.open(f"file:{path}", options=_OPEN_SAFELY)
+
+
+def _moving_pictures(path: Path, container: Any) -> Any:
+    """The video stream that a player shows; a cover picture is none.
+
+    Raises:
+        UserError: For a file without one, or frames larger than MAX_PIXELS.
+    """
+    from av.stream import Disposition
+
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
+        raise UserError(f"{path} has no video stream{', only a cover picture' if container.streams.video else ''}.")
+    refuse_large(path, streams[0])
+    streams[0].codec_context.thread_count = 1
+    return streams[0]
+
+
+def _read_video(path: Path, wanted: int, sampling: str) -> list[np.ndarray]:
+    import av
+
     try:
-        with av.open(str(path), options=_OPEN_SAFELY) as container:
-            if not container.streams.video:
-                raise UserError(f"{path} has no video stream.")
-            _refuse_large(path, container.streams.video[0])
-            times, end_s = [], 0.0
-            for packet in container.demux():
-                if packet.pts is not None:
-                    end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-                    if packet.stream.index == container.streams.video[0].index:
-                        times.append(packet.pts)
-            _refuse_cut(path, container, end_s)
-        if not times:
+        listed, promised = _count_packets(path)
+        if not listed:
             raise UserError(f"{path} has no frames.")
-        _say_if_few(path, len(times), wanted)
-        times.sort()
-        keep = [times[i] for i in sample_indices(len(times), wanted, sampling)]
-        found: dict[int, np.ndarray] = {}
-        to_rgb = av.video.reformatter.VideoReformatter()  # one for all frames: it is slower to make than to use
-        with av.open(str(path), options=_OPEN_SAFELY) as container:
-            container.streams.video[0].codec_context.thread_count = 1
-            for frame in container.decode(video=0):
-                _refuse_large(path, frame)
-                if frame.pts in keep:
-                    found[frame.pts] = to_rgb.reformat(frame, format="rgb24").to_ndarray()
-                if len(found) == len(set(keep)):
-                    break
+        indices = sample_indices(listed, wanted, sampling)
+        found, decoded, damaged = _decode(path, set(indices))
+        if decoded and decoded != listed:  # some packets gave no frame, or several: sample again over what there is
+            indices = sample_indices(decoded, wanted, sampling)
+            found, decoded, damaged = _decode(path, set(indices))
     except (av.error.FFmpegError, MemoryError, ValueError, OverflowError) as error:
         raise UserError(f"{path} could not be decoded: {str(error)[:200]}") from None
-    missing = [t for t in keep if t not in found]
-    if missing:
-        raise UserError(f"{path} is damaged: {len(set(missing))} of {len(set(keep))} wanted frames could not be decoded.")
-    return _stack([found[t] for t in keep], path)
+    _say_what_is_lost(path, decoded, max(listed, promised), damaged)
+    _say_if_few(path, decoded, wanted)
+    return [found[i] for i in indices]
 
 
-def _read_image(path: Path) -> np.ndarray:
+def _count_packets(path: Path) -> tuple[int, int]:
+    """Packets that should each give a presentable frame, without decoding them; and how many the header promises, where it tells."""
+    with open_video(path) as container:
+        stream = _moving_pictures(path, container)
+        hidden, listed, end_s = 0, 0, 0.0
+        for packet in _until_it_breaks(container.demux()):
+            if packet.pts is not None:
+                end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.stream.index == stream.index and (packet.size or packet.dts is not None):  # the last packet is empty: it ends
+                is_shown = not packet.is_discard and packet.size and _is_shown(packet, stream)
+                listed, hidden = listed + bool(is_shown), hidden + (not is_shown)
+        _refuse_cut(path, container, end_s)
+        counted = container.format.name == "avi" or "mov" in container.format.name  # others do not count frames, or estimate
+        return listed, stream.frames - hidden if counted else 0
+
+
+def _is_shown(packet: Any, stream: Any) -> bool:
+    """VP8 stores reference frames that are never shown in packets of their own: bit 4 of the first byte is 0."""
+    return stream.codec_context.name not in ("vp8", "libvpx") or bool(bytes(packet)[0] & 0x10)
+
+
+def _decode(path: Path, wanted: set[int]) -> tuple[dict[int, np.ndarray], int, int]:
+    """The wanted frames by their number among those that can be decoded; how many those are, and how many of them are damaged."""
+    from av.video.reformatter import VideoReformatter
+
+    found: dict[int, np.ndarray] = {}
+    decoded = damaged = 0
+    to_rgb = VideoReformatter()  # one for all frames: it is slower to make than to use
+    with open_video(path) as container:
+        for frame, turn in upright_frames(path, container):
+            if decoded in wanted:
+                found[decoded] = turn.apply(to_rgb.reformat(frame, format="rgb24").to_ndarray())
+            decoded, damaged = decoded + 1, damaged + bool(frame.is_corrupt)
+    return found, decoded, damaged
+
+
+def upright_frames(path: Path, container: Any, every: bool = False) -> Iterator[tuple[Any, Turn]]:
+    """The presentable frames of a video in their order, and how each is turned upright.
+
+    The decoder itself leaves out the frames before the start of an edit list.
+
+    Args:
+        path: The file, for messages.
+        container: Its container, just opened.
+        every: Raise FFmpeg's error for a frame that cannot be decoded, instead of leaving it out.
+
+    Raises:
+        UserError: For a file without a video stream, frames larger than MAX_PIXELS, or an angle that is no quarter turn.
+    """
+    import av
+
+    packets = container.demux(_moving_pictures(path, container))
+    turn_of_all = _turn_of_image(path) if container.format.name == "apng" else None  # FFmpeg gives it with the first frame only
+    for packet in packets if every else _until_it_breaks(packets):
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError:
+            if every:
+                raise
+            continue  # counted by its missing frame
+        for frame in frames:
+            refuse_large(path, frame)
+            yield frame, turn_of_all or _turn_of(frame, packet, path)
+
+
+def _until_it_breaks(packets: Iterator[Any]) -> Iterator[Any]:
+    """Packets up to the first that cannot be read, unless that is the first of all: a file that was cut off has those before."""
+    import av
+
+    any_read = False
     try:
-        with Image.open(path, formats=_IMAGE_FORMATS) as image:
-            _refuse_large(path, image)
-            return np.asarray(image.convert("RGB"))
-    except UserError:
-        raise
-    except Exception as error:  # Pillow's formats raise errors of every kind
-        raise UserError(f"{path} could not be read as an image ({', '.join(_IMAGE_FORMATS)}): {str(error)[:200]}") from None
+        for packet in packets:
+            yield packet
+            any_read = True
+    except av.error.FFmpegError:
+        if not any_read:
+            raise
 
 
-def _refuse_large(path: Path, picture: Any) -> None:
-    """picture: anything with a width and a height, looked at before its pixels take memory"""
-    if (picture.width or 0) * (picture.height or 0) > MAX_PIXELS:
-        raise UserError(f"{path}: frames of {picture.width} x {picture.height} pixels; at most {MAX_PIXELS:,} pixels are read.")
+def _turn_of(frame: Any, packet: Any, path: Path) -> Turn:
+    """What the display matrix of a video's frame asks for, wherever its container or codec states it.
+
+    Raises:
+        UserError: For an angle that is no quarter turn.
+    """
+    from av.sidedata.sidedata import Type
+
+    try:
+        matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    except ValueError:  # PyAV 18 does not know FFmpeg's newer kinds of side data, Exif among them
+        content = bytes(packet) if packet.size else b""
+        if content.startswith(b"\xff\xd8"):  # a Motion JPEG frame
+            return _turn_of_image(io.BytesIO(content))
+        if frame.rotation % 360 in _QUARTER_TURNS:
+            return _QUARTER_TURNS[frame.rotation % 360]
+        raise _no_quarter_turn(path, frame.rotation) from None
+    if matrix is None:
+        return UPRIGHT
+    # A pixel (column, row) is shown at (a column + c row, b column + d row)
+    (a, b, _), (c, d, _), _ = np.frombuffer(matrix, np.int32).reshape(3, 3) / 65536.0
+    size = max(abs(a), abs(b), abs(c), abs(d))
+    if max(abs(b), abs(c)) <= 0.02 * size:  # zeros alone ask for nothing
+        return Turn(flip_rows=bool(d < 0), flip_columns=bool(a < 0))
+    if max(abs(a), abs(d)) < 0.02 * size:
+        return Turn(transpose=True, flip_rows=bool(b < 0), flip_columns=bool(c < 0))
+    raise _no_quarter_turn(path, frame.rotation)
+
+
+def _no_quarter_turn(path: Path, degrees: int) -> UserError:
+    return UserError(
+        f"{path} is to be shown turned by {degrees} degrees; wanted a multiple of 90. Write it upright:\n"
+        f"  ffmpeg -i {path.name} upright.mp4"
+    )
+
+
+def _turn_of_image(file: Any) -> Turn:
+    try:
+        with Image.open(file, formats=("JPEG", "PNG")) as image:
+            return exif_turn(image)
+    except (OSError, ValueError, SyntaxError):
+        return UPRIGHT
 
 
 def _stack(images: list[np.ndarray], path: Path) -> np.ndarray:
@@ -110,13 +241,28 @@ def _stack(images: list[np.ndarray], path: Path) -> np.ndarray:
     return np.stack(images)
 
 
-def _refuse_cut(path: Path, container, end_s: float) -> None:
-    """mp4 lists its frames up front, so a cut one fails to decode. Matroska and gif just end; only these two marks tell."""
+def _refuse_cut(path: Path, container: Any, end_s: float) -> None:
+    """mp4 counts its frames up front. Matroska and gif just end; only these two marks tell."""
     stated_s = (container.duration or 0) / 1e6
     if "matroska" in container.format.name and stated_s and end_s < 0.95 * stated_s:
         raise UserError(f"{path} is cut off: its header promises {stated_s:.2f} s, its frames end at {end_s:.2f} s.")
     if container.format.name == "gif" and not path.read_bytes().rstrip(b"\0").endswith(b";"):
         raise UserError(f"{path} is cut off: a gif ends with a `;`, this one does not.")
+
+
+def _say_what_is_lost(path: Path, decoded: int, listed: int, damaged: int) -> None:
+    if not decoded:
+        raise UserError(f"{path} could not be decoded: none of its {listed} frames. Download or write it again.")
+    if decoded * 2 < listed:
+        raise UserError(f"{path} is damaged: only {decoded} of its {listed} frames can be decoded. Download or write it again.")
+    if decoded < listed:
+        mended(
+            path,
+            "frames not decoded",
+            f"{listed - decoded} of {listed} frames could not be decoded; the wanted ones are sampled from the other {decoded}.",
+        )
+    if damaged:
+        mended(path, "damaged frames", f"{damaged} of {decoded} decoded frames are damaged; they are used as the decoder repairs them.")
 
 
 def _say_if_few(path: Path, num_frames: int, wanted: int) -> None:

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from feature_alignment.models.loading import load_model
+from feature_alignment.models.prompts import prompt_ids, prompt_text, text_ids
 
 EVENT_TOKEN_INDEX = -200  # stands for the event stream in input_ids; never embedded
 NUM_EVENT_SLICES = 5
@@ -129,6 +130,8 @@ def load_eventgpt(
 
 
 def encode_prompt(tokenizer, question: str) -> list[int]:
-    """Token ids of the conversation prompt, -200 where the events go. The second chunk's BOS is dropped, as released."""
-    before, after = PROMPT.format(question=question).split("<event>")
-    return [*tokenizer(before).input_ids, EVENT_TOKEN_INDEX, *tokenizer(after).input_ids[1:]]
+    """Token ids of the conversation prompt, -200 where the events go. Only the first part begins with BOS, as released."""
+    asked = f"<ev_start><event><ev_end>\n{question}"
+    contents = (asked, [{"type": "text", "text": asked}])
+    before, after = prompt_text(tokenizer, PROMPT.format(question=question), contents, "<event>", question).split("<event>")
+    return [*prompt_ids(tokenizer, before), EVENT_TOKEN_INDEX, *text_ids(tokenizer, after)]

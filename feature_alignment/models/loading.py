@@ -22,8 +22,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
+from feature_alignment.config import Common
 from feature_alignment.console import UserError
 from feature_alignment.inputs.video import clip_pixels
+from feature_alignment.models.prompts import prepare_for_prompts, text_ids
 from feature_alignment.processes import check_device
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,13 @@ def find_checkpoint(path: Path, flag: str) -> Path:
         )
     look_through(path)
     return path
+
+
+def fetch_checkpoints(cfg: Common) -> None:
+    """Download `hub:` checkpoints that are not in the local cache yet, so that their revisions are known before anything is compared."""
+    for path, flag in ((cfg.target_id, "--target_id"), (cfg.draft_id, "--draft_id")):
+        if str(path).startswith("hub:"):
+            find_checkpoint(path, flag)
 
 
 def look_through(path: Path) -> None:
@@ -217,6 +226,7 @@ def load_tokenizer(path: Path, num_rows: int | None = None):
         tokenizer = kind.from_pretrained(str(path))
     except Exception as error:  # damaged files raise errors of several libraries
         raise UserError(f"{path}: its tokenizer could not be loaded: {_first_line(error)}") from None
+    prepare_for_prompts(tokenizer, path)
     if num_rows is not None and len(tokenizer) > num_rows:
         raise UserError(
             f"{path}: the tokenizer has {len(tokenizer)} ids, the model {num_rows} embedding rows; wanted no more ids than rows. "
@@ -250,7 +260,10 @@ def load_processor(path: Path, image_size: int, default: bool = False) -> CLIPIm
 
 
 def check_prompt(path: Path, tokenizer, text_tokens: int, known: Sequence[int]) -> None:
-    """Text tokens of the probe question's prompt, known for the released vocabulary; a vocabulary of another size has none known."""
+    """Text tokens of the probe question's prompt, known for the released vocabulary; a vocabulary of another size has none known, and
+    neither has a chat template."""
+    if getattr(tokenizer, "chat_template", None):
+        return
     if LLAMA_VOCABULARY <= len(tokenizer) < LLAMA_VOCABULARY + 64 and text_tokens not in known:
         raise UserError(
             f"{path}: the prompt for {PROBE_QUESTION!r} has {text_tokens} text tokens, the released tokenizer gives "
@@ -270,7 +283,7 @@ def check_shared_ids(draft_path: Path, draft_tokenizer, target_path: Path, targe
             f"and {theirs[i]!r} in the other; drafting needs one vocabulary."
         )
     probe = "USER: What is in the scene? ASSISTANT: A car, 3 people."
-    if draft_tokenizer(probe).input_ids != target_tokenizer(probe).input_ids:
+    if text_ids(draft_tokenizer, probe) != text_ids(target_tokenizer, probe):
         raise UserError(f"{draft_path} and {target_path} tokenise text differently; drafting needs one vocabulary.")
 
 
