@@ -14,6 +14,7 @@ from typing import Any
 from feature_alignment.advice import command_for
 from feature_alignment.console import UserError, finite
 from feature_alignment.files import read_json, replacing
+from feature_alignment.hidden_states import eos_ids_of
 from feature_alignment.identity import THERE_NOW, RunIdentity
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,12 @@ def write_token_pairs(path: Path, meta: dict[str, Any], rows: Iterable[dict[str,
 def read_token_pairs(path: Path) -> list[dict[str, Any]]:
     """Rows with `egpt_tokens` and `vl_tokens`, from `{"results": [...]}`; of our own files also `sample_id` and `query`."""
     return _read(path, command_for("extract_hidden_states", split=path.stem))["results"]
+
+
+def eos_ids(path: Path) -> list[int]:
+    """The token ids that end the target's texts in a token pairs file."""
+    meta = _read(path, command_for("extract_hidden_states", split=path.stem)).get("meta")
+    return eos_ids_of(meta if isinstance(meta, dict) else None)
 
 
 def _read(path: Path, make_it: str) -> dict[str, Any]:

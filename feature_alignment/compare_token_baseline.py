@@ -85,7 +85,7 @@ def train_token_adapter(cfg: ComparisonConfig, rows: Sequence[dict]) -> None:
     artifacts.save_pt(path, {"meta": meta, "state_dict": {k: v.cpu() for k, v in model.state_dict().items()}})
 
 
-def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict]) -> dict[str, Any] | None:
+def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict], eos_ids: Sequence[int]) -> dict[str, Any] | None:
     """The earlier attempt's token-level adapter, trained here; None where it has not been, or from other texts."""
     import torch
 
@@ -109,7 +109,7 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict]) -> dict[st
         at_7b = token_adapter.TokenAdapter(*LAYOUT_7B).num_parameters
     width = max(len(r["vl_tokens"]) for r in rows)
     bits = torch.nn.functional.pad(token_adapter.matches(model, rows), (0, max(0, width - text.shape[1])))[:, :width]
-    report = verified(bits, rows, cfg.num_draft_tokens)
+    report = verified(bits, rows, cfg.num_draft_tokens, eos_ids)
     return {**report, "params": model.num_parameters, "params_7b": at_7b, "overhead_ms": ms, "seconds": meta["seconds"]}
 
 
@@ -280,17 +280,17 @@ def comparison_report(cfg: ComparisonConfig, rows: Sequence[dict], out: Path) ->
         out: where the picture goes
     """
     from feature_alignment import artifacts, comparison, plots
-    from feature_alignment.answers import read_token_pairs
+    from feature_alignment.answers import eos_ids, read_token_pairs
     from feature_alignment.models.loading import find_checkpoint, load_tokenizer
 
     report: dict[str, Any] = {"token_level": comparison.free_running_agreement(rows, cfg.num_draft_tokens)}
     report |= dict.fromkeys(("feature_level", "aligned_token_level", "chained_token_level", "token_adapter", "own_drafts"))
     report |= {"feature_rules": {}, "kept_by_cosine": {}, "examples": [], "nulls": {}}
-    g = cfg.num_draft_tokens
+    g, ends = cfg.num_draft_tokens, eos_ids(cfg.token_pairs or cfg.out / "token_pairs" / f"{cfg.split}.json")
     if cfg.token_pairs:
         first, second = comparison.halves(rows)
         if first:
-            report["nulls"] = comparison.null_drafter_reports(first, second, g)
+            report["nulls"] = comparison.null_drafter_reports(first, second, g, ends)
         return report
     acceptance = artifacts.read_sealed(cfg.out / "acceptance" / "acceptance.json", command_for("measure_feature_acceptance"))
     states = artifacts.load_hidden_states(cfg.out / "hidden_states" / cfg.split, cfg.draft_layers)
@@ -303,14 +303,14 @@ def comparison_report(cfg: ComparisonConfig, rows: Sequence[dict], out: Path) ->
     at = acceptance["thresholds"]["0.90"]
     report["feature_level"] = {"consecutive": at["consecutive_accept"], "relaxed": at["relaxed_accept"], "threshold": 0.9}
     report["feature_level"]["params"] = acceptance["adapter"]["params"]
-    report["token_adapter"] = token_adapter_report(cfg, rows)
+    report["token_adapter"] = token_adapter_report(cfg, rows, ends)
     if "egpt_drafts" in states.rows[0]:
         drafts = comparison.right([r["egpt_drafts"] for r in states.rows], states.rows)
-        report["own_drafts"] = {**comparison.verified(drafts, states.rows, g), "params": 0}
+        report["own_drafts"] = {**comparison.verified(drafts, states.rows, g, ends), "params": 0}
     tokenizer = load_tokenizer(find_checkpoint(cfg.target_id, "--target_id"))
     encode = lambda question: tokenizer.encode(question, add_special_tokens=False)  # noqa: E731
     train_pairs = read_token_pairs(cfg.out / "token_pairs" / f"{cfg.train_split}.json")
-    report["nulls"] = comparison.null_drafter_reports(train_pairs, rows, g, encode)
+    report["nulls"] = comparison.null_drafter_reports(train_pairs, rows, g, ends, encode)
     if states.rows[0].get("facts"):
         report["kept_by_cosine"], report["examples"] = judge_kept(cfg, states, tokenizer)
         plots.threshold_sweep(report["kept_by_cosine"], out)

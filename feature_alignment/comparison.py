@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -47,14 +47,15 @@ def free_running_agreement(rows: Sequence[dict[str, Any]], num_draft_tokens: int
     }
 
 
-def verified(bits: Tensor, rows: Sequence[dict[str, Any]], num_draft_tokens: int) -> dict[str, Any]:
+def verified(bits: Tensor, rows: Sequence[dict[str, Any]], num_draft_tokens: int, eos_ids: Collection[int]) -> dict[str, Any]:
     """Drafts of the target's texts under the token rule. bits: [n, s], right at this place if all before it is the target's text.
 
+    eos_ids: token ids that end a text
     leading_tokens: right ones before the first wrong one, from the text's very first token on
     """
     lengths = torch.tensor([len(r["vl_tokens"]) for r in rows])
     mask = torch.arange(bits.shape[1]) < lengths[:, None]
-    ended = torch.tensor([r["vl_tokens"][-1] == 2 for r in rows])
+    ended = torch.tensor([r["vl_tokens"][-1] in eos_ids for r in rows])
     blocks, clips, n = metrics.decoding_blocks(bits, mask, num_draft_tokens, ended), clips_of(rows), len(rows)
     return {
         "token_match": metrics.counts(bits, mask).rate(clips),
@@ -75,10 +76,15 @@ def right(drafts: Sequence[Sequence[int | None]], rows: Sequence[dict[str, Any]]
 
 
 def null_drafter_reports(
-    train: Sequence[dict], rows: Sequence[dict], num_draft_tokens: int, encode: Callable[[str], Sequence[int]] | None = None
+    train: Sequence[dict],
+    rows: Sequence[dict],
+    num_draft_tokens: int,
+    eos_ids: Collection[int],
+    encode: Callable[[str], Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Each null drafter on the target's own texts, in their order (the trace identity makes that exact for lossless decoding).
 
+    eos_ids: token ids that end a text
     encode: question -> token ids, which `lookup` reads as it does while decoding; without it, it reads the answer only
     """
     reports = {}
@@ -89,7 +95,7 @@ def null_drafter_reports(
             tokens = row["vl_tokens"]
             drafts.append([table.next_token(row["query"], tokens[:t]) for t in range(len(tokens))])
             table.finished(row["query"], tokens)
-        reports[name] = {**verified(right(drafts, rows), rows, num_draft_tokens), "params": 0}
+        reports[name] = {**verified(right(drafts, rows), rows, num_draft_tokens, eos_ids), "params": 0}
     return reports
 
 

@@ -128,7 +128,7 @@ def extract(
                     about["mended"] = mended
                 for who, decoder, tokens in (("vl", pair.target, vl_tokens), ("egpt", pair.draft, egpt_tokens)):
                     about |= {f"{who}_tokens": tokens, f"{who}_text": decoder.tokenizer.decode(tokens, skip_special_tokens=True)}
-                about["cut"] = cuts(vl_tokens, egpt_tokens, read, cfg)
+                about["cut"] = cuts(vl_tokens, egpt_tokens, read, cfg, pair)
                 kept = {**draft_files(pair.draft, g[:length], cfg), "vl_hidden_states.pt": v[:length]}
                 if events is not None:
                     kept[EVENT_STATES] = events
@@ -142,13 +142,13 @@ def extract(
                 log.info("extract  %s: about %.0f s for %d rows, judging by the first batch", cfg.split, seconds, total)
 
 
-def cuts(vl_tokens: list[int], egpt_tokens: list[int], read: list[int], cfg: ExtractConfig) -> list[str]:
+def cuts(vl_tokens: list[int], egpt_tokens: list[int], read: list[int], cfg: ExtractConfig, pair: Pair) -> list[str]:
     """What a row lacks because of a limit: these are counted in `meta` and printed."""
-    from feature_alignment.models.decoder import EOS
-
-    named = {"Video-LLaVA's answer reached max_new_tokens": vl_tokens, "EventGPT's answer reached max_new_tokens": egpt_tokens}
-    found = [name for name, tokens in named.items() if tokens[-1] != EOS]
-    return [*found, "states beyond max_positions not kept"] if len(read) == cfg.max_positions and read[-1] != EOS else found
+    ends = {"Video-LLaVA": pair.target.eos_ids, "EventGPT": pair.draft.eos_ids}
+    named = {"Video-LLaVA": vl_tokens, "EventGPT": egpt_tokens}
+    found = [f"{name}'s answer reached max_new_tokens" for name, tokens in named.items() if tokens[-1] not in ends[name]]
+    ends_there = read[-1] in ends["EventGPT" if cfg.prefix == "drafter" else "Video-LLaVA"]
+    return [*found, "states beyond max_positions not kept"] if len(read) == cfg.max_positions and not ends_there else found
 
 
 def draft_files(draft: Decoder, hidden: Tensor, cfg: ExtractConfig) -> dict[str, Tensor]:
@@ -228,7 +228,7 @@ def fill(
     from feature_alignment import artifacts, earlier_rows
     from feature_alignment import hidden_states_writer as files
     from feature_alignment.answers import known_answers
-    from feature_alignment.models.pair import load_draft, load_pair
+    from feature_alignment.models.pair import load_pair
 
     rank, world, device, wait = process
     token_pairs = cfg.out / "token_pairs" / f"{cfg.split}.json"
@@ -237,7 +237,7 @@ def fill(
     refuse_foreign_ids(answers, pair.target.vocab_size)
     speaker = pair.draft
     if (cfg.own_drafts or len(answers) < len(rows)) and not pair.draft.has_own_head:
-        speaker = load_draft(dataclasses.replace(cfg, device=device, draft_layers=None))
+        speaker = pair.draft_with(None, dataclasses.replace(cfg, device=device))
     place = {row: i for i, row in enumerate(row for part in parts for row in part)}
     shapes, dtype = shapes_of(pair, cfg)
     if cfg.resume:
@@ -317,6 +317,8 @@ def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -
         draft_norms=pair.draft.norms,
         target_layers=[pair.target.num_layers],
         target_norm="post",
+        eos_token_ids=sorted(pair.target.eos_ids),
+        draft_eos_token_ids=sorted(pair.draft.eos_ids),
         hidden_size_draft=pair.draft.hidden_size,
         hidden_size_target=pair.target.hidden_size,
         dtype=cfg.store_dtype,

@@ -47,7 +47,15 @@ class InferenceConfig(Common):
         adaptive: draft on while one more token is expected to gain more than it costs, and not at all where nothing pays
         overlap: EventGPT reads its prompt in a thread of its own while Video-LLaVA reads its own; for a second core
         max_new_tokens: longest answer, EOS included
-        temperature: above 0 the answer is sampled, with the law of sampling from Video-LLaVA alone; --accept token only
+        temperature: above 0 the answer is sampled, with the law of sampling from Video-LLaVA alone; --accept token only. The same
+            --seed gives the same answer; with --adaptive that of Video-LLaVA alone, at a somewhat lower acceptance
+        top_p: of the sampled law, keep the most likely tokens that have this probability together; default as the checkpoint's
+            generation_config.json, which decides about the next five as well
+        top_k: of the sampled law, keep so many of the most likely tokens
+        min_p: of the sampled law, keep tokens with at least this share of the most likely one's probability
+        min_new_tokens: shortest answer
+        repetition_penalty: above 1, tokens of prompt and answer become less likely
+        stop: the answer also ends with the first of these strings
         steps: how models step: eager; graphs = over caches of a fixed size, recorded once and replayed (CUDA graphs; on
             other devices only the fixed size); compiled = recorded steps that torch.compile has fused, after a minute of compiling
         verbose: every round with its milliseconds per stage and why it drafted no more, in colour on a terminal
@@ -67,6 +75,12 @@ class InferenceConfig(Common):
     overlap: bool = False
     max_new_tokens: int = 64
     temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    min_new_tokens: int | None = None
+    repetition_penalty: float | None = None
+    stop: list[str] | None = None
     steps: Steps = "eager"
     verbose: bool = False
 
@@ -114,17 +128,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.decoding.pace import Pace
     from feature_alignment.decoding.sampling import Sampler
     from feature_alignment.decoding.sources import Sources
+    from feature_alignment.models.generation import with_flags
     from feature_alignment.models.pair import load_pair
 
     pair = load_pair(cfg)
     pair.record(cfg.steps)
+    flags = {name: getattr(cfg, name) for name in ("top_p", "top_k", "min_p", "min_new_tokens", "repetition_penalty")}
+    pair.target.settings = with_flags(pair.target.settings, **flags, stop_strings=cfg.stop)
     sources = Sources(pair, cfg, cfg.train_split)
-    sampler = Sampler(cfg.temperature, cfg.seed, cfg.device) if cfg.temperature else None
-    proposer = sources.open(cfg.draft, cfg.accept != "token", sampler)
+    sampler = Sampler(cfg.temperature, cfg.seed, pair.target.device, shared_noise=cfg.adaptive) if cfg.temperature else None
+    proposer = sources.open(cfg.draft, cfg.accept != "token")
     prompt, draft_prompt = pair.target.prepare(sample), pair.draft.prepare(sample)
     pace = Pace(sources.known_acceptance(cfg.draft)) if cfg.adaptive else None
     for _ in range(2):  # the first run warms up, and teaches the pace
+        if sampler is not None:
+            sampler.restart(cfg.seed)
         alone = plain(pair.target, prompt, cfg.max_new_tokens, sampler)
+        if sampler is not None:
+            sampler.restart(cfg.seed)
         generation = speculate(
             pair.target,
             proposer,
@@ -149,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         **generation.as_dict(),
         "plain_text": _text(pair.target, alone.token_ids),
         "plain_ms": alone.total_ms,
-        "exact_match": generation.token_ids == alone.token_ids if sampler is None else None,  # two samples need not be equal
+        # two samples need not be equal, unless they share their noise
+        "exact_match": generation.token_ids == alone.token_ids if sampler is None or sampler.shared_noise else None,
     }
     artifacts.write_sealed(out, result)
     print(f"question  {sample.question}\nanswer    {text}")

@@ -18,6 +18,8 @@ from feature_alignment.files import altered, load_pt, read_sealed
 from feature_alignment.state_files import frame_hash, row_hashes
 from feature_alignment.text_files import read_text, rows_of
 
+EOS_IDS_ONCE = [2]  # of every file written before its meta said so
+
 log = logging.getLogger(__name__)
 
 EVENT_STATES = "egpt_event_states.pt"
@@ -57,7 +59,8 @@ class HiddenStates:
     @property
     def ended(self) -> Tensor:
         """[n] bool: texts that end with EOS, not at the length limit."""
-        return self.token_ids[torch.arange(len(self.lengths)), self.lengths - 1] == 2
+        ids = eos_ids_of(self.meta, "draft_eos_token_ids" if self.meta.get("prefix") == "drafter" else "eos_token_ids")
+        return torch.isin(self.token_ids[torch.arange(len(self.lengths)), self.lengths - 1], torch.tensor(ids))
 
     @property
     def names(self) -> list[str]:
@@ -68,6 +71,14 @@ class HiddenStates:
     def clips(self) -> list[str]:
         """The cluster each row belongs to: intervals resample these."""
         return [row["sequence"] for row in self.rows]
+
+
+def eos_ids_of(meta: dict[str, Any] | None, key: str = "eos_token_ids") -> list[int]:
+    """The token ids that end the target's texts (or the drafter's, by its key), as the meta of an extraction or its token pairs says."""
+    ids = (meta or {}).get(key, EOS_IDS_ONCE)
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise UserError(f"{key} in a meta.json: wanted a list of token ids, got {str(ids)[:80]}. Extract again with --no_resume.")
+    return ids
 
 
 def layer_file(layer: int) -> str:

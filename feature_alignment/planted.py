@@ -23,7 +23,6 @@ from feature_alignment.decoding.measure import Timed
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models import fixed
-from feature_alignment.models.decoder import EOS
 from feature_alignment.models.pair import load_pair
 from feature_alignment.rows import Mode, answering, speeds
 
@@ -53,7 +52,7 @@ def run(
     """One row for each draft source, length and rate, beside plain greedy decoding in turn; adapters that were never trained will do."""
     pair = load_pair(cfg)
     pair.record(steps)
-    pair.target.head_weight[EOS] = 0  # no text ends early: all are `max_new_tokens` long
+    pair.target.head_weight[sorted(pair.target.eos_ids)] = 0  # no text ends early: all are `max_new_tokens` long
     sources = Sources(pair, cfg, untrained=True)
     prompts = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]
     proposers = {name: sources.open(name) for name in drafters}

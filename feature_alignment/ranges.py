@@ -62,6 +62,8 @@ RANGES = {
     "lr": Range(1e-12, 100),
     "max_new_tokens": Range(1, 2**20),
     "max_positions": Range(1, 2**20),
+    "min_new_tokens": Range(1, 2**20),
+    "min_p": Range(0, 1),
     "most_draft_tokens": Range(1, 1024),
     "mse_weight": _WEIGHT,
     "num_draft_tokens": Range(1, 1024),
@@ -71,6 +73,7 @@ RANGES = {
     "patience": _COUNT,
     "planted_acceptance": Range(0, 1),
     "repeats": Range(1, 10**6),
+    "repetition_penalty": Range(0.001, 1000),
     "roll_out_steps": Range(1, 1024),
     "seed": Range(0, _LARGEST),
     "start_ms": Range(0, 1e12),
@@ -78,6 +81,8 @@ RANGES = {
     "threads": Range(0, 1024),
     "threshold": Range(-1, 1),
     "tokens": Range(1, 2**16),
+    "top_k": Range(1, 2**22),
+    "top_p": Range(0.000001, 1),
     "warmup": Range(0, 10**6),
     "weight_decay": Range(0, 100),
 }
@@ -183,6 +188,11 @@ def validate_together(cfg: Any) -> None:
             f"--temperature {cfg.temperature} --accept {cfg.accept}: sampling is lossless only where tokens are compared. "
             "Pass --accept token, or --temperature 0 (greedy)."
         )
+    narrowing = [f"--{name}" for name in ("top_p", "top_k", "min_p") if get(name) is not None]
+    if narrowing and not get("temperature"):
+        raise UserError(f"{', '.join(narrowing)}: changes only what is sampled, and greedy decoding samples nothing. Pass --temperature 1.")
+    if not all(get("stop") or ()):
+        raise UserError("--stop: wanted strings of at least one character; an empty one would end every text.")
     if get("adapter") is not None:
         weights = [cfg.mse_weight, cfg.cosine_weight, *([] if cfg.adapter == "plain" else [cfg.kl_weight])]
         if not any(weights):

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 SHARED = ROOT.parent / "shared" / "fixtures"
 VOCAB = 64
+EOS = 2  # of the tiny models
 
 
 def needs(path: Path):

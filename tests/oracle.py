@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from feature_alignment.decoding.acceptance import cosine_per_position
-from feature_alignment.models.decoder import EOS, Decoder
+from feature_alignment.models.decoder import Decoder
 
 # (emitted, drafts so far) -> the next draft, None for no idea, and the target state expected to emit it, where one is expected
 NextDraft = Callable[[list[int], list[int]], tuple[int | None, Tensor | None]]
@@ -26,10 +26,10 @@ def oracle(
     """The text, the drafts of every round, and how many of them were kept."""
     says = lambda text: int(target.lm_head(states_behind(target.llama, [*prompt, *text])[-1]).argmax())  # noqa: E731
     emitted, proposed, accepted = [says([])], [], []
-    while emitted[-1] != EOS and len(emitted) < limit:
+    while emitted[-1] not in target.eos_ids and len(emitted) < limit:
         room = min(gamma, limit - len(emitted) - 1)
         drafts, expected = [], []
-        while len(drafts) < room and EOS not in drafts:
+        while len(drafts) < room and not target.eos_ids & {*drafts}:
             token, state = next_draft(emitted, drafts)
             if token is None:
                 break
@@ -48,7 +48,7 @@ def oracle(
             n = keep.index(False) if False in keep else len(keep)
             keep = [i < n for i in range(len(keep))]
             new = [*drafts[:n], wanted[n]]
-        end = new.index(EOS) + 1 if EOS in new else len(new)
+        end = next((i + 1 for i, token in enumerate(new) if token in target.eos_ids), len(new))
         emitted += new[:end]
         if room > 0:
             proposed.append(drafts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
+from conftest import EOS, as_decoder, noisy_copy, prompt_of, tiny_llama
 from oracle import by_model, oracle
 
 from feature_alignment import metrics
@@ -15,7 +15,6 @@ from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.trace import trace_lines
 from feature_alignment.hidden_adapter import HiddenAdapter
-from feature_alignment.models.decoder import EOS
 
 PROMPTS = [(1, 5, 9, 13), (1, 40, 3), (1, 7, 7, 7, 20, 33)]
 DRAFT_PROMPT = (1, 11, 12)

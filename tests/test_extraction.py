@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -75,6 +76,31 @@ def test_a_batch_of_clips_says_and_thinks_what_each_question_alone_does(pair_and
         state = model.prefill([model.prepare(sample)])
         assert model.generate(state, 12) == [answer]
         torch.testing.assert_close(states, model.teacher_force(state, torch.tensor([answer]))[0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("counts", [(1, 3), (3, 1), (1, 3, 1, 1), (2, 3, 1)])
+def test_clips_of_one_and_three_questions_make_whole_batches(pair_and_samples, counts):
+    """At batch size 3: no clip is split, and each answer is what its question alone gives."""
+    pair, samples = pair_and_samples
+    clips = [samples[i : i + 3] for i in range(0, len(samples), 3)]
+    rows = [s for clip, count in zip(clips, counts, strict=False) for s in clip[:count]]
+    plan = batches(rows, 3)
+    assert [row for part in plan for row in part] == list(range(len(rows)))
+    videos = [{rows[row].video for row in part} for part in plan]
+    assert all(a.isdisjoint(b) for a, b in pairwise(videos)) and max(map(len, plan)) <= 3
+    for part in plan:
+        asked = [rows[row] for row in part]
+        alone = [pair.target.generate(pair.target.prefill([pair.target.prepare(s)]), 6)[0] for s in asked]
+        assert ClipBatch(pair.target, asked).generate(6) == alone
+
+
+def test_a_batch_of_one_sample_is_that_sample(pair_and_samples):
+    pair, samples = pair_and_samples
+    for model in (pair.target, pair.draft):
+        batch, state = ClipBatch(model, samples[:1]), model.prefill([model.prepare(samples[0])])
+        answer = model.generate(state, 8)
+        assert batch.generate(8) == answer
+        torch.testing.assert_close(batch.states(answer)[0], model.teacher_force(state, torch.tensor(answer))[0], atol=2e-5, rtol=1e-4)
 
 
 def test_masks_of_our_own_go_past_flash_attention(pair_and_samples):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from transformers import VideoLlavaForConditionalGeneration
 
 from feature_alignment.config import SCRIPTS, Common, parse_config
 from feature_alignment.console import UserError
+from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models import eventgpt, loading, pair, video_llava
+from feature_alignment.models.decoder import positions_of
 
 MODELS = {"eventgpt": eventgpt.EventGPTForCausalLM, "video_llava": VideoLlavaForConditionalGeneration}
 
@@ -353,3 +356,45 @@ def test_the_whole_way_on_random_weights(tiny_run, tmp_path):
     for file in ("hidden_states/test/meta.json", "adapter/meta.json", "acceptance/acceptance.json", "benchmark/benchmark.json"):
         content = json.loads((tmp_path / "out" / file).read_text())
         assert content.get("meta", content)["config"]["random_weights"] is True
+
+
+@pytest.mark.parametrize("rows", [250, 200])
+def test_every_drafter_is_restricted_to_the_shared_ids(wide, monkeypatch, rows):
+    """A target with fewer rows than the drafter: no decoder that the pair opens may propose an id beyond them."""
+    whole = pair.load_target
+
+    def fewer(cfg):
+        target = whole(cfg)
+        target._head_weight = target._head_weight[:rows]
+        target.restrict_vocabulary(rows)
+        return target
+
+    monkeypatch.setattr(pair, "load_target", fewer)
+    cfg = dataclasses.replace(wide, draft_layers=[1], output_dir=Path("unused"))
+    both = pair.load_pair(cfg)
+    decoders = [both.draft, both.draft_with(None, cfg), both.draft_with([1], cfg), Sources(both, cfg).full_draft]
+    assert both.draft._head_weight.shape[0] > rows
+    assert [d.vocab_size for d in decoders] == [rows] * 4 and {len(d.embeddings) for d in decoders} == {rows}
+    assert all(d.lm_head(torch.zeros(1, d.hidden_size)).shape[-1] == rows for d in decoders)
+
+
+def test_only_the_pair_loads_drafters():
+    """So that none is left unrestricted."""
+    loads = [f.name for f in sorted((ROOT / "feature_alignment").rglob("*.py")) if re.search(r"\bload_draft\(", f.read_text())]
+    assert loads == ["build_pair.py", "pair.py"]  # the first looks at one model alone
+
+
+def test_a_prompt_longer_than_the_model_has_positions_for_is_refused(wide):
+    both = pair.load_pair(wide)
+    for model in (both.target, both.draft):
+        fits = len(model.encode_prompt("What is there?")) + (model.vision_tokens - 1 if model is both.draft else 0)
+        for most in (fits, fits + 1):
+            model.llama.config.max_position_embeddings = most
+            if most > fits:
+                model.encode_prompt("What is there?")
+                continue
+            with pytest.raises(UserError, match=f"prompt of {fits} tokens, vision included.*for {fits} positions"):
+                model.encode_prompt("What is there?")
+    config = both.target.llama.config
+    config.max_position_embeddings, config.rope_parameters = 100, {"rope_type": "linear", "factor": 4.0}
+    assert positions_of(config) == 400

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import VOCAB, as_decoder, noisy_copy, prompt_of, tiny_llama
+from conftest import EOS, VOCAB, as_decoder, noisy_copy, prompt_of, tiny_llama
 from oracle import by_both, by_chain, by_model, by_table, oracle
 
 from feature_alignment.chained_adapter import ChainedAdapter
@@ -17,7 +17,6 @@ from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.hidden_adapter import HiddenAdapter
-from feature_alignment.models.decoder import EOS
 
 PER_TEST, FAST, ALL = 20, 4, 100  # cases of one test; tests by default, and with the slow ones
 D = 32
@@ -73,7 +72,7 @@ class Case:
         if like is None and r.random() < 0.6:  # a text that ends: EOS is said instead of one of its tokens
             token = r.choice(greedy(target, prompt_of(*self.prompt), 12).token_ids)
             with torch.no_grad():
-                target._head.weight[EOS] = target._head.weight[token] * 1.01
+                target.head_weight[EOS] = target.head_weight[token] * 1.01
         self.draft_prompt = prompt_of(*draft_prompt)
         texts = [("", greedy(target, prompt_of(*p), self.limit).token_ids) for p in (ids(), ids(), self.prompt[:-1] or self.prompt)]
         table = NULL_DRAFTERS[self.source](texts) if self.source in NULL_DRAFTERS else NGram(texts)

@@ -1,143 +1,359 @@
-"""What a generation says of itself: each round's drafts and the target's words, passes, times, and the dictionary that is saved."""
+"""One round at a time: who drafted, why it stopped, what is told to the pace, where a text ends, what fails meanwhile."""
 
 from __future__ import annotations
 
-import math
+import threading
+import time
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
+from conftest import EOS, VOCAB, as_decoder, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.chained_adapter import ChainedAdapter
+from feature_alignment.decoding import engine
 from feature_alignment.decoding.batch import speculate_batch
-from feature_alignment.decoding.engine import Generation, Round, greedy, speculate
-from feature_alignment.decoding.null_drafters import NGram, TableProposer
+from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.law import Law
+from feature_alignment.decoding.null_drafters import HybridProposer, NGram, Previous, TableProposer
 from feature_alignment.decoding.pace import Pace
-from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
+from feature_alignment.decoding.proposers import ChainedProposer, Draft, ModelProposer, Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.hidden_adapter import HiddenAdapter
 
-PROMPT = (1, 5, 9, 13)
-
-
-def says(model, tokens: list[int]) -> int:
-    return int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
+PROMPT, MAX = (1, 5, 9, 13), 24
 
 
-@pytest.mark.parametrize("accept", ["token", "feature", "relaxed"])
-@pytest.mark.parametrize("seed", range(2))
-def test_a_round_tells_what_the_target_would_have_said_to_each_draft(accept, seed):
-    model = tiny_llama(seed)
-    target = as_decoder(model)
-    proposer = ModelProposer(as_decoder(noisy_copy(model, 0.05)), HiddenAdapter(32, 32, 8), target.lm_head)
-    got = speculate(
-        target, proposer, prompt_of(*PROMPT), prompt_of(*PROMPT), accept=accept, threshold=0.95, num_draft_tokens=3, max_new_tokens=21
+class Unsure(Proposer):
+    """Drafts 10, 11, 12, … by position, each with the same confidence, and stops as the protocol asks."""
+
+    def __init__(self, confidence: float) -> None:
+        self.confidence, self.asked = confidence, []
+
+    def start(self, prompt, watch):
+        pass
+
+    def propose(self, emitted, states, num_tokens, watch, floor=0.0):
+        self.asked.append((len(emitted), num_tokens, floor))
+        tokens, chance = [], 1.0
+        while not tokens or (len(tokens) < num_tokens and chance >= floor):
+            tokens.append(10 + len(emitted) + len(tokens))
+            chance *= self.confidence
+        return Draft(torch.tensor(tokens), confidence=[self.confidence] * len(tokens))
+
+
+class Sure(NGram):
+    """Sure of some positions' tokens, by position in the answer."""
+
+    def __init__(self, known: dict[int, int], share: float = 1.0) -> None:
+        self.known, self.share = known, share
+
+    def guess(self, question, prefix):
+        return (self.known[len(prefix)], self.share) if len(prefix) in self.known else (None, 0.0)
+
+
+def drafted(proposer, floor: float, room: int = 3) -> list[int]:
+    proposer.start(prompt_of(*PROMPT), watch := Stopwatch())
+    return proposer.propose([7], torch.zeros(1, 1), room, watch, floor).token_ids.tolist()
+
+
+def test_a_discarded_draft_does_not_make_the_chain_unsure():
+    """The table overrides the first of three, the model is sure of the others: its doubt about the first is not held against them."""
+    model = Unsure(0.25)
+    model.propose = lambda text, states, n, watch, floor=0.0: (
+        Draft(torch.tensor([11]), confidence=[0.25]) if len(text) == 1 else Draft(torch.tensor([12, 13][:n]), confidence=[0.9, 0.9][:n])
     )
-    at, passes, rejected = 1, 0, 0
-    assert got.token_ids[0] == says(model, list(PROMPT))
+    assert drafted(HybridProposer(Sure({1: 50}), model), floor=0.3) == [50, 12, 13]
+
+
+def test_where_the_table_vouches_for_an_unsure_draft_the_model_goes_on():
+    assert drafted(HybridProposer(Sure({1: 11, 2: 12}), Unsure(0.2)), floor=0.3) == [11, 12, 13]
+    assert drafted(HybridProposer(Sure({}), Unsure(0.2)), floor=0.3) == [11]
+
+
+def test_a_tables_own_doubt_counts():
+    """Three tokens it is sure of by .5 each: the second is below a floor of .3."""
+    assert drafted(HybridProposer(Sure({1: 50, 2: 51, 3: 52}, share=0.5), Unsure(0.9), sure=0.5), floor=0.6) == [50, 51, 52]
+    model = Unsure(0.9)
+    drafted(HybridProposer(Sure({1: 50}, share=0.5), model, sure=0.5), floor=0.6)
+    assert [n for n, _, _ in model.asked] == [1]  # after the table's token the chance is below the floor: the model is not asked again
+
+
+@pytest.mark.parametrize(("floor", "length"), [(0.5, 2), (0.7, 1), (0.3, 3), (0.0, 5)])
+def test_two_drafts_of_confidence_point_6_are_below_a_floor_of_point_5(floor, length, monkeypatch):
+    """The draft whose chance, with all before it, is below the floor is the last: .6 is not, .36 is."""
+    model = tiny_llama(0)
+    target, prompt = as_decoder(model), prompt_of(*PROMPT)
+    pick = Law.pick
+    monkeypatch.setattr(Law, "pick", lambda self, logits, text, confidence=False: pick(self, logits, text)._replace(confidence=0.6))
+    chained = ChainedProposer(target, ChainedAdapter(32, 32, 1, 16).eval(), target.lm_head, target.embeddings)
+    for proposer in (
+        ModelProposer(as_decoder(model), None, None),
+        chained,
+        HybridProposer(Sure({}), ModelProposer(as_decoder(model), None, None)),
+    ):
+        proposer.start(prompt, watch := Stopwatch())
+        assert len(proposer.propose([7], torch.zeros(1, 32), 5, watch, floor).token_ids) == length
+
+
+def test_the_chain_goes_on_after_an_override_as_one_begun_anew():
+    """A stale chain: what was drafted after the overridden token is forgotten, and what the chain read of it too."""
+    torch.manual_seed(0)
+    target, adapter = as_decoder(tiny_llama(0)), ChainedAdapter(32, 32, 1, 16).eval()
+    states, watch = torch.randn(2, 32), Stopwatch()
+
+    def fresh():
+        proposer = ChainedProposer(target, adapter, target.lm_head, target.embeddings)
+        proposer.start(prompt_of(*PROMPT), watch)
+        return proposer
+
+    used = fresh()
+    first = used.propose([4, 5], states, 4, watch).token_ids.tolist()
+    for k in range(4):
+        text = [4, 5, *first[:k], (first[k] + 1) % 60 + 3]
+        again, anew = used.propose(text, states, 3, watch), fresh().propose(text, states, 3, watch)
+        assert again.token_ids.tolist() == anew.token_ids.tolist()
+        torch.testing.assert_close(again.aligned, anew.aligned)
+        used.propose([4, 5], states, 4, watch)
+
+
+@pytest.mark.parametrize("k", range(4))
+@torch.inference_mode()
+def test_the_kth_chained_draft_expects_the_state_t_plus_k(k):
+    """A chain from position t: draft k expects the state of position t + k, which its cosine is taken with."""
+    model = tiny_llama(0)
+    target, prompt, taken = as_decoder(model), prompt_of(*PROMPT), []
+    chained = ChainedProposer(target, ChainedAdapter(32, 32, 1, 16).eval(), target.lm_head, target.embeddings)
+    got = speculate(target, chained, prompt, prompt, accept="relaxed", threshold=-1.0, num_draft_tokens=4, max_new_tokens=12)
+    at = 1
     for r in got.rounds:
-        text = [*PROMPT, *got.token_ids[:at]]
-        assert r.target_says == [says(model, [*text, *r.proposed[:i]]) for i in range(len(r.proposed))]
-        assert (r.cosine is None) is False and len(r.cosine) == len(r.kept) == len(r.proposed)
-        if accept == "token":
-            wanted = [r.proposed[: i + 1] == r.target_says[: i + 1] for i in range(len(r.proposed))]
-        else:
-            wanted = [c > 0.95 for c in r.cosine]
-            if accept == "feature":
-                wanted = [all(wanted[: i + 1]) for i in range(len(wanted))]
-        new = [d if k or accept != "relaxed" else w for d, k, w in zip(r.proposed, wanted, r.target_says, strict=True)]
-        new = new if accept == "relaxed" else new[: sum(wanted)]
-        assert r.kept == wanted and r.num_accepted == sum(wanted) and r.extra_token == says(model, [*text, *new])
-        assert got.token_ids[at : at + len(new) + 1] == [*new, r.extra_token]
-        assert r.recomputed is (accept == "relaxed" and not all(wanted))
-        assert set(r.ms) <= {"draft_prefill", "draft", "adapter", "head", "verify", "accept", "rollback", "recompute"}
-        assert ("recompute" in r.ms) is r.recomputed and r.ms["verify"] > 0 and r.stopped == "length"
-        at, passes, rejected = at + len(new) + 1, passes + 1 + r.recomputed, rejected + wanted.count(False)
-    assert rejected and at <= len(got.token_ids) == 21
-    assert got.passes == passes + (len(got.token_ids) - at)  # what is left has no room for a draft
-    assert got.tokens_per_pass == pytest.approx(20 / got.passes)
-    total = {stage: sum(r.ms.get(stage, 0.0) for r in got.rounds) for stage in ("draft", "adapter", "head", "accept", "recompute")}
-    assert {k: got.ms.get(k, 0.0) for k in total} == pytest.approx(total)
-    assert got.decode_ms == pytest.approx(got.total_ms - got.ms["target_prefill"] - got.ms["draft_prefill"])
-    assert [begin for _, begin, _ in got.spans] == sorted(begin for _, begin, _ in got.spans) and got.spans[0][1] >= 0
+        ids = torch.tensor([[*PROMPT, *got.token_ids[: at + len(r.proposed)]]])
+        states = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        fresh = ChainedProposer(target, ChainedAdapter(32, 32, 1, 16).eval(), target.lm_head, target.embeddings)
+        fresh._adapter, fresh._tokens = chained._adapter, chained._tokens
+        fresh.start(prompt, watch := Stopwatch())
+        draft = fresh.propose(got.token_ids[:at], states[len(PROMPT) - 1 :][:at], len(r.proposed), watch)
+        if k < len(r.proposed):
+            state = states[len(PROMPT) - 1 + at + k]
+            taken.append(float(torch.cosine_similarity(draft.aligned[k], state, dim=0)) - r.cosine[k])
+        at += len(r.proposed) + 1
+    assert taken and max(map(abs, taken)) < 1e-4
 
 
-def test_what_is_saved_of_a_generation():
-    kept = Round([5, 6], [5, 7], [True, False], None, 7, False, {"verify": 1.5}, "length")
-    some = Generation([4, 5, 7, 2], 2, 9.0, {"target_prefill": 2.0, "draft_prefill": 1.0, "verify": 1.5}, [kept])
-    assert some.decode_ms == 6.0 and some.tokens_per_pass == 1.5 and kept.num_accepted == 1
-    saved = some.as_dict()
-    assert saved == {
-        "token_ids": [4, 5, 7, 2],
-        "passes": 2,
-        "tokens_per_pass": 1.5,
-        "total_ms": 9.0,
-        "ms": some.ms,
-        "rounds": [vars(kept)],
-    }
-    assert math.isnan(Generation([2], 0, 1.0, {}).tokens_per_pass)
+class Scripted(Proposer):
+    """Drafts these tokens, as many as there is room for."""
+
+    def __init__(self, *drafts: list[int], knows_chance: bool = True) -> None:
+        self.drafts, self.knows_chance = list(drafts), knows_chance
+
+    def start(self, prompt, watch):
+        pass
+
+    def propose(self, emitted, states, num_tokens, watch, floor=0.0):
+        return Draft(torch.tensor((self.drafts.pop(0) if self.drafts else [])[:num_tokens], dtype=torch.long))
 
 
-class OffAndOn(Pace):
-    """Two passes without drafts, then two rounds with drafts, again and again."""
+class Floor(Pace):
+    """Always drafts, above this floor."""
 
-    rest = 2
-
-    def __init__(self):
-        super().__init__(1.0)
-        self.asked = -1
+    def __init__(self, floor: float) -> None:
+        super().__init__(0.9)
+        self.floor, self.told = floor, []
 
     def next_floor(self):
-        self.asked += 1
-        return None if self.asked % 3 == 0 else 0.0
+        return self.floor
+
+    def passed(self, *what):
+        self.told.append(what)
+
+    def most(self, floor, knows_chance=True):
+        return 99
 
 
-@pytest.mark.parametrize("seed", range(2))
-@torch.inference_mode()
-def test_passes_without_drafts_are_part_of_the_text_and_of_what_drafts_are_made_from(seed):
-    model = tiny_llama(seed)
-    target, draft = as_decoder(model), as_decoder(noisy_copy(model, 0.1))
-    torch.manual_seed(seed)
-    adapter = ChainedAdapter(32, 32, 1, 16).eval()
-    make = lambda: ChainedProposer(draft, adapter, target.lm_head, target.embeddings)  # noqa: E731
-    prompt = prompt_of(*PROMPT)
-    got = speculate(target, make(), prompt, prompt, num_draft_tokens=3, max_new_tokens=22, pace=OffAndOn())
-    assert got.token_ids == greedy(target, prompt, 22).token_ids
-    states = model.model(input_ids=torch.tensor([[*PROMPT, *got.token_ids]])).last_hidden_state[0, len(PROMPT) - 1 :]
-    at, kinds = 1, []
-    for r in got.rounds:
-        kinds.append(r.stopped == "off")
-        if r.proposed:
-            fresh, watch = make(), Stopwatch()
-            fresh.start(prompt, watch)
-            wanted = fresh.propose(got.token_ids[:at], states[:at], len(r.proposed), watch).token_ids.tolist()
-            assert r.proposed == wanted
-        else:
-            assert (r.target_says, r.kept, r.extra_token, set(r.ms)) == ([], [], got.token_ids[at], {"verify"})
-        at += r.num_accepted + 1
-    assert kinds[:6] == [True, True, False, False, True, True] and len(got.token_ids) - at in (0, 1)
+@pytest.mark.parametrize(
+    ("drafts", "floor", "knows_chance", "wanted"),
+    [
+        ([9, 9, 9, 9], 0.0, True, "length"),
+        ([9, 9, 9, EOS], 0.0, True, "EOS"),  # the last of exactly as many as there is room for
+        ([9, EOS], 0.0, True, "EOS"),
+        ([9, EOS], 0.4, True, "EOS"),
+        ([9, 9], 0.4, True, "unsure"),
+        ([9, 9], 0.4, False, "no idea"),  # a table that ran out knows no floor
+        ([9, 9], 0.0, True, "no idea"),
+        ([], 0.4, True, "no idea"),
+        ([], 0.0, False, "no idea"),
+    ],
+)
+def test_a_trace_says_why_no_more_was_drafted(drafts, floor, knows_chance, wanted):
+    target, prompt = as_decoder(tiny_llama(0)), prompt_of(*PROMPT)
+    proposer = Scripted(drafts, knows_chance=knows_chance)
+    got = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=12, pace=Floor(floor))
+    assert got.rounds[0].stopped == wanted
+    assert Scripted.knows_chance and not TableProposer.knows_chance
 
 
-@pytest.mark.parametrize("gamma", [0, 1, 3])
-@pytest.mark.parametrize("limit", [1, 2, 9])
-def test_a_batch_is_each_of_its_prompts_alone(gamma, limit):
-    """Prompts of unequal lengths, and drafts that are right, wrong and too few: the texts, what was kept in each round, the passes."""
+def test_no_token_follows_a_drafted_end():
+    """An accepted EOS ends the text: the target's own token after it is not emitted, nor counted, nor shown."""
+    model = tiny_llama(2)
+    with torch.no_grad():
+        plain = greedy(as_decoder(model), prompt_of(*PROMPT), 12).token_ids
+        model.lm_head.weight[EOS] = model.lm_head.weight[plain[5]] * 1.01
+    target, prompt = as_decoder(model), prompt_of(*PROMPT)
+    wanted = greedy(target, prompt, MAX).token_ids
+    assert wanted[-1] == EOS
+    for accept in ("token", "feature", "relaxed"):
+
+        class All(Scripted):
+            def propose(self, *args, **kwargs):
+                draft = super().propose(*args, **kwargs)
+                return replace(draft, aligned=target.head_weight[draft.token_ids])
+
+        got = speculate(
+            target, All([*wanted[1:], 9, 9]), prompt, prompt, accept=accept, threshold=-1.0, num_draft_tokens=40, max_new_tokens=MAX
+        )
+        last = got.rounds[-1]
+        assert got.token_ids == wanted and last.extra_token is None and last.num_accepted == len(wanted) - 1 == sum(last.kept)
+    got = speculate_batch(target, [Scripted([*wanted[1:], 9])], [prompt], [prompt], num_draft_tokens=40, max_new_tokens=MAX)
+    assert got.token_ids == [wanted] and got.accepted == [[len(wanted) - 1]]
+
+
+def test_the_previous_answer_is_learned_in_the_loop():
+    """Another prompt's answer is drafted from the one before it; without `finish` and `finished` nothing would be."""
+    target, table = as_decoder(tiny_llama(0)), Previous([])
+    proposer = TableProposer(table)
+    for i, kept in ((0, False), (1, True)):
+        prompt = prompt_of(*PROMPT)  # another prompt with the same answer
+        got = speculate(target, proposer, prompt, prompt, num_draft_tokens=3, max_new_tokens=MAX)
+        assert (sum(r.num_accepted for r in got.rounds) > 10) is kept, i
+    assert table._last[""] == got.token_ids  # the first answer, told when the second prompt began
+    batch = TableProposer(Previous([]))
+    for kept in (False, True):
+        prompts = [prompt_of(*PROMPT)]
+        found = speculate_batch(target, [batch], prompts, prompts, num_draft_tokens=3, max_new_tokens=MAX)
+        assert (sum(map(sum, found.accepted)) > 10) is kept
+
+
+class Clock:
+    """A clock that moves only when it is told to."""
+
+    def __init__(self) -> None:
+        self.ms = 0.0
+
+    def perf_counter(self) -> float:
+        return self.ms / 1e3
+
+
+def test_the_pace_is_told_each_rounds_milliseconds(monkeypatch):
+    """Drafting takes 7 ms a round, the target 100 a pass, prompts 1,000 and 300: each is told as what it was, and all of it."""
+    clock = Clock()
+    monkeypatch.setattr("feature_alignment.decoding.stopwatch.time", clock)
+    target, prompt = as_decoder(tiny_llama(0)), prompt_of(*PROMPT)
+    step, prefill = target.step, target.prefill
+    target.step = lambda *a, **k: (setattr(clock, "ms", clock.ms + 100), step(*a, **k))[1]
+    target.prefill = lambda *a: (setattr(clock, "ms", clock.ms + 1000), prefill(*a))[1]
+    wanted = greedy(target, prompt, MAX).token_ids
+
+    class Costly(Scripted):
+        def start(self, prompt, watch):
+            with watch("draft_prefill"):
+                clock.ms += 300
+
+        def propose(self, *args, **kwargs):
+            with args[3]("draft"):
+                clock.ms += 7
+            return super().propose(*args, **kwargs)
+
+    class Told(Floor):
+        prompts: tuple = ()
+
+        def prompted(self, ms):
+            self.prompts += (("target", round(ms)),)
+
+        def started(self, ms):
+            self.prompts += (("drafter", round(ms)),)
+
+        def next_floor(self):
+            return None if len(self.told) == 2 else 0.1
+
+        rest = 2
+
+    pace = Told(0.1)
+    got = speculate(target, Costly(wanted[1:4], [9, 9], [wanted[8]]), prompt, prompt, pace=pace, max_new_tokens=12)
+    assert pace.prompts == (("target", 1000), ("drafter", 300)) and got.token_ids == wanted[:12]
+    told = [(drafts, tokens, round(draft_ms), round(other)) for drafts, tokens, draft_ms, other in pace.told]
+    assert told[:4] == [(3, 4, 7, 100), (2, 1, 7, 100), (0, 2, 0, 200), (1, 2, 7, 100)]
+    assert told[4:] and all(t == (0, 1, 7, 100) for t in told[4:-1])  # asked, and had no idea: that time is drafting's too
+
+
+class Stuck(Proposer):
+    """Reads its prompt for a while in a thread, then perhaps fails."""
+
+    def __init__(self, fails: bool) -> None:
+        self.fails, self.done = fails, False
+
+    def start(self, prompt, watch):
+        time.sleep(0.2)
+        self.done = True
+        if self.fails:
+            raise ArithmeticError("no events")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_target_that_fails_waits_for_its_drafter_and_both_are_heard(fails):
+    target, prompt, proposer = as_decoder(tiny_llama(0)), prompt_of(*PROMPT), Stuck(fails)
+
+    def prefill(prompts):
+        raise MemoryError("the target's prompt")
+
+    target.prefill = prefill
+    threads = threading.active_count()
+    with pytest.raises(MemoryError, match="the target's prompt") as found:
+        speculate(target, proposer, prompt, prompt, overlap=True)
+    assert proposer.done and threading.active_count() == threads
+    assert any("ArithmeticError: no events" in note for note in getattr(found.value, "__notes__", [])) is fails
+
+
+def test_a_failing_drafter_is_raised_once_and_as_itself():
+    target, prompt, proposer = as_decoder(tiny_llama(0)), prompt_of(*PROMPT), Stuck(True)
+    with pytest.raises(ArithmeticError, match="no events") as found:
+        speculate(target, proposer, prompt, prompt, overlap=True)
+    assert not getattr(found.value, "__notes__", [])
+
+
+def test_a_batch_of_one_is_decoding_alone():
+    target = as_decoder(tiny_llama(0))
+    for noise in (0.0, 0.05):
+        proposer = ModelProposer(as_decoder(noisy_copy(tiny_llama(0), noise)), None, None)
+        prompt = prompt_of(*PROMPT)
+        alone = speculate(target, proposer, prompt, prompt, num_draft_tokens=3, max_new_tokens=MAX)
+        got = speculate_batch(target, [proposer], [prompt], [prompt], num_draft_tokens=3, max_new_tokens=MAX)
+        rounds = [r.num_accepted for r in alone.rounds]
+        assert got.token_ids == [alone.token_ids] and got.passes == alone.passes
+        assert got.accepted[0][: len(rounds)] == rounds and not any(got.accepted[0][len(rounds) :])  # a last token without drafts
+
+
+def test_every_text_ends_where_the_targets_set_says():
+    """Several ids end a text, in plain decoding, drafted, and in a batch; a drafter's own set does not."""
     model = tiny_llama(0)
-    target, prompts = as_decoder(model), [prompt_of(1, 5), prompt_of(1, 40, 3, 8, 11), prompt_of(1, 7, 7, 20)]
-    texts = [greedy(target, p, limit).token_ids for p in prompts]
-    wrong = [[t if i % 3 else 60 for i, t in enumerate(text)] for text in texts]
-    make = lambda i: TableProposer(NGram([("", wrong[i])]))  # noqa: E731
-    found = speculate_batch(target, [make(i) for i in range(3)], prompts, prompts, num_draft_tokens=gamma, max_new_tokens=limit)
-    assert found.token_ids == texts
-    rounds = []
-    for i, p in enumerate(prompts):
-        alone = speculate(target, make(i), p, p, num_draft_tokens=gamma, max_new_tokens=limit)
-        kept = [r.num_accepted for r in alone.rounds]
-        assert found.accepted[i][: len(kept)] == kept and set(found.accepted[i][len(kept) :]) <= {0}
-        rounds.append(alone.passes)
-        assert len(found.accepted[i]) == alone.passes
-    assert (found.passes == max(rounds) and found.total_ms > 0 and "verify" in found.ms) or limit == 1
-    with pytest.raises(ValueError, match="wanted as many of each"):
-        speculate_batch(target, [make(0)], prompts, prompts)
-    with pytest.raises(ValueError, match="0 prompts"):
-        speculate_batch(target, [], [], [])
+    text = greedy(as_decoder(model), prompt_of(*PROMPT), MAX).token_ids
+    first = {token: text.index(token) for token in text}
+    ids = sorted(first, key=first.get)[3:5]
+    assert VOCAB - 1 not in text and len(ids) == 2
+    target, prompt = as_decoder(model), prompt_of(*PROMPT)
+    target.eos_ids = frozenset({VOCAB - 1, *ids})
+    draft = as_decoder(model)
+    draft.eos_ids = frozenset(text[:1])
+    wanted = text[: first[ids[0]] + 1]
+    assert greedy(target, prompt, MAX).token_ids == wanted == target.generate(target.prefill([prompt]), MAX)[0]
+    proposers = [
+        ModelProposer(draft, None, None),
+        TableProposer(NGram([("", text)])),
+        HybridProposer(NGram([("", text)]), ModelProposer(draft, None, None)),
+    ]
+    for proposer in proposers:
+        for gamma in (2, 9):
+            got = speculate(target, proposer, prompt, prompt, num_draft_tokens=gamma, max_new_tokens=MAX)
+            assert got.token_ids == wanted
+            assert not any(target.eos_ids & {*r.proposed[:-1]} for r in got.rounds)  # nothing is drafted after an end
+    got = speculate_batch(target, proposers, [prompt] * 3, [prompt] * 3, max_new_tokens=MAX)
+    assert got.token_ids == [wanted] * 3
+    assert engine.Law.of(target, prompt).eos_ids == target.eos_ids

@@ -3,21 +3,26 @@ fixed seeds; a right sampler would fail one with probability ERROR)."""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from itertools import pairwise
 
 import pytest
 import torch
-from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
+from conftest import EOS, as_decoder, noisy_copy, prompt_of, tiny_llama
 from oracle import states_behind
+from torch import Tensor
 
 from feature_alignment.chained_adapter import ChainedAdapter
 from feature_alignment.decoding.engine import plain, speculate
+from feature_alignment.decoding.law import Law
 from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, NGram, TableProposer
-from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
+from feature_alignment.decoding.pace import Pace
+from feature_alignment.decoding.proposers import ChainedProposer, Draft, ModelProposer, Proposer
 from feature_alignment.decoding.sampling import Sampler, pick
+from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.hidden_adapter import HiddenAdapter
-from feature_alignment.models.decoder import EOS
+from feature_alignment.models.decoder import Decoder, State
 
 ERROR = 1e-4
 VOCAB, TEMPERATURE, LENGTH = 6, 1.3, 3
@@ -40,7 +45,7 @@ def p_value(counts: Counter, law: dict) -> float:
 def target():
     decoder = as_decoder(tiny_llama(5))
     decoder.restrict_vocabulary(VOCAB)
-    return decoder
+    return Remembered(decoder)
 
 
 @pytest.fixture(scope="module")
@@ -60,41 +65,186 @@ def law(target) -> dict[tuple[int, ...], float]:
     return law
 
 
-def proposer_for(source: str, target, sampler):
+class Remembered(Decoder):
+    """A decoder whose states are read off a table of texts, each computed once by the real model: 20,000 texts in seconds."""
+
+    def __init__(self, real: Decoder) -> None:
+        vars(self).update(vars(real))
+        self._real, self._known = real, {}
+
+    def prefill(self, prompts):
+        state = State(None, None, len(prompts[0].ids))
+        state.text = tuple(prompts[0].ids.tolist())
+        state.last = self._behind(state.text)[None]
+        return state
+
+    def step(self, state, token_ids):
+        states = []
+        for token in token_ids[0].tolist():
+            state.text = (*state.text, token)
+            states.append(self._behind(state.text))
+        state.last = states[-1][None]
+        return torch.stack(states)[None]
+
+    def rollback(self, state, n):
+        state.text = state.text[: len(state.text) - n]
+
+    def _behind(self, text):
+        if text not in self._known:
+            self._known[text] = states_behind(self._real.llama, text)[-1]
+        return self._known[text]
+
+
+def proposer_for(source: str, target):
     draft = as_decoder(noisy_copy(tiny_llama(5), 0.3))
     draft.restrict_vocabulary(VOCAB)
+    draft = Remembered(draft)
     torch.manual_seed(0)
     if source in ("own", "aligned"):
         adapter = HiddenAdapter(32, 32, 8).eval()
         torch.nn.init.normal_(adapter.up.weight, std=0.1)
-        return ModelProposer(draft, adapter, target.lm_head if source == "aligned" else None, sampler)
+        return ModelProposer(draft, adapter, target.lm_head if source == "aligned" else None)
     if source in NULL_DRAFTERS:
         return TableProposer(NULL_DRAFTERS[source](TEXTS))
-    chained = ChainedProposer(draft, ChainedAdapter(32, 32, 1, 16).eval(), target.lm_head, target.embeddings, sampler)
+    chained = ChainedProposer(draft, ChainedAdapter(32, 32, 1, 16).eval(), target.lm_head, target.embeddings)
     return chained if source == "chained" else HybridProposer(NGram(TEXTS), chained, sure=0.5)
 
 
-def counted(target, proposer, sampler, n: int, gamma: int = 2) -> tuple[Counter, int]:
+@torch.inference_mode()
+def counted(target, proposer, sampler, n: int, gamma: int = 2, pace=None) -> tuple[Counter, int]:
     """Beginnings of n texts, and how many drafts were kept in them. Two tokens more are drafted than looked at: a round may cross."""
-    counts, kept = Counter(), 0
-    for _ in range(n):
-        prompt = prompt_of(*PROMPT)
-        got = speculate(target, proposer, prompt, prompt, num_draft_tokens=gamma, max_new_tokens=LENGTH + 1, sampler=sampler)
+    counts, kept, prompt = Counter(), 0, prompt_of(*PROMPT)
+    for i in range(n):
+        if sampler.shared_noise:
+            sampler.restart(i)
+        got = speculate(target, proposer, prompt, prompt, num_draft_tokens=gamma, max_new_tokens=LENGTH + 1, sampler=sampler, pace=pace)
         counts[tuple(got.token_ids[:LENGTH])] += 1
         kept += sum(r.num_accepted for r in got.rounds)
     return counts, kept
 
 
+DRAWS = 20_000
 ALL = ["own", "aligned", "chained", "hybrid", *NULL_DRAFTERS]
-FAST = [("chained", 1, 400), ("hybrid", 2, 400), ("own", 2, 400)]
-CASES = [*FAST, *[pytest.param(s, g, 6000, marks=pytest.mark.slow) for s in ALL for g in (1, 3)]]
+FAST = [("chained", 1, 400, False), ("hybrid", 2, 400, False), ("own", 2, 400, True)]
+CASES = [*FAST, *[pytest.param(s, g, DRAWS, shared, marks=pytest.mark.slow) for s in ALL for g, shared in ((3, False), (2, True))]]
 
 
-@pytest.mark.parametrize(("source", "gamma", "n"), CASES)
-def test_drafts_do_not_change_the_law(target, law, source, gamma, n):
-    sampler = Sampler(TEMPERATURE, seed=1)
-    counts, kept = counted(target, proposer_for(source, target, sampler), sampler, n, gamma)
+@pytest.mark.parametrize(("source", "gamma", "n", "shared"), CASES)
+def test_drafts_do_not_change_the_law(target, law, source, gamma, n, shared):
+    sampler = Sampler(TEMPERATURE, seed=1, shared_noise=shared)
+    counts, kept = counted(target, proposer_for(source, target), sampler, n, gamma)
     assert kept > (0 if source == "lookup" else n / 20) and p_value(counts, law) > ERROR
+
+
+class Drawn(Proposer):
+    """Draws one token after another from q; a model whose head says the same everywhere."""
+
+    def __init__(self, q: Tensor) -> None:
+        self._logits = q.log()[None]
+
+    def start(self, prompt, watch):
+        pass
+
+    def propose(self, emitted, states, num_tokens, watch, floor=0.0):
+        picks, text = [], list(emitted)
+        while len(picks) < num_tokens:
+            picks.append(self.law.pick(self._logits, text, confidence=floor > 0))
+            text.append(int(picks[-1].token))
+        return Draft.of(picks, [None] * len(picks))
+
+
+class Says(NGram):
+    def __init__(self, token: int, share: float) -> None:
+        self._said = token, share
+
+    def guess(self, question, prefix):
+        return self._said
+
+
+# what the table is sure of, where the target's law is P and the model's is Q
+P, Q = torch.tensor([0.5, 0.3, 0.2, 0.0]), torch.tensor([0.9, 0.05, 0.05, 0.0])
+SHAPES = {"what both like": (0, 1.0), "what the model dislikes": (1, 1.0), "an impossible token": (3, 1.0), "nothing": (0, 0.2)}
+
+
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_hybrid_keeps_the_law_whatever_its_table_is_sure_of(shape, shared):
+    """Draft tokens of the table's are point masses, also where the model drew the same token."""
+    sampler, proposer = Sampler(1.0, seed=7, shared_noise=shared), HybridProposer(Says(*SHAPES[shape]), Drawn(Q))
+    proposer.law = law = Law(sampler=sampler)
+    proposer.start(prompt_of(*PROMPT), watch := Stopwatch())
+    counts, gamma = Counter(), 2
+    for i in range(DRAWS):
+        if shared:
+            sampler.restart(i)
+        draft = proposer.propose([0], P[None], gamma, watch)
+        kept, after = law.kept_of(draft.token_ids, draft.probs, P.log().expand(gamma + 1, -1), [0])
+        text = [*draft.token_ids[: int(kept.sum())].tolist(), int(after)]
+        text += [int(sampler.draw(P[None], 1 + len(text))) for _ in range(2 - len(text))]
+        counts[tuple(text[:2])] += 1
+    joint = {(a, b): float(P[a] * P[b]) for a in range(4) for b in range(4)}
+    assert p_value(counts, joint) > ERROR
+
+
+def test_a_drafts_law_lies_where_its_model_is():
+    """The rows of the table's tokens are made on the device of the model's, not where token ids are."""
+    proposer = HybridProposer(Says(1, 1.0), Drawn(Q.to("meta")))
+    proposer._model.propose = lambda *_: Draft(torch.tensor([0, 0, 2]), probs=Q.to("meta").expand(3, -1))
+    proposer._table.guess = lambda question, prefix: (1, 1.0) if len(prefix) == 2 else (0, 0.0)
+    proposer.law = Law(sampler=Sampler(1.0))
+    proposer.start(prompt_of(*PROMPT), watch := Stopwatch())
+    assert proposer.propose([0], P[None], 2, watch).probs.device.type == "meta"
+
+
+def test_with_shared_noise_a_text_is_plain_decodings(target):
+    """Whatever drafts, however long its drafts are, wherever rounds begin."""
+    prompt, r = prompt_of(*PROMPT), random.Random(0)
+
+    class Moody(Pace):
+        """Drafts any number of tokens, or none: what a clock might make of it."""
+
+        def next_floor(self):
+            return r.choice([None, 0.0, 0.3, 0.9])
+
+        def most(self, floor, knows_chance=True):
+            return r.randint(1, 5)
+
+    texts = set()
+    for seed in range(30):
+        sampler = Sampler(TEMPERATURE, seed, shared_noise=True)
+        wanted = plain(target, prompt, 12, sampler).token_ids
+        for source in ("own", "chained", "hybrid", "ngram"):
+            got = speculate(
+                target,
+                proposer_for(source, target),
+                prompt,
+                prompt,
+                sampler=sampler,
+                pace=Moody(0.9),
+                overlap=seed % 2 == 0,
+                max_new_tokens=12,
+            )
+            assert got.token_ids == wanted
+        texts.add(tuple(wanted))
+    assert len(texts) > 15
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_how_often_a_draft_token_is_kept(shared):
+    """The maximal coupling keeps sum(min(p, q)); shared noise somewhat less, and at least (1 - d) / (1 + d)."""
+    sampler = Sampler(1.0, 3, shared_noise=shared)
+    overlap = float(torch.minimum(P, Q).sum())
+    kept = 0
+    for i in range(DRAWS):
+        if shared:
+            sampler.restart(i)
+        draft = sampler.draw(Q[None], 0)
+        kept += int(sampler.judge(draft, Q[None], P.expand(2, -1), 0)[0].sum())
+    rate = kept / DRAWS
+    if shared:
+        assert overlap / (2 - overlap) - 0.01 < rate < overlap + 0.01
+    else:
+        assert abs(rate - overlap) < 0.015
 
 
 def test_plain_sampling_has_the_law(target, law):
@@ -104,15 +254,15 @@ def test_plain_sampling_has_the_law(target, law):
 
 
 class KeepsTooMuch(Sampler):
-    def judge(self, draft_ids, draft_probs, target_probs):
-        return super().judge(draft_ids, draft_probs, torch.cat([target_probs[:-1].sqrt(), target_probs[-1:]]))
+    def judge(self, draft_ids, draft_probs, target_probs, position=0):
+        return super().judge(draft_ids, draft_probs, torch.cat([target_probs[:-1].sqrt(), target_probs[-1:]]), position)
 
 
 class ReplacesFromP(Sampler):
     """Not from what is left of p."""
 
-    def judge(self, draft_ids, draft_probs, target_probs):
-        kept, _ = super().judge(draft_ids, draft_probs, target_probs)
+    def judge(self, draft_ids, draft_probs, target_probs, position=0):
+        kept, _ = super().judge(draft_ids, draft_probs, target_probs, position)
         return kept, self.draw(target_probs[int(kept.sum())][None])[0]
 
 
@@ -140,16 +290,14 @@ def test_the_same_seed_says_the_same(target):
     for seed in (1, 1, 2):
         sampler = Sampler(TEMPERATURE, seed)
         prompt = prompt_of(*PROMPT)
-        texts.append(
-            speculate(target, proposer_for("chained", target, sampler), prompt, prompt, max_new_tokens=40, sampler=sampler).token_ids
-        )
+        texts.append(speculate(target, proposer_for("chained", target), prompt, prompt, max_new_tokens=40, sampler=sampler).token_ids)
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_hardly_any_temperature_is_greedy():
     target = as_decoder(tiny_llama(0))
     sampler, prompt = Sampler(1e-4), prompt_of(*PROMPT)
-    proposer = ModelProposer(as_decoder(noisy_copy(tiny_llama(0), 0.05)), None, None, sampler)
+    proposer = ModelProposer(as_decoder(noisy_copy(tiny_llama(0), 0.05)), None, None)
     greedy = plain(target, prompt, 30).token_ids
     assert speculate(target, proposer, prompt, prompt, max_new_tokens=30, sampler=sampler).token_ids == greedy
     assert any(a != b for a, b in pairwise(greedy))
@@ -160,7 +308,7 @@ def test_what_is_not_lossless_is_refused(target):
         Sampler(0.0)
     prompt = prompt_of(*PROMPT)
     with pytest.raises(ValueError, match="token rule only"):
-        speculate(target, proposer_for("aligned", target, None), prompt, prompt, accept="feature", sampler=Sampler(1.0))
+        speculate(target, proposer_for("aligned", target), prompt, prompt, accept="feature", sampler=Sampler(1.0))
 
 
 def test_how_likely_a_token_was_is_told_where_it_is_asked_for():

@@ -15,7 +15,7 @@ from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.hidden_adapter import HiddenAdapter
-from feature_alignment.models import fixed
+from feature_alignment.models import fixed, fused
 from feature_alignment.models.fixed import FixedCache
 
 
@@ -45,6 +45,32 @@ def test_a_longer_text_gets_more_room(monkeypatch):
     for prompt in (prompt_of(1, 5), prompt_of(*range(1, 62)), prompt_of(1, 5)):
         assert other.prefill([prompt]).length == eager.prefill([prompt]).length
         assert greedy(other, prompt, 120).token_ids == greedy(eager, prompt, 120).token_ids
+
+
+@pytest.mark.parametrize(("length", "k"), [(57, 7), (61, 3), (40, 18), (62, 1)])
+def test_a_cache_grows_for_the_padding_alone(monkeypatch, length, k):
+    """The real tokens fit, what rounds their number up does not: it is written too."""
+    monkeypatch.setattr(fixed, "ROOM", 1)
+    eager, other = both()
+    prompt = prompt_of(1, *range(3, length + 2))
+    a, b = eager.prefill([prompt]), other.prefill([prompt])
+    size, ids = b.cache._size, torch.arange(4, 4 + k)[None]
+    padded = next(n for n in fixed.LENGTHS if n >= k)
+    assert length + k <= size
+    torch.testing.assert_close(other.step(b, ids), eager.step(a, ids), atol=1e-4, rtol=1e-4)
+    assert (b.cache._size > size) is (length + padded > size)
+    torch.testing.assert_close(other.step(b, ids[:, :1]), eager.step(a, ids[:, :1]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_model_with_one_layer_on_another_device_runs_eagerly(caplog, layer):
+    model = tiny_llama(0, layers=3)
+    decoder = as_decoder(model)
+    assert fused.unfit(decoder.llama) is None
+    decoder.llama.layers[layer].to("meta")
+    assert fused.unfit(decoder.llama) == "layers on several devices"
+    decoder.record("graphs")
+    assert decoder.steps == "eager" and "several devices" in caplog.text
 
 
 def test_a_text_whose_place_was_taken_is_refused():

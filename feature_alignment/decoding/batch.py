@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from feature_alignment.decoding.law import Law
 from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.models.decoder import EOS, Decoder, Prompt, State
+from feature_alignment.models.decoder import Decoder, Prompt, State
 
 
 @dataclass
@@ -26,9 +27,14 @@ class Row:
     """One prompt's text, the target's states that emitted it [n, d], and how many drafts were kept in each round."""
 
     proposer: Proposer
+    law: Law
     emitted: list[int]
     states: Tensor
     accepted: list[int]
+
+    @property
+    def ended(self) -> bool:
+        return self.law.rules.end_of(self.emitted[:-1], self.emitted[-1:]) is not None
 
 
 @dataclass
@@ -64,14 +70,16 @@ def speculate_batch(
     start = watch.now()
     with watch("target_prefill"):
         state, seen, place = _prefill(target, prompts)
-        first = target.lm_head(state.last).argmax(-1).tolist()
-    everyone = [Row(p, [token], h[None], []) for p, token, h in zip(proposers, first, state.last, strict=True)]
+        laws = [Law.of(target, prompt) for prompt in prompts]
+        first = [int(law.pick(logits, []).token) for law, logits in zip(laws, target.lm_head(state.last)[:, None], strict=True)]
+    everyone = [Row(p, law, [token], h[None], []) for p, law, token, h in zip(proposers, laws, first, state.last, strict=True)]
     if num_draft_tokens:
         for row, draft_prompt in zip(everyone, draft_prompts, strict=True):
+            row.proposer.law = row.law
             row.proposer.start(draft_prompt, watch)
     rows, passes = everyone, 0
     while True:
-        going = [i for i, row in enumerate(rows) if row.emitted[-1] != EOS and len(row.emitted) < max_new_tokens]
+        going = [i for i, row in enumerate(rows) if not row.ended and len(row.emitted) < max_new_tokens]
         if not going:
             break
         if len(going) < len(rows):
@@ -94,14 +102,18 @@ def speculate_batch(
                 "attention_mask": torch.cat([seen, there.long()], 1),
             }
             hidden = target.step(state, block, **where)  # [b, width, d]
-            says = target.lm_head(hidden).argmax(-1).tolist()
+            logits = target.lm_head(hidden)
+            says = [
+                row.law.rules.scores(scores[: len(drafted) + 1], row.emitted, drafted).argmax(-1).tolist()
+                for row, drafted, scores in zip(rows, drafts, logits, strict=True)
+            ]
             passes += 1
         kept = []
         with watch("accept"):
             for row, drafted, said, h in zip(rows, drafts, says, hidden, strict=True):
                 n = next((i for i, (d, s) in enumerate(zip(drafted, said, strict=False)) if d != s), len(drafted))
                 new = [*drafted[:n], said[n]]
-                new = new[: new.index(EOS) + 1] if EOS in new else new
+                new = new[: row.law.rules.end_of(row.emitted, new)]
                 row.emitted += new
                 row.states = torch.cat([row.states, h[: len(new)]])
                 row.accepted.append(min(n, len(new)))

@@ -10,8 +10,9 @@ Before each round the target's cache holds the prompt and all emitted tokens but
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +20,12 @@ import torch
 from torch import Tensor
 
 from feature_alignment.decoding.acceptance import Rule, cosine_per_position, kept_drafts
+from feature_alignment.decoding.law import Law
 from feature_alignment.decoding.pace import Pace
-from feature_alignment.decoding.proposers import Proposer
-from feature_alignment.decoding.sampling import Sampler, pick
+from feature_alignment.decoding.proposers import Draft, Proposer
+from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.models.decoder import EOS, Decoder, Prompt, State
+from feature_alignment.models.decoder import Decoder, Prompt, State
 
 PREFILL_STAGES = ("target_prefill", "draft_prefill")
 DRAFT_STAGES = ("draft", "adapter", "head")
@@ -83,13 +85,14 @@ def plain(target: Decoder, prompt: Prompt, max_new_tokens: int, sampler: Sampler
     """The baseline: the target alone, one token per pass, up to and including the first EOS; greedy without a sampler."""
     watch = Stopwatch(target.device)
     start = watch.now()
+    law = Law.of(target, prompt, sampler)
     with watch("target_prefill"):
         state = target.prefill([prompt])
-        token = pick(target.lm_head(state.last), sampler).token
+        token = law.pick(target.lm_head(state.last), []).token
     emitted = [int(token)]
     with watch("verify"):
-        while emitted[-1] != EOS and len(emitted) < max_new_tokens:
-            token = pick(target.lm_head(target.step(state, token[None])[:, -1]), sampler).token
+        while law.rules.end_of(emitted[:-1], emitted[-1:]) is None and len(emitted) < max_new_tokens:
+            token = law.pick(target.lm_head(target.step(state, token[None])[:, -1]), emitted).token
             emitted.append(int(token))
     return Generation(emitted, len(emitted) - 1, watch.now() - start, watch.ms, spans=_since(start, watch.spans))
 
@@ -115,121 +118,152 @@ def speculate(
 ) -> Generation:
     """Draft, verify, accept, roll back, until EOS or exactly `max_new_tokens`.
 
-    accept="token" emits exactly what `greedy` emits; with a sampler it has the law of `plain` with one. The other rules are lossy:
-    `feature` keeps drafts whose expected state has a cosine above `threshold`, up to the first rejection; `relaxed` keeps any such
-    draft, puts the target's own token in the other places, and lets the target read the corrected block again (its time is the stage
-    "recompute", the rejection cost). With a pace, `num_draft_tokens` is the most that are drafted.
+    accept="token" emits exactly what `greedy` emits; with a sampler it has the law of `plain` with one, and with a sampler of shared
+    noise it emits exactly what `plain` does. The other rules are lossy: `feature` keeps drafts whose expected state has a cosine above
+    `threshold`, up to the first rejection; `relaxed` keeps any such draft, puts the target's own token in the other places, and lets
+    the target read the corrected block again (its time is the stage "recompute", the rejection cost). With a pace, `num_draft_tokens`
+    is the most that are drafted; how many are depends on time, and so does a sampled text unless the noise is shared.
 
     overlap: the drafter reads its prompt in a thread of its own while the target reads its own (for a second core); the stage
              "draft_prefill" is then what is waited for it
     """
     if sampler is not None and accept != "token":
         raise ValueError(f"sampling is lossless under the token rule only, got {accept!r}")
-    watch = Stopwatch(target.device)
+    proposer.law = law = Law.of(target, prompt, sampler)
+    watch, beside = Stopwatch(target.device), Stopwatch(target.device)
     start = watch.now()
-    started, reading, beside = pace is None or not proposer.reads_prompt or pace.drafting, None, Stopwatch(target.device)
-    if started and overlap:
-        reading = _in_a_thread(target.device, proposer.start, draft_prompt, beside)
-    with watch("target_prefill"):
-        state = target.prefill([prompt])
-        token = pick(target.lm_head(state.last), sampler).token
-    if pace is not None:
-        pace.prompted(watch.ms["target_prefill"])
-    if started:
-        _start(proposer, draft_prompt, watch, pace, reading)
-    emitted, rounds, passes = [int(token)], [], 0
+    started = pace is None or not proposer.reads_prompt or pace.drafting
+    with _reading(proposer, draft_prompt, beside, target.device, overlap and started) as reading:
+        with watch("target_prefill"):
+            state = target.prefill([prompt])
+            token = law.pick(target.lm_head(state.last), []).token
+        if pace is not None:
+            pace.prompted(watch.ms["target_prefill"])
+        if started:
+            _start(proposer, draft_prompt, watch, pace, reading)
     states = state.last.new_empty(max_new_tokens, target.hidden_size)  # states[i] emitted emitted[i]
     states[0] = state.last[0]
+    text = _Text(target, law, watch, state, states, [int(token)])
     since = 0.0 if pace is None else watch.now()  # the pace is told of all time, that of keeping its books included
-    while emitted[-1] != EOS and len(emitted) < max_new_tokens:
+    while not text.ended and len(text.emitted) < max_new_tokens:
         before = dict(watch.ms)
-        room = min(num_draft_tokens, max_new_tokens - len(emitted) - 1)  # the round also emits a token of the target's own
+        room = min(num_draft_tokens, max_new_tokens - len(text.emitted) - 1)  # the round also emits a token of the target's own
         floor = None if room <= 0 else 0.0 if pace is None else pace.next_floor()
-        room = room if pace is None or floor is None else min(room, pace.most(floor, proposer.knows_chance))
-        last = torch.tensor([emitted[-1]], device=target.device)
         if floor is None:  # room for the last token only, or drafts do not pay: as in plain decoding
-            first, read = len(emitted), []
-            with watch("verify"):
-                for _ in range(min(1 if pace is None else pace.rest, max_new_tokens - first)):
-                    read.append(target.step(state, last[None])[:, -1])
-                    last = pick(target.lm_head(read[-1]), sampler).token
-                    emitted.append(int(last))
-                    if emitted[-1] == EOS:
-                        break
-            states[first : len(emitted)] = torch.cat(read)
-            passes += len(read)
-            ms = watch.ms["verify"] - before.get("verify", 0.0)
-            if pace is not None:
-                now = watch.now()
-                pace.passed(0, len(read), now - since - ms, ms)
-                since = now
+            first = len(text.emitted)
+            text.step(min(1 if pace is None else pace.rest, max_new_tokens - first))
+            g, new = 0, text.emitted[first:]
+            spent = _spent(watch, before)
             if room > 0:
-                rounds += [Round([], [], [], None, token, False, {"verify": ms / len(read)}, "off") for token in emitted[first:]]
-            continue
-        if not started:
-            _start(proposer, draft_prompt, watch, pace)
-            started = True
-        draft = proposer.propose(emitted, states[: len(emitted)], room, watch, floor)
-        drafts = draft.token_ids.to(target.device)
-        g = len(drafts)
-        with watch("verify"):
-            hidden = target.step(state, torch.cat([last, drafts])[None])[0]  # [g + 1, d]
-            logits = target.lm_head(hidden)
-            says = logits.argmax(-1)  # [g + 1]
-            passes += 1
-        with watch("accept"):
+                ms = {"verify": spent["verify"] / len(new)}
+                text.rounds += [Round([], [], [], None, token, False, ms, "off") for token in new]
+        else:
+            if not started:
+                _start(proposer, draft_prompt, watch, pace)
+                started = True
+            room = room if pace is None else min(room, pace.most(floor, proposer.knows_chance))
+            draft = proposer.propose(text.emitted, states[: len(text.emitted)], room, watch, floor)
+            stopped = _why(draft.token_ids.tolist(), room, law, floor > 0 and proposer.knows_chance)
+            g, new = text.verify(draft, accept, threshold, stopped)
+            spent = _spent(watch, before)
+            text.rounds[-1].ms = spent
+        if pace is not None:
+            since = _tell(pace, g, len(new), spent, since, watch.now())
+    if started:
+        proposer.finish(text.emitted)
+    spans = [*watch.spans, *((f"{stage}, beside", begin, end) for stage, begin, end in beside.spans)]
+    return Generation(text.emitted, text.passes, watch.now() - start, watch.ms, text.rounds, _since(start, spans))
+
+
+@dataclass
+class _Text:
+    """The text of one prompt as it grows.
+
+    states: [max_new_tokens, d], of which states[i] emitted emitted[i]
+    """
+
+    target: Decoder
+    law: Law
+    watch: Stopwatch
+    state: State
+    states: Tensor
+    emitted: list[int]
+    rounds: list[Round] = field(default_factory=list)
+    passes: int = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.law.rules.end_of(self.emitted[:-1], self.emitted[-1:]) is not None
+
+    def step(self, num_tokens: int) -> None:
+        """At most num_tokens tokens of plain decoding."""
+        first, read = len(self.emitted), []
+        last = torch.tensor([self.emitted[-1]], device=self.target.device)
+        with self.watch("verify"):
+            for _ in range(num_tokens):
+                read.append(self.target.step(self.state, last[None])[:, -1])
+                last = self.law.pick(self.target.lm_head(read[-1]), self.emitted).token
+                self.emitted.append(int(last))
+                if self.ended:
+                    break
+        self.states[first : len(self.emitted)] = torch.cat(read)
+        self.passes += len(read)
+
+    def verify(self, draft: Draft, accept: Rule, threshold: float, stopped: str) -> tuple[int, list[int]]:
+        """One round over these draft tokens; returns how many they are and the tokens it emits."""
+        drafts = draft.token_ids.to(self.target.device)
+        g, last = len(drafts), torch.tensor([self.emitted[-1]], device=self.target.device)
+        with self.watch("verify"):
+            hidden = self.target.step(self.state, torch.cat([last, drafts])[None])[0]  # [g + 1, d]
+            scores = self.law.rules.scores(self.target.lm_head(hidden), self.emitted, draft.token_ids.tolist())
+            says = scores.argmax(-1)  # [g + 1]
+            self.passes += 1
+        with self.watch("accept"):
             cosine = None if draft.aligned is None else cosine_per_position(draft.aligned, hidden[:g])
-            if not g:
-                kept, n, extra = drafts.bool(), 0, int(pick(logits, sampler).token)
-            elif sampler is None:
-                kept = kept_drafts(accept, drafts, says[:g], cosine, threshold)
+            if accept == "token":
+                kept, after = self.law.kept_of(drafts, draft.probs, scores, self.emitted)
+                n, extra = int(kept.sum()), int(after)
+            else:
+                kept = kept_drafts(accept, drafts, says[:g], cosine, threshold) if g else drafts.bool()
                 n = int(kept.sum())
                 extra = int(says[n if accept != "relaxed" else g])
-            else:
-                kept, behind = sampler.judge(drafts, draft.probs, sampler.probs(logits))
-                n, extra = int(kept.sum()), int(behind)
         tokens, recomputed = drafts[:n], False
         if accept == "relaxed":
             tokens = torch.where(kept, drafts, says[:g])
             recomputed = not bool(kept.all())
             if recomputed:
-                with watch("recompute"):
+                with self.watch("recompute"):
                     n = g - int(kept.int().argmin())
-                    reread = _reread(target, state, tokens, n)
+                    reread = _reread(self.target, self.state, tokens, n)
                     hidden = torch.cat([hidden[: g + 1 - n], reread])
-                    extra = int(target.lm_head(reread[-1]).argmax(-1))
-                    passes += 1
+                    extra = int(self.law.pick(self.target.lm_head(reread[-1:]), [*self.emitted, *tokens.tolist()]).token)
+                    self.passes += 1
         else:
-            with watch("rollback"):
-                target.rollback(state, g - n)
+            with self.watch("rollback"):
+                self.target.rollback(self.state, g - n)
         new = [*tokens.tolist(), extra]
-        ended = new.index(EOS) + 1 if EOS in new else len(new)
-        states[len(emitted) : len(emitted) + ended] = hidden[:ended]
-        emitted += new[:ended]
-        spent = {k: v - before.get(k, 0.0) for k, v in watch.ms.items() if v > before.get(k, 0.0)}
-        if pace is not None:
-            now = watch.now()
-            elapsed = now - since - spent.get("draft_prefill", 0.0)
-            alone = spent["verify"] + spent.get("accept", 0.0)  # without drafts this is what the target does anyway
-            drafting = sum(spent.get(stage, 0.0) for stage in DRAFT_STAGES) if g else elapsed - alone
-            pace.passed(g, ended, drafting, elapsed - drafting)
-            since = now
-        rounds.append(
-            Round(
-                proposed=drafts.tolist(),
-                target_says=says[:g].tolist(),
-                kept=[k and i < ended for i, k in enumerate(kept.tolist())],  # nothing behind EOS counts
-                cosine=None if cosine is None else cosine.tolist(),
-                extra_token=extra if ended == len(new) else None,
-                recomputed=recomputed,
-                ms=spent,
-                stopped=_why(drafts, room, floor),
-            )
-        )
-    if started:
-        proposer.finish(emitted)
-    spans = [*watch.spans, *((f"{stage}, beside", begin, end) for stage, begin, end in beside.spans)]
-    return Generation(emitted, passes, watch.now() - start, watch.ms, rounds, _since(start, spans))
+        end = self.law.rules.end_of(self.emitted, new) or len(new)
+        self.states[len(self.emitted) : len(self.emitted) + end] = hidden[:end]
+        self.emitted += new[:end]
+        kept_here = [k and i < end for i, k in enumerate(kept.tolist())]  # nothing after EOS counts
+        cosines = None if cosine is None else cosine.tolist()
+        extra_token = extra if end == len(new) else None
+        self.rounds.append(Round(drafts.tolist(), says[:g].tolist(), kept_here, cosines, extra_token, recomputed, {}, stopped))
+        return g, new[:end]
+
+
+def _spent(watch: Stopwatch, before: dict[str, float]) -> dict[str, float]:
+    """Milliseconds of each stage since `before`."""
+    return {stage: ms - before.get(stage, 0.0) for stage, ms in watch.ms.items() if ms > before.get(stage, 0.0)}
+
+
+def _tell(pace: Pace, drafts: int, tokens: int, spent: dict[str, float], since: float, now: float) -> float:
+    """Tell the pace of a round, or of steps of plain decoding, that took from `since` to `now`; returns `now`."""
+    elapsed = now - since - spent.get("draft_prefill", 0.0)
+    alone = spent["verify"] + spent.get("accept", 0.0)  # without drafts this is what the target does anyway
+    drafting = sum(spent.get(stage, 0.0) for stage in DRAFT_STAGES) if drafts else elapsed - alone
+    pace.passed(drafts, tokens, drafting, elapsed - drafting)
+    return now
 
 
 def _since(start: float, spans: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
@@ -244,6 +278,19 @@ def _start(proposer: Proposer, prompt: Prompt, watch: Stopwatch, pace: Pace | No
             reading.result()
     if pace is not None:
         pace.started(watch.ms.get("draft_prefill", 0.0))
+
+
+@contextmanager
+def _reading(proposer: Proposer, prompt: Prompt, watch: Stopwatch, device: torch.device, overlap: bool) -> Iterator[Future | None]:
+    """With `overlap`, the drafter reads its prompt in a thread meanwhile. The thread has ended afterwards, however the block ends: what
+    fails in the block is raised once the thread is done, with a note where the drafter failed too."""
+    reading = _in_a_thread(device, proposer.start, prompt, watch) if overlap else None
+    try:
+        yield reading
+    except BaseException as error:
+        if reading is not None and (also := reading.exception()) is not None and also is not error:
+            error.add_note(f"the drafter failed meanwhile, as it read its own prompt: {type(also).__name__}: {also}")
+        raise
 
 
 def _in_a_thread(device: torch.device, call: Callable, *args: Any) -> Future:
@@ -263,12 +310,13 @@ def _in_a_thread(device: torch.device, call: Callable, *args: Any) -> Future:
     return future
 
 
-def _why(drafts: Tensor, room: int, floor: float) -> str:
+def _why(drafts: Sequence[int], room: int, law: Law, heeds_floor: bool) -> str:
+    """Why no more was drafted. heeds_floor: the drafter stops where the chance of its draft tokens is below a floor above 0"""
+    if drafts and drafts[-1] in law.eos_ids:
+        return "EOS"
     if len(drafts) == room:
         return "length"
-    if not len(drafts):
-        return "no idea"
-    return "EOS" if int(drafts[-1]) == EOS else "unsure" if floor else "no idea"
+    return "unsure" if drafts and heeds_floor else "no idea"
 
 
 def _reread(target: Decoder, state: State, tokens: Tensor, n: int) -> Tensor:

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from feature_alignment.decoding.engine import Generation
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.models.decoder import EOS, Decoder, Prompt
+from feature_alignment.models.decoder import Decoder, Prompt
+
+OF_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def first_layers(model: PreTrainedModel, depth: int) -> PreTrainedModel:
@@ -39,16 +41,21 @@ def ways(target: Decoder, max_new_tokens: int, num_draft_tokens: int, depth: int
     """Name -> answer a prompt. depth: how many of the target's own layers assist
 
     With embeddings for a prompt, `generate` knows no prompt ids: prompt lookup sees the answer only. With ids it would propose the video's
-    placeholders too, which the model refuses as a video without pixels.
+    placeholders too, which the model refuses as a video without pixels. Where a processor reads the prompt, `generate` is given the ids
+    as well, and there is no prompt lookup. The checkpoint's settings of generation are those that plain decoding follows.
     """
     model = target.whole
     if model is None:
         raise ValueError("this decoder was not made from a whole model")
-    beyond = list(range(target.vocab_size, target._head_weight.shape[0])) or None  # ids that no mode may say
+    beyond = list(range(target.vocab_size, target._head_weight.shape[0]))  # ids that no mode may say
+
+    settings = target.settings or GenerationConfig()
+    changed = bool(target.rules(torch.zeros(0, dtype=torch.long)).changes) or bool(settings.stop_strings)
+    plain = GenerationConfig(**{k: v for k, v in settings.to_diff_dict().items() if k not in OF_SAMPLING})
 
     def embedded(prompt: Prompt) -> dict[str, Any]:
-        vision = target.encode_vision(prompt.pixels[None])
-        return {"inputs_embeds": target._splice(prompt.ids[None].to(target.device), vision)}
+        vision, ids = target.encode_vision(prompt.pixels[None]), prompt.ids[None].to(target.device)
+        return {"inputs_embeds": target._splice(ids, vision), **({"input_ids": ids} if changed else {})}
 
     def by_ids(prompt: Prompt) -> dict[str, Any]:
         ids = prompt.ids[None].to(target.device)
@@ -64,19 +71,22 @@ def ways(target: Decoder, max_new_tokens: int, num_draft_tokens: int, depth: int
             out: Tensor = model.generate(
                 **given,
                 **options,
+                generation_config=plain,
+                tokenizer=target.tokenizer,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                eos_token_id=EOS,
-                pad_token_id=EOS,
-                suppress_tokens=beyond,
+                eos_token_id=sorted(target.eos_ids),
+                pad_token_id=min(target.eos_ids, default=0),
+                suppress_tokens=[*(plain.suppress_tokens or ()), *beyond] or None,
             )
             text = out[0, given["input_ids"].shape[1] if "input_ids" in given else 0 :].tolist()
             return Generation(text, 0, watch.now() - start, {})
 
         return generate
 
+    lookup = {} if changed else {"generate, prompt lookup": answer(embedded, prompt_lookup_num_tokens=num_draft_tokens)}
     return {
         "generate": answer(embedded),
-        "generate, prompt lookup": answer(embedded, prompt_lookup_num_tokens=num_draft_tokens),
+        **lookup,
         f"generate, assisted by its first {depth} layer{'s' * (depth > 1)}": answer(by_ids, assistant_model=first_layers(model, depth)),
     }

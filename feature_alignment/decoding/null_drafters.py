@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from feature_alignment.decoding.law import Law
 from feature_alignment.decoding.proposers import Draft, Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.models.decoder import EOS, Prompt
+from feature_alignment.models.decoder import Prompt
 
 Text = tuple[str, Sequence[int]]  # question, token ids up to EOS
 
@@ -45,8 +46,8 @@ class Template(Table):
                 table["", t][token] += 1  # for questions never seen
         self._best = {key: count.most_common(1)[0][0] for key, count in table.items()}
 
-    def next_token(self, question: str, prefix: Sequence[int]) -> int:
-        return self._best.get((question, len(prefix)), self._best.get(("", len(prefix)), 2))
+    def next_token(self, question: str, prefix: Sequence[int]) -> int | None:
+        return self._best.get((question, len(prefix)), self._best.get(("", len(prefix))))
 
 
 class NGram(Table):
@@ -63,10 +64,10 @@ class NGram(Table):
                     table["", context][token] += 1
         self._best = {key: (*count.most_common(1)[0], count.total()) for key, count in table.items()}
 
-    def next_token(self, question: str, prefix: Sequence[int]) -> int:
+    def next_token(self, question: str, prefix: Sequence[int]) -> int | None:
         return self.guess(question, prefix)[0]
 
-    def guess(self, question: str, prefix: Sequence[int]) -> tuple[int, float]:
+    def guess(self, question: str, prefix: Sequence[int]) -> tuple[int | None, float]:
         """The next token and how sure the table is: its share behind the longest known context, one unseen case added."""
         for size in range(min(self._n - 1, len(prefix)), -1, -1):
             context = tuple(prefix[len(prefix) - size :])
@@ -74,7 +75,7 @@ class NGram(Table):
                 if (who, context) in self._best:
                     token, count, total = self._best[who, context]
                     return token, count / (total + 1)
-        return 2, 0.0
+        return None, 0.0  # there were no texts
 
 
 class Lookup(Table):
@@ -144,7 +145,7 @@ class TableProposer(Proposer):
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
         text, token = list(emitted), None
         with watch("draft"):
-            while len(text) < len(emitted) + num_tokens and token != EOS:
+            while len(text) < len(emitted) + num_tokens and token not in self.law.eos_ids:
                 token = self._table.next_token(self._prompt.question, text)
                 if token is None:
                     break
@@ -166,37 +167,49 @@ class HybridProposer(Proposer):
     def __init__(self, table: NGram, model: Proposer, sure: float = 0.95) -> None:
         self._table, self._model, self._sure = table, model, sure
 
+    @property
+    def law(self) -> Law:
+        return self._model.law
+
+    @law.setter
+    def law(self, law: Law) -> None:
+        self._model.law = law
+
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         self._question = prompt.question
         self._model.start(prompt, watch)
 
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
-        text, end, chance, asking = list(emitted), len(emitted) + num_tokens, 1.0, True
+        text, end, chance = list(emitted), len(emitted) + num_tokens, 1.0
         drawn_from: dict[int, Tensor] = {}
-        while asking and len(text) < end and chance >= floor:
+        asking = True
+        while asking and len(text) < end and chance >= floor and text[-1] not in self.law.eos_ids:
             draft = self._model.propose(text, states, end - len(text), watch, floor / chance)
-            chance, asking = chance * draft.confidence, False
+            asking = False
             with watch("draft"):
                 for i, token in enumerate(draft.token_ids.tolist()):
-                    guess = self._sure_of(text)
+                    guess, share = self._sure_of(text)
+                    by_table = guess is not None
                     text.append(token if guess is None else guess)
-                    if text[-1] != token:
-                        asking = text[-1] != EOS
-                        break
-                    if draft.probs is not None:
+                    chance *= share if by_table else 1.0 if draft.confidence is None else draft.confidence[i]
+                    if not by_table and draft.probs is not None:  # the table's tokens were not drawn, even where they are the model's
                         drawn_from[len(text) - 1 - len(emitted)] = draft.probs[i : i + 1]
+                    asking = by_table  # where the model's chain ends at a token of the table's, it may go on after it
+                    if text[-1] != token:
+                        break
         with watch("draft"):
-            while len(text) < end and text[-1] != EOS and (guess := self._sure_of(text)) is not None:
+            while len(text) < end and text[-1] not in self.law.eos_ids and (guess := self._sure_of(text)[0]) is not None:
                 text.append(guess)
         token_ids, probs = torch.tensor(text[len(emitted) :], dtype=torch.long), None
-        if drawn_from:  # the table's tokens were not drawn: point masses
-            v = next(iter(drawn_from.values())).shape[-1]
-            probs = torch.cat([drawn_from.get(i, F.one_hot(token_ids[i : i + 1], v).float()) for i in range(len(token_ids))])
+        if drawn_from:  # the table's tokens are point masses
+            one = next(iter(drawn_from.values()))
+            sure = F.one_hot(token_ids.to(one.device), one.shape[-1]).to(one.dtype)
+            probs = torch.cat([drawn_from.get(i, sure[i : i + 1]) for i in range(len(token_ids))])
         return Draft(token_ids, probs=probs)
 
-    def _sure_of(self, text: Sequence[int]) -> int | None:
+    def _sure_of(self, text: Sequence[int]) -> tuple[int | None, float]:
         token, share = self._table.guess(self._question, text)
-        return token if share >= self._sure else None
+        return (token, share) if share >= self._sure else (None, 0.0)
 
     def finish(self, emitted: Sequence[int]) -> None:
         self._model.finish(emitted)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from feature_alignment.chained_adapter import ChainedAdapter, Seen
-from feature_alignment.decoding.sampling import Pick, Sampler, pick
+from feature_alignment.decoding.law import Law, Pick
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.models.decoder import EOS, Decoder, Prompt, State
+from feature_alignment.models.decoder import Decoder, Prompt, State
 from feature_alignment.models.fixed import recorded
 
 
@@ -23,32 +23,33 @@ class Draft:
     token_ids:  [g] int64
     aligned:    [g, d_target] = A(g_t), the target states expected to emit them, or None
     probs:      [g, v], what each token was drawn from; None: none was drawn
-    confidence: the chance that all are kept, as far as it was asked for
+    confidence: the chance of each to be kept once all before it are, as far as it was asked for; None: it was not
     """
 
     token_ids: Tensor
     aligned: Tensor | None = None
     probs: Tensor | None = None
-    confidence: float = 1.0
+    confidence: Sequence[float] | None = None
 
     @classmethod
-    def of(cls, picks: Sequence[Pick], aligned: Sequence[Tensor | None], confidence: float) -> Draft:
+    def of(cls, picks: Sequence[Pick], aligned: Sequence[Tensor | None]) -> Draft:
         """From one token after the other, at least one: a pick of one row and [1, d_target] each; all expected and drawn, or none."""
         states, probs = ([x for x in found if x is not None] for found in (aligned, [p.probs for p in picks]))
         token_ids = torch.cat([p.token for p in picks])
-        return cls(token_ids, torch.cat(states) if states else None, torch.cat(probs) if probs else None, confidence)
+        return cls(token_ids, torch.cat(states) if states else None, torch.cat(probs) if probs else None, [p.confidence for p in picks])
 
 
 class Proposer(Protocol):
     reads_prompt: bool = True  # which takes time
     knows_chance: bool = True  # of its drafts, and stops where that is below the floor
+    law: Law = Law()  # of the text that is being written; the decoding loop sets it before `start`
 
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """Read a new prompt."""
 
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
-        """Draft at most num_tokens tokens behind `emitted` (the text so far; what the target has said of it never changes), none
-        behind an EOS.
+        """Draft at most num_tokens tokens after `emitted` (the text so far; what the target has said of it never changes), none
+        after one of `law.eos_ids`.
 
         states: [n, d_target], the target's own states that emitted the first n tokens; the others are drafts themselves
         floor:  the draft whose chance to be kept, with all before it, is below this is the last; ignored by who does not know it
@@ -65,7 +66,6 @@ class ModelProposer(Proposer):
     target_head: W, target states -> logits. Given, the drafts are `aligned`, from W A(g); without it they are the drafter's `own`,
                  from its own head.
     adapter:     A; without it (own drafts) no state is expected, and only the `token` rule can judge the drafts
-    sampler:     draws the drafts; without it they are the most likely tokens
     """
 
     def __init__(
@@ -73,11 +73,10 @@ class ModelProposer(Proposer):
         draft: Decoder,
         adapter: Callable[[Tensor], Tensor] | None,
         target_head: Callable[[Tensor], Tensor] | None,
-        sampler: Sampler | None = None,
     ) -> None:
         if target_head is not None and adapter is None:
             raise ValueError("aligned drafts need an adapter")
-        self._draft, self._target_head, self._sampler = draft, target_head, sampler
+        self._draft, self._target_head = draft, target_head
         self._adapter = None if adapter is None else recorded(adapter, draft.steps)
         self._state: State  # of the prompt that was started
         self._read: list[int] = []  # tokens in the drafter's cache behind the prompt
@@ -91,10 +90,11 @@ class ModelProposer(Proposer):
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
         with watch("draft"):
             hidden = self._catch_up(emitted)
+        text: list[int] = []
         picks: list[Pick] = []
         aligned: list[Tensor | None] = []
         chance = 1.0
-        while not picks or (len(picks) < num_tokens and chance >= floor and int(picks[-1].token) != EOS):
+        while not text or (len(text) < num_tokens and chance >= floor and text[-1] not in self.law.eos_ids):
             if picks:
                 with watch("draft"):
                     hidden = self._draft.step(self._state, picks[-1].token[None])[:, -1]
@@ -103,11 +103,11 @@ class ModelProposer(Proposer):
                 aligned.append(expected)
             with watch("head"):
                 logits = self._draft.lm_head(hidden) if self._target_head is None or expected is None else self._target_head(expected)
-                picks.append(pick(logits, self._sampler, confidence=floor > 0))
+                picks.append(self.law.pick(logits, [*emitted, *text], confidence=floor > 0))
+                text.append(int(picks[-1].token))
             chance *= picks[-1].confidence
-        draft = Draft.of(picks, aligned, chance)
-        self._read += draft.token_ids[:-1].tolist()  # the last draft has not been read
-        return draft
+        self._read += text[:-1]  # the last draft has not been read
+        return Draft.of(picks, aligned)
 
     def _catch_up(self, emitted: Sequence[int]) -> Tensor:
         """Roll back what was not kept, read what was emitted instead; returns the state behind the last emitted token."""
@@ -125,7 +125,6 @@ class ChainedProposer(Proposer):
 
     target_head: W, target states -> logits
     embeddings:  [v, d_target], the target's input embeddings of the shared ids
-    sampler:     draws the drafts; without it they are the most likely tokens
     """
 
     def __init__(
@@ -134,9 +133,8 @@ class ChainedProposer(Proposer):
         adapter: ChainedAdapter,
         target_head: Callable[[Tensor], Tensor],
         embeddings: Tensor,
-        sampler: Sampler | None = None,
     ) -> None:
-        self._draft, self._adapter, self._target_head, self._sampler = draft, adapter, target_head, sampler
+        self._draft, self._adapter, self._target_head = draft, adapter, target_head
         with torch.inference_mode():
             self._tokens = adapter.tokens(embeddings)
         self._seen: Seen | None = None
@@ -158,10 +156,11 @@ class ChainedProposer(Proposer):
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
         with watch("adapter"):
             self._catch_up(emitted, states)
+        text: list[int] = []
         picks: list[Pick] = []
         expected: list[Tensor] = []
         chance = 1.0
-        while not picks or (len(picks) < num_tokens and chance >= floor and int(picks[-1].token) != EOS):
+        while not text or (len(text) < num_tokens and chance >= floor and text[-1] not in self.law.eos_ids):
             with watch("adapter"):
                 if picks:
                     self._chain, state = self._go_on(expected[-1], picks[-1].token, self._chain)
@@ -169,11 +168,11 @@ class ChainedProposer(Proposer):
                     state = self._expect(self._chain)
                 expected.append(state)
             with watch("head"):
-                picks.append(pick(self._target_head(expected[-1]), self._sampler, confidence=floor > 0))
+                picks.append(self.law.pick(self._target_head(expected[-1]), [*emitted, *text], confidence=floor > 0))
+                text.append(int(picks[-1].token))
             chance *= picks[-1].confidence
-        draft = Draft.of(picks, expected, chance)
-        self._ahead += draft.token_ids[:-1].tolist()
-        return draft
+        self._ahead += text[:-1]
+        return Draft.of(picks, expected)
 
     def _catch_up(self, emitted: Sequence[int], states: Tensor) -> None:
         """Read what has been verified since the last call; then the tokens behind it, for which only expected states are there."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -14,10 +13,9 @@ from feature_alignment.config import Common
 from feature_alignment.console import UserError
 from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
-from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.hidden_adapter import HiddenAdapter, load_adapter
 from feature_alignment.models.decoder import Decoder
-from feature_alignment.models.pair import Pair, load_draft
+from feature_alignment.models.pair import Pair
 
 
 class Sources:
@@ -63,9 +61,7 @@ class Sources:
         """The drafter at full depth: its own drafts need its own head."""
         if self._pair.draft.has_own_head:
             return self._pair.draft
-        full = load_draft(dataclasses.replace(self._cfg, draft_layers=None))
-        full.record(self._pair.draft.steps)
-        return full
+        return self._pair.draft_with(None, self._cfg)
 
     def open_exit(self, path: Path) -> tuple[int, Proposer]:
         """Aligned drafts from one layer of EventGPT, by the hidden adapter at `path` that reads it alone: the layer and the proposer."""
@@ -73,16 +69,14 @@ class Sources:
         layers, target = meta["draft_layers"], self._pair.target
         if len(layers) != 1:
             raise UserError(f"{path} reads EventGPT's layers {layers}; --exit_adapters wants adapters of a single layer each.")
-        draft = load_draft(dataclasses.replace(self._cfg, draft_layers=layers))
-        draft.record(self._pair.draft.steps)
+        draft = self._pair.draft_with(layers, self._cfg)
         adapter = load_adapter(path, draft.hidden_size, layers)[0].to(target.device, target.head_weight.dtype)
         return layers[0], ModelProposer(draft, adapter, target.lm_head)
 
-    def open(self, name: str, compares: bool = False, sampler: Sampler | None = None) -> Proposer:
+    def open(self, name: str, compares: bool = False) -> Proposer:
         """A source's proposer; raises UserError if what it needs is not there.
 
         compares: it must say which target states it expects, because the acceptance rule looks at them
-        sampler:  draws the drafts of a model
         """
         target, draft = self._pair.target, self._pair.draft
         if compares and (name not in ("own", "aligned", "chained") or (name == "own" and not draft.has_own_head)):
@@ -95,13 +89,13 @@ class Sources:
                 )
             )
         if name == "own":
-            return ModelProposer(draft if compares else self.full_draft, self.adapter if compares else None, None, sampler)
+            return ModelProposer(draft if compares else self.full_draft, self.adapter if compares else None, None)
         if name == "aligned":
-            return ModelProposer(draft, self.adapter, target.lm_head, sampler)
+            return ModelProposer(draft, self.adapter, target.lm_head)
         if name == "chained":
-            return ChainedProposer(draft, self.chained_adapter, target.lm_head, target.embeddings, sampler)
+            return ChainedProposer(draft, self.chained_adapter, target.lm_head, target.embeddings)
         if name == "hybrid":
-            return HybridProposer(self.ngram, self.open(self._hybrid_model, sampler=sampler))
+            return HybridProposer(self.ngram, self.open(self._hybrid_model))
         if name == "ngram":
             return TableProposer(self.ngram)
         if name == "lookup":

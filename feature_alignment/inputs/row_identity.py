@@ -34,7 +34,9 @@ def identify(samples: Sequence[Sample], parts: Sequence[Sequence[int]], manifest
         for sample in batch:
             start = event_start_ms if sample.event_start_ms is None else sample.event_start_ms
             clip = [hash_of(sample.events), hash_of(sample.video)]
-            hashes.append(config_hash({"question": sample.question, "clip": clip, "start_ms": float(start), "unit": sample.event_time_unit}))
+            hashes.append(
+                config_hash({"question": sample.question, "clip": clip, "start_ms": float(start), "unit": sample.event_time_unit})
+            )
         together = config_hash({"rows": hashes})
         for place, (sample, row) in enumerate(zip(batch, hashes, strict=True)):
             files = {os.path.relpath(path.resolve(), folder): hash_of(path) for path in (sample.events, sample.video)}

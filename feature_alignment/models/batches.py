@@ -21,7 +21,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from feature_alignment.inputs.samples import Sample
-from feature_alignment.models.decoder import EOS, Decoder, State
+from feature_alignment.models.decoder import Decoder, State
+from feature_alignment.models.generation import most_likely
 
 _NOBODY = -1  # whose token stands where a row is filled up
 
@@ -49,6 +50,7 @@ class ClipBatch:
         self.model = model
         prompts = [model.encode_prompt(s.question) for s in samples]
         shared = _common_prefix(prompts)
+        self._rules = [model.rules(ids) for ids in prompts]
         self._tails = [ids[shared:].tolist() for ids in prompts]
         clips = {_clip(s): s for s in samples}
         order = list(clips)
@@ -65,15 +67,19 @@ class ClipBatch:
         """Greedy answers, each up to and including its EOS. A question, and a clip, leaves the batch when it is done."""
         most = max(self._clip_of.count(clip) for clip in set(self._clip_of))
         texts = _Texts(self.model, self._state, self._clip_of, self._longest(self._tails) + most * max_new_tokens)
-        tokens = self.model.lm_head(torch.stack([states[-1] for states in texts.read(self._tails)])).argmax(-1).tolist()
-        answers, rows = [[token] for token in tokens], list(range(len(tokens)))
+        rows, answers = list(range(len(self._tails))), [[] for _ in self._tails]  # type: list[int], list[list[int]]
+        states = [found[-1:] for found in texts.read(self._tails)]
         while True:
-            rows = [row for row in rows if answers[row][-1] != EOS and len(answers[row]) < max_new_tokens]
+            said = most_likely([self._rules[row] for row in rows], self.model.lm_head(torch.cat(states)), [answers[row] for row in rows])
+            for row, token in zip(rows, said, strict=True):
+                answers[row].append(token)
+            rows = [row for row in rows if len(answers[row]) < max_new_tokens and not self._ended(row, answers[row])]
             if not rows:
                 return answers
             states = texts.read([[answers[row][-1]] for row in rows], rows)
-            for row, token in zip(rows, self.model.lm_head(torch.cat(states)).argmax(-1).tolist(), strict=True):
-                answers[row].append(token)
+
+    def _ended(self, row: int, answer: list[int]) -> bool:
+        return self._rules[row].end_of(answer[:-1], answer[-1:]) is not None
 
     @torch.inference_mode()
     def states(self, answers: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from feature_alignment.config import Steps
 from feature_alignment.console import UserError, log
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models.fixed import FixedCache
 from feature_alignment.models.fused import unfit
-
-EOS = 2  # of both vocabularies
+from feature_alignment.models.generation import Rules, eos_set, most_likely
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class State:
     cache: DynamicCache | FixedCache
     last: Tensor
     length: int
+    ids: Tensor | None = None  # [b, s] of the prompts
 
 
 class Decoder:
@@ -51,6 +51,7 @@ class Decoder:
     device: where tensors go in and come out, and where the head is; a device map may have put the layers elsewhere.
     placeholder: the id that stands for vision in a prompt; vision_tokens: how many tokens a clip becomes there.
     whole: the model all of this is part of, for transformers' own `generate`.
+    settings: of generation, as the checkpoint states them; by default those of the config, which name the ids that end a text.
     """
 
     def __init__(
@@ -67,14 +68,17 @@ class Decoder:
         placeholder: int = -1,
         vision_tokens: int = 0,
         whole: PreTrainedModel | None = None,
+        settings: GenerationConfig | None = None,
     ) -> None:
         self.placeholder, self.vision_tokens, self.whole = placeholder, vision_tokens, whole
-        self.llama, self.tokenizer, self.encode_prompt, self.read_pixels = llama, tokenizer, encode_prompt, read_pixels
+        self.llama, self.tokenizer, self._encode_prompt, self.read_pixels = llama, tokenizer, encode_prompt, read_pixels
         self._encode_vision, self._splice = encode_vision, splice
         self.num_layers = llama.config.num_hidden_layers
         self.taps = tuple(taps or (self.num_layers,))
         if list(self.taps) != sorted(set(self.taps)) or not 1 <= self.taps[0] <= self.taps[-1] <= self.num_layers:
             raise UserError(f"--draft_layers {list(self.taps)}: wanted ascending layer numbers from 1 to {self.num_layers}.")
+        self.settings = settings
+        self.eos_ids = eos_set(llama.config.eos_token_id if settings is None else settings.eos_token_id)
         self.width = llama.config.hidden_size
         self.hidden_size = self.width * len(self.taps)
         # A device map may have put the head elsewhere, with hooks that bring its input there: the module stays, its weight is copied.
@@ -127,6 +131,22 @@ class Decoder:
         """Logits [.., v] over the shared ids. hidden [.., d], post-norm; of several taps only the last counts."""
         return nn.functional.linear(hidden[..., -self.width :], self.head_weight)
 
+    def encode_prompt(self, question: str) -> Tensor:
+        """Prompt ids [s] int64 with vision placeholders; raises UserError for more tokens than the model has positions."""
+        ids = self._encode_prompt(question)
+        length, most = int((ids != self.placeholder).sum()) + self.vision_tokens, positions_of(self.llama.config)
+        if length >= most:
+            raise UserError(
+                f"the question {question[:60]!r} makes a prompt of {length} tokens, vision included; {type(self.llama).__name__} was "
+                f"trained for {most} positions (max_position_embeddings), prompt and answer together. Ask a shorter question."
+            )
+        return ids
+
+    def rules(self, prompt_ids: Tensor) -> Rules:
+        """The settings of generation, at work on a text after this prompt [s]."""
+        rows = self._head_weight.shape[0]
+        return Rules.of(self.settings, self.eos_ids, prompt_ids.tolist(), rows, self.tokenizer, self.device)
+
     def prepare(self, sample: Sample) -> Prompt:
         return Prompt(self.encode_prompt(sample.question), self.read_pixels(sample), sample.question)
 
@@ -158,7 +178,7 @@ class Decoder:
         """`prefill` of ids [b, s] for clips whose vision tokens [b, e, d] are there already; ids may end before the question."""
         ids = ids.to(self.device)
         cache = DynamicCache(config=self.llama.config)
-        state = State(cache, ids, 0)
+        state = State(cache, ids, 0, ids)
         self._read(state, {"inputs_embeds": self._splice(ids, vision)}, keep=1)
         if self._fixed is not None and len(ids) == 1:
             state.cache = self._fixed.take(cache, state)
@@ -201,17 +221,22 @@ class Decoder:
 
     @torch.inference_mode()
     def generate(self, state: State, max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers of a freshly prefilled batch, each up to and including its EOS. Leaves `state` as it was."""
-        first, length = state.last, state.length
-        tokens = [self.lm_head(first).argmax(-1)]
-        ended = tokens[0] == EOS
-        while len(tokens) < max_new_tokens and not ended.all():
-            tokens.append(self.lm_head(self.step(state, tokens[-1][:, None])[:, -1]).argmax(-1))
-            ended |= tokens[-1] == EOS
+        """Greedy answers of a freshly prefilled batch, each up to and including its end. Leaves `state` as it was."""
+        assert state.ids is not None
+        first, length, rules = state.last, state.length, [self.rules(ids) for ids in state.ids]
+        answers: list[list[int]] = [[] for _ in rules]
+        open_rows, logits = set(range(len(rules))), self.lm_head(first)
+        while True:
+            for answer, token in zip(answers, most_likely(rules, logits, answers), strict=True):
+                answer.append(token)
+            open_rows -= {row for row in open_rows if rules[row].end_of(answers[row][:-1], answers[row][-1:]) is not None}
+            if not open_rows or len(answers[0]) == max_new_tokens:
+                break
+            latest = torch.tensor([[answer[-1]] for answer in answers], device=self.device)
+            logits = self.lm_head(self.step(state, latest)[:, -1])
         self.rollback(state, state.length - length)
         state.last = first
-        rows = torch.stack(tokens, 1).tolist()
-        return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
+        return [answer[: rule.end_of([], answer)] for answer, rule in zip(answers, rules, strict=True)]
 
     @torch.inference_mode()
     def teacher_force(self, state: State, token_ids: Tensor) -> Tensor:
@@ -222,6 +247,13 @@ class Decoder:
         """
         first = state.last[:, None]
         return first if token_ids.shape[1] == 1 else torch.cat([first, self.step(state, token_ids[:, :-1])], dim=1)
+
+
+def positions_of(config: PreTrainedConfig) -> int:
+    """How many positions a text may have: what the config states, times the factor by which its rotary embedding is stretched."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    stretched = 1.0 if "original_max_position_embeddings" in rope else rope.get("factor") or 1.0  # then the config states the product
+    return int(config.max_position_embeddings * stretched)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from feature_alignment.console import UserError, print_json_line, print_table
 from feature_alignment.inputs import events as event_inputs
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.inputs.video import NUM_FRAMES, clip_pixels, read_frames
-from feature_alignment.models import loading
+from feature_alignment.models import generation, loading
 from feature_alignment.models.decoder import Decoder, State
 
 _ROOM = 64  # tokens of an answer, where memory is reckoned
@@ -51,6 +51,20 @@ class Pair:
         self.target.record(steps)
         self.draft.record(steps)
 
+    def draft_with(self, layers: list[int] | None, cfg: Common) -> Decoder:
+        """Another decoder of the drafter's checkpoint, with the pair's vocabulary and steps.
+
+        Args:
+            layers: which of its layers it reads; None for all of them.
+            cfg: of the pair.
+        """
+        return self._fitted(load_draft(dataclasses.replace(cfg, draft_layers=layers)))
+
+    def _fitted(self, draft: Decoder) -> Decoder:
+        draft.restrict_vocabulary(self.target.vocab_size)
+        draft.record(self.draft.steps)
+        return draft
+
 
 def load_pair(cfg: Common) -> Pair:
     """Both decoders of a config, on its device and dtype; refuses checkpoints whose vocabularies do not share ids."""
@@ -61,10 +75,10 @@ def load_pair(cfg: Common) -> Pair:
         torch.cuda.set_device(cfg.device)  # where steps are recorded and timed
     target, draft = load_target(cfg), load_draft(cfg)
     loading.check_shared_ids(cfg.draft_id, draft.tokenizer, cfg.target_id, target.tokenizer)
-    shared = min(target.vocab_size, draft.vocab_size)
-    target.restrict_vocabulary(shared)
-    draft.restrict_vocabulary(shared)
-    return Pair(target, draft)
+    target.restrict_vocabulary(min(target.vocab_size, draft.vocab_size))
+    pair = Pair(target, draft)
+    pair._fitted(draft)
+    return pair
 
 
 def load_target(cfg: Common) -> Decoder:
@@ -88,6 +102,7 @@ def load_target(cfg: Common) -> Decoder:
         placeholder=model.config.video_token_index,
         vision_tokens=vision_tokens,
         whole=model,
+        settings=generation.read_settings(loading.find_checkpoint(cfg.target_id, "--target_id"), model.config, tokenizer),
     )
     return _probed(decoder, cfg.target_id, model.config.vision_config.image_size)
 
@@ -119,6 +134,7 @@ def load_draft(cfg: Common) -> Decoder:
         device=cfg.device,
         placeholder=eventgpt.EVENT_TOKEN_INDEX,
         vision_tokens=vision_tokens,
+        settings=generation.read_settings(loading.find_checkpoint(cfg.draft_id, "--draft_id"), model.config, tokenizer),
     )
     return _probed(decoder, cfg.draft_id, model.config.vision_config.image_size)
 

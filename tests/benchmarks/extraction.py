@@ -11,7 +11,6 @@ every question. It is measured without its saving of files, this extraction with
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import os
@@ -37,9 +36,9 @@ from feature_alignment.config import parse_config
 from feature_alignment.console import print_json_line, print_table, run
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models import pair as pair_module
-from feature_alignment.models.decoder import EOS, Decoder
+from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.eventgpt import load_eventgpt
-from feature_alignment.models.pair import Pair, load_draft, load_pair
+from feature_alignment.models.pair import Pair, load_pair
 from feature_alignment.models.video_llava import load_video_llava
 
 GOALS = {"with generation": 8, "answers known": 25}
@@ -58,8 +57,8 @@ def earlier_way(model: PreTrainedModel, decoder: Decoder, sample, max_new_tokens
         inputs_embeds=embeds,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
+        eos_token_id=sorted(decoder.eos_ids),
+        pad_token_id=0,
         output_hidden_states=True,
         return_dict_in_generate=True,
     )
@@ -72,7 +71,7 @@ def speed(args: argparse.Namespace, folder: Path) -> None:
     asked = sorted({s.question for s in read_samples(own.manifests, args.split)})
     (folder / "questions.txt").write_text("\n".join(asked))
     pair = load_pair(own)
-    deep = load_draft(dataclasses.replace(own, draft_layers=None))
+    deep = pair.draft_with(None, own)
     models = [(load_video_llava(own.target_id, torch.float32), pair.target), (load_eventgpt(own.draft_id, torch.float32), deep)]
     workloads = {"own": [], "all": ["--questions", str(folder / "questions.txt")]}
     reports = [speed_on(args, folder / name, pair, models, more) for name, more in workloads.items()]

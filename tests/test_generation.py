@@ -1,0 +1,324 @@
+"""Generation settings of a checkpoint: the text is the one that transformers' own `generate` gives, drafted or not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SHARED, as_decoder, needs, prompt_of, tiny_llama
+from oracle import states_behind
+from test_sampling import ERROR, PROMPT, TEMPERATURE, TEXTS, VOCAB, Remembered, counted, p_value, proposer_for
+from transformers import GenerationConfig
+
+from feature_alignment import feature_sd_inference
+from feature_alignment.config import Common, parse_config
+from feature_alignment.console import UserError
+from feature_alignment.decoding import generate
+from feature_alignment.decoding.batch import speculate_batch
+from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.null_drafters import HybridProposer, NGram, TableProposer
+from feature_alignment.decoding.proposers import ModelProposer
+from feature_alignment.decoding.sampling import Sampler
+from feature_alignment.inputs.samples import read_samples
+from feature_alignment.models.batches import ClipBatch
+from feature_alignment.models.generation import read_settings, with_flags
+from feature_alignment.models.pair import load_pair
+
+CASES = SHARED / "public_cases"
+MAX = 24
+
+
+class Bench:
+    """A pair, some of its prompts, what it says without settings, and drafters that are often right."""
+
+    def __init__(self, cfg: Common, split: str) -> None:
+        self.pair = load_pair(cfg)
+        self.target = self.pair.target
+        self.samples = read_samples(cfg.manifests, split)[:6]
+        self.prompts = [(self.target.prepare(s), self.pair.draft.prepare(s)) for s in self.samples]
+        self.plain = GenerationConfig(eos_token_id=sorted(self.target.eos_ids))
+        self.texts = [greedy(self.target, p, MAX).token_ids for p, _ in self.prompts]
+
+    def proposers(self):
+        table, own = NGram([("", t) for t in self.texts]), ModelProposer(self.pair.draft, None, None)
+        return {"own": own, "ngram": TableProposer(table), "hybrid": HybridProposer(table, own, sure=0.5)}
+
+    def settings(self, r: random.Random) -> GenerationConfig:
+        """Some settings at random, that name tokens and strings of the texts."""
+        said = sorted({t for text in self.texts for t in text})
+        some = lambda most: r.sample(said, min(len(said), r.randint(1, most)))  # noqa: E731
+        word = self.target.tokenizer.decode(r.choice(self.texts)[3:6]).strip()
+        every = {
+            "repetition_penalty": r.choice([0.8, 1.1, 1.3, 2.0]),
+            "no_repeat_ngram_size": r.randint(1, 4),
+            "min_new_tokens": r.randint(1, 20),
+            "min_length": len(self.prompts[0][0].ids) + r.randint(1, 20),
+            "suppress_tokens": some(5),
+            "begin_suppress_tokens": some(3),
+            "bad_words_ids": [some(2) for _ in range(r.randint(1, 3))],
+            "sequence_bias": [[some(2), r.uniform(-9, 5)] for _ in range(r.randint(1, 3))],
+            "exponential_decay_length_penalty": (r.randint(1, 10), r.uniform(1.01, 1.4)),
+            "stop_strings": [word or ".", r.choice([".", " a", "the", ","])][: r.randint(1, 2)],
+            "eos_token_id": [*self.target.eos_ids, *some(2)],
+            "temperature": 0.7,
+            "top_p": 0.5,  # of sampling only: greedy decoding ignores them, here and there
+        }
+        chosen = r.sample(sorted(every), r.randint(1, 4))
+        return GenerationConfig(**{"eos_token_id": self.plain.eos_token_id, **{k: every[k] for k in chosen}})
+
+    def follow(self, settings: GenerationConfig | None) -> None:
+        self.target.settings = with_flags(settings) if settings else None
+        self.target.eos_ids = frozenset((settings or self.plain).eos_token_id)
+
+    @torch.inference_mode()
+    def by_transformers(self, prompt, settings: GenerationConfig) -> list[int]:
+        ids, pixels = prompt.ids[None], prompt.pixels[None].to(self.target.head_weight.dtype)
+        not_shared = range(self.target.vocab_size, self.target._head_weight.shape[0])
+        out = self.target.whole.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values_videos=pixels,
+            generation_config=settings,
+            tokenizer=self.target.tokenizer,
+            max_new_tokens=MAX,
+            do_sample=False,
+            pad_token_id=0,
+            suppress_tokens=[*(settings.suppress_tokens or ()), *not_shared] or None,
+        )
+        return out[0, ids.shape[1] :].tolist()
+
+    def check(self, seed: int) -> tuple[int, int]:
+        """One random setting: all ways of decoding give `generate`'s text. Draft tokens kept, and whether the settings changed it."""
+        r = random.Random(seed)
+        settings, i = self.settings(r), r.randrange(len(self.prompts))
+        prompt, draft_prompt = self.prompts[i]
+        wanted = self.by_transformers(prompt, settings)
+        self.follow(settings)
+        try:
+            name, proposer = r.choice(sorted(self.proposers().items()))
+            about = f"setting {seed}, {name}: {settings.to_diff_dict()}"
+            assert greedy(self.target, prompt, MAX).token_ids == wanted, about
+            got = speculate(self.target, proposer, prompt, draft_prompt, num_draft_tokens=r.randint(1, 7), max_new_tokens=MAX)
+            assert got.token_ids == wanted, about
+            if seed % 5 == 0:
+                batch = speculate_batch(self.target, [proposer], [prompt], [draft_prompt], num_draft_tokens=3, max_new_tokens=MAX)
+                assert batch.token_ids == [wanted], about
+                assert ClipBatch(self.target, [self.samples[i]]).generate(MAX) == [wanted], about
+                assert self.target.generate(self.target.prefill([prompt]), MAX) == [wanted], about
+        finally:
+            self.follow(None)
+        return sum(x.num_accepted for x in got.rounds), wanted != self.texts[i]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_run) -> Bench:
+    return Bench(
+        parse_config(feature_sd_inference.InferenceConfig, ["--config", str(tiny_run / "tiny.yaml")], "feature_sd_inference"), "test"
+    )
+
+
+@pytest.fixture(scope="module")
+def demo() -> Bench:
+    cfg = parse_config(feature_sd_inference.InferenceConfig, ["--config", str(ROOT / "configs" / "demo.yaml")], "feature_sd_inference")
+    return Bench(dataclasses.replace(cfg, manifests={"test": ROOT / "data" / "demo" / "test.jsonl"}), "test")
+
+
+def test_texts_are_transformers_own_under_random_settings(tiny):
+    found = [tiny.check(seed) for seed in range(15)]
+    assert sum(kept for kept, _ in found) > 0 and sum(changed for _, changed in found) > 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_texts_of_the_demo_pair_are_transformers_own_under_200_random_settings(demo, part):
+    found = [demo.check(seed) for seed in range(1000 + 50 * part, 1050 + 50 * part)]
+    assert sum(kept for kept, _ in found) > 50 and sum(changed for _, changed in found) > 15  # many settings change nothing
+
+
+def law_by_transformers(model, settings: GenerationConfig, length: int = 3) -> dict[tuple[int, ...], float]:
+    """The probability of every beginning of a sampled text, by the processors that `generate` itself makes."""
+    settings._eos_token_tensor = torch.tensor(settings.eos_token_id)
+    settings.do_sample, settings.temperature = True, TEMPERATURE
+    rules = model._get_logits_processor(settings, input_ids_seq_length=len(PROMPT), device="cpu")
+    law, open_ends = {}, {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for text, p in open_ends.items():
+            logits = model.lm_head(states_behind(model.model, [*PROMPT, *text])[-1:]).detach()
+            logits[:, VOCAB:] = -torch.inf
+            probs = rules(torch.tensor([[*PROMPT, *text]]), logits).softmax(-1)[0]
+            longer |= {(*text, i): p * float(probs[i]) for i in range(VOCAB) if probs[i] > 0}
+        law |= {t: p for t, p in longer.items() if t[-1] in settings.eos_token_id}
+        open_ends = {t: p for t, p in longer.items() if t[-1] not in settings.eos_token_id}
+    return law | open_ends
+
+
+SAMPLED = [
+    {"top_p": 0.8},
+    {"top_k": 3},
+    {"min_p": 0.2},
+    {"top_p": 0.9, "top_k": 4, "repetition_penalty": 1.4},
+    {"min_new_tokens": 3, "min_p": 0.05},
+    {"typical_p": 0.7, "eos_token_id": [2, 0]},
+    {"epsilon_cutoff": 0.1, "no_repeat_ngram_size": 2},
+]
+FAST = [("hybrid", 0, 400, False), ("own", 3, 400, True)]
+
+
+@pytest.mark.parametrize(
+    ("source", "which", "n", "shared"),
+    [*FAST, *[pytest.param(["own", "hybrid", "ngram"][i % 3], i, 20_000, i % 2 == 1, marks=pytest.mark.slow) for i in range(len(SAMPLED))]],
+)
+@torch.inference_mode()
+def test_sampled_texts_have_transformers_law(source, which, n, shared):
+    model = tiny_llama(5)
+    decoder = as_decoder(model)
+    settings = GenerationConfig(**{"eos_token_id": [2], **SAMPLED[which]})
+    decoder.settings, decoder.eos_ids = with_flags(settings), frozenset(settings.eos_token_id)
+    decoder.restrict_vocabulary(VOCAB)
+    target = Remembered(decoder)
+    counts, kept = counted(target, proposer_for(source, target), Sampler(TEMPERATURE, 5, shared_noise=shared), n, 2)
+    assert kept > n / 20 and p_value(counts, law_by_transformers(model, settings)) > ERROR
+
+
+def copied(run: Path, out: Path, content: dict | str | Path | None) -> Common:
+    """The tiny pair with another generation_config.json of the target's."""
+    shutil.copytree(run / "pair", out / "pair")
+    file = out / "pair" / "video_llava" / "generation_config.json"
+    file.unlink(missing_ok=True)
+    if isinstance(content, Path):
+        shutil.copy(content, file)
+    elif content is not None:
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+    cfg = parse_config(feature_sd_inference.InferenceConfig, ["--config", str(run / "tiny.yaml")], "feature_sd_inference")
+    return dataclasses.replace(cfg, target_id=out / "pair" / "video_llava", output_dir=out)
+
+
+@pytest.mark.parametrize("name", ["d1", "d2"])
+@needs(CASES)
+def test_the_public_cases_give_the_text_of_generate(tmp_path, name):
+    file = CASES / f"{name}_generation_config.json"
+    shutil.copytree(ROOT / "data" / "demo" / "video_llava", tmp_path / "video_llava")
+    shutil.copy(file, tmp_path / "video_llava" / "generation_config.json")
+    cfg = parse_config(feature_sd_inference.InferenceConfig, ["--config", str(ROOT / "configs" / "demo.yaml")], "feature_sd_inference")
+    bench = Bench(
+        dataclasses.replace(cfg, target_id=tmp_path / "video_llava", manifests={"test": ROOT / "data" / "demo" / "test.jsonl"}), "test"
+    )
+    stated = GenerationConfig(**json.loads(file.read_text()))
+    for i, (prompt, draft_prompt) in enumerate(bench.prompts[:3]):
+        assert bench.texts[i] == bench.by_transformers(prompt, stated)
+        got = speculate(bench.target, bench.proposers()["hybrid"], prompt, draft_prompt, max_new_tokens=MAX)
+        assert got.token_ids == bench.texts[i]
+        if name == "d1":
+            assert bench.texts[i][-1] in (2, 261) and 261 not in bench.texts[i][:-1]
+    if name == "d1":
+        assert any(text[-1] == 261 for text in bench.texts)
+    ways = generate.ways(bench.target, MAX, 3, 2)
+    prompt = bench.prompts[0][0]
+    assert {way: answer(prompt).token_ids == bench.texts[0] for way, answer in ways.items()} == dict.fromkeys(ways, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "ids"),
+    [
+        ({"eos_token_id": [2, 7]}, {2, 7}),
+        ({"eos_token_id": 7}, {7}),
+        ({}, {2}),  # the config's
+        (None, {2}),
+        ({"eos_token_id": []}, {2}),
+    ],
+)
+def test_what_ends_a_text_is_the_checkpoints_set(tiny_run, tmp_path, content, ids):
+    pair = load_pair(copied(tiny_run, tmp_path, content))
+    assert pair.target.eos_ids == ids and pair.draft.eos_ids == {2}
+
+
+def test_where_no_config_says_what_ends_a_text_the_tokenizer_does(tiny, tmp_path):
+    config = tiny.target.whole.config.__class__.from_dict(tiny.target.whole.config.to_dict())
+    config.eos_token_id = config.text_config.eos_token_id = None
+    assert read_settings(tmp_path, config, tiny.target.tokenizer).eos_token_id == tiny.target.tokenizer.eos_token_id is not None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"num_beams": 4}, "num_beams = 4"),
+        ({"guidance_scale": 1.5}, "guidance_scale = 1.5"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha = 0.6"),
+        ({"encoder_repetition_penalty": 1.2}, "encoder_repetition_penalty = 1.2"),
+        ({"forced_eos_token_id": 2}, "forced_eos_token_id = 2"),
+        ({"repetition_penalty": -1.0}, "strictly positive"),
+        ({"eos_token_id": "</s>"}, "eos_token_id must be a token id"),
+        ({"eos_token_id": [2, -5]}, "eos_token_id must be a token id"),
+        ({"no_repeat_ngram_size": "two"}, "generation_config.json"),
+        ("[1, 2]", "mapping|JSON object"),
+    ],
+)
+def test_settings_that_are_not_carried_out_are_refused_by_name(tiny_run, tmp_path, content, message):
+    with pytest.raises(UserError, match=message) as found:
+        load_pair(copied(tiny_run, tmp_path, content))
+    assert "generation_config.json" in str(found.value) or "mapping" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top_p", "0.9"], "--top_p: changes only what is sampled.*--temperature 1"),
+        (["--top_p", "1.5", "--temperature", "1"], "--top_p 1.5"),
+        (["--top_k", "-3", "--temperature", "1"], "--top_k -3"),
+        (["--min_p", "2", "--temperature", "1"], "--min_p 2"),
+        (["--repetition_penalty", "0"], "--repetition_penalty 0"),
+        (["--min_new_tokens", "-1"], "--min_new_tokens -1"),
+    ],
+)
+def test_flags_out_of_range_are_refused_by_name(tiny_run, flags, message):
+    with pytest.raises(UserError, match=message):
+        feature_sd_inference.main(["--config", str(tiny_run / "tiny.yaml"), "--draft", "own", *flags])
+
+
+def test_flags_change_the_answer_and_a_seed_repeats_it(tmp_path):
+    data, question = ROOT / "data" / "demo", "What are the key elements in this scene?"
+    clip = ["--events", str(data / "events" / "test-0000.npy"), "--video", str(data / "video" / "test-0000.mp4"), "--question", question]
+    base = ["--config", str(ROOT / "configs" / "demo.yaml"), *clip, "--draft", "own", "--output_dir", str(tmp_path)]
+    base += ["--max_new_tokens", "16"]
+    plain = feature_sd_inference.main(base)
+    for more in (["--repetition_penalty", "1.8"], ["--min_new_tokens", "12"]):
+        assert feature_sd_inference.main([*base, *more])["exact_match"]
+    word = plain["text"].split()[1][1:4]  # inside a token
+    stopped = feature_sd_inference.main([*base, "--stop", word, "zzz"])
+    assert word in stopped["text"] and len(stopped["token_ids"]) < len(plain["token_ids"]) and stopped["exact_match"]
+    sampled = [*base, "--temperature", "1", "--top_p", "0.9", "--top_k", "20"]
+    adaptive = [feature_sd_inference.main([*sampled, "--adaptive"]) for _ in range(2)]
+    fixed = [feature_sd_inference.main(sampled)["token_ids"] for _ in range(2)]
+    assert fixed[0] == fixed[1] and adaptive[0]["token_ids"] == adaptive[1]["token_ids"] and all(a["exact_match"] for a in adaptive)
+
+
+def test_no_constant_ends_a_text():
+    """What ends a text is read from the checkpoint; the demo's builder alone may know its own vocabulary."""
+    package = ROOT / "feature_alignment"
+    guilty = [
+        f"{file.name}: {line.strip()}"
+        for file in package.rglob("*.py")
+        if file.parent.name != "demo"
+        for line in file.read_text().splitlines()
+        if "EOS = 2" in line or "[-1] == 2" in line or "- 1] == 2" in line
+    ]
+    assert guilty == []
+
+
+def test_a_prompts_tokens_count_for_the_penalty():
+    """`generate` sees the prompt's ids; so do the rules, at every drafted position."""
+    model = tiny_llama(0)
+    target, prompt = as_decoder(model), prompt_of(1, 5, 9, 13)
+    plain = greedy(target, prompt, MAX).token_ids
+    target.settings = with_flags(GenerationConfig(eos_token_id=[2]), repetition_penalty=3.0)
+    longer = prompt_of(*prompt.ids.tolist(), plain[0])
+    wanted = model.generate(longer.ids[None], max_new_tokens=MAX, do_sample=False, repetition_penalty=3.0, pad_token_id=0)[0, 5:].tolist()
+    assert greedy(target, longer, MAX).token_ids == wanted
+    got = speculate(target, TableProposer(NGram([*TEXTS, ("", wanted)])), longer, longer, max_new_tokens=MAX)
+    assert got.token_ids == wanted and sum(r.num_accepted for r in got.rounds) > 5
