@@ -48,6 +48,8 @@ class Common:
         allow_outside: clips of a manifest may lie outside its own folder
         event_window_ms: cut event streams to this many milliseconds, at most 100 (default: whole; 100 ms or more are refused)
         event_start_ms: where the window begins, from a file's first event on; a sample's own `event_start_ms` wins
+        event_time_unit: unit of the times in event files that state none (default: recognized, or refused where it cannot be); a sample's
+            own `event_time_unit` wins
         frame_sampling: which eight frames: linspace (first to last, as Video-LLaVA was trained) or arange (as its model card shows)
         output_dir: everything is written under it; default outputs/<name of the config file>
         device: where models run
@@ -72,6 +74,7 @@ class Common:
     allow_outside: bool = False
     event_window_ms: float | None = None
     event_start_ms: float = 0.0
+    event_time_unit: Literal["s", "ms", "us", "ns"] | None = None
     frame_sampling: Literal["linspace", "arange"] = "linspace"
     output_dir: Path | None = None
     device: str = "cpu"

@@ -60,24 +60,70 @@ def check_pt(path: Path) -> None:
 # ---- plain arrays: what NumPy's own pickles call, by functions that can do nothing else
 
 _DTYPE = re.compile(r"[<>|=]?([biuf]\d{1,2}|\?|O8?|[bhilqBHILQefd])")
+_RECORD = re.compile(r"[|<>=]?V\d{1,3}")
+_MAX_FIELDS = 16
 
 
-def _dtype(code: str, *_: Any) -> np.dtype:
+class _Record:
+    """A dtype with fields while it is unpickled. NumPy's own `__setstate__` trusts offsets and types; this one checks them first."""
+
+    def __init__(self) -> None:
+        self.dtype: np.dtype | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, _, subarray, names, fields, size, *_ = state
+        if subarray is not None or not isinstance(names, tuple) or not 1 <= len(names) <= _MAX_FIELDS or not 1 <= size <= 999:
+            raise pickle.UnpicklingError("it holds a type that is no plain list of fields")
+        types = [fields[name][0] for name in names]
+        offsets = [fields[name][1] for name in names]
+        ends = [0, *(o + t.itemsize for o, t in zip(offsets, types, strict=True) if type(o) is int and _is_number(t))]
+        if len(ends) != len(names) + 1 or any(o < end for o, end in zip(sorted(offsets), sorted(ends), strict=False)) or max(ends) > size:
+            raise pickle.UnpicklingError("it holds a type whose fields are no numbers, or overlap")
+        self.dtype = np.dtype({"names": list(names), "formats": types, "offsets": offsets, "itemsize": size})
+
+
+def _is_number(dtype: Any) -> bool:
+    return isinstance(dtype, np.dtype) and dtype.kind in "biuf"
+
+
+def _dtype(code: str, *_: Any) -> np.dtype | _Record:
+    if isinstance(code, str) and _RECORD.fullmatch(code):
+        return _Record()
     if not (isinstance(code, str) and _DTYPE.fullmatch(code)):
         raise pickle.UnpicklingError(f"it asks for numpy.dtype({str(code)[:40]!r})")
     return np.dtype(code, copy=True)  # its byte order is set next; NumPy's own must not change
 
 
+def _checked(dtype: Any) -> np.dtype:
+    dtype = dtype.dtype if isinstance(dtype, _Record) else dtype
+    if not isinstance(dtype, np.dtype):
+        raise pickle.UnpicklingError("it holds an array of no type")
+    return dtype
+
+
+class _Array(np.ndarray):
+    """An array while it is unpickled; `plain_array` makes it an ordinary one."""
+
+    def __setstate__(self, state: Any) -> None:
+        version, shape, dtype, fortran, data = state
+        super().__setstate__((version, shape, _checked(dtype), fortran, data))
+
+
+def plain_array(value: Any) -> Any:
+    """An unpickled array as an ordinary one; anything else as it is."""
+    return value.view(np.ndarray) if type(value) is _Array else value
+
+
 def _reconstruct(kind: Any, *_: Any) -> np.ndarray:
-    return np.ndarray.__new__(np.ndarray, (0,), "b")  # its contents come with the state
+    return np.ndarray.__new__(_Array, (0,), "b")  # its contents come with the state
 
 
-def _frombuffer(buffer: Any, dtype: np.dtype, shape: Any, order: Any = "C", *_: Any) -> np.ndarray:
-    return np.frombuffer(bytes(buffer), dtype=dtype).reshape(shape, order=order)
+def _frombuffer(buffer: Any, dtype: Any, shape: Any, order: Any = "C", *_: Any) -> np.ndarray:
+    return np.frombuffer(bytes(buffer), dtype=_checked(dtype)).reshape(shape, order=order)
 
 
-def _scalar(dtype: np.dtype, data: bytes) -> Any:
-    return np.frombuffer(bytes(data), dtype=dtype, count=1)[0]
+def _scalar(dtype: Any, data: bytes) -> Any:
+    return np.frombuffer(bytes(data), dtype=_checked(dtype), count=1)[0]
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:

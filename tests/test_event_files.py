@@ -200,21 +200,30 @@ def literal_evt3(words):
 
 @pytest.mark.parametrize("seed", range(25))
 def test_evt3_equals_the_word_by_word_definition(seed):
-    from feature_alignment.inputs.event_files import _decode_evt3
+    from feature_alignment.inputs.event_evt import State, decode_evt3
 
     rng = np.random.default_rng(seed)
     words = rng.choice([0, 2, 3, 4, 5, 6, 8, 14], 300).astype(np.int64) << 12 | rng.integers(0, 4096, 300)
-    got = _decode_evt3("e.raw", words.astype("<u2").tobytes())
+    got = decode_evt3(words.astype("u2"), State()).events
     np.testing.assert_array_equal(np.stack([got[k] for k in "xytp"], 1), literal_evt3(words))
+    state, parts = State(), []
+    for part in np.split(words.astype("u2"), np.sort(rng.integers(0, 300, 12))):  # the same in pieces, some of them empty
+        events, state, _ = decode_evt3(part, state)
+        parts.append(np.stack([events[k] for k in "xytp"], 1))
+    np.testing.assert_array_equal(np.concatenate(parts), literal_evt3(words))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"% evt 2.1\n% end\n" + bytes(64), r"EVT2\.1; only EVT2 and EVT3"),
+        (b"% evt 4.0\n% end\n" + bytes(64), r"EVT4\.0; only EVT2, EVT2\.1 and EVT3"),
+        (b"% Version 1\n" + bytes([0, 8]) + bytes(64), "is DAT version 1"),
         (b"% hello\n" + bytes(64), "names no format"),
         (b"% Version 2\n" + bytes([40, 8]) + bytes(64), r"\[40, 8\]; wanted change-detection"),
-        (b"#!AER-DAT2.0\r\n" + bytes(64), "is not an event file"),
+        (b"#!AER-DAT2.0\r\n" + bytes(64), r"is not an event file.*AEDAT 2\.0.*Convert"),
+        (b"#!AER-DAT3.1\r\n" + bytes(64), r"AEDAT 3\.1"),
+        (b"#ROSBAG V2.0\n" + bytes(64), "a ROS bag"),
+        (b"Event Stream\x02\x00" + bytes(64), r"\.es file"),
         (b"% evt 3.0\n% end\n", "holds 0 events"),
     ],
 )

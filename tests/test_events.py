@@ -112,8 +112,8 @@ def test_every_truncation_is_refused(tmp_path):
 
 
 def test_other_contents_are_named(tmp_path):
-    np.save(tmp_path / "plain.npy", np.zeros((3, 4)))
-    with pytest.raises(UserError, match=r"float64 with shape \(3, 4\)"):
+    np.save(tmp_path / "plain.npy", np.zeros((3, 5)))
+    with pytest.raises(UserError, match=r"float64 with shape \(3, 5\)"):
         load_events(tmp_path / "plain.npy")
     with pytest.raises(UserError, match="wanted a dict"):
         load_events(write(tmp_path / "e.npy", {"x": np.arange(9)}))

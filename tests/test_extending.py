@@ -29,7 +29,7 @@ def printed(definition: str):
     return code, names[definition]
 
 
-@pytest.mark.parametrize("definition", ["RepeatDrafter", "same_or_close", "read_csv"])
+@pytest.mark.parametrize("definition", ["RepeatDrafter", "same_or_close", "read_lines"])
 def test_each_printed_extension_takes_less_than_forty_lines(definition):
     assert len(printed(definition)[0].splitlines()) < 40
 
@@ -67,11 +67,11 @@ def test_the_printed_event_format_is_read_like_any_other(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     events = {"x": rng.integers(0, 40, 500), "y": rng.integers(0, 30, 500), "t": np.sort(rng.integers(0, 50_000, 500))}
     events["p"] = rng.integers(0, 2, 500)
-    path = tmp_path / "events.txt"
-    path.write_text("x,y,t,p\n" + "".join(f"{x},{y},{t},{p}\n" for x, y, t, p in zip(*events.values(), strict=True)))
+    path = tmp_path / "events.bin"
+    path.write_text("\0EVENTS\n" + "".join(f"{x},{y},{t},{p}\n" for x, y, t, p in zip(*events.values(), strict=True)))
     with pytest.raises(UserError, match="not an event file"):
         load_events(path)
-    monkeypatch.setitem(event_files.READERS, b"x,y,t,p\n", printed("read_csv")[1])
+    monkeypatch.setitem(event_files.READERS, b"\0EVENTS\n", printed("read_lines")[1])
     found = load_events(path, window_ms=20)
     early = events["t"] < events["t"][0] + 20_000
     assert all(np.array_equal(found[name], events[name][early]) for name in "xytp")

@@ -11,18 +11,23 @@ from pathlib import Path
 import numpy as np
 
 from feature_alignment.console import UserError, mended
-from feature_alignment.inputs.event_files import read_event_file, refuse_long
+from feature_alignment.inputs.event_columns import MAX_COORDINATE
+from feature_alignment.inputs.event_files import read_event_file
+from feature_alignment.inputs.event_units import TimeUnit
+from feature_alignment.inputs.event_windows import refuse_long
 
 MAX_WINDOW_US = 100_000  # EventGPT was built for windows shorter than this
-MAX_COORDINATE = 4096  # of any sensor; the largest made so far has 1280 x 720 pixels
 _FARTHEST = 2**61  # differences of numbers below it fit 64 bits
 _WHITE = 255
 
 
-def load_events(path: str | Path, window_ms: float | None = None, start_ms: float = 0.0) -> dict[str, np.ndarray]:
+def load_events(
+    path: str | Path, window_ms: float | None = None, start_ms: float = 0.0, time_unit: TimeUnit | None = None
+) -> dict[str, np.ndarray]:
     """Read an event file of any known format (see `event_files`), cut it to a window and bring it into one form.
 
     window_ms: keep events of [start_ms, start_ms + window_ms) after the file's first; None keeps all and refuses 100 ms or more
+    time_unit: what the file's times are in; None: what the file states, or what they are recognized as
     returns:   x, y int64 >= 0, t int64 microseconds ascending, p uint8 in {0, 1}
     raises:    UserError for a file that cannot be read or would be misread
     """
@@ -32,7 +37,7 @@ def load_events(path: str | Path, window_ms: float | None = None, start_ms: floa
         raise UserError(f"--event_start_ms {start_ms:g}: wanted 0 or more, together with --event_window_ms.")
     path = Path(path)
     start_us, window_us = round(start_ms * 1000), None if window_ms is None else round(window_ms * 1000)
-    raw = read_event_file(path, start_us, window_us)
+    raw = read_event_file(path, start_us, window_us, time_unit)
     return check_events(raw.events, str(path), raw.sensor_hw, start_us, window_us, raw.start_us)
 
 
@@ -90,7 +95,9 @@ def check_events(
         extent = f"coordinates from ({x.min()}, {y.min()}) to ({x.max()}, {y.max()})"
         raise UserError(f"{name}: {extent}; {outside} of {len(x)} events lie outside a sensor of {w} x {h} pixels.")
     if outside:
-        mended(name, "events outside the sensor dropped", f"{outside} of {len(x)} events outside {w} x {h} pixels are dropped.")
+        share = "more than 1 % of the events" if outside * 100 > len(x) else "events"
+        message = f"{outside} of {len(x)} events outside {w} x {h} pixels are dropped."
+        mended(name, f"{share} outside the sensor dropped", message)
         x, y, t, p = x[inside], y[inside], t[inside], p[inside]
         _enough(len(t), name)
     return {"x": x, "y": y, "t": t, "p": p}

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from feature_alignment.console import UserError
+from feature_alignment.inputs.event_units import UNITS, TimeUnit
 from feature_alignment.text_files import as_object, kind_of, read_text, reason, rows_of
 
 _LONGEST_QUESTION = 2000  # characters
@@ -42,6 +43,7 @@ class Sample:
     answer: str | None = None
     facts: dict[str, Any] | None = None
     event_start_ms: float | None = None  # where this clip begins in a long event file
+    event_time_unit: TimeUnit | None = None  # of an event file that does not state it
 
     def __post_init__(self) -> None:
         """raises UserError for what would go wrong far from here: a name no file can have, a question that stands for the clip"""
@@ -55,6 +57,8 @@ class Sample:
             raise UserError("wanted a text as answer and an object as facts, or null.")
         if self.event_start_ms is not None and not 0 <= self.event_start_ms < math.inf:
             raise UserError(f"event_start_ms {self.event_start_ms}: wanted 0 or more.")
+        if self.event_time_unit not in (None, *UNITS):
+            raise UserError(f"event_time_unit {str(self.event_time_unit)[:20]!r}: wanted one of {', '.join(UNITS)}.")
         try:
             "".join((self.id, self.sequence, self.question, self.answer or "")).encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair
@@ -162,6 +166,7 @@ def _own_samples(path: Path, row: dict[str, Any]) -> list[Sample]:
         "video": path.parent / _text(row, "video"),
         "facts": row.get("facts"),
         "event_start_ms": None if start_ms is None else float(start_ms),
+        "event_time_unit": row.get("event_time_unit"),
     }
     if "question" not in row and ("conversations" in row or "messages" in row):
         return _samples_of_turns(row, clip)
@@ -174,6 +179,7 @@ def _eventgpt_samples(path: Path, row: dict[str, Any], sequence: str) -> list[Sa
         "sequence": sequence,
         "events": _beside(path, row["event_data"], "event_npy"),
         "video": _beside(path, _text(row, video), video.removesuffix("_data")),
+        "event_time_unit": row.get("event_time_unit"),
     }
     return _samples_of_turns(row, clip)
 
@@ -270,7 +276,7 @@ def _ask(samples: list[Sample], questions: list[str]) -> list[Sample]:
     clips: dict[tuple, Sample] = {}
     answers = {}
     for s in samples:
-        clip = (s.events, s.video, s.event_start_ms)
+        clip = (s.events, s.video, s.event_start_ms, s.event_time_unit)
         clips.setdefault(clip, s)
         answers[clip, s.question] = s.answer
     asked = []

@@ -207,4 +207,4 @@ def _common_prefix(prompts: Sequence[Tensor]) -> int:
 
 
 def _clip(sample: Sample) -> tuple:
-    return sample.video, sample.events, sample.event_start_ms
+    return sample.video, sample.events, sample.event_start_ms, sample.event_time_unit

@@ -101,7 +101,7 @@ def load_draft(cfg: Common) -> Decoder:
 
     def read_pixels(sample: Sample) -> Tensor:
         start_ms = cfg.event_start_ms if sample.event_start_ms is None else sample.event_start_ms
-        stream = event_inputs.load_events(sample.events, cfg.event_window_ms, start_ms)
+        stream = event_inputs.load_events(sample.events, cfg.event_window_ms, start_ms, sample.event_time_unit or cfg.event_time_unit)
         extent = int(stream["y"].max()) + 1, int(stream["x"].max()) + 1
         fits = canvas is not None and extent[0] <= canvas[0] and extent[1] <= canvas[1]
         images = event_inputs.event_images(stream, eventgpt.NUM_EVENT_SLICES, tuple(canvas) if fits else None)

@@ -231,7 +231,8 @@ def headline(run: Run) -> str:
         f"**On the embedded pair {len(met)} of {len(met) + len(missed)} targets are met"
         + (f"; not met: {', '.join(missed)}" if missed else "")
         + f".** The fastest lossless mode (`{row_name(best)}`) is **{rate_text(fastest['speedup'], 2, unit='x')}** end to end, "
-        f"{rate_text(fastest['decode_speedup'], 2, unit='x')} in decoding (measured on clips that did not choose it), with {best['tokens_per_pass']:.2f} tokens per pass of Video-LLaVA "
+        f"{rate_text(fastest['decode_speedup'], 2, unit='x')} in decoding (measured on clips that did not choose it), with "
+        f"{best['tokens_per_pass']:.2f} tokens per pass of Video-LLaVA "
         f"and an exact match of {best['exact_match']:.3f}. Of the baseline drafters, which see no image, the fastest "
         f"(`{row_name(best_baseline)}`) is {rate_text(best_baseline['speedup'], 2, unit='x')} end to end, and none has more than "
         f"{most:.2f} tokens per pass."
@@ -263,7 +264,8 @@ def formulas(run: Run) -> str:
     corrected, modelled = (max(abs(r[f"{kind}_error"]) for r in fixed if r[f"{kind}_speedup"]) for kind in ("corrected", "modelled"))
     return _lines(
         f"The corrected formula, S = tokens / Σ (g·c + v(g + 1) + r), is within {100 * corrected:.1f} % of the measured decoding speed-up "
-        f"in every row of a fixed draft length. TASKS.md's formula is off by up to {100 * modelled:.1f} % because it assumes that verification is free."
+        f"in every row of a fixed draft length. TASKS.md's formula is off by up to {100 * modelled:.1f} % because "
+        "it assumes that verification is free."
     )
 
 
