@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from feature_alignment.advice import command_for
-from feature_alignment.config import Common, Steps, parse_config
-from feature_alignment.console import UserError, print_json_line, progress, run
+from feature_alignment.cli.advice import command_for
+from feature_alignment.cli.config import Common, Steps, parse_config
+from feature_alignment.cli.console import UserError, print_json_line, progress, run
 
 if TYPE_CHECKING:
     from feature_alignment.decoding.engine import Generation
@@ -67,11 +67,11 @@ class BenchmarkConfig(Common):
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["compare"]:
-        from feature_alignment.differences import compare
+        from feature_alignment.benchmark.compare import compare
 
         return compare(argv[1:])
     cfg = parse_config(BenchmarkConfig, argv, "benchmark_feature_sd")
-    from feature_alignment.processes import check_device, claimed
+    from feature_alignment.storage.processes import check_device, claimed
 
     check_device(cfg.device)
     with claimed(cfg.out / "benchmark"):
@@ -82,17 +82,19 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Measure, or reuse what is there; returns the content of benchmark.json."""
     import numpy as np
 
-    from feature_alignment import artifacts, report, speed_model, targets
-    from feature_alignment.decoding import generate, measure
+    from feature_alignment.benchmark import report, speed_model, targets
+    from feature_alignment.benchmark import timing as measure
+    from feature_alignment.benchmark import transformers_baselines as generate
+    from feature_alignment.benchmark.rows import Mode, answering, layers_of, modes, row_name, speeds
+    from feature_alignment.decoding.draft_length import Pace
     from feature_alignment.decoding.engine import PREFILL_STAGES, greedy, speculate
-    from feature_alignment.decoding.pace import Pace
     from feature_alignment.decoding.sources import Sources
     from feature_alignment.inputs.samples import read_samples
-    from feature_alignment.metrics import break_even
+    from feature_alignment.measurement.metrics import break_even
     from feature_alignment.models import fixed
     from feature_alignment.models.loading import fetch_checkpoints
     from feature_alignment.models.pair import load_pair
-    from feature_alignment.rows import Mode, answering, layers_of, modes, row_name, speeds
+    from feature_alignment.storage import artifacts
 
     samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions, allow_outside=cfg.allow_outside)
     number = min(cfg.limit or len(samples), len(samples))
@@ -254,7 +256,8 @@ def clips_of(samples: Sequence[Sample]) -> list[Path]:
 
 def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, Any]:
     """Wall clock under stated acceptances: planted.json and planted.md, beside whatever else was measured."""
-    from feature_alignment import artifacts, planted
+    from feature_alignment.benchmark import planted
+    from feature_alignment.storage import artifacts
 
     out, clips = cfg.out / "benchmark", clips_of(samples)
     files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
@@ -273,7 +276,7 @@ def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, 
 
 
 def _show(result: dict[str, Any], out: Path, reused: bool) -> None:
-    from feature_alignment.report import print_benchmark
+    from feature_alignment.benchmark.report import print_benchmark
 
     print_benchmark(result)
     met = sum(t["met"] for t in result["targets"])

@@ -18,15 +18,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from feature_alignment.advice import command_for
-from feature_alignment.config import Common, parse_config
-from feature_alignment.console import UserError, markdown_table, print_json_line, print_table, rate_text, run
+from feature_alignment.cli.advice import command_for
+from feature_alignment.cli.config import Common, parse_config
+from feature_alignment.cli.console import UserError, markdown_table, print_json_line, print_table, rate_text, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from feature_alignment.hidden_states import HiddenStates
-    from feature_alignment.identity import RunIdentity
+    from feature_alignment.storage.hidden_states import HiddenStates
+    from feature_alignment.storage.identity import RunIdentity
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,9 @@ def train_token_adapter(cfg: ComparisonConfig, rows: Sequence[dict]) -> None:
         cfg: settings
         rows: what is compared; the adapter must take texts of their length
     """
-    from feature_alignment import artifacts, token_adapter
-    from feature_alignment.answers import read_token_pairs
+    from feature_alignment.adapters import token as token_adapter
+    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.answers import read_token_pairs
 
     path, identity = token_adapter_path(cfg), token_adapter_identity(cfg)
     if _trained_already(path, cfg, identity):
@@ -89,9 +90,10 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict], eos_ids: S
     """The earlier attempt's token-level adapter, trained here; None where it has not been, or from other texts."""
     import torch
 
-    from feature_alignment import artifacts, token_adapter
-    from feature_alignment.comparison import verified
+    from feature_alignment.adapters import token as token_adapter
     from feature_alignment.hidden_adapter import call_ms
+    from feature_alignment.measurement.comparison import verified
+    from feature_alignment.storage import artifacts
 
     path = token_adapter_path(cfg)
     if not path.is_file():
@@ -115,7 +117,7 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict], eos_ids: S
 
 def token_adapter_identity(cfg: ComparisonConfig) -> RunIdentity:
     """What the token-level adapter is trained from: both models' texts of two splits, and the settings of its training."""
-    from feature_alignment import artifacts, identity
+    from feature_alignment.storage import artifacts, identity
 
     texts = {split: cfg.out / "token_pairs" / f"{split}.json" for split in (cfg.train_split, cfg.validation_split)}
     whole = artifacts.identity_of("token_adapter", cfg, texts)
@@ -124,7 +126,7 @@ def token_adapter_identity(cfg: ComparisonConfig) -> RunIdentity:
 
 def _trained_already(path: Path, cfg: ComparisonConfig, identity: RunIdentity) -> bool:
     """Whether `--resume` finds a token-level adapter of this identity."""
-    from feature_alignment import artifacts
+    from feature_alignment.storage import artifacts
 
     if not (cfg.resume and path.is_file()):
         return False
@@ -143,8 +145,8 @@ def judge_kept(
     cfg: ComparisonConfig, states: HiddenStates, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """`comparison.kept_drafts` of aligned, chained and EventGPT's own drafts; own words are kept by the hidden adapter's cosine."""
-    from feature_alignment import artifacts
-    from feature_alignment.comparison import kept_drafts
+    from feature_alignment.measurement.comparison import kept_drafts
+    from feature_alignment.storage import artifacts
 
     scores = artifacts.load_pt(cfg.out / "acceptance" / "scores.pt", command_for("measure_feature_acceptance"))
     sources = {"aligned": scores["adapter"]} | ({"chained": scores["chained"]} if "chained" in scores else {})
@@ -213,7 +215,7 @@ def tables(report: dict[str, Any], num_draft_tokens: int) -> list[tuple[str, tup
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(ComparisonConfig, argv, "compare_token_baseline")
-    from feature_alignment.processes import check_device, claimed
+    from feature_alignment.storage.processes import check_device, claimed
 
     check_device(cfg.device)
     with claimed(cfg.out / "token_baseline"):
@@ -224,8 +226,8 @@ def compare(cfg: ComparisonConfig) -> dict[str, Any]:
     """Compare, or reuse what is there; returns the content of comparison.json."""
     import torch
 
-    from feature_alignment import artifacts
-    from feature_alignment.answers import read_token_pairs
+    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.answers import read_token_pairs
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -279,9 +281,10 @@ def comparison_report(cfg: ComparisonConfig, rows: Sequence[dict], out: Path) ->
         rows: both models' free-running answers
         out: where the picture goes
     """
-    from feature_alignment import artifacts, comparison, plots
-    from feature_alignment.answers import eos_ids, read_token_pairs
+    from feature_alignment.measurement import comparison, plots
     from feature_alignment.models.loading import find_checkpoint, load_tokenizer
+    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.answers import eos_ids, read_token_pairs
 
     report: dict[str, Any] = {"token_level": comparison.free_running_agreement(rows, cfg.num_draft_tokens)}
     report |= dict.fromkeys(("feature_level", "aligned_token_level", "chained_token_level", "token_adapter", "own_drafts"))

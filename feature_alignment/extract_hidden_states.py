@@ -26,20 +26,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from feature_alignment.config import Common, parse_config
-from feature_alignment.console import UserError, print_json_line, print_table, progress, run
+from feature_alignment.cli.config import Common, parse_config
+from feature_alignment.cli.console import UserError, print_json_line, print_table, progress, run
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from feature_alignment.answers import Answers
-    from feature_alignment.earlier_rows import Row
-    from feature_alignment.hidden_states_writer import HiddenStatesWriter
-    from feature_alignment.identity import RunIdentity
     from feature_alignment.inputs.samples import Sample
     from feature_alignment.models.decoder import Decoder
     from feature_alignment.models.pair import Pair
+    from feature_alignment.storage.answers import Answers
+    from feature_alignment.storage.earlier_rows import Row
+    from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter
+    from feature_alignment.storage.identity import RunIdentity
 
 log = logging.getLogger(__name__)
 
@@ -99,9 +99,9 @@ def extract(
     entries: what identifies each row of the files
     first:   whether this process may speak
     """
-    from feature_alignment.artifacts import EVENT_STATES
-    from feature_alignment.console import mended_in
+    from feature_alignment.cli.console import mended_in
     from feature_alignment.models.batches import ClipBatch
+    from feature_alignment.storage.artifacts import EVENT_STATES
 
     todo = [rows for rows in mine if any(place[row] not in writer.done for row in rows)]
     total, began = sum(map(len, todo)), time.perf_counter()
@@ -153,7 +153,7 @@ def cuts(vl_tokens: list[int], egpt_tokens: list[int], read: list[int], cfg: Ext
 
 def draft_files(draft: Decoder, hidden: Tensor, cfg: ExtractConfig) -> dict[str, Tensor]:
     """File name -> the drafter's states [s, d] that go into it, from its tapped layers side by side [s, d * taps]."""
-    from feature_alignment.artifacts import layer_file
+    from feature_alignment.storage.artifacts import layer_file
 
     if not cfg.separate_layers:
         return {"egpt_hidden_states.pt": hidden}
@@ -162,7 +162,7 @@ def draft_files(draft: Decoder, hidden: Tensor, cfg: ExtractConfig) -> dict[str,
 
 def identity_of(cfg: ExtractConfig) -> RunIdentity:
     """What decides the bytes of a run, besides its rows: files count by their content, the manifest row by row."""
-    from feature_alignment import artifacts
+    from feature_alignment.storage import artifacts
 
     sources = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
     sources |= {name: path for name, path in {"answers": cfg.answers, "questions": cfg.questions}.items() if path}
@@ -173,12 +173,12 @@ def identity_of(cfg: ExtractConfig) -> RunIdentity:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(ExtractConfig, argv, "extract_hidden_states")
-    from feature_alignment import earlier_rows, shards
     from feature_alignment.inputs.row_identity import identify
     from feature_alignment.inputs.samples import read_samples
     from feature_alignment.models.batches import batches
     from feature_alignment.models.loading import fetch_checkpoints
-    from feature_alignment.processes import check_device, check_writable, claimed, processes
+    from feature_alignment.storage import earlier_rows, shards
+    from feature_alignment.storage.processes import check_device, check_writable, claimed, processes
 
     shard, of = parse_shard(cfg)
     check_device(cfg.device)
@@ -225,10 +225,10 @@ def fill(
         out: folder of the split
         process: number, how many, device, wait, as `processes` says
     """
-    from feature_alignment import artifacts, earlier_rows
-    from feature_alignment import hidden_states_writer as files
-    from feature_alignment.answers import known_answers
     from feature_alignment.models.pair import load_pair
+    from feature_alignment.storage import artifacts, earlier_rows
+    from feature_alignment.storage import hidden_states_writer as files
+    from feature_alignment.storage.answers import known_answers
 
     rank, world, device, wait = process
     token_pairs = cfg.out / "token_pairs" / f"{cfg.split}.json"
@@ -273,7 +273,7 @@ def shapes_of(pair: Pair, cfg: ExtractConfig) -> tuple[dict[str, tuple[int, int]
     """File name -> (positions, size) of one row in it, and what the files hold."""
     import torch
 
-    from feature_alignment.artifacts import EVENT_STATES
+    from feature_alignment.storage.artifacts import EVENT_STATES
 
     width = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens)
     nothing = draft_files(pair.draft, torch.empty(0, pair.draft.hidden_size), cfg)
@@ -301,7 +301,7 @@ def parse_shard(cfg: ExtractConfig) -> tuple[int, int]:
 
 def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -> dict[str, Any]:
     """The `meta` of a run."""
-    from feature_alignment.artifacts import provenance
+    from feature_alignment.storage.artifacts import provenance
 
     return provenance(
         "extract_hidden_states",
@@ -327,7 +327,7 @@ def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -
 
 def report(cfg: ExtractConfig, out: Path, reused: bool, first: bool = True) -> dict[str, Any]:
     """Print what a complete run holds, by one process; returns its meta."""
-    from feature_alignment.artifacts import read_json
+    from feature_alignment.storage.artifacts import read_json
 
     meta = read_json(out / "meta.json", "the same command with --no_resume")
     if not first:

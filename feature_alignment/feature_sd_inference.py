@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from feature_alignment.config import Common, Steps, parse_config
-from feature_alignment.console import UserError, print_json_line, print_table, run
+from feature_alignment.cli.config import Common, Steps, parse_config
+from feature_alignment.cli.console import UserError, print_json_line, print_table, run
 
 if TYPE_CHECKING:
     from feature_alignment.decoding.engine import Generation
@@ -117,19 +117,19 @@ def print_trace(generation: Generation, decode: Callable[[list[int]], str], verb
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(InferenceConfig, argv, "feature_sd_inference")
-    from feature_alignment.processes import check_device, check_writable
+    from feature_alignment.storage.processes import check_device, check_writable
 
     check_device(cfg.device)
     sample = choose_sample(cfg)
     out = cfg.out / "sd" / f"{sample.id}.json"
     check_writable(out)
-    from feature_alignment import artifacts
+    from feature_alignment.decoding.draft_length import Pace
     from feature_alignment.decoding.engine import plain, speculate
-    from feature_alignment.decoding.pace import Pace
     from feature_alignment.decoding.sampling import Sampler
     from feature_alignment.decoding.sources import Sources
     from feature_alignment.models.generation import with_flags
     from feature_alignment.models.pair import load_pair
+    from feature_alignment.storage import artifacts
 
     pair = load_pair(cfg)
     pair.record(cfg.steps)

@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from feature_alignment.advice import command_for
-from feature_alignment.config import Common, parse_config
-from feature_alignment.console import UserError, print_json_line, print_table, run
+from feature_alignment.cli.advice import command_for
+from feature_alignment.cli.config import Common, parse_config
+from feature_alignment.cli.console import UserError, print_json_line, print_table, run
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class HiddenAdapter(nn.Module):
 
 def load_adapter(path: Path, d_draft: int | None = None, draft_layers: Sequence[int] | None = None) -> tuple[HiddenAdapter, dict[str, Any]]:
     """An adapter and its meta. Refuses (UserError) one trained for other states than those it is to be used on."""
-    from feature_alignment.artifacts import layers_read, load_trained
+    from feature_alignment.storage.artifacts import layers_read, load_trained
 
     make_it = command_for("train_hidden_adapter")
     adapter, meta = load_trained(path, "a hidden adapter", HiddenAdapter, "d_draft", make_it)
@@ -160,7 +160,7 @@ def decoder_layer_ms(width: int, tokens: Sequence[int], repeats: int, device: st
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(AdapterConfig, argv, "hidden_adapter")
-    from feature_alignment.processes import check_device
+    from feature_alignment.storage.processes import check_device
 
     check_device(cfg.device)
     torch.set_num_threads(cfg.threads or 1)  # spinning threads on a busy machine cost far more than they give here

@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from feature_alignment.advice import command_for
-from feature_alignment.config import Common, parse_config
-from feature_alignment.console import UserError, markdown_table, print_json_line, print_table, rate_text, run
+from feature_alignment.cli.advice import command_for
+from feature_alignment.cli.config import Common, parse_config
+from feature_alignment.cli.console import UserError, markdown_table, print_json_line, print_table, rate_text, run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from feature_alignment.artifacts import HiddenStates
-    from feature_alignment.calibration import Judged
-    from feature_alignment.scoring import Fitted, Predictor, Scores
+    from feature_alignment.measurement.calibration import Judged
+    from feature_alignment.measurement.scoring import Fitted, Predictor, Scores
+    from feature_alignment.storage.artifacts import HiddenStates
 
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
 TASK_THRESHOLD = "0.90"
@@ -61,7 +61,7 @@ class AcceptanceConfig(Common):
 def predictors_of(cfg: AcceptanceConfig, states: dict[str, HiddenStates], head: Tensor) -> dict[str, Fitted]:
     """The adapters there are, then what they must beat: name -> predictor. `adapter` is the hidden adapter."""
     from feature_alignment.hidden_adapter import load_adapter
-    from feature_alignment.scoring import Fitted, null_predictors, reads
+    from feature_alignment.measurement.scoring import Fitted, null_predictors, reads
 
     test, found = states["test"], {}
     for name in ("adapter", "plain"):
@@ -74,14 +74,14 @@ def predictors_of(cfg: AcceptanceConfig, states: dict[str, HiddenStates], head: 
 
 
 def predictor_report(scores: Scores, fitted: Fitted, states: HiddenStates, num_draft_tokens: int) -> dict[str, Any]:
-    from feature_alignment.scoring import rates
+    from feature_alignment.measurement.scoring import rates
 
     return {**rates(scores, states.mask, states, num_draft_tokens), "params": fitted.parameters, "seconds": fitted.seconds}
 
 
 def acceptance_report(scores: dict[str, Scores], fitted: dict[str, Fitted], states: HiddenStates, num_draft_tokens: int) -> dict[str, Any]:
     """Every number of acceptance.json about predictors that read EventGPT's states, from their scores."""
-    from feature_alignment import metrics, scoring
+    from feature_alignment.measurement import metrics, scoring
 
     ours, mask = scores["adapter"], states.mask
     reports = {name: predictor_report(s, fitted[name], states, num_draft_tokens) for name, s in scores.items()}
@@ -101,7 +101,7 @@ def acceptance_report(scores: dict[str, Scores], fitted: dict[str, Fitted], stat
 
 def chain_report(scores: Scores, there: Tensor, states: HiddenStates) -> dict[str, Any]:
     """Step by step and pooled over all steps; blocks as decoding forms them. The number of drafts a round is the number of steps."""
-    from feature_alignment import metrics, scoring
+    from feature_alignment.measurement import metrics, scoring
 
     steps = there.shape[-1]
     return {
@@ -118,8 +118,9 @@ def chain_report(scores: Scores, there: Tensor, states: HiddenStates) -> dict[st
 def score_chains(cfg: AcceptanceConfig, split: str, head: Tensor, all_of_them: bool) -> dict[str, tuple[Scores, Tensor, dict[str, Any]]]:
     """The chained adapter, if there is one: name -> scores, their places, its meta. all_of_them: also the blind one, and the seeing
     one with the events of other clips."""
-    from feature_alignment import artifacts, scoring
-    from feature_alignment.chained_adapter import load_chained_adapter
+    from feature_alignment.adapters.chained import load_chained_adapter
+    from feature_alignment.measurement import scoring
+    from feature_alignment.storage import artifacts
 
     found: dict[str, tuple[Scores, Tensor, dict[str, Any]]] = {}
     paths = {name: path for name, path in adapter_paths(cfg).items() if name in CHAINED and (all_of_them or name == "chained")}
@@ -149,8 +150,8 @@ def calibrations(
     cfg: AcceptanceConfig, states: dict[str, HiddenStates], head: Tensor, adapter: Predictor, measured: dict[str, tuple[Scores, Tensor]]
 ) -> dict[str, dict[str, Any]]:
     """A certified threshold for the hidden and the chained adapter, and the risk it has on the clips that are measured."""
-    from feature_alignment import scoring
-    from feature_alignment.calibration import certify
+    from feature_alignment.measurement import scoring
+    from feature_alignment.measurement.calibration import certify
 
     judged: dict[str, dict[str, Judged]] = {name: {} for name in measured}
     for name, split in (("validation", cfg.validation_split), ("calibration", cfg.calibration_split)):
@@ -170,7 +171,7 @@ def calibrations(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(AcceptanceConfig, argv, "measure_feature_acceptance")
-    from feature_alignment.processes import check_device, claimed
+    from feature_alignment.storage.processes import check_device, claimed
 
     check_device(cfg.device)
     with claimed(cfg.out / "acceptance"):
@@ -181,7 +182,8 @@ def measure(cfg: AcceptanceConfig) -> dict[str, Any]:
     """Measure, or reuse what is there; returns the content of acceptance.json."""
     import torch
 
-    from feature_alignment import artifacts, plots, scoring
+    from feature_alignment.measurement import plots, scoring
+    from feature_alignment.storage import artifacts
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from feature_alignment.advice import command_for
-from feature_alignment.config import Common, parse_config
-from feature_alignment.console import UserError, print_json_line, print_table, run
+from feature_alignment.cli.advice import command_for
+from feature_alignment.cli.config import Common, parse_config
+from feature_alignment.cli.console import UserError, print_json_line, print_table, run
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def plot_curves(history: list[dict[str, float]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from feature_alignment.artifacts import replacing
+    from feature_alignment.storage.artifacts import replacing
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for axis, name in zip(axes, ("loss", "cosine", "token_match"), strict=True):
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(TrainConfig, argv, "train_hidden_adapter", variant="adapter")
     from contextlib import nullcontext
 
-    from feature_alignment.processes import claimed, processes
+    from feature_alignment.storage.processes import claimed, processes
 
     rank, world, device, wait = processes(cfg.device)
     with claimed(adapter_folder(cfg)) if rank == 0 else nullcontext():
@@ -119,7 +119,8 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
     """Train, or reuse what is there, as process `rank` of `world`; returns the adapter's meta."""
     import torch
 
-    from feature_alignment import artifacts, training
+    from feature_alignment.adapters import training
+    from feature_alignment.storage import artifacts
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

@@ -9,9 +9,9 @@ import torch
 from conftest import ROOT
 from test_readme import DOCUMENTS, disagreements
 
-from feature_alignment.benchmark_plots import PICTURES
-from feature_alignment.plots import ACCEPTANCE
-from feature_alignment.verification import verify
+from feature_alignment.benchmark.plots import PICTURES
+from feature_alignment.measurement.plots import ACCEPTANCE
+from feature_alignment.storage.verification import verify
 
 OUT = ROOT / "outputs" / "demo"
 FILES = [

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from feature_alignment.config import SCRIPTS
+from feature_alignment.cli.config import SCRIPTS
 from feature_alignment.models.decoder import Decoder, Prompt
 from feature_alignment.models.loading import load_tokenizer
 

@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
-from feature_alignment import artifacts
-from feature_alignment.config import Common
-from feature_alignment.console import UserError
-from feature_alignment.earlier_rows import complete, refuse_changes
-from feature_alignment.hidden_states_writer import HiddenStatesWriter, begin, check_room, plan_hash, rows_done
-from feature_alignment.identity import RunIdentity
+from feature_alignment.cli.config import Common
+from feature_alignment.cli.console import UserError
+from feature_alignment.storage import artifacts
+from feature_alignment.storage.earlier_rows import complete, refuse_changes
+from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin, check_room, plan_hash, rows_done
+from feature_alignment.storage.identity import RunIdentity
 
 DRAFT, TARGET = "egpt_hidden_states.pt", "vl_hidden_states.pt"
 META = {"draft_layers": [3], "hidden_size_draft": 6, "hidden_size_target": 4}

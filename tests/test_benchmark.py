@@ -11,20 +11,20 @@ import pytest
 import torch
 from conftest import as_decoder, main_of, noisy_copy, prompt_of, tiny_llama
 
-from feature_alignment import speed_model, targets
-from feature_alignment.artifacts import content_hash
-from feature_alignment.chained_adapter import ChainedAdapter
-from feature_alignment.console import UserError
-from feature_alignment.decoding import measure
+from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.benchmark import speed_model, targets
+from feature_alignment.benchmark import timing as measure
+from feature_alignment.benchmark.compare import compare
+from feature_alignment.benchmark.rows import Mode, row_name, speeds
+from feature_alignment.benchmark.speed_model import Costs, RoundCost, drafter_of
+from feature_alignment.benchmark.timing import Timed, fastest, mismatches
+from feature_alignment.cli.console import UserError
+from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS
 from feature_alignment.decoding.engine import Generation, Round, greedy, speculate
-from feature_alignment.decoding.measure import Timed, fastest, mismatches
-from feature_alignment.decoding.null_drafters import NULL_DRAFTERS
 from feature_alignment.decoding.proposers import ModelProposer
-from feature_alignment.differences import compare
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.inputs.samples import Sample
-from feature_alignment.rows import Mode, row_name, speeds
-from feature_alignment.speed_model import Costs, RoundCost, drafter_of
+from feature_alignment.storage.artifacts import content_hash
 
 COST = {"v": {"1": 1.0, "6": 1.25, "32": 2.0}}
 LOOP = {"t_target_ms": 4.0, "c": 0.2, "c_chained": 0.05, **COST}

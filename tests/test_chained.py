@@ -8,18 +8,19 @@ import pytest
 import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 
-from feature_alignment import artifacts, metrics
-from feature_alignment.artifacts import HiddenStates
-from feature_alignment.chained_adapter import ChainedAdapter, chain_over, load_chained_adapter, text_batches
-from feature_alignment.console import UserError
+from feature_alignment.adapters.chained import ChainedAdapter, chain_over, load_chained_adapter, text_batches
+from feature_alignment.adapters.training import train_chained
+from feature_alignment.cli.console import UserError
+from feature_alignment.decoding.baseline_drafters import HybridProposer, NGram
 from feature_alignment.decoding.engine import greedy, speculate
-from feature_alignment.decoding.null_drafters import HybridProposer, NGram
 from feature_alignment.decoding.proposers import ChainedProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.measure_feature_acceptance import chain_report
-from feature_alignment.scoring import chain_scores
+from feature_alignment.measurement import metrics
+from feature_alignment.measurement.scoring import chain_scores
+from feature_alignment.storage import artifacts
+from feature_alignment.storage.artifacts import HiddenStates
 from feature_alignment.train_hidden_adapter import TrainConfig
-from feature_alignment.training import train_chained
 
 D, EVENTS, VOCAB = 32, 1, 64
 PROMPTS = [(1, 5, 9, 13), (1, 40, 3), (1, 7, 7, 7, 20, 33)]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from feature_alignment import comparison
-from feature_alignment.metrics import bootstrap_ratio
+from feature_alignment.measurement import comparison
+from feature_alignment.measurement.metrics import bootstrap_ratio
 
 ROWS = [
     {"sequence": "a", "query": "q", "egpt_tokens": [5, 6, 7, 2], "vl_tokens": [5, 6, 9, 9, 2]},

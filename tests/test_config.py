@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, main_of
 
-from feature_alignment.config import SCRIPTS, Common, parse_config
-from feature_alignment.console import CONSOLE, UserError, print_table
-from feature_alignment.ranges import INPUT_FILES, RANGES, SPLITS
+from feature_alignment.cli.config import SCRIPTS, Common, parse_config
+from feature_alignment.cli.console import CONSOLE, UserError, print_table
+from feature_alignment.cli.ranges import INPUT_FILES, RANGES, SPLITS
 
 
 @dataclass(frozen=True)

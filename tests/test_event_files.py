@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import SHARED, needs
 
-from feature_alignment import console
-from feature_alignment.console import UserError
+from feature_alignment.cli import console
+from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.events import check_events, load_events
 
 

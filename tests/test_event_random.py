@@ -13,8 +13,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from feature_alignment import console
-from feature_alignment.console import UserError
+from feature_alignment.cli import console
+from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.events import load_events
 
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}

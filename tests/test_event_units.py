@@ -12,9 +12,9 @@ import pytest
 from conftest import SHARED, needs
 from test_event_random import evt3, npz_bins
 
-from feature_alignment import console
-from feature_alignment.config import Common, parse_config
-from feature_alignment.console import UserError, mended_in
+from feature_alignment.cli import console
+from feature_alignment.cli.config import Common, parse_config
+from feature_alignment.cli.console import UserError, mended_in
 from feature_alignment.inputs import event_index
 from feature_alignment.inputs.event_evt import State, decode_evt3
 from feature_alignment.inputs.events import event_images, load_events

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import SHARED, needs
 
-from feature_alignment.console import UserError
+from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.events import check_events, event_image, event_images, load_events, slice_by_count
 
 

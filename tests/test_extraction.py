@@ -18,12 +18,13 @@ import pytest
 import torch
 from conftest import ROOT, fork
 
-from feature_alignment import artifacts, extract_hidden_states
-from feature_alignment.config import parse_config
-from feature_alignment.console import UserError
+from feature_alignment import extract_hidden_states
+from feature_alignment.cli.config import parse_config
+from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models.batches import ClipBatch, batches
 from feature_alignment.models.pair import load_pair
+from feature_alignment.storage import artifacts
 
 FILES = ("egpt_hidden_states.pt", "vl_hidden_states.pt", "positions.pt", "samples.jsonl")
 
@@ -229,7 +230,7 @@ def test_shards_that_cannot_be_are_refused(tiny_run, tmp_path, words):
 
 
 def test_a_full_disk_stops_before_the_work(tiny_run, tmp_path, monkeypatch):
-    from feature_alignment import hidden_states_writer
+    from feature_alignment.storage import hidden_states_writer
 
     room = dataclasses.make_dataclass("Room", ["free"])(100)
     monkeypatch.setattr(hidden_states_writer.shutil, "disk_usage", lambda _: room)

@@ -22,11 +22,12 @@ import torch
 from conftest import ROOT, fork, main_of
 from test_mutations import numbers, tree
 
-from feature_alignment import artifacts, console, hidden_states, verification
-from feature_alignment.config import SCRIPTS
-from feature_alignment.console import UserError
-from feature_alignment.processes import claimed
-from feature_alignment.verification import WRONG, verify
+from feature_alignment.cli import console
+from feature_alignment.cli.config import SCRIPTS
+from feature_alignment.cli.console import UserError
+from feature_alignment.storage import artifacts, hidden_states, verification
+from feature_alignment.storage.processes import claimed
+from feature_alignment.storage.verification import WRONG, verify
 
 QUICK = ["--limit", "2", "--max_new_tokens", "6", "--repeats", "1", "--warmup", "0", "--num_draft_tokens", "2"]
 COMMANDS = {
@@ -350,7 +351,7 @@ def test_states_that_are_not_finite_name_their_sample(run, tmp_path, monkeypatch
     split = "test" if name == "acceptance" else "train"
     folder = tmp_path / "out" / "hidden_states" / split
     states = artifacts.load_hidden_states(folder)
-    from feature_alignment.state_files import storage_offset
+    from feature_alignment.storage.state_files import storage_offset
 
     path, row = folder / "vl_hidden_states.pt", 5
     at = storage_offset(path) + row * states.target[0].nbytes
@@ -397,7 +398,7 @@ def test_verify_as_a_command(run, tmp_path, capsys):
     with pytest.raises(UserError, match="holds no results"):
         verification.main(["verify", str(tmp_path / "out" / "sd")])
     (tmp_path / "out" / "acceptance" / "per_position.csv").unlink()
-    command = [sys.executable, "-m", "feature_alignment.artifacts", "verify", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "feature_alignment.storage.artifacts", "verify", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "acceptance/per_position.csv" in done.stdout and done.stderr.startswith("error: ")
     assert json.loads(done.stdout.splitlines()[-1])["missing"] == 1
@@ -470,7 +471,7 @@ def test_extraction_refuses_a_file_in_place_of_token_pairs_before_loading(run, t
 
 def test_the_room_check_counts_the_files_of_the_head(run, tmp_path, monkeypatch):
     """No rows are missing in the room that is left for them, but the head and the embeddings would not fit."""
-    from feature_alignment import hidden_states_writer
+    from feature_alignment.storage import hidden_states_writer
 
     asked = []
     monkeypatch.setattr(hidden_states_writer, "check_room", lambda _, needed: asked.append(needed))
@@ -483,7 +484,7 @@ def test_the_room_check_counts_the_files_of_the_head(run, tmp_path, monkeypatch)
 
 
 def test_too_little_room_names_the_disk(tmp_path, monkeypatch):
-    from feature_alignment.hidden_states_writer import check_room
+    from feature_alignment.storage.hidden_states_writer import check_room
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
     check_room(tmp_path / "a" / "b", 10)
@@ -507,7 +508,7 @@ def test_a_write_to_a_full_disk_names_file_and_disk(tmp_path, capsys):
 
 
 def test_a_states_file_that_cannot_grow_is_named(tmp_path):
-    from feature_alignment.hidden_states_writer import HiddenStatesWriter, begin
+    from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin
 
     begin(tmp_path / "train", {}, True)
     writer = HiddenStatesWriter(tmp_path / "train", 2, {"vl_hidden_states.pt": (3, 4)}, torch.float32)
@@ -522,7 +523,7 @@ def test_a_states_file_that_cannot_grow_is_named(tmp_path):
 
 def test_a_full_disk_behind_standard_output_is_one_message():
     command = [sys.executable, "feature_alignment/train_hidden_adapter.py", "--print_config"]
-    code = "from feature_alignment.console import run; run(lambda: print('x'))"
+    code = "from feature_alignment.cli.console import run; run(lambda: print('x'))"
     for argv in ([sys.executable, "-c", code], command):
         with open("/dev/full", "w") as full:
             done = subprocess.run(argv, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
@@ -555,7 +556,7 @@ def test_ctrl_c_while_libraries_are_imported_ends_without_a_traceback(script, tm
 
 def test_an_interrupt_that_a_library_turns_into_its_own_error_still_ends_with_130():
     code = (
-        "import os, signal\nfrom feature_alignment.console import run\ndef main():\n"
+        "import os, signal\nfrom feature_alignment.cli.console import run\ndef main():\n"
         "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n"
         "    except KeyboardInterrupt:\n        raise ImportError('initialisation failed') from None\nrun(main)"
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from feature_alignment.chained_adapter import ChainedAdapter
-from feature_alignment.folded_chain import FoldedChain
+from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.adapters.folded import FoldedChain
 
 D_TARGET, D_EVENT, VOCAB, WIDTH = 24, 20, 50, 16
 

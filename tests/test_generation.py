@@ -16,12 +16,12 @@ from test_sampling import ERROR, PROMPT, TEMPERATURE, TEXTS, VOCAB, Remembered, 
 from transformers import GenerationConfig
 
 from feature_alignment import feature_sd_inference
-from feature_alignment.config import Common, parse_config
-from feature_alignment.console import UserError
-from feature_alignment.decoding import generate
+from feature_alignment.benchmark import transformers_baselines as generate
+from feature_alignment.cli.config import Common, parse_config
+from feature_alignment.cli.console import UserError
+from feature_alignment.decoding.baseline_drafters import HybridProposer, NGram, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
 from feature_alignment.decoding.engine import greedy, speculate
-from feature_alignment.decoding.null_drafters import HybridProposer, NGram, TableProposer
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.inputs.samples import read_samples

@@ -24,16 +24,16 @@ import torch
 from conftest import fork
 from PIL import Image
 
-from feature_alignment.answers import read_token_pairs
-from feature_alignment.artifacts import load_pt, read_json
-from feature_alignment.chained_adapter import load_chained_adapter
-from feature_alignment.config import Common, parse_config
-from feature_alignment.console import UserError
+from feature_alignment.adapters.chained import load_chained_adapter
+from feature_alignment.cli.config import Common, parse_config
+from feature_alignment.cli.console import UserError
 from feature_alignment.hidden_adapter import HiddenAdapter, load_adapter
 from feature_alignment.inputs.events import load_events
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.inputs.video import read_frames
 from feature_alignment.models import pair
+from feature_alignment.storage.answers import read_token_pairs
+from feature_alignment.storage.artifacts import load_pt, read_json
 
 CANARY = "hacked"  # every payload would make a file of this name
 MEMORY = 192 << 20  # bytes that opening a refused file may touch

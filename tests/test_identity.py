@@ -15,15 +15,17 @@ import torch
 from conftest import ROOT, main_of
 from test_mutations import numbers
 
-from feature_alignment import advice, extract_hidden_states, identity
-from feature_alignment.config import Common, parse_config
-from feature_alignment.console import UserError
-from feature_alignment.files import altered, file_hash, read_json, write_sealed
-from feature_alignment.hidden_states import load_hidden_states
-from feature_alignment.identity import RunIdentity, code_of, hub_revision, identity_of
+from feature_alignment import extract_hidden_states
+from feature_alignment.cli import advice
+from feature_alignment.cli.config import Common, parse_config
+from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.row_identity import identify
 from feature_alignment.inputs.samples import Sample, read_samples
 from feature_alignment.models.batches import ClipBatch, batches
+from feature_alignment.storage import identity
+from feature_alignment.storage.files import altered, file_hash, read_json, write_sealed
+from feature_alignment.storage.hidden_states import load_hidden_states
+from feature_alignment.storage.identity import RunIdentity, code_of, hub_revision, identity_of
 
 STATES = ("egpt_hidden_states.pt", "vl_hidden_states.pt", "egpt_event_states.pt", "positions.pt", "samples.jsonl")
 
@@ -407,7 +409,7 @@ def test_shards_keep_their_rows_too(scene, generated):
 
 
 def test_a_stopped_run_keeps_its_rows_when_the_manifest_grows(scene, generated, monkeypatch):
-    from feature_alignment.hidden_states_writer import HiddenStatesWriter
+    from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter
 
     commits = []
     commit = HiddenStatesWriter.commit
@@ -681,7 +683,7 @@ def test_commands_can_be_typed():
     )
     advice.use_config(None, Path("outputs/default"), False)
     assert advice.command_for("train_hidden_adapter") == "python feature_alignment/train_hidden_adapter.py"
-    assert advice.verify_command() == "python -m feature_alignment.artifacts verify outputs/default"
+    assert advice.verify_command() == "python -m feature_alignment.storage.artifacts verify outputs/default"
 
 
 def test_the_comparison_takes_a_target_from_the_hub(run, finished, monkeypatch):

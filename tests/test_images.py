@@ -11,7 +11,7 @@ import pytest
 from conftest import SHARED, needs
 from PIL import Image
 
-from feature_alignment.console import UserError
+from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.images import sorted_by_number
 from feature_alignment.inputs.video import read_frames, sample_indices
 

@@ -7,9 +7,9 @@ import json
 import pytest
 from conftest import ROOT
 
-from feature_alignment.console import UserError
+from feature_alignment.cli.console import UserError
 from feature_alignment.demo import captions, world
-from feature_alignment.lexicon import Lexicon
+from feature_alignment.measurement.lexicon import Lexicon
 
 SMALL = {
     "facts": {"color": {"red": ["red", "crimson"], "blue": ["Blue"]}, "kind": {"car": ["car"]}, "parked": {"car": ["parked car"]}},

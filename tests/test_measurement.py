@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from feature_alignment import comparison, hidden_adapter, scoring, token_adapter
-from feature_alignment.artifacts import HiddenStates, save_pt
-from feature_alignment.calibration import Judged, certify, p_value
+from feature_alignment import hidden_adapter
+from feature_alignment.adapters import token as token_adapter
+from feature_alignment.cli.console import UserError
 from feature_alignment.compare_token_baseline import ComparisonConfig, token_adapter_report
-from feature_alignment.console import UserError
 from feature_alignment.decoding.acceptance import kept_drafts
 from feature_alignment.measure_feature_acceptance import acceptance_report, chain_report
-from feature_alignment.scoring import Fitted, Scores
+from feature_alignment.measurement import comparison, scoring
+from feature_alignment.measurement.calibration import Judged, certify, p_value
+from feature_alignment.measurement.scoring import Fitted, Scores
+from feature_alignment.storage.artifacts import HiddenStates, save_pt
 
 N, S, D, V, G = 9, 11, 6, 12, 3
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from feature_alignment import metrics
-from feature_alignment.closed_form import PositionMeans, moments
+from feature_alignment.adapters.closed_form import PositionMeans, moments
+from feature_alignment.measurement import metrics
 
 
 def random_bits(seed, n=7, s=15):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import as_decoder, prompt_of, tiny_llama
 
-from feature_alignment.config import Common, parse_config
-from feature_alignment.console import UserError
+from feature_alignment.cli.config import Common, parse_config
+from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models import loading, pair
 from feature_alignment.models.batches import _common_prefix, _keep, _Texts, _up_to, _with_room

@@ -30,12 +30,12 @@ import pytest
 import torch
 from conftest import main_of
 
-from feature_alignment import console
-from feature_alignment.artifacts import content_hash, source_hash
-from feature_alignment.chained_adapter import ChainedAdapter
+from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.cli import console
 from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.inputs.event_files import save_events
-from feature_alignment.verification import WRONG, verify
+from feature_alignment.storage.artifacts import content_hash, source_hash
+from feature_alignment.storage.verification import WRONG, verify
 
 MUTATIONS = 1000
 SLICE = 17
@@ -263,7 +263,7 @@ class Scene:
 
     def undo(self, folder: Path) -> None:
         """Make a complete split look as if it had been killed after its first rows."""
-        from feature_alignment.hidden_states_writer import _note, unfinished
+        from feature_alignment.storage.hidden_states_writer import _note, unfinished
 
         meta = json.loads((folder / "meta.json").read_text())
         positions = torch.load(folder / "positions.pt", weights_only=True)

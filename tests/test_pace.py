@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 
+from feature_alignment.decoding.draft_length import FIRST_FLOOR, GOOD, SHARE, Pace
 from feature_alignment.decoding.engine import greedy, speculate
-from feature_alignment.decoding.pace import FIRST_FLOOR, GOOD, SHARE, Pace
 from feature_alignment.decoding.proposers import ModelProposer
 
 
@@ -180,7 +180,7 @@ def test_text_and_trace_with_a_pace(noise):
 
 def test_a_drafter_of_which_nothing_is_known_waits_until_its_prompt_and_a_poor_round_are_paid_for(monkeypatch):
     """A pass takes 1 ms and the prompt 4: it is tried when the share of all passes and prompts comes to 4 + 1/2 passes."""
-    monkeypatch.setattr("feature_alignment.decoding.pace.SHARE", 1 / 64)  # sums of it are exact
+    monkeypatch.setattr("feature_alignment.decoding.draft_length.SHARE", 1 / 64)  # sums of it are exact
     pace = Pace()
     pace.passed(0, 1, 0.0, 1.0)
     pace.prompted(4.0)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, main_of
 
-from feature_alignment import artifacts
-from feature_alignment.console import UserError
+from feature_alignment.cli.console import UserError
+from feature_alignment.storage import artifacts
 
 
 def read(path):
@@ -104,7 +104,7 @@ def test_pictures_and_summaries_are_there(finished):
 
 def test_own_drafts_are_what_the_drafter_would_have_said(finished):
     """Without a cache, one prefix at a time, the drafter at full depth."""
-    from feature_alignment.config import parse_config
+    from feature_alignment.cli.config import parse_config
     from feature_alignment.extract_hidden_states import ExtractConfig
     from feature_alignment.inputs.samples import read_samples
     from feature_alignment.models.pair import load_pair

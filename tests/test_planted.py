@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import main_of
 
-from feature_alignment.artifacts import read_sealed, save_pt
-from feature_alignment.console import UserError
+from feature_alignment.benchmark.planted import kept_by_chance
+from feature_alignment.benchmark.rows import row_name
+from feature_alignment.cli.console import UserError
 from feature_alignment.hidden_adapter import HiddenAdapter
-from feature_alignment.metrics import tokens_per_pass_iid
-from feature_alignment.planted import kept_by_chance
-from feature_alignment.rows import row_name
+from feature_alignment.measurement.metrics import tokens_per_pass_iid
+from feature_alignment.storage.artifacts import read_sealed, save_pt
 
 
 def test_drafts_are_kept_at_the_planted_rate_whatever_they_say():

@@ -11,8 +11,8 @@ import pytest
 from conftest import SHARED, needs
 from transformers import AutoTokenizer
 
-from feature_alignment.config import Common
-from feature_alignment.console import UserError
+from feature_alignment.cli.config import Common
+from feature_alignment.cli.console import UserError
 from feature_alignment.models import eventgpt, pair, video_llava
 from feature_alignment.models.loading import check_shared_ids, load_tokenizer
 

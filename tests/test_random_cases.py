@@ -11,10 +11,10 @@ import torch
 from conftest import EOS, VOCAB, as_decoder, noisy_copy, prompt_of, tiny_llama
 from oracle import by_both, by_chain, by_model, by_table, oracle
 
-from feature_alignment.chained_adapter import ChainedAdapter
+from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
 from feature_alignment.decoding.engine import greedy, speculate
-from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.hidden_adapter import HiddenAdapter
 

@@ -22,8 +22,8 @@ import readme
 import torch
 from conftest import ROOT
 
-from feature_alignment.config import SCRIPTS, Common
-from feature_alignment.console import UserError
+from feature_alignment.cli.config import SCRIPTS, Common
+from feature_alignment.cli.console import UserError
 from feature_alignment.demo import scenes
 
 PATHS = [ROOT / name for name in ("README.md", "TASKS.md", "CONTRIBUTING.md", "CHANGELOG.md")]

@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import EOS, VOCAB, as_decoder, noisy_copy, prompt_of, tiny_llama
 
-from feature_alignment.chained_adapter import ChainedAdapter
+from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.decoding import engine
+from feature_alignment.decoding.baseline_drafters import HybridProposer, NGram, Previous, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
+from feature_alignment.decoding.draft_length import Pace
 from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.law import Law
-from feature_alignment.decoding.null_drafters import HybridProposer, NGram, Previous, TableProposer
-from feature_alignment.decoding.pace import Pace
 from feature_alignment.decoding.proposers import ChainedProposer, Draft, ModelProposer, Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import SHARED, needs
 
-from feature_alignment.console import UserError
+from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import read_questions, read_samples
 
 CASES = SHARED / "public_cases"
@@ -249,7 +249,7 @@ def test_clips_without_a_folder_of_their_own_are_sequences_of_their_own(tmp_path
 
 
 def test_a_config_may_carry_a_byte_order_mark(tmp_path):
-    from feature_alignment.config import Common, parse_config
+    from feature_alignment.cli.config import Common, parse_config
 
     (tmp_path / "a.yaml").write_bytes(BOM + b"common:\r\n  seed: 7\r\n")
     assert parse_config(Common, ["--config", str(tmp_path / "a.yaml")], "models/pair").seed == 7
@@ -259,7 +259,7 @@ def test_a_config_may_carry_a_byte_order_mark(tmp_path):
 
 
 def test_token_pairs_of_others_may_carry_a_byte_order_mark(tmp_path):
-    from feature_alignment.answers import read_token_pairs
+    from feature_alignment.storage.answers import read_token_pairs
 
     (tmp_path / "pairs.json").write_bytes(BOM + b'{"results": [{"egpt_tokens": [1], "vl_tokens": [2]}]}')
     assert read_token_pairs(tmp_path / "pairs.json") == [{"egpt_tokens": [1], "vl_tokens": [2]}]

@@ -13,11 +13,11 @@ from conftest import EOS, as_decoder, noisy_copy, prompt_of, tiny_llama
 from oracle import states_behind
 from torch import Tensor
 
-from feature_alignment.chained_adapter import ChainedAdapter
+from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS, HybridProposer, NGram, TableProposer
+from feature_alignment.decoding.draft_length import Pace
 from feature_alignment.decoding.engine import plain, speculate
 from feature_alignment.decoding.law import Law
-from feature_alignment.decoding.null_drafters import NULL_DRAFTERS, HybridProposer, NGram, TableProposer
-from feature_alignment.decoding.pace import Pace
 from feature_alignment.decoding.proposers import ChainedProposer, Draft, ModelProposer, Proposer
 from feature_alignment.decoding.sampling import Sampler, pick
 from feature_alignment.decoding.stopwatch import Stopwatch

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED, needs
 
-from feature_alignment.console import UserError
+from feature_alignment.cli.console import UserError
 from feature_alignment.demo import cameras, scenes, world
 from feature_alignment.inputs.events import load_events
 from feature_alignment.inputs.simulate import read_log_intensity, simulate_events

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import as_decoder, main_of, noisy_copy, prompt_of, tiny_llama
 
-from feature_alignment.chained_adapter import ChainedAdapter
+from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch

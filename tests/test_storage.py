@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from feature_alignment import artifacts, pickles, state_files
-from feature_alignment.console import UserError
-from feature_alignment.pickles import ArraysOnly, check_pt, look_through
-from feature_alignment.processes import _name, claimed, processes, temporary_name
-from feature_alignment.verification import main, verify
+from feature_alignment.cli.console import UserError
+from feature_alignment.storage import artifacts, pickles, state_files
+from feature_alignment.storage.pickles import ArraysOnly, check_pt, look_through
+from feature_alignment.storage.processes import _name, claimed, processes, temporary_name
+from feature_alignment.storage.verification import main, verify
 
 # ---- pickles
 

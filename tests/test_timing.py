@@ -10,15 +10,15 @@ import torch
 from conftest import as_decoder, prompt_of, tiny_llama
 
 from feature_alignment import hidden_adapter
-from feature_alignment.config import Common
-from feature_alignment.console import UserError
-from feature_alignment.decoding import measure
+from feature_alignment.benchmark import timing as measure
+from feature_alignment.benchmark.timing import Timed
+from feature_alignment.cli.config import Common
+from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.engine import Generation, Round
-from feature_alignment.decoding.measure import Timed
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.demo.captions import facts_in
 from feature_alignment.demo.world import HIDDEN_FROM_EVENTS, WORDS
-from feature_alignment.metrics import bootstrap_ratio
+from feature_alignment.measurement.metrics import bootstrap_ratio
 from feature_alignment.models.pair import Pair
 
 

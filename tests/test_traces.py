@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 
-from feature_alignment.chained_adapter import ChainedAdapter
+from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.decoding.baseline_drafters import NGram, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
+from feature_alignment.decoding.draft_length import Pace
 from feature_alignment.decoding.engine import Generation, Round, greedy, speculate
-from feature_alignment.decoding.null_drafters import NGram, TableProposer
-from feature_alignment.decoding.pace import Pace
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.hidden_adapter import HiddenAdapter

@@ -12,7 +12,7 @@ from conftest import SHARED, needs
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from feature_alignment.console import UserError
+from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.video import _turn_of, clip_pixels, read_frames, sample_indices
 
 CASES = SHARED / "public_cases"

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from feature_alignment.decoding.acceptance import Rule, cosine_per_position, kept_drafts
+from feature_alignment.decoding.draft_length import Pace
 from feature_alignment.decoding.law import Law
-from feature_alignment.decoding.pace import Pace
 from feature_alignment.decoding.proposers import Draft, Proposer
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.stopwatch import Stopwatch

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from feature_alignment.chained_adapter import ChainedAdapter, Seen
+from feature_alignment.adapters.chained import ChainedAdapter, Seen
 from feature_alignment.decoding.law import Law, Pick
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.models.decoder import Decoder, Prompt, State

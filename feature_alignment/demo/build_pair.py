@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 if __name__ == "__main__":
-    from feature_alignment.console import run_module
+    from feature_alignment.cli.console import run_module
 
     run_module("feature_alignment.demo.build_pair")
 
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from feature_alignment.cli.ranges import number_argument, path_argument
 from feature_alignment.demo import cameras, captions
 from feature_alignment.demo.students import (
     CLIP_MEAN,
@@ -44,8 +45,7 @@ from feature_alignment.demo.students import (
     render_inputs,
     tokenizers,
 )
-from feature_alignment.processes import check_writable, children_ignore_interrupts
-from feature_alignment.ranges import number_argument, path_argument
+from feature_alignment.storage.processes import check_writable, children_ignore_interrupts
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def save(who: str, work: Path, out: Path) -> None:
 
 def slot_accuracies(who: str, work: Path, out: Path) -> dict[str, float]:
     """What the saved model says about unseen scenes: share of stated facts that are true, per slot, through the real input files."""
-    from feature_alignment.config import Common
+    from feature_alignment.cli.config import Common
     from feature_alignment.demo.scenes import write_split
     from feature_alignment.inputs.samples import read_samples
     from feature_alignment.models.pair import load_draft, load_target

@@ -112,7 +112,7 @@ def _cap(text: str) -> str:
 
 
 def lexicon() -> dict[str, Any]:
-    """The content of `lexicon.json`: which words of either dialect state which facts (see `feature_alignment.lexicon`)."""
+    """The content of `lexicon.json`: which words of either dialect state which facts (see `feature_alignment.measurement.lexicon`)."""
     facts: dict[str, dict[str, list[str]]] = {
         slot: {value: [w for w in words if w not in ("", "a")] for value, words in values.items()} for slot, values in WORDS.items()
     }

@@ -16,14 +16,14 @@ import shutil
 from pathlib import Path
 
 if __name__ == "__main__":
-    from feature_alignment.console import run_module
+    from feature_alignment.cli.console import run_module
 
     run_module("feature_alignment.demo.scenes")
 
+from feature_alignment.cli.ranges import number_argument, path_argument
 from feature_alignment.demo import cameras, captions, world
 from feature_alignment.inputs.event_files import save_events
-from feature_alignment.processes import check_writable, children_ignore_interrupts
-from feature_alignment.ranges import number_argument, path_argument
+from feature_alignment.storage.processes import check_writable, children_ignore_interrupts
 
 log = logging.getLogger(__name__)
 

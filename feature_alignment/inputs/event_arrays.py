@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from feature_alignment.console import UserError
+from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.event_columns import columns_by_name, order_of
 from feature_alignment.inputs.event_text import read_zipped_text
 from feature_alignment.inputs.event_windows import (
@@ -27,7 +27,7 @@ from feature_alignment.inputs.event_windows import (
     joined,
     table_of,
 )
-from feature_alignment.pickles import ArraysOnly, look_through, plain_array
+from feature_alignment.storage.pickles import ArraysOnly, look_through, plain_array
 
 _MAX_PICKLE_BYTES = 1 << 30
 _MAX_IN_MEMORY = 1 << 24  # larger packed arrays are unpacked into a temporary file

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from feature_alignment.console import UserError, mended
+from feature_alignment.cli.console import UserError, mended
 from feature_alignment.inputs.event_evt import decode_evt2, decode_evt3, decode_evt21, halves_swapped
 from feature_alignment.inputs.event_h5 import INSTALL
 from feature_alignment.inputs.event_index import CHUNK_BYTES, Index, Word, chunk_words, open_index

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from feature_alignment.console import UserError
+from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.event_units import TimeUnit
 from feature_alignment.inputs.event_windows import EVENT_FIELDS
 

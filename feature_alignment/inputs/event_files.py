@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from feature_alignment.console import UserError
+from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.event_arrays import read_npy, read_zip
 from feature_alignment.inputs.event_cameras import read_aedat4, read_prophesee
 from feature_alignment.inputs.event_h5 import SIGNATURE, is_h5, read_h5

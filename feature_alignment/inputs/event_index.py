@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from feature_alignment.console import log
+from feature_alignment.cli.console import log
 from feature_alignment.inputs.event_evt import State
 
 CHUNK_BYTES = 1 << 20

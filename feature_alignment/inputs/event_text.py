@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from feature_alignment.console import UserError, mended
+from feature_alignment.cli.console import UserError, mended
 from feature_alignment.inputs.event_columns import columns_by_name, order_of
 from feature_alignment.inputs.event_units import TimeUnit
 from feature_alignment.inputs.event_windows import EVENT_FIELDS, EventBlocks

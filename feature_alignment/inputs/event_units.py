@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from feature_alignment.console import UserError, mended
+from feature_alignment.cli.console import UserError, mended
 
 TimeUnit = Literal["s", "ms", "us", "ns"]
 UNITS: tuple[TimeUnit, ...] = ("s", "ms", "us", "ns")

@@ -16,7 +16,7 @@ from typing import IO
 
 import numpy as np
 
-from feature_alignment.console import UserError, log, mended
+from feature_alignment.cli.console import UserError, log, mended
 from feature_alignment.inputs.event_units import TimeSample, TimeUnit, choose_unit, to_us
 
 EVENT_FIELDS = ("x", "y", "t", "p")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from feature_alignment.console import UserError, mended
+from feature_alignment.cli.console import UserError, mended
 from feature_alignment.inputs.event_columns import MAX_COORDINATE
 from feature_alignment.inputs.event_files import read_event_file
 from feature_alignment.inputs.event_units import TimeUnit

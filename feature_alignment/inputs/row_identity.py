@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from feature_alignment.files import config_hash, file_hash
 from feature_alignment.inputs.samples import Sample
+from feature_alignment.storage.files import config_hash, file_hash
 
 
 def identify(samples: Sequence[Sample], parts: Sequence[Sequence[int]], manifest: Path, event_start_ms: float) -> list[dict[str, Any]]:

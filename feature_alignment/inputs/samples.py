@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from feature_alignment.console import UserError
+from feature_alignment.cli.console import UserError
+from feature_alignment.cli.text_files import as_object, kind_of, read_text, reason, rows_of
 from feature_alignment.inputs.event_units import UNITS, TimeUnit
-from feature_alignment.text_files import as_object, kind_of, read_text, reason, rows_of
 
 _LONGEST_QUESTION = 2000  # characters
 _SPLITS = {"val": "validation", "valid": "validation", "dev": "validation"}

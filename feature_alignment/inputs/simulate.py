@@ -22,17 +22,17 @@ import os
 from pathlib import Path
 
 if __name__ == "__main__":
-    from feature_alignment.console import run_module
+    from feature_alignment.cli.console import run_module
 
     run_module("feature_alignment.inputs.simulate")
 
 import numpy as np
 
-from feature_alignment.console import UserError, print_json_line
+from feature_alignment.cli.console import UserError, print_json_line
+from feature_alignment.cli.ranges import number_argument, path_argument
 from feature_alignment.inputs.event_files import save_events
 from feature_alignment.inputs.video import open_video, upright_frames
-from feature_alignment.processes import check_writable
-from feature_alignment.ranges import number_argument, path_argument
+from feature_alignment.storage.processes import check_writable
 
 log = logging.getLogger(__name__)
 

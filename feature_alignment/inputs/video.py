@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from feature_alignment.console import UserError, mended
+from feature_alignment.cli.console import UserError, mended
 from feature_alignment.inputs.images import UPRIGHT, Turn, exif_turn, open_stills, refuse_large, to_8_bits
 
 NUM_FRAMES = 8

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from feature_alignment.config import Steps
-from feature_alignment.console import UserError, log
+from feature_alignment.cli.config import Steps
+from feature_alignment.cli.console import UserError, log
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models.fixed import FixedCache
 from feature_alignment.models.fused import unfit

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from feature_alignment.config import Steps
-from feature_alignment.console import log
+from feature_alignment.cli.config import Steps
+from feature_alignment.cli.console import log
 from feature_alignment.models import fused
 
 LENGTHS = (1, 2, 4, 6, 9, 13, 17, 25)  # tokens a recorded step reads; beyond them multiples of 32

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from transformers.generation import logits_process as processors
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from feature_alignment.console import UserError
+from feature_alignment.cli.console import UserError
 
 # Settings that decoding token by token does not carry out, and the values at which they do nothing
 REFUSED: dict[str, tuple] = {

@@ -22,11 +22,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
-from feature_alignment.config import Common
-from feature_alignment.console import UserError
+from feature_alignment.cli.config import Common
+from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.video import clip_pixels
 from feature_alignment.models.prompts import prepare_for_prompts, text_ids
-from feature_alignment.processes import check_device
+from feature_alignment.storage.processes import check_device
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
-    from feature_alignment.console import run_module
+    from feature_alignment.cli.console import run_module
 
     run_module("feature_alignment.models.pair")
 
@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from feature_alignment.config import Common, Steps, parse_config
-from feature_alignment.console import UserError, print_json_line, print_table
+from feature_alignment.cli.config import Common, Steps, parse_config
+from feature_alignment.cli.console import UserError, print_json_line, print_table
 from feature_alignment.inputs import events as event_inputs
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.inputs.video import NUM_FRAMES, clip_pixels, read_frames

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from feature_alignment.console import UserError
-from feature_alignment.text_files import as_object, read_text, reason
+from feature_alignment.cli.console import UserError
+from feature_alignment.cli.text_files import as_object, read_text, reason
 
 log = logging.getLogger(__name__)
 

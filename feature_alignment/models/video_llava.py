@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import VideoLlavaForConditionalGeneration
 
-from feature_alignment.console import UserError
+from feature_alignment.cli.console import UserError
 from feature_alignment.models.loading import load_model
 from feature_alignment.models.prompts import prompt_ids, prompt_text
 

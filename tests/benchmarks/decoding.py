@@ -19,16 +19,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
+from feature_alignment.benchmark import timing as measure
 from feature_alignment.benchmark_feature_sd import BenchmarkConfig
-from feature_alignment.config import parse_config
-from feature_alignment.console import print_json_line, print_table, rate_text, run
-from feature_alignment.decoding import measure
+from feature_alignment.cli.config import parse_config
+from feature_alignment.cli.console import print_json_line, print_table, rate_text, run
 from feature_alignment.decoding.batch import speculate_batch
+from feature_alignment.decoding.draft_length import Pace
 from feature_alignment.decoding.engine import Generation, greedy, speculate
-from feature_alignment.decoding.pace import Pace
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample, read_samples
-from feature_alignment.metrics import Counts
+from feature_alignment.measurement.metrics import Counts
 from feature_alignment.models.pair import load_pair
 
 SOURCES = ("own", "aligned", "chained", "hybrid", "ngram", "template", "lookup", "previous")

@@ -32,8 +32,8 @@ import torch
 from transformers import PreTrainedModel
 
 from feature_alignment import extract_hidden_states
-from feature_alignment.config import parse_config
-from feature_alignment.console import print_json_line, print_table, run
+from feature_alignment.cli.config import parse_config
+from feature_alignment.cli.console import print_json_line, print_table, run
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models import pair as pair_module
 from feature_alignment.models.decoder import Decoder

@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feature_alignment import artifacts, scoring, training
-from feature_alignment.artifacts import HiddenStates
-from feature_alignment.config import parse_config
-from feature_alignment.console import print_json_line, print_table, rate_text, run
+from feature_alignment.adapters import training
+from feature_alignment.cli.config import parse_config
+from feature_alignment.cli.console import print_json_line, print_table, rate_text, run
 from feature_alignment.hidden_adapter import HiddenAdapter
+from feature_alignment.measurement import scoring
+from feature_alignment.storage import artifacts
+from feature_alignment.storage.artifacts import HiddenStates
 from feature_alignment.train_hidden_adapter import TrainConfig
 
 

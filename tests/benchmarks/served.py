@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 
-from feature_alignment import artifacts, scoring
-from feature_alignment.config import parse_config
-from feature_alignment.console import print_json_line, print_table, rate_text, run
+from feature_alignment.benchmark.rows import acceptance_of
+from feature_alignment.benchmark.timing import Timed
+from feature_alignment.cli.config import parse_config
+from feature_alignment.cli.console import print_json_line, print_table, rate_text, run
 from feature_alignment.decoding.engine import speculate
-from feature_alignment.decoding.measure import Timed
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.feature_sd_inference import InferenceConfig
 from feature_alignment.inputs.samples import read_samples
+from feature_alignment.measurement import scoring
 from feature_alignment.models.pair import load_pair
-from feature_alignment.rows import acceptance_of
+from feature_alignment.storage import artifacts
 
 
 def offline(folder: Path, sources: Sources, drafts: int, ids: set[str] | None = None) -> dict[str, dict[str, Any]]:

@@ -13,8 +13,8 @@ import torch
 from geometry_7b import LLAMA_7B
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from feature_alignment.console import UserError, print_json_line, print_table, run
-from feature_alignment.decoding.measure import step_ms
+from feature_alignment.benchmark.timing import step_ms
+from feature_alignment.cli.console import UserError, print_json_line, print_table, run
 from feature_alignment.models import fixed
 from feature_alignment.models.decoder import Decoder, Prompt
 

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from feature_alignment import scoring
-from feature_alignment.artifacts import HiddenStates
-from feature_alignment.closed_form import Moments
-from feature_alignment.console import print_json_line, print_table, run
+from feature_alignment.adapters.closed_form import Moments
+from feature_alignment.cli.console import print_json_line, print_table, run
 from feature_alignment.hidden_adapter import HiddenAdapter
+from feature_alignment.measurement import scoring
+from feature_alignment.storage.artifacts import HiddenStates
 
 WIDTH = 4096
 

@@ -1,0 +1,175 @@
+"""What both models answered on their own: `{meta, results: [{sample_id, query, egpt_tokens, egpt_text, vl_tokens, vl_text}]}`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from feature_alignment.cli.advice import command_for
+from feature_alignment.cli.console import UserError, finite
+from feature_alignment.storage.files import read_json, replacing
+from feature_alignment.storage.hidden_states import eos_ids_of
+from feature_alignment.storage.identity import THERE_NOW, RunIdentity
+
+log = logging.getLogger(__name__)
+
+
+def write_token_pairs(path: Path, meta: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
+    """{meta, results: [{sample_id, sequence, query, and of both models the tokens and the text of its own answer}]}, row by row."""
+    keys = ("egpt_tokens", "egpt_text", "vl_tokens", "vl_text")
+    plain = json.loads(json.dumps(finite(meta), allow_nan=False))
+    begin = json.dumps({"meta": plain}, sort_keys=True)[:-1]
+    digest = hashlib.sha256(begin.encode() + b', "results": [')  # what `content_hash` takes of the whole, piece by piece
+    with replacing(path) as temporary, temporary.open("w") as stream:
+        stream.write(begin + ',\n"results": [')
+        for i, r in enumerate(rows):
+            result = {"sample_id": r["id"], "sequence": r["sequence"], "query": r["question"], **{k: r[k] for k in keys}}
+            result |= {"identity": r["identity"]} if "identity" in r else {}
+            line = json.dumps(result, sort_keys=True)
+            digest.update(b", " * bool(i) + line.encode())
+            stream.write(",\n" * bool(i) + line)
+        digest.update(b"]}")
+        stream.write(f'],\n"content_hash": "{digest.hexdigest()[:16]}"}}\n')
+
+
+def read_token_pairs(path: Path) -> list[dict[str, Any]]:
+    """Rows with `egpt_tokens` and `vl_tokens`, from `{"results": [...]}`; of our own files also `sample_id` and `query`."""
+    return _read(path, command_for("extract_hidden_states", split=path.stem))["results"]
+
+
+def eos_ids(path: Path) -> list[int]:
+    """The token ids that end the target's texts in a token pairs file."""
+    meta = _read(path, command_for("extract_hidden_states", split=path.stem)).get("meta")
+    return eos_ids_of(meta if isinstance(meta, dict) else None)
+
+
+def _read(path: Path, make_it: str) -> dict[str, Any]:
+    content = read_json(path, make_it)
+    rows = content.get("results") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f'{path} holds no rows; wanted {{"results": [{{"egpt_tokens": […], "vl_tokens": […], …}}]}}.')
+    for i, row in enumerate(rows):
+        for key in ("egpt_tokens", "vl_tokens"):
+            tokens = row.get(key) if isinstance(row, dict) else None
+            if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < 2**31 for t in tokens):
+                raise UserError(f"{path}, row {i}: {key} must be a list of token ids.")
+        if "content_hash" in content and not (isinstance(row.get("query"), str) and isinstance(row.get("sample_id"), str)):
+            raise UserError(f"{path}, row {i}: wanted sample_id and query.")
+    return content
+
+
+Answers = dict[str, tuple[array, array]]  # sample id -> Video-LLaVA's tokens, EventGPT's tokens
+# Settings of an extraction that change what is stored, and no text
+NO_TEXT = {"split", "prefix", "max_positions", "store_dtype", "separate_layers", "event_states", "own_drafts", "draft_layers", "shard"}
+BY_ROW = frozenset({"manifest", "questions", "answers"})  # sources of which every row's question and clip are compared
+
+
+def known_answers(
+    asked: Path | None, earlier: Path | None, identity: RunIdentity, rows: Sequence[dict[str, Any]], ignore_code: bool = False
+) -> Answers:
+    """Answers to read instead of generating them: those of the file that the user named, or what an earlier run left."""
+    if asked:
+        return load_answers(asked, identity, rows, ignore_code)
+    return earlier_answers(earlier, identity, rows) if earlier and earlier.is_file() else {}
+
+
+def load_answers(path: Path, identity: RunIdentity, rows: Sequence[dict[str, Any]], ignore_code: bool = False) -> Answers:
+    """Both models' own answers from the token pairs file that the user named.
+
+    Args:
+        path: the file; one that records no identity (somebody else's) is taken at its word, except for ids, questions and lengths
+        identity: of the extraction that wants them
+        rows: its samples: id, question, identity
+        ignore_code: accept answers of other code
+
+    Raises:
+        UserError: if they are of another run, or a sample has none that fits
+    """
+    leave_out = "Leave --answers out to generate them."
+    content = _read(path, "leave --answers out, and they are generated")
+    recorded = content.get("meta")
+    if recorded and (changes := _for_texts(identity).changes(_texts_of(recorded), ignore_code, THERE_NOW)):
+        keep = " With --ignore_code they are read all the same." if all(c.startswith("code: ") for c in changes) else ""
+        raise UserError(f"{path} holds answers of another run:\n  " + "\n  ".join(changes) + f"\n{leave_out}{keep}")
+    found = _fitting(path, content["results"], rows, identity.settings["max_new_tokens"], "row" if recorded else None)
+    if len(found) < len(rows):
+        without = next(row["id"] for row in rows if row["id"] not in found)
+        raise UserError(
+            f"{path} has answers of 1 to {identity.settings['max_new_tokens']} tokens to the same question about the same clip for "
+            f"{len(found)} of {len(rows)} samples, none for {without!r}. {leave_out}"
+        )
+    log.info("reused  %s: %s, and every sample's question%s", path, *_compared(identity, bool(recorded)))
+    return found
+
+
+def earlier_answers(path: Path, identity: RunIdentity, rows: Sequence[dict[str, Any]]) -> Answers:
+    """The answers that an earlier run left at `path`, of those rows that it read in the same batches; the others are generated.
+
+    Args:
+        path: token pairs of this split
+        identity: of the extraction that wants them
+        rows: its samples: id, question, identity
+    """
+    try:
+        content = _read(path, "")
+    except UserError as error:
+        log.warning("%s  All answers are generated.", str(error).splitlines()[0])
+        return {}
+    if changes := _for_texts(identity).changes(_texts_of(content.get("meta"))):
+        log.warning("%s is of another run, its answers are generated again (then → now): %s", path, "; ".join(changes))
+        return {}
+    found = _fitting(path, content["results"], rows, identity.settings["max_new_tokens"], "batch")
+    compared, more = _compared(identity, True)
+    log.info("reused  %s: %d of %d answers; unchanged are %s, and their question%s, batch", path, len(found), len(rows), compared, more)
+    return found
+
+
+def _compared(identity: RunIdentity, is_ours: bool) -> tuple[str, str]:
+    return (_for_texts(identity).compared(), ", clip and start") if is_ours else ("a file without meta", "")
+
+
+def _for_texts(identity: RunIdentity) -> RunIdentity:
+    """The part of an extraction's identity that decides both models' answers."""
+    settings = {key: value for key, value in identity.settings.items() if key not in NO_TEXT}
+    return replace(identity, settings=settings, not_compared=BY_ROW)
+
+
+def _texts_of(recorded: Any) -> dict[str, Any]:
+    """The same part of what a file recorded."""
+    recorded = recorded if isinstance(recorded, dict) else {}
+    settings = recorded.get("settings")
+    kept = {k: v for k, v in settings.items() if k not in NO_TEXT} if isinstance(settings, dict) else None
+    return {**recorded, "settings": kept}
+
+
+def _fitting(path: Path, results: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], longest: int, kind: str | None) -> Answers:
+    """Answers to the very questions of `rows`.
+
+    Args:
+        path: of the file, for messages
+        results: its rows
+        rows: id, question and identity of the samples
+        longest: most tokens an answer may have
+        kind: which of a row's two hashes must be equal; None compares ids and, where the file has them, questions
+    """
+    by_id = {row["id"]: row for row in rows}
+    found: Answers = {}
+    for result in results:
+        row = by_id.get(str(result.get("sample_id")))
+        if row is None:
+            continue
+        if kind is None:
+            fits = result.get("query") in (None, row["question"])
+        else:
+            identity = result.get("identity")
+            fits = isinstance(identity, dict) and identity.get(kind) == row["identity"][kind]
+        texts = (array("i", result["vl_tokens"]), array("i", result["egpt_tokens"]))
+        if fits and all(1 <= len(text) <= longest for text in texts):
+            found[row["id"]] = texts
+    return found

@@ -1,0 +1,157 @@
+"""Provenance and reuse: what made a result, and whether it may be used again.
+
+`meta` of every result records its identity (`identity.py`), where its sources lay, and the versions that made it. To compare a whole
+run with its recorded hashes:
+
+    python -m feature_alignment.storage.artifacts verify outputs/demo
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    from feature_alignment.cli.console import run_module
+
+    run_module("feature_alignment.storage.verification")
+
+from feature_alignment.cli.config import Common, as_plain
+from feature_alignment.cli.console import UserError, mended_files
+from feature_alignment.storage.files import (
+    altered,
+    config_hash,
+    content_hash,
+    file_hash,
+    layers_read,
+    load_pt,
+    load_trained,
+    read_json,
+    read_sealed,
+    replacing,
+    save_pt,
+    weights_hash,
+    write_json,
+    write_sealed,
+    write_text,
+)
+from feature_alignment.storage.hidden_states import EVENT_STATES, HiddenStates, layer_file, load_hidden_states
+from feature_alignment.storage.identity import RunIdentity, Sources, identity_of, machine, source_hash
+
+log = logging.getLogger(__name__)
+
+__all__ = [  # what the scripts take from here, wherever it is defined
+    "EVENT_STATES",
+    "HiddenStates",
+    "RunIdentity",
+    "Sources",
+    "altered",
+    "config_hash",
+    "content_hash",
+    "file_hash",
+    "identity_of",
+    "layer_file",
+    "layers_read",
+    "load_hidden_states",
+    "load_pt",
+    "load_trained",
+    "log_reuse",
+    "provenance",
+    "read_json",
+    "read_sealed",
+    "replacing",
+    "reusable",
+    "save_pt",
+    "source_hash",
+    "weights_hash",
+    "write_json",
+    "write_sealed",
+    "write_text",
+]
+
+
+def provenance(script: str, cfg: Common, made_from: Sources, identity: RunIdentity | None = None, **facts: Any) -> dict[str, Any]:
+    """The `meta` of everything a script writes.
+
+    Args:
+        script: name of the script
+        cfg: its settings
+        made_from: name -> the files it read; their places are recorded, next to the hashes of the identity
+        identity: where it has been computed already
+        **facts: more entries
+    """
+    return {
+        "made_by": script,
+        "argv": sys.argv[1:],
+        "config": as_plain(cfg),
+        **(identity or identity_of(script, cfg, made_from)).as_dict(),
+        "inputs": {name: str(p) if isinstance(p, Path) else [str(q) for q in p] for name, p in made_from.items()},
+        "mended": mended_files(),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
+        "machine": machine(cfg.threads),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **facts,
+    }
+
+
+def reusable(path: Path, cfg: Common, identity: RunIdentity, ignore_code: bool = False) -> dict[str, Any] | None:
+    """The JSON at `path` if it may be used again, else None; one log line says what was compared, or what differs.
+
+    Args:
+        path: a JSON file with `meta`, or a `meta.json`
+        cfg: settings; without `--resume` nothing is reused
+        identity: of what would be made now
+        ignore_code: the result holds no timings, and the user asked to keep what other code made
+
+    Raises:
+        UserError: where a folder lies at `path`
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and a file is to be written there; move it away.")
+    if not (cfg.resume and path.is_file()):
+        return None
+    try:
+        content = read_sealed(path, f"rm {path}")
+    except UserError as error:
+        log.warning("%s  It is made again.", str(error).splitlines()[0])
+        return None
+    meta = content.get("meta", content)
+    if changes := identity.changes(meta, ignore_code):
+        log.warning("%s is made again (then → now): %s. Compared: %s.", path, "; ".join(changes), identity.compared())
+        return None
+    if changed := altered(path, content):
+        log.warning("%s: %s was altered or is gone; all of it is made again.", path.parent, ", ".join(changed))
+        return None
+    log_reuse(path, identity, meta, f"the recorded hashes of {len(content.get('files', {})) + 1} files")
+    return content
+
+
+def log_reuse(path: Path, identity: RunIdentity, meta: dict[str, Any], *more: str) -> None:
+    """Log that a result is reused and what was compared.
+
+    Args:
+        path: the result
+        identity: of what would be made now
+        meta: of the result
+        *more: what was compared besides the identity
+    """
+    modules = identity.changed_code(meta)
+    log.info("reused  %s: unchanged are %s", path, ", ".join((identity.compared(bool(modules)), *more)))
+    if modules:
+        log.warning("%s was made by other code (%s changed) and is kept because of --ignore_code.", path, ", ".join(modules))
+
+
+def _git_commit() -> str | None:
+    try:
+        here = Path(__file__).resolve().parent
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,193 @@
+"""What an earlier extraction has left, row by row: whether all of it may be reused, and which rows are kept where it may not.
+
+The last bits of a float depend on the batch in which it is computed. So a row is kept only where the same rows form the same batch,
+and the result is, byte for byte, what extracting everything from scratch gives. Rows that are appended to a manifest are extracted
+together with the rows of the last batch; all batches before it are copied. Renaming a sample, or moving its files, changes no row.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from feature_alignment.cli.console import UserError
+from feature_alignment.storage.artifacts import log_reuse
+from feature_alignment.storage.files import altered, load_pt, read_json, read_sealed
+from feature_alignment.storage.hidden_states_writer import (
+    ANEW,
+    NAMED,
+    HiddenStatesWriter,
+    notes_of,
+    plan_hash,
+    set_aside,
+    sweep,
+    unfinished,
+)
+from feature_alignment.storage.identity import RunIdentity
+from feature_alignment.storage.state_files import frame_hash, row_hashes
+
+log = logging.getLogger(__name__)
+_TOGETHER = 64  # rows that are copied before they are noted
+Row = dict[str, Any]  # what a row's entry in samples.jsonl says of its sample: the keys NAMED, see `inputs/row_identity.py`
+
+
+def complete(directory: Path, identity: RunIdentity, rows: Sequence[Row], ignore_code: bool = False) -> dict[str, Any] | None:
+    """The meta of the complete run in `directory`, if it is the run that is asked for and every byte of it is as it was written.
+
+    Args:
+        directory: of one split
+        identity: of the run that is asked for
+        rows: its rows; of a merge, which has no clips to look at, without `identity` and `clip`
+        ignore_code: accept what other code made
+    """
+    if unfinished(directory).is_dir() or not (directory / "meta.json").is_file():
+        return None
+    meta = read_sealed(directory / "meta.json", ANEW)
+    if identity.changes(meta, ignore_code) or not _same_rows(directory, meta, rows):
+        return None
+    if wrong := altered(directory / "meta.json", meta) or _damaged(directory, meta):
+        names = ", ".join(wrong)
+        log.warning("%s: %s was altered, truncated or deleted. Rows that are intact are kept, others extracted again.", directory, names)
+        return None
+    sweep(directory)
+    compared = f"{len(rows)} rows (question, clip, batch)", f"the recorded hashes of {len(meta['files'])} files and of all their states"
+    log_reuse(directory, identity, meta, *compared)
+    return meta
+
+
+def _same_rows(directory: Path, meta: dict[str, Any], rows: Sequence[Row]) -> bool:
+    if all("identity" in row for row in rows):
+        return meta.get("plan") == plan_hash(rows)
+    stored = [[about.get(key) for key in rows[0]] for about in _entries(directory)]
+    return stored == [list(row.values()) for row in rows]
+
+
+def _entries(directory: Path) -> Iterator[dict[str, Any]]:
+    """What the samples.jsonl of a complete run says of every row; nothing where it was altered."""
+    meta = read_json(directory / "meta.json", ANEW)
+    if not altered(directory / "meta.json", meta, ["samples.jsonl"]):
+        with (directory / "samples.jsonl").open() as stream:
+            yield from map(json.loads, stream)
+
+
+def _damaged(directory: Path, meta: dict[str, Any]) -> list[str]:
+    """Files of states that are gone, or that do not have the hashes they were written with."""
+    rows = [about["sha256"] for about in _entries(directory)]
+    wrong = []
+    for name, frame in meta["frames"].items():
+        path, size = directory / name, meta["row_bytes"][name]
+        try:
+            intact = frame_hash(path, size * len(rows)) == frame
+            intact = intact and all(row[name] == h for row, h in zip(rows, row_hashes(path, len(rows), size), strict=True))
+        except (UserError, OSError):
+            intact = False
+        if not intact:
+            wrong.append(name)
+    return wrong
+
+
+def refuse_changes(directory: Path, identity: RunIdentity, rows: Sequence[Row], limited: bool, ignore_code: bool = False) -> None:
+    """Refuse to replace hours of work without being asked: where settings, sources or code changed, or most rows would be lost.
+
+    Args:
+        directory: of one split; a complete or an unfinished run may lie there
+        identity: of the run that is asked for
+        rows: its rows
+        limited: whether `--limit` leaves rows out
+        ignore_code: keep what other code made
+
+    Raises:
+        UserError: names what changed, and how to keep or replace what is there
+    """
+    for path in (unfinished(directory) / "settings.json", directory / "meta.json"):
+        if not path.is_file():
+            continue
+        changes = identity.changes(read_json(path, ANEW), ignore_code)
+        if not changes and all("identity" in row for row in rows):
+            changes = _lost(path.parent, rows, limited)
+        if changes:
+            keep = "keep them with --ignore_code, " if all(c.startswith("code: ") for c in changes) else "give the old values, "
+            raise UserError(
+                f"{path.parent} was made with other settings (then → now):\n  " + "\n  ".join(changes) + "\n"
+                f"Compared: {identity.compared()}. To go on, {keep}keep both with another --output_dir, or make it anew with "
+                "--no_resume (the old rows are lost)."
+            )
+        return  # an unfinished run is there to replace the complete one
+
+
+def with_recorded_code(directory: Path, identity: RunIdentity) -> RunIdentity:
+    """The identity with the code that made the earlier run in `directory`: with --ignore_code its rows are kept, and stay that code's."""
+    recorded = _recorded(unfinished(directory)) or _recorded(directory)
+    return replace(identity, code=recorded["code"]) if recorded and not identity.changes(recorded, ignore_code=True) else identity
+
+
+def _lost(folder: Path, rows: Sequence[Row], limited: bool) -> list[str]:
+    """A line where a new run would drop most rows of an earlier one, or any because of --limit."""
+    named = {about["identity"]["row"]: about["id"] for about, _ in _stored(folder)}
+    count = Counter(about["identity"]["row"] for about, _ in _stored(folder))
+    lost = count - Counter(row["identity"]["row"] for row in rows)
+    if not lost or (not limited and lost.total() <= count.total() - lost.total()):
+        return []
+    examples = ", ".join(named[row] for row in list(lost)[:3])
+    why = "are left out by --limit, or have" if limited else "have"
+    return [f"{lost.total()} of {count.total()} rows {why} another question, clip or start, or are gone, e.g. {examples}"]
+
+
+def keep_rows(writer: HiddenStatesWriter, identity: RunIdentity, rows: Sequence[Row], ignore_code: bool = False) -> None:
+    """Copy every intact row of earlier runs whose batch is also one of this run.
+
+    Args:
+        writer: of the run that is asked for
+        identity: of that run; an earlier run of another identity has no rows to keep
+        rows: of that run
+        ignore_code: keep what other code made
+    """
+    place = {row["identity"]["batch"]: i for i, row in enumerate(rows)}
+    asked = {row["identity"]["row"] for row in rows}
+    kept = damaged = regrouped = 0
+    for folder in (writer.directory, *set_aside(writer.directory)):
+        if identity.changes(_recorded(folder), ignore_code):
+            continue
+        for n, (about, source_row) in enumerate(_stored(folder, texts=True)):
+            row = place.get(about["identity"]["batch"])
+            if row is None or row in writer.done:
+                regrouped += row is None and about["identity"]["row"] in asked
+                continue
+            try:
+                writer.copy(row, folder, source_row, {**about, **{key: rows[row][key] for key in NAMED}})
+                kept += 1
+            except (UserError, OSError):
+                damaged += 1
+            if n % _TOGETHER == 0:
+                writer.commit()
+        writer.commit()
+    if kept or damaged or regrouped:
+        found = f"{kept} rows whose question, clip and batch are unchanged"
+        redone = f"{damaged} damaged, {regrouped} now read together with other rows"
+        log.info("kept  %s: %s. Extracted again: %s", writer.directory, found, redone)
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """The identity that a complete or unfinished run recorded; empty where there is none."""
+    path = next((p for p in (folder / "meta.json", folder / "settings.json") if p.is_file()), None)
+    return read_json(path, ANEW) if path else {}
+
+
+def _stored(folder: Path, texts: bool = False) -> Iterator[tuple[dict[str, Any], int]]:
+    """Every row of a complete or unfinished run: its entry (with the ids of its text as `read` if `texts`) and its number in the files."""
+    if (folder / "settings.json").is_file() and not (folder / "meta.json").is_file():
+        for about in notes_of(folder):
+            yield {key: value for key, value in about.items() if key != "row"}, about["row"]
+    elif (folder / "meta.json").is_file():
+        meta = read_json(folder / "meta.json", ANEW)
+        if texts and altered(folder / "meta.json", meta, ["positions.pt"]):
+            return
+        positions = load_pt(folder / "positions.pt", ANEW) if texts else None
+        for row, about in enumerate(_entries(folder)):
+            read = {"read": positions["token_ids"][row, : positions["lengths"][row]].tolist()} if positions else {}
+            yield {**read, **about}, row

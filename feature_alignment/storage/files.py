@@ -1,0 +1,187 @@
+"""Files: written whole or not at all, read with a check, known by their hash.
+
+Tensors are `.pt` files that open with `torch.load(path, mmap=True, weights_only=True)`. Everything is written under a temporary name
+and renamed, so a file under its final name is always complete.
+
+Every JSON records hashes: `content_hash` is a hash of the rest of it, `files` are hashes of the files next to it. A file that was
+altered after it was written is refused when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from feature_alignment.cli.console import UserError, file_named, finite
+from feature_alignment.cli.text_files import read_text
+from feature_alignment.storage.pickles import check_pt
+from feature_alignment.storage.processes import temporary_name
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it on success, once its bytes are on the disk, and removed on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        with file_named(path):
+            yield temporary
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON with `inf` and `nan` as null, so that every reader accepts it."""
+    write_text(path, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_sealed(path: Path, content: dict[str, Any], beside: Sequence[str] = ()) -> None:
+    """JSON that tells later whether it, or one of the files `beside` it (paths from its folder), was altered."""
+    files = {name: file_hash(path.parent / name) for name in beside}
+    plain = json.loads(json.dumps(finite({**content, "files": files}), allow_nan=False))
+    write_json(path, {**plain, "content_hash": content_hash(plain)})
+
+
+def content_hash(content: dict[str, Any]) -> str:
+    """Of everything in a JSON object but its own `content_hash`."""
+    return config_hash({k: v for k, v in content.items() if k != "content_hash"})
+
+
+def read_json(path: Path, make_it: str) -> Any:
+    """A JSON file, or a UserError that names the command that makes it; one that says its hash must still have it."""
+    if not path.is_file():
+        raise UserError(f"{path} is not there. Make it first:\n  {make_it}")
+    try:
+        content = json.loads(read_text(path))
+    except (UserError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}). Make it again:\n  {make_it}") from None
+    if isinstance(content, dict) and content.get("content_hash", content_hash(content)) != content_hash(content):
+        raise UserError(f"{path} was altered after it was written. Make it again:\n  {make_it}")
+    return content
+
+
+def read_sealed(path: Path, make_it: str) -> dict[str, Any]:
+    """A JSON object that one of these scripts wrote and nobody has altered, or a UserError that names the command that makes it."""
+    content = read_json(path, make_it)
+    if not isinstance(content, dict) or "content_hash" not in content:
+        raise UserError(f"{path} does not say its own hash: an older version wrote it, or somebody else. Make it again:\n  {make_it}")
+    return content
+
+
+def altered(path: Path, content: dict[str, Any], names: Iterable[str] | None = None) -> list[str]:
+    """Those of the files beside a sealed JSON at `path` (all, or `names`) that are gone or not as they were."""
+    files = content.get("files", {})
+    there = {name: path.parent / name for name in (files if names is None else names)}
+    return [name for name, file in there.items() if not file.is_file() or file_hash(file) != files.get(name)]
+
+
+def load_pt(path: Path, make_it: str) -> Any:
+    """A `.pt` file, memory-mapped, plain tensors and containers only; UserError if missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} is not there. Make it first:\n  {make_it}")
+    try:
+        check_pt(path)
+        content = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        _refuse_views(content, path.stat().st_size)
+        return content
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, OSError, … for damaged files
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+        raise UserError(f"{path} could not be read ({reason}). Make it again:\n  {make_it}") from None
+
+
+def _refuse_views(content: Any, file_bytes: int) -> None:
+    """A tensor may show one number a billion times; whoever copies it then needs the memory."""
+    for part in content.values() if isinstance(content, dict) else [content]:
+        if isinstance(part, Tensor):
+            if part.numel() * part.element_size() > file_bytes or not part.is_contiguous():
+                raise ValueError(f"a tensor of {tuple(part.shape)} shows more than the file holds")
+        elif isinstance(part, dict):
+            _refuse_views(part, file_bytes)
+
+
+def save_pt(path: Path, content: Any) -> None:
+    """The same content gives the same bytes, whoever writes it: torch would put a file's (temporary) name into the file."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def weights_hash(state_dict: Mapping[str, Tensor]) -> str:
+    """Of names and numbers alone: equal for two trainings that came to the same weights."""
+    digest = hashlib.sha256()
+    for name, tensor in state_dict.items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file; of a directory, of its files' names and hashes."""
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for child in sorted(p for p in path.iterdir() if p.is_file() and p.name != "README.md"):
+            digest.update(f"{child.name}:{file_hash(child)}\n".encode())
+    else:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def config_hash(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_trained(path: Path, kind: str, build: Callable[..., Module], size: str, make_it: str) -> tuple[Module, dict[str, Any]]:
+    """A trained module and its meta: `build(**meta["geometry"])`, filled and ready to use.
+
+    kind: its name in messages; size: a key its geometry must have, so that no other kind is taken for it
+    raises: UserError for a file of another kind, or a damaged one
+    """
+    saved = load_pt(path, make_it)
+    meta = saved.get("meta") if isinstance(saved, dict) else None
+    geometry = meta.get("geometry") if isinstance(meta, dict) else None
+    if not (isinstance(meta, dict) and isinstance(geometry, dict) and size in geometry and isinstance(saved.get("state_dict"), dict)):
+        raise UserError(f"{path} is not {kind} (wanted meta with its geometry, and state_dict). Train one:\n  {make_it}")
+    beside = path.parent / "meta.json"
+    if beside.is_file() and altered(beside, read_json(beside, make_it), [path.name]):
+        raise UserError(f"{path} is not the file that {beside} describes; one of them was altered. Train it again:\n  {make_it}")
+    try:
+        with torch.device("meta"):  # shapes first: the sizes a file states may be anything
+            shapes = {name: tensor.shape for name, tensor in build(**geometry).state_dict().items()}
+        if shapes != {name: tensor.shape for name, tensor in saved["state_dict"].items()}:
+            raise ValueError("its weights do not fit its geometry")
+        if not all(torch.isfinite(tensor).all() for tensor in saved["state_dict"].values()):
+            raise ValueError("it holds weights that are not finite")
+        module = build(**geometry)
+        module.load_state_dict(saved["state_dict"])
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {str(error)[:300]}. Train it again:\n  {make_it}") from None
+    return module.eval(), meta
+
+
+def layers_read(path: Path, meta: dict[str, Any], make_it: str) -> list[int]:
+    """EventGPT's layers that the adapter at `path` was trained on, last the deepest; UserError if its meta does not say."""
+    layers = meta.get("draft_layers")
+    if not isinstance(layers, list) or not layers or not all(type(k) is int for k in layers):
+        raise UserError(f"{path} does not say which of EventGPT's layers it reads (draft_layers {layers!r}). Train it again:\n  {make_it}")
+    return layers

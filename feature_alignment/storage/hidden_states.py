@@ -1,0 +1,146 @@
+"""One split of paired hidden states, read from the files that extraction wrote."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from feature_alignment.cli.advice import command_for, verify_command
+from feature_alignment.cli.console import UserError
+from feature_alignment.cli.text_files import read_text, rows_of
+from feature_alignment.storage.files import altered, load_pt, read_sealed
+from feature_alignment.storage.state_files import frame_hash, row_hashes
+
+EOS_IDS_ONCE = [2]  # of every file written before its meta said so
+
+log = logging.getLogger(__name__)
+
+EVENT_STATES = "egpt_event_states.pt"
+CHECKED_AT_ONCE = 1 << 30  # bytes of states that are compared with their hashes whenever they are loaded
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """One split of paired hidden states, memory-mapped.
+
+    draft:     [n, s, d_draft]   EventGPT's states (its tapped layers side by side, or the one asked for), zero where padded
+    target:    [n, s, d_target]  Video-LLaVA's, post-norm
+    token_ids: [n, s] int64      the tokens both models read; state t *emits* token t
+    mask:      [n, s] bool       real positions, EOS included
+    lengths:   [n] int64
+    rows:      one dict per row: id, sequence, question, both texts
+    events:    [n, e, d_event]   EventGPT's states over its event tokens, if asked for: of the last tapped layer
+    """
+
+    draft: Tensor
+    target: Tensor
+    token_ids: Tensor
+    mask: Tensor
+    lengths: Tensor
+    rows: list[dict[str, Any]]
+    meta: dict[str, Any]
+    events: Tensor | None = None
+
+    def refuse_non_finite(self, rows: Tensor | Sequence[int], *states: Tensor) -> None:
+        """raises UserError, naming the first sample of `rows` [b] of which one of `states` [b, ...] is not finite"""
+        for part in states:
+            bad = ~torch.isfinite(part.flatten(1)).all(1)
+            if bad.any():
+                row = self.rows[int(rows[int(bad.nonzero()[0])])]
+                raise UserError(f"sample {row['id']}: its states are not finite. Look for what was altered:\n  {verify_command()}")
+
+    @property
+    def ended(self) -> Tensor:
+        """[n] bool: texts that end with EOS, not at the length limit."""
+        ids = eos_ids_of(self.meta, "draft_eos_token_ids" if self.meta.get("prefix") == "drafter" else "eos_token_ids")
+        return torch.isin(self.token_ids[torch.arange(len(self.lengths)), self.lengths - 1], torch.tensor(ids))
+
+    @property
+    def names(self) -> list[str]:
+        """The samples' ids."""
+        return [row["id"] for row in self.rows]
+
+    @property
+    def clips(self) -> list[str]:
+        """The cluster each row belongs to: intervals resample these."""
+        return [row["sequence"] for row in self.rows]
+
+
+def eos_ids_of(meta: dict[str, Any] | None, key: str = "eos_token_ids") -> list[int]:
+    """The token ids that end the target's texts (or the drafter's, by its key), as the meta of an extraction or its token pairs says."""
+    ids = (meta or {}).get(key, EOS_IDS_ONCE)
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise UserError(f"{key} in a meta.json: wanted a list of token ids, got {str(ids)[:80]}. Extract again with --no_resume.")
+    return ids
+
+
+def layer_file(layer: int) -> str:
+    """Where one of several separately stored draft layers lies."""
+    return f"egpt_hidden_states.layer{layer:02d}.pt"
+
+
+def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, events: bool = False) -> HiddenStates:
+    """One split of a complete extraction; refuses an incomplete directory or files that do not fit each other.
+
+    layers: EventGPT's layers that are wanted (default: what is there). Where they were stored apart (`--separate_layers`) it must be
+            one of them, and `meta` then speaks of this layer alone
+    events: read EventGPT's event states as well
+    """
+    command = command_for("extract_hidden_states", split=directory.name)
+    meta = read_sealed(directory / "meta.json", command)
+    small = [n for n in meta["files"] if n.endswith((".pt", ".jsonl"))]
+    if changed := altered(directory / "meta.json", meta, small):
+        raise UserError(f"{directory}: {', '.join(changed)} was altered after this split was extracted. Make it again:\n  {command}")
+    name, there = "egpt_hidden_states.pt", meta["draft_layers"]
+    if meta.get("separate_layers"):
+        if layers is None or len(layers) != 1 or layers[0] not in there:
+            raise UserError(
+                f"{directory} holds EventGPT's layers {there} apart; wanted one of them, got {layers}: --draft_layers {there[-1]}"
+            )
+        name = layer_file(layers[0])
+        norm, width = meta["draft_norms"][str(layers[0])], meta["hidden_size_draft"] // len(there)
+        meta = {**meta, "draft_layers": list(layers), "draft_norm": norm, "hidden_size_draft": width}
+    elif layers is not None and list(layers) != list(there):
+        raise UserError(
+            f"{directory} holds EventGPT's layers {there} as one state, not {list(layers)}. Extract those, or all with --separate_layers."
+        )
+    positions = load_pt(directory / "positions.pt", command)
+    rows = [json.loads(row) for _, row in rows_of(read_text(directory / "samples.jsonl"))]
+    draft, target = (_load_states(directory / file, rows, meta, command) for file in (name, "vl_hidden_states.pt"))
+    if draft.shape[:2] != target.shape[:2] or draft.shape[:2] != positions["token_ids"].shape:
+        shapes = {"egpt": draft.shape, "vl": target.shape, "token_ids": positions["token_ids"].shape}
+        raise UserError(f"the files in {directory} do not fit each other: {shapes}. Make them again:\n  {command}")
+    for file, tensor, width in ((name, draft, "hidden_size_draft"), ("vl_hidden_states.pt", target, "hidden_size_target")):
+        if tensor.shape[-1] != meta[width]:
+            raise UserError(f"{directory}/{file} is {tensor.shape[-1]} wide, its meta.json says {meta[width]}: files swapped?")
+    seen = None
+    if events:
+        if not meta.get("event_states"):
+            raise UserError(
+                f"{directory} holds no event states, which the chained adapter reads. Extract them:\n  {command} --event_states"
+            )
+        seen = _load_states(directory / EVENT_STATES, rows, meta, command)
+    return HiddenStates(draft, target, **{k: positions[k] for k in ("token_ids", "mask", "lengths")}, rows=rows, meta=meta, events=seen)
+
+
+def _load_states(path: Path, rows: Sequence[dict[str, Any]], meta: dict[str, Any], command: str) -> Tensor:
+    """One file of states, memory-mapped. Its frame is compared with its hash, its rows with theirs where that takes a second."""
+    states = load_pt(path, command)
+    if not isinstance(states, Tensor) or states.ndim != 3 or not 0 < len(states) == len(rows):
+        raise UserError(f"{path} does not hold the {len(rows)} rows of samples.jsonl. Make it again:\n  {command}")
+    if frame_hash(path, states.nbytes) != meta["frames"].get(path.name):
+        raise UserError(f"{path} is not the file that its meta.json describes: files swapped, or altered? Make it again:\n  {command}")
+    if states.nbytes <= CHECKED_AT_ONCE:
+        for about, found in zip(rows, row_hashes(path, len(rows), states[0].nbytes), strict=True):
+            if about["sha256"][path.name] != found:
+                raise UserError(f"{path}: the states of sample {about['id']} were altered. Make them again:\n  {command}")
+    else:
+        log.info("%s: %.3g GB are not compared with their hashes now; that takes\n  %s", path, states.nbytes / 1e9, verify_command())
+    return states

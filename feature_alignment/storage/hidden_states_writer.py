@@ -1,0 +1,326 @@
+"""Hidden-state files written in place: flat memory at any number of rows, safe to kill, filled by many processes at once.
+
+    train.unfinished/  settings.json  egpt_hidden_states.pt  vl_hidden_states.pt  progress-0.txt  progress-1.txt
+    train/             the same .pt files, positions.pt, samples.jsonl, meta.json: one rename, once every row is there
+
+Every `.pt` has its full size from the start and is sparse; a row is written at its place in the file, not through a memory map,
+whose touched pages would count as this process's memory. A process notes its rows in its own progress file after their states,
+each with the hashes of its states; a resumed run does again what does not have its hash, or whose note is damaged.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from feature_alignment.cli.console import UserError, file_named
+from feature_alignment.storage.answers import write_token_pairs
+from feature_alignment.storage.files import read_json, save_pt, write_json, write_sealed
+from feature_alignment.storage.hidden_states import EVENT_STATES
+from feature_alignment.storage.identity import RunIdentity
+from feature_alignment.storage.state_files import frame_hash, row_hash, row_hashes, storage_offset
+
+log = logging.getLogger(__name__)
+ANEW = "the same command with --no_resume"
+NAMED = ("identity", "id", "sequence", "question", "facts", "clip")  # of a row's entry, what its sample says
+
+
+def unfinished(directory: Path) -> Path:
+    """Where a run is filled in before it gets its final name."""
+    return directory.with_name(directory.name + ".unfinished")
+
+
+def begin(directory: Path, identity: RunIdentity, plan: str, resume: bool) -> bool:
+    """Make the unfinished folder, or keep the one that is there if it is of the same rows.
+
+    An unfinished folder of other rows is set aside, so that the rows it shares with this run can be copied. A complete run stays until
+    the new one takes its place.
+
+    Args:
+        directory: where the complete run will lie
+        identity: of the run
+        plan: `plan_hash` of its rows
+        resume: whether what is unfinished is kept; otherwise it is deleted
+
+    Returns:
+        Whether rows of earlier runs may be copied: not where --no_resume began this run.
+    """
+    part = unfinished(directory)
+    recorded = part / "settings.json"
+    if resume and recorded.is_file() and (found := read_json(recorded, ANEW)).get("plan") == plan:
+        return not found.get("anew")
+    for notes in part.glob("progress-*.txt"):  # nobody's rows are thrown away while they are being written
+        os.close(_open_progress(notes))
+    if resume and recorded.is_file():
+        os.rename(part, directory.with_name(f"{directory.name}.earlier-{len(set_aside(directory)) + 1}.unfinished"))
+    for folder in () if resume else set_aside(directory):
+        shutil.rmtree(folder)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    write_json(recorded, {**identity.as_dict(), "plan": plan, "anew": not resume})
+    return resume
+
+
+def set_aside(directory: Path) -> list[Path]:
+    """Unfinished runs of other rows, whose rows may be copied."""
+    return sorted(directory.parent.glob(f"{directory.name}.earlier-*.unfinished"))
+
+
+def plan_hash(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One hash of all rows in their order: what they depend on, and how they are named.
+
+    Args:
+        rows: entries of samples.jsonl, or what `row_identity.identify` says of the samples
+    """
+    digest = hashlib.sha256()
+    for about in rows:
+        digest.update(json.dumps([about.get(key) for key in NAMED], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _open_progress(path: Path) -> int:
+    """The progress file at `path`, ours alone as long as it is open; a note cut off by a kill is removed."""
+    stream = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(stream)
+        raise UserError(f"another process is writing {path.parent}; wait for it, or give another --output_dir.") from None
+    os.ftruncate(stream, path.read_bytes().rfind(b"\n") + 1)
+    return stream
+
+
+def rows_done(directory: Path) -> set[int]:
+    """Rows that an unfinished run has noted."""
+    return {row for row, *_ in _notes(unfinished(directory))}
+
+
+def notes_of(folder: Path) -> Iterator[dict[str, Any]]:
+    """The last whole note of every row of an unfinished run: `row`, its text as `read`, and what samples.jsonl will say."""
+    for path, at in {row: (path, at) for row, path, at in _notes(folder)}.values():
+        yield _about(path, at)
+
+
+def _note(about: dict[str, Any]) -> bytes:
+    """One line of a progress file: a checksum, and what it is of."""
+    text = json.dumps(about).encode()
+    return f"{zlib.crc32(text):08x} ".encode() + text + b"\n"
+
+
+def _read_note(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None for one that a kill cut off or something altered."""
+    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    return json.loads(text) if line.endswith(b"\n") and checksum == f"{zlib.crc32(text):08x}".encode() else None
+
+
+def _notes(part: Path) -> Iterator[tuple[int, Path, int]]:
+    """Every row that has a whole note, with its progress file and the byte its note begins at."""
+    for path in sorted(part.glob("progress-*.txt")):
+        at = 0
+        with path.open("rb") as stream:
+            for line in stream:
+                if about := _read_note(line):
+                    yield about["row"], path, at
+                at += len(line)
+
+
+def _about(path: Path, at: int) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        stream.seek(at)
+        return _read_note(stream.readline()) or {}
+
+
+def sweep(directory: Path) -> None:
+    """Remove from a complete run what only the unfinished one needed; done after the rename, so that no kill can lose rows."""
+    for leftover in (*directory.glob("progress-*.txt"), directory / "settings.json"):
+        leftover.unlink(missing_ok=True)
+
+
+def check_room(directory: Path, needed_bytes: int) -> None:
+    """Raise UserError if the disk that holds `directory` has less room than `needed_bytes`."""
+    folder = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.is_dir())
+    disk, free = next(p for p in (folder, *folder.parents) if p.is_mount()), shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise UserError(
+            f"{directory} may need {needed_bytes:,} bytes, its disk has {free:,} free (mounted at {disk}). Make room, "
+            "give an --output_dir on another disk, or store less: --store_dtype bfloat16, --max_positions, --limit."
+        )
+
+
+def row_bytes(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
+    """What one row may take in files of these shapes per row; a short text takes less, because what is not written is not stored."""
+    return sum(positions * size for positions, size in shapes) * dtype.itemsize
+
+
+class HiddenStatesWriter:
+    """The unfinished folder of one run, opened by one of the processes that fill it. Make it after `begin`.
+
+    shapes: file name -> (positions, size); each file holds [rows, positions, size], zero where no text is
+    rank:  this process's number. Rank 0 must be made first and be the only one to `finish`
+    """
+
+    def __init__(self, directory: Path, rows: int, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, rank: int = 0) -> None:
+        self.directory, self.part = directory, unfinished(directory)
+        self._rows, self._shapes, self._dtype = rows, dict(shapes), dtype
+        self._longest = shapes["vl_hidden_states.pt"][0]
+        for name, shape in shapes.items():
+            if rank == 0:
+                self._lay_out(name, rows * row_bytes([shape], dtype))
+        self._files = {name: os.open(self.part / name, os.O_RDWR) for name in shapes}
+        self._offsets = {name: storage_offset(self.part / name) for name in shapes}
+        self._progress = _open_progress(self.part / f"progress-{rank}.txt")
+        self.done = self._intact() if rank == 0 else rows_done(directory)
+        self._waiting: list[dict[str, Any]] = []
+
+    def _lay_out(self, name: str, rows_bytes: int) -> None:
+        """A new sparse file at full size, unless one is there that has this very frame."""
+        fresh = self.part / "fresh" / name  # torch writes the file's name into the file: it must be the final one
+        fresh.parent.mkdir(exist_ok=True)
+        try:
+            with torch.serialization.skip_data():
+                torch.save(torch.empty(self._rows, *self._shapes[name], dtype=self._dtype), fresh)
+        except RuntimeError as error:  # what torch makes of a disk that is full, or does not take files this large
+            raise UserError(f"{self.part} could not be laid out with {rows_bytes:,} bytes for {name}: {str(error)[:120]}") from None
+        try:
+            if (self.part / name).is_file() and frame_hash(self.part / name, rows_bytes) == frame_hash(fresh, rows_bytes):
+                return
+        except UserError:
+            log.warning("%s was damaged; its rows are done again.", self.part / name)
+        os.replace(fresh, self.part / name)
+
+    def _intact(self) -> set[int]:
+        """Noted rows whose states have the hashes they were noted with; others are done again."""
+        noted = {row: _about(path, at)["sha256"] for row, path, at in _notes(self.part)}
+        wrong: set[int] = set()
+        for name in self._shapes if noted else ():
+            for row, found in enumerate(row_hashes(self.part / name, max(noted) + 1, row_bytes([self._shapes[name]], self._dtype))):
+                if row in noted and noted[row][name] != found:
+                    wrong.add(row)
+        if wrong:
+            log.warning("%s: %d of %d noted rows were altered since; they are done again.", self.part, len(wrong), len(noted))
+            self._forget(wrong)
+        return set(noted) - wrong
+
+    def _forget(self, rows: set[int]) -> None:
+        """Take the notes of `rows` out of every progress file."""
+        for path in self.part.glob("progress-*.txt"):
+            kept = [line for line in path.read_bytes().splitlines(keepends=True) if (a := _read_note(line)) and a["row"] not in rows]
+            with path.open("r+b") as stream:  # in place: the open file is the lock
+                stream.truncate(0)
+                stream.write(b"".join(kept))
+
+    def write(self, row: int, states: Mapping[str, Tensor], token_ids: Sequence[int], about: dict[str, Any]) -> None:
+        """Store one row; it counts from the next `commit` on.
+
+        states: file name -> [n, size], any dtype; of event states all positions. token_ids: n
+        raises: UserError for states that are not finite
+        """
+        n, hashes = len(token_ids), {}
+        for name, tensor in states.items():
+            stored = tensor.to(self._dtype)  # where float16 ends, bfloat16 goes on
+            if not torch.isfinite(stored).all():
+                raise UserError(
+                    f"sample {about['id']}: {name} would hold non-finite states as {str(self._dtype)[6:]}; "
+                    "check the model's dtype and inputs, or --store_dtype."
+                )
+            positions, size = self._shapes[name]
+            if tensor.shape != (positions if name == EVENT_STATES else n, size) or not 1 <= n <= self._longest:
+                raise ValueError(f"{name}, row {row}: states {tuple(tensor.shape)} for {n} tokens of at most {self._longest}")
+            data = stored.contiguous().view(torch.uint8).numpy().data.cast("B")
+            hashes[name] = row_hash(data, row_bytes([self._shapes[name]], self._dtype))
+            self._put(name, row, data)
+        self._waiting.append({"row": row, "read": list(token_ids), **about, "sha256": hashes})
+
+    def copy(self, row: int, source: Path, source_row: int, about: dict[str, Any]) -> None:
+        """Store a row of another complete run, whose files have the same names, shapes and dtype; `about` has its text as `read`.
+
+        raises: UserError for states that do not have the hash they were written with
+        """
+        for name, (positions, size) in self._shapes.items():
+            length = row_bytes([(positions, size)], self._dtype)
+            n = positions if name == EVENT_STATES else len(about["read"])
+            with (source / name).open("rb") as stream:
+                data = os.pread(stream.fileno(), n * size * self._dtype.itemsize, storage_offset(source / name) + source_row * length)
+            if row_hash(data, length) != about["sha256"][name]:
+                raise UserError(f"{source / name}: the states of sample {about['id']} are not those that were written. Copy it again.")
+            self._put(name, row, memoryview(data))
+        self._waiting.append({"row": row, **about})
+
+    def _put(self, name: str, row: int, data: memoryview) -> None:
+        at = self._offsets[name] + row * row_bytes([self._shapes[name]], self._dtype)
+        data = data.cast("B")
+        with file_named(self.part / name):
+            while data:  # one call writes at most 2 GiB, and less where a signal comes
+                sent = os.pwrite(self._files[name], data, at)
+                data, at = data[sent:], at + sent
+
+    def commit(self) -> None:
+        """Note the rows written since the last commit. States reach the disk first: a noted row is there even if the power fails."""
+        for name, stream in self._files.items():
+            with file_named(self.part / name):
+                os.fdatasync(stream)
+        lines = b"".join(map(_note, self._waiting))
+        with file_named(self.part):
+            if lines and os.write(self._progress, lines) != len(lines):
+                raise OSError(errno.ENOSPC, "the disk took only part of the progress notes")
+            os.fdatasync(self._progress)
+        self.done |= {about["row"] for about in self._waiting}
+        self._waiting.clear()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """What was said about every row, in their order, one at a time; `read` is the text the states stand on."""
+        where = {row: (path, at) for row, path, at in _notes(self.part)}
+        for row in range(self._rows):
+            about = _about(*where[row])
+            del about["row"]
+            yield about
+
+    def finish(self, meta: dict[str, Any], token_pairs: Path | None = None) -> None:
+        """Write what goes beside the states (and the answers to `token_pairs`) and give everything its final name at once."""
+        count, width = self._rows, self._longest
+        counts: dict[str, Counter[str]] = {"mended": Counter(), "cut": Counter()}
+        token_ids, lengths = torch.zeros(count, width, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
+        with file_named(self.part / "samples.jsonl"), (self.part / "samples.jsonl").open("w") as stream:
+            for row, about in enumerate(self.rows()):
+                read = about.pop("read")
+                for kind, counter in counts.items():
+                    counter.update(about.get(kind, ()))
+                token_ids[row, : len(read)], lengths[row] = torch.tensor(read), len(read)
+                stream.write(json.dumps(about) + "\n")
+        save_pt(self.part / "positions.pt", {"token_ids": token_ids, "mask": torch.arange(width) < lengths[:, None], "lengths": lengths})
+        sizes = {name: row_bytes([shape], self._dtype) for name, shape in self._shapes.items()}
+        meta = {**meta, "plan": plan_hash(self.rows()), "positions": int(lengths.sum()), **counts, "row_bytes": sizes}
+        beside = ["positions.pt", "samples.jsonl", *[f"../{p.name}" for p in sorted(self.directory.parent.glob("vl_*.pt"))]]
+        if token_pairs:
+            write_token_pairs(token_pairs, meta, self.rows())
+            beside.append(os.path.relpath(token_pairs, self.directory))
+        frames = {name: frame_hash(self.part / name, count * size) for name, size in sizes.items()}
+        write_sealed(self.part / "meta.json", {**meta, "frames": frames}, beside)
+        shutil.rmtree(self.part / "fresh", ignore_errors=True)
+        if self.directory.is_dir():  # of other rows, damaged, or of other settings and --no_resume was given
+            shutil.rmtree(self.directory)
+        os.rename(self.part, self.directory)
+        for folder in set_aside(self.directory):
+            shutil.rmtree(folder)
+        sweep(self.directory)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files; a second call does nothing."""
+        open_files = [*self._files.values(), self._progress] if self._files else []
+        for stream in open_files:
+            os.close(stream)
+        self._files = {}
