@@ -91,7 +91,7 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict], eos_ids: S
     import torch
 
     from feature_alignment.adapters import token as token_adapter
-    from feature_alignment.hidden_adapter import call_ms
+    from feature_alignment.adapters.hidden import call_ms
     from feature_alignment.measurement.comparison import verified
     from feature_alignment.storage import artifacts
 

@@ -2,26 +2,37 @@
 
     A(g) = g + up(gelu(down(g)))         4096 -> 256 -> 4096 with biases: 2,101,504 parameters
 
-`up` starts at zero, so a new adapter is the identity. Run alone, this prints what the adapter costs beside one decoder layer of that
-width (LLaMA's proportions, random weights) and one step of the configured Video-LLaVA:
+Prints what the adapter costs next to one decoder layer of that width (LLaMA's proportions, random weights) and one step of the
+configured Video-LLaVA. The module itself is `adapters/hidden.py`; `HiddenAdapter` and `load_adapter` can be imported from here too.
 
     python feature_alignment/hidden_adapter.py --hidden_size 4096 --bottleneck 256
 """
 
 from __future__ import annotations
 
-import statistics
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.config import Common, parse_config
-from feature_alignment.cli.console import UserError, print_json_line, print_table, run
+from feature_alignment.cli.console import print_json_line, print_table, run
+
+if TYPE_CHECKING:
+    import torch
+
+    from feature_alignment.adapters.hidden import HiddenAdapter, load_adapter
+
+__all__ = ["HiddenAdapter", "load_adapter"]
+
+
+def __getattr__(name: str) -> Any:
+    """The adapter's own names, imported when they are asked for: `--help` then needs no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from feature_alignment.adapters import hidden
+
+    return getattr(hidden, name)
 
 
 @dataclass(frozen=True)
@@ -44,106 +55,13 @@ class AdapterConfig(Common):
     repeats: int = 100
 
 
-def _run_imported() -> None:
-    """Run the importable copy of this module: torch is then imported inside `run`, where Ctrl-C ends without a traceback."""
-    parse_config(AdapterConfig, None, "hidden_adapter")  # answers --help, and refuses mistakes, before torch is imported
-    from feature_alignment import hidden_adapter
-
-    hidden_adapter.main()
-
-
-if __name__ == "__main__":
-    run(_run_imported)
-    sys.exit()
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-
-class HiddenAdapter(nn.Module):
-    """Bottleneck adapter with a residual path.
-
-    d_draft may be a multiple of d_target where several of the drafter's layers are read side by side: the last of them is the
-    residual. Where no layer has the target's width there is no residual and `up` starts random.
-    """
-
-    def __init__(self, d_draft: int, d_target: int, bottleneck: int = 256) -> None:
-        super().__init__()
-        if min(d_draft, d_target, bottleneck) < 1:
-            raise ValueError(f"sizes must be positive, got d_draft={d_draft}, d_target={d_target}, bottleneck={bottleneck}")
-        self.d_draft, self.d_target, self.bottleneck = d_draft, d_target, bottleneck
-        self.residual = d_draft % d_target == 0
-        self.down = nn.Linear(d_draft, bottleneck)
-        self.up = nn.Linear(bottleneck, d_target)
-        if self.residual:
-            nn.init.zeros_(self.up.weight)
-            nn.init.zeros_(self.up.bias)
-
-    def forward(self, g: Tensor) -> Tensor:
-        """g [.., d_draft] -> [.., d_target], the target state expected at the same prefix."""
-        return g[..., -self.d_target :] + self.change(g) if self.residual else self.change(g)
-
-    def change(self, g: Tensor) -> Tensor:
-        """What the bottleneck adds: [.., d_draft] -> [.., d_target]."""
-        return self.up(F.gelu(self.down(g)))
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    @property
-    def geometry(self) -> dict[str, int]:
-        return {"d_draft": self.d_draft, "d_target": self.d_target, "bottleneck": self.bottleneck}
-
-
-def load_adapter(path: Path, d_draft: int | None = None, draft_layers: Sequence[int] | None = None) -> tuple[HiddenAdapter, dict[str, Any]]:
-    """An adapter and its meta. Refuses (UserError) one trained for other states than those it is to be used on."""
-    from feature_alignment.storage.artifacts import layers_read, load_trained
-
-    make_it = command_for("train_hidden_adapter")
-    adapter, meta = load_trained(path, "a hidden adapter", HiddenAdapter, "d_draft", make_it)
-    layers = layers_read(path, meta, make_it)
-    if d_draft is not None and meta["geometry"]["d_draft"] != d_draft:
-        raise UserError(
-            f"{path} reads states of width {meta['geometry']['d_draft']}, these are {d_draft} wide. Train it on them:\n  {make_it}"
-        )
-    if draft_layers is not None and layers != list(draft_layers):
-        raise UserError(
-            f"{path} was trained on EventGPT's layers {layers}, this run reads {list(draft_layers)}. "
-            f"Pass --draft_layers {' '.join(map(str, layers))}, or train again."
-        )
-    return adapter, meta
-
-
-@torch.inference_mode()
-def call_ms(call: Callable[[], object], repeats: int, device: str = "cpu", warmup: int = 10) -> float:
-    """Median milliseconds of a call, after `warmup` untimed ones."""
-    times = []
-    for i in range(repeats + warmup):
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        if i >= warmup:
-            times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
-
-
-def forward_ms(
-    adapter: nn.Module, num_tokens: int, width: int, repeats: int, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> float:
-    """Median milliseconds of one forward pass over `num_tokens` states."""
-    adapter, x = adapter.to(device, dtype), torch.randn(1, num_tokens, width, device=device, dtype=dtype)
-    return call_ms(lambda: adapter(x), repeats, device)
-
-
 def decoder_layer_ms(width: int, tokens: Sequence[int], repeats: int, device: str, dtype: torch.dtype) -> list[float]:
     """Median milliseconds of one LLaMA decoder layer, per number of tokens, without a cache: what stepping a drafter costs per layer."""
+    import torch
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    from feature_alignment.adapters.hidden import call_ms
 
     heads = max(1, width // 128)
     config = LlamaConfig(hidden_size=width, intermediate_size=round(width * 11008 / 4096), num_attention_heads=heads)
@@ -160,6 +78,9 @@ def decoder_layer_ms(width: int, tokens: Sequence[int], repeats: int, device: st
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(AdapterConfig, argv, "hidden_adapter")
+    import torch
+
+    from feature_alignment.adapters.hidden import HiddenAdapter, forward_ms
     from feature_alignment.storage.processes import check_device
 
     check_device(cfg.device)
@@ -188,7 +109,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def target_step_ms(cfg: AdapterConfig) -> float:
-    """Median milliseconds of one decoding step of the configured target behind a prompt of its usual length, frames blank."""
+    """Median milliseconds of one decoding step of the configured target after a prompt of its usual length, frames blank."""
+    import torch
+
+    from feature_alignment.adapters.hidden import call_ms
     from feature_alignment.models.pair import load_target
 
     target = load_target(cfg)
@@ -203,3 +127,7 @@ def target_step_ms(cfg: AdapterConfig) -> float:
         target.rollback(state, 1)
 
     return call_ms(step, max(5, cfg.repeats // 5), cfg.device)
+
+
+if __name__ == "__main__":
+    run(main)

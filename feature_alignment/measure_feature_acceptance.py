@@ -60,7 +60,7 @@ class AcceptanceConfig(Common):
 
 def predictors_of(cfg: AcceptanceConfig, states: dict[str, HiddenStates], head: Tensor) -> dict[str, Fitted]:
     """The adapters there are, then what they must beat: name -> predictor. `adapter` is the hidden adapter."""
-    from feature_alignment.hidden_adapter import load_adapter
+    from feature_alignment.adapters.hidden import load_adapter
     from feature_alignment.measurement.scoring import Fitted, null_predictors, reads
 
     test, found = states["test"], {}

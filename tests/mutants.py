@@ -11,13 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Names of groups of modules that are files at the top of the package.
-GROUPS = {
-    "measurement": ["metrics", "scoring", "calibration", "comparison"],
-    "storage": ["artifacts", "answers", "hidden_states_writer", "state_files", "pickles", "processes", "verification"],
-    "benchmark": ["rows", "speed_model", "planted", "targets", "differences"],
-    "adapters": ["hidden_adapter", "chained_adapter", "token_adapter", "closed_form", "training"],
-}
 
 COMPARE = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -165,11 +158,11 @@ def is_mutant(mutant: Mutant, source: bytes) -> bool:
 
 
 def files_of(root: Path, package: str, modules: Sequence[str]) -> list[Path]:
-    """The files that names stand for: a folder, a module (`decoding.engine`), a path, or a group; all of them without a name."""
+    """The files that names stand for: a folder, a module (`decoding.engine`) or a path; all of them without a name."""
     found: set[Path] = set()
     for name in modules or [""]:
         path = (root / package).joinpath(*name.removesuffix(".py").removeprefix(f"{package}/").replace(".", "/").split("/"))
-        new = {*path.rglob("*.py"), path.with_suffix(".py"), *((root / package / f"{m}.py") for m in GROUPS.get(name, []))}
+        new = {*path.rglob("*.py"), path.with_suffix(".py")}
         if not (new := {p for p in new if p.is_file()}):
             raise SystemExit(f"No module {name!r} in {root / package}.")
         found |= new

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from conftest import EOS, as_decoder, noisy_copy, prompt_of, tiny_llama
 
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.proposers import ModelProposer
-from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.measurement import metrics
 
 PROMPTS = [(1, 5, 9), (1, 40, 3), (1, 7, 20)]

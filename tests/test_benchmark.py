@@ -12,6 +12,7 @@ import torch
 from conftest import as_decoder, main_of, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.benchmark import speed_model, targets
 from feature_alignment.benchmark import timing as measure
 from feature_alignment.benchmark.compare import compare
@@ -22,7 +23,6 @@ from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS
 from feature_alignment.decoding.engine import Generation, Round, greedy, speculate
 from feature_alignment.decoding.proposers import ModelProposer
-from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.storage.artifacts import content_hash
 

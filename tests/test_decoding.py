@@ -7,13 +7,13 @@ import torch
 from conftest import EOS, as_decoder, noisy_copy, prompt_of, tiny_llama
 from oracle import by_model, oracle
 
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.decoding.acceptance import kept_drafts
 from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, Previous, TableProposer
 from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.trace import trace_lines
-from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.measurement import metrics
 
 PROMPTS = [(1, 5, 9, 13), (1, 40, 3), (1, 7, 7, 7, 20, 33)]

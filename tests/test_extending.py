@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import ROOT, as_decoder, noisy_copy, prompt_of, tiny_llama
 
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.proposers import ModelProposer
-from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.inputs import event_files
 from feature_alignment.inputs.events import event_images, load_events
 

@@ -389,16 +389,16 @@ def test_what_is_mended_or_cut_is_counted(finished, tmp_path, capsys):
 
 
 def test_verify_as_a_command(run, tmp_path, capsys):
-    verification.main(["verify", str(tmp_path / "out")])
+    verification.main([str(tmp_path / "out")])
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["altered"] == summary["missing"] == summary["stale"] == 0
     assert summary["compared"]["rows"] > 50 and summary["compared"]["sources"] > 20
     with pytest.raises(UserError, match="no outputs at"):
-        verification.main(["verify", str(tmp_path / "absent")])
+        verification.main([str(tmp_path / "absent")])
     with pytest.raises(UserError, match="holds no results"):
-        verification.main(["verify", str(tmp_path / "out" / "sd")])
+        verification.main([str(tmp_path / "out" / "sd")])
     (tmp_path / "out" / "acceptance" / "per_position.csv").unlink()
-    command = [sys.executable, "-m", "feature_alignment.storage.artifacts", "verify", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "feature_alignment.storage.verification", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "acceptance/per_position.csv" in done.stdout and done.stderr.startswith("error: ")
     assert json.loads(done.stdout.splitlines()[-1])["missing"] == 1
@@ -530,7 +530,7 @@ def test_a_full_disk_behind_standard_output_is_one_message():
         assert done.returncode == 2 and "standard output: No space left" in done.stderr and "Traceback" not in done.stderr, done
 
 
-MODULES = ("models.pair", "artifacts", "demo.scenes", "demo.build_pair", "inputs.simulate")
+MODULES = ("models.pair", "storage.verification", "demo.scenes", "demo.build_pair", "inputs.simulate")
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *MODULES])
@@ -577,7 +577,7 @@ def test_an_interrupt_that_a_library_turns_into_its_own_error_still_ends_with_13
         *(("inputs.simulate", ["v.mp4", "e.npy", "--contrast", n]) for n in ("0", "-1", "nan", "inf", "1e-40")),
         *(("inputs.simulate", ["v.mp4", "e.npy", "--duration_ms", n]) for n in ("0", "-1", "nan", "inf")),
         *(("inputs.simulate", ["v.mp4", p]) for p in ("", "a\0.npy", "FILE/e.npy", "/proc/nowhere/e.npy")),
-        *(("verification", ["verify", p]) for p in ("", "a\0b", "x" * 300, "absent", "FILE")),
+        *(("storage.verification", [p]) for p in ("", "a\0b", "x" * 300, "absent", "FILE")),
     ],
 )
 def test_commands_refuse_hostile_arguments_and_write_nothing(module, argv, tmp_path, monkeypatch, capsys):

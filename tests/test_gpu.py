@@ -7,9 +7,9 @@ import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
-from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.models import fixed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -25,9 +25,9 @@ from conftest import fork
 from PIL import Image
 
 from feature_alignment.adapters.chained import load_chained_adapter
+from feature_alignment.adapters.hidden import HiddenAdapter, load_adapter
 from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError
-from feature_alignment.hidden_adapter import HiddenAdapter, load_adapter
 from feature_alignment.inputs.events import load_events
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.inputs.video import read_frames

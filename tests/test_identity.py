@@ -683,7 +683,7 @@ def test_commands_can_be_typed():
     )
     advice.use_config(None, Path("outputs/default"), False)
     assert advice.command_for("train_hidden_adapter") == "python feature_alignment/train_hidden_adapter.py"
-    assert advice.verify_command() == "python -m feature_alignment.storage.artifacts verify outputs/default"
+    assert advice.verify_command() == "python -m feature_alignment.storage.verification outputs/default"
 
 
 def test_the_comparison_takes_a_target_from_the_hub(run, finished, monkeypatch):

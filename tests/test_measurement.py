@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from feature_alignment import hidden_adapter
+from feature_alignment.adapters import closed_form
 from feature_alignment.adapters import token as token_adapter
 from feature_alignment.cli.console import UserError
 from feature_alignment.compare_token_baseline import ComparisonConfig, token_adapter_report
@@ -129,7 +130,7 @@ def test_every_number_by_plain_loops(seed):
         cos, says, same = {}, {}, {}
         for i in range(N):
             for t in range(int(states.lengths[i])):
-                some = scoring.Positions(states.draft[i, t][None], states.target[i, t][None], torch.tensor([i]), torch.tensor([t]))
+                some = closed_form.Positions(states.draft[i, t][None], states.target[i, t][None], torch.tensor([i]), torch.tensor([t]))
                 expected, v = make[name](some)[0], states.target[i, t]
                 cos[i, t] = float(expected @ v / (expected.norm() * v.norm()))
                 says[i, t] = max(range(V), key=lambda w: float(head[w] @ expected))
@@ -197,7 +198,7 @@ def test_nulls_are_fitted_on_training_texts_alone():
     train, validation, test = random_states(1), random_states(2), random_states(3)
     head = torch.randn(V, D, generator=torch.Generator().manual_seed(0))
     moved = HiddenStates(test.draft, test.target + 5, test.token_ids, test.mask, test.lengths, test.rows, {})
-    some = next(scoring.positions(test, number=10_000))
+    some = next(closed_form.positions(test, number=10_000))
     kinds = [scoring.null_predictors(train, validation, t, 3, head) for t in (test, moved)]
     for name in ("identity", "target_mean", "position_mean", "ridge", "ridge_rank_r"):
         torch.testing.assert_close(kinds[0][name].predict(some), kinds[1][name].predict(some))
@@ -223,7 +224,7 @@ def test_positions_later_than_any_in_training_get_the_mean_of_the_last_one():
         *(x[:, :4] for x in (train.draft, train.target, train.token_ids, train.mask)), train.lengths.clamp(max=4), train.rows, {}
     )
     means = scoring.null_predictors(cut, random_states(2), test, 3, torch.randn(V, D))["position_mean"]
-    some = next(scoring.positions(test, number=10_000))
+    some = next(closed_form.positions(test, number=10_000))
     told = means.predict(some)
     assert (some.at > 3).any()
     last = train.target[train.lengths > 3, 3].mean(0)
@@ -408,7 +409,7 @@ def test_bins_of_reliability_hold_equal_counts_and_say_their_means():
 @pytest.mark.parametrize(("number", "rows"), [(1, 1), (S, 1), (2 * S, 2), (3 * S - 1, 2), (10**6, N)])
 def test_positions_come_in_order_and_a_few_rows_at_a_time(number, rows):
     states = random_states()
-    parts = list(scoring.positions(states, number=number))
+    parts = list(closed_form.positions(states, number=number))
     assert [len(p.rows.unique()) for p in parts[:-1]] == [rows] * (len(parts) - 1) and len(parts) == math.ceil(N / rows)
     assert list(zip(torch.cat([p.rows for p in parts]).tolist(), torch.cat([p.at for p in parts]).tolist(), strict=True)) == [
         (i, t) for i in range(N) for t in range(int(states.lengths[i]))

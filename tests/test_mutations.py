@@ -31,8 +31,8 @@ import torch
 from conftest import main_of
 
 from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli import console
-from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.inputs.event_files import save_events
 from feature_alignment.storage.artifacts import content_hash, source_hash
 from feature_alignment.storage.verification import WRONG, verify

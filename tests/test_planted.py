@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import main_of
 
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.benchmark.planted import kept_by_chance
 from feature_alignment.benchmark.rows import row_name
 from feature_alignment.cli.console import UserError
-from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.measurement.metrics import tokens_per_pass_iid
 from feature_alignment.storage.artifacts import read_sealed, save_pt
 

@@ -12,11 +12,11 @@ from conftest import EOS, VOCAB, as_decoder, noisy_copy, prompt_of, tiny_llama
 from oracle import by_both, by_chain, by_model, by_table, oracle
 
 from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
 from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
-from feature_alignment.hidden_adapter import HiddenAdapter
 
 PER_TEST, FAST, ALL = 20, 4, 100  # cases of one test; tests by default, and with the slow ones
 D = 32

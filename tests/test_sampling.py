@@ -14,6 +14,7 @@ from oracle import states_behind
 from torch import Tensor
 
 from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS, HybridProposer, NGram, TableProposer
 from feature_alignment.decoding.draft_length import Pace
 from feature_alignment.decoding.engine import plain, speculate
@@ -21,7 +22,6 @@ from feature_alignment.decoding.law import Law
 from feature_alignment.decoding.proposers import ChainedProposer, Draft, ModelProposer, Proposer
 from feature_alignment.decoding.sampling import Sampler, pick
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.models.decoder import Decoder, State
 
 ERROR = 1e-4

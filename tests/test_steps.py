@@ -11,10 +11,10 @@ import torch
 from conftest import as_decoder, main_of, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.models import fixed, fused
 from feature_alignment.models.fixed import FixedCache
 

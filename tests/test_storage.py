@@ -322,12 +322,12 @@ def test_what_was_left_by_a_killed_run_is_named_and_is_no_fault(tmp_path, capsys
     (out / "hidden_states" / "train.unfinished").mkdir(parents=True)
     (out / "hidden_states" / "train.unfinished" / "meta.json").write_text("half")
     (out / "adapter" / ".adapter.7.tmp.pt").touch()
-    found = main(["verify", str(out)])
+    found = main([str(out)])
     assert (found["unfinished"], found["left over"], found["altered"], found["missing"], found["stale"]) == (1, 1, 0, 0, 0)
     assert found["compared"] == {"files": 5, "rows": 0, "sources": 3}
     (out / "adapter" / "meta.json").write_text("{}")
     with pytest.raises(UserError, match=r"2 things in .* are not what they were"):
-        main(["verify", str(out)])
+        main([str(out)])
     for nothing in (tmp_path / "absent", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match="wanted the directory of a run"):
@@ -340,6 +340,6 @@ def test_only_forty_findings_are_shown(tmp_path, capsys, findings, more):
     for i in range(findings):
         (tmp_path / "sd" / f"{i:02d}.json").write_text("{}")
     with pytest.raises(UserError, match=f"{findings} things"):
-        main(["verify", str(tmp_path)])
+        main([str(tmp_path)])
     said = capsys.readouterr().out
     assert said.count("sd/") == 40 and ("more" in said) == bool(more) and more in said

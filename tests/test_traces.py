@@ -9,13 +9,13 @@ import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.decoding.baseline_drafters import NGram, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
 from feature_alignment.decoding.draft_length import Pace
 from feature_alignment.decoding.engine import Generation, Round, greedy, speculate
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.hidden_adapter import HiddenAdapter
 
 PROMPT = (1, 5, 9, 13)
 

@@ -14,9 +14,9 @@ from conftest import ROOT
 
 from feature_alignment.adapters import training
 from feature_alignment.adapters.closed_form import moments
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.adapters.training import Batch, Checkpoint, Part, Scale, start_from_linear, train_chained, train_hidden
 from feature_alignment.cli.console import UserError
-from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.storage.artifacts import HiddenStates
 from feature_alignment.train_hidden_adapter import TrainConfig
 

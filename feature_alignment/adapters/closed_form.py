@@ -8,13 +8,40 @@ B V V^T, the exact optimum among maps of rank r (Eckart-Young on the fitted valu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from feature_alignment.storage.hidden_states import HiddenStates
+
+POSITIONS = 1024  # at a time: their logits are the largest thing in memory
+RIDGE_STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 TINY = 1e-20  # a mean variance that is rounding only
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Some real positions: draft [p, d_draft] and target [p, d_target] float32, rows [p], at [p] int64."""
+
+    draft: Tensor
+    target: Tensor
+    rows: Tensor
+    at: Tensor
+
+
+def positions(states: HiddenStates, device: str = "cpu", number: int = POSITIONS) -> Iterator[Positions]:
+    """All real positions of a split, in order, about `number` at a time.
+
+    raises: UserError with the sample's id for states that are not finite
+    """
+    width = states.mask.shape[1]
+    for rows in torch.arange(len(states.mask)).split(max(1, number // width)):
+        mask, draft, target = states.mask[rows], states.draft[rows], states.target[rows]
+        states.refuse_non_finite(rows, draft, target)
+        row, at = mask.nonzero(as_tuple=True)
+        yield Positions(draft[mask].float().to(device), target[mask].float().to(device), rows[row], at)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from feature_alignment.adapters.chained import ChainedAdapter, Texts, chain_over, text_batches
-from feature_alignment.adapters.closed_form import Affine, moments
+from feature_alignment.adapters.closed_form import RIDGE_STRENGTHS, Affine, moments, positions
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.console import UserError, progress
-from feature_alignment.hidden_adapter import HiddenAdapter
-from feature_alignment.measurement.scoring import RIDGE_STRENGTHS, positions
 from feature_alignment.storage import artifacts
 from feature_alignment.storage.artifacts import HiddenStates
 

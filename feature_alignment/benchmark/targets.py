@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.benchmark.rows import row_name
 from feature_alignment.benchmark.timing import Fastest, chained_ms, hidden_ms
 from feature_alignment.cli.config import Steps
 from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS
-from feature_alignment.hidden_adapter import HiddenAdapter
 
 GOAL = 1.3
 CHOSEN = "chosen on one half of the clips and measured on the other, both ways"

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.adapters.hidden import HiddenAdapter, call_ms
 from feature_alignment.cli.config import Steps
 from feature_alignment.decoding.engine import Generation
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.hidden_adapter import HiddenAdapter, call_ms
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.measurement.metrics import Counts
 from feature_alignment.models.decoder import Decoder, Prompt

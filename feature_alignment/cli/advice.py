@@ -36,4 +36,4 @@ def command_for(script: str, *flags: str, **settings: object) -> str:
 
 def verify_command() -> str:
     """The shell command that compares the run in use with its recorded hashes."""
-    return shlex.join(["python", "-m", "feature_alignment.storage.artifacts", "verify", _output])
+    return shlex.join(["python", "-m", "feature_alignment.storage.verification", _output])

@@ -6,12 +6,12 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from feature_alignment.adapters.chained import ChainedAdapter, load_chained_adapter
+from feature_alignment.adapters.hidden import HiddenAdapter, load_adapter
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
-from feature_alignment.hidden_adapter import HiddenAdapter, load_adapter
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import Pair
 from feature_alignment.storage.answers import read_token_pairs

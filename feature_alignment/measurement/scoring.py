@@ -19,24 +19,11 @@ import torch
 from torch import Tensor
 
 from feature_alignment.adapters.chained import ChainedAdapter, chain_over, text_batches
-from feature_alignment.adapters.closed_form import Affine, Moments, PositionMeans
+from feature_alignment.adapters.closed_form import POSITIONS, RIDGE_STRENGTHS, Affine, Moments, PositionMeans, Positions, positions
 from feature_alignment.decoding.acceptance import cosine_per_position
 from feature_alignment.measurement import metrics
 from feature_alignment.measurement.calibration import Judged
 from feature_alignment.storage.artifacts import HiddenStates
-
-POSITIONS = 1024  # at a time: their logits are the largest thing in memory
-RIDGE_STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Some real positions: draft [p, d_draft] and target [p, d_target] float32, rows [p], at [p] int64."""
-
-    draft: Tensor
-    target: Tensor
-    rows: Tensor
-    at: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,19 +41,6 @@ Predictor = Callable[[Positions], Tensor]  # -> [p, d_target]
 def reads(adapter: Callable[[Tensor], Tensor]) -> Predictor:
     """What an adapter [p, d_draft] -> [p, d_target] predicts from EventGPT's states."""
     return lambda some: adapter(some.draft)
-
-
-def positions(states: HiddenStates, device: str = "cpu", number: int = POSITIONS) -> Iterator[Positions]:
-    """All real positions of a split, in order, about `number` at a time.
-
-    raises: UserError with the sample's id for states that are not finite
-    """
-    width = states.mask.shape[1]
-    for rows in torch.arange(len(states.mask)).split(max(1, number // width)):
-        mask, draft, target = states.mask[rows], states.draft[rows], states.target[rows]
-        states.refuse_non_finite(rows, draft, target)
-        row, at = mask.nonzero(as_tuple=True)
-        yield Positions(draft[mask].float().to(device), target[mask].float().to(device), rows[row], at)
 
 
 @torch.inference_mode()

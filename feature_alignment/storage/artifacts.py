@@ -3,7 +3,7 @@
 `meta` of every result records its identity (`identity.py`), where its sources lay, and the versions that made it. To compare a whole
 run with its recorded hashes:
 
-    python -m feature_alignment.storage.artifacts verify outputs/demo
+    python -m feature_alignment.storage.verification outputs/demo
 """
 
 from __future__ import annotations
@@ -16,11 +16,6 @@ import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-if __name__ == "__main__":
-    from feature_alignment.cli.console import run_module
-
-    run_module("feature_alignment.storage.verification")
 
 from feature_alignment.cli.config import Common, as_plain
 from feature_alignment.cli.console import UserError, mended_files

@@ -40,7 +40,10 @@ from feature_alignment.storage.files import config_hash, file_hash
 SCHEMA = 4  # of what is recorded; a file of an older version does not say enough to be reused
 THERE_NOW = "{}: {} there, {} now"
 PACKAGE = "feature_alignment"
-RECORDS_ONLY = {"advice", "artifacts", "config", "console", "identity", "processes", "ranges", "verification"}
+RECORDS_ONLY = {
+    *("cli.advice", "cli.config", "cli.console", "cli.ranges"),
+    *("storage.artifacts", "storage.identity", "storage.processes", "storage.verification"),
+}
 # Settings that name places (their contents are hashed instead) or say how to run, not what to compute
 PLACES = {"target_id", "draft_id", "manifests", "questions", "answers", "token_pairs", "exit_adapters", "output_dir", "allow_outside"}
 MANNERS = {"resume", "quiet", "ignore_code", "tensorboard"}

@@ -1,6 +1,6 @@
 """Is a run what it was when it was made? Every file against its hash, every result against what it was made from, clips included.
 
-    python -m feature_alignment.storage.artifacts verify outputs/demo
+    python -m feature_alignment.storage.verification outputs/demo
 
 altered      a file, or the states of a sample, is not what was written
 missing      it is gone
@@ -20,6 +20,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    from feature_alignment.cli.console import run_module
+
+    run_module("feature_alignment.storage.verification")
 
 from feature_alignment.cli.console import UserError, print_json_line, print_table
 from feature_alignment.cli.ranges import path_argument
@@ -169,11 +174,8 @@ def _against_hashes(path: Path, rows: Sequence[dict[str, Any]], row_bytes: int) 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m feature_alignment.storage.artifacts", description=__doc__, formatter_class=kind)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("verify", help="compare a whole run with its hashes").add_argument(
-        "out", type=path_argument, help="e.g. outputs/demo"
-    )
+    parser = argparse.ArgumentParser(prog="python -m feature_alignment.storage.verification", description=__doc__, formatter_class=kind)
+    parser.add_argument("out", type=path_argument, help="the folder of a run, e.g. outputs/demo")
     out = parser.parse_args(argv).out
     findings, compared = verify(out)
     if findings:

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feature_alignment.adapters import training
+from feature_alignment.adapters import closed_form, training
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import print_json_line, print_table, rate_text, run
-from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.measurement import scoring
 from feature_alignment.storage import artifacts
 from feature_alignment.storage.artifacts import HiddenStates
@@ -49,7 +49,7 @@ class Wide(nn.Module):
 def learn(train: HiddenStates, validation: HiddenStates, head: Tensor, cfg: TrainConfig, width: int) -> tuple[nn.Module, int]:
     """The network of the best epoch, and how many epochs were run."""
     torch.manual_seed(0)
-    sample = next(scoring.positions(train, number=20_000))
+    sample = next(closed_form.positions(train, number=20_000))
     variance = float(sample.target.var(0).mean())
     net = Wide(sample.draft, sample.target, width, 0.1)
 

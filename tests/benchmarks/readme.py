@@ -20,10 +20,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.benchmark.rows import row_name
 from feature_alignment.cli.console import rate_text
 from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS
-from feature_alignment.hidden_adapter import HiddenAdapter
 
 ROOT = Path(__file__).parents[2]
 MEASURED_7B = "data/results/h100_random_7b"

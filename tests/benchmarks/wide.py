@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
+from feature_alignment.adapters import closed_form
 from feature_alignment.adapters.closed_form import Moments
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.console import print_json_line, print_table, run
-from feature_alignment.hidden_adapter import HiddenAdapter
 from feature_alignment.measurement import scoring
 from feature_alignment.storage.artifacts import HiddenStates
 
@@ -86,7 +87,7 @@ def statistics(folder: Path, positions: int) -> dict[str, float]:
     with Memory() as memory:
         total, reading = Moments(WIDTH, WIDTH), 0.0
         began = time.perf_counter()
-        stream = scoring.positions(states, number=4 * scoring.POSITIONS)
+        stream = closed_form.positions(states, number=4 * closed_form.POSITIONS)
         while True:
             at = time.perf_counter()
             some = next(stream, None)
