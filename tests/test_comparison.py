@@ -42,7 +42,7 @@ def test_a_draft_is_right_where_it_is_the_targets_token():
 def test_rounds_of_known_drafts():
     """Two drafts a round from the second token on; the last token of a text that was cut off has no draft."""
     bits = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 1, 0], [1, 1, 1, 1, 0], [1, 0, 1, 0, 0]]).bool()
-    found = comparison.verified(bits, ROWS, 2)
+    found = comparison.verified(bits, ROWS, 2, [2])
     # rounds (offered, kept) of each row: (2, 2) and (1, 0) … by hand
     rounds = [[(2, 2), (1, 0)], [(2, 1), (1, 1)], [(2, 2)], [(1, 0), (0, 0)]]
     check(found["token_match"], [3, 3, 4, 2], [5, 4, 4, 3])
@@ -55,12 +55,12 @@ def test_rounds_of_known_drafts():
 def test_tables_are_told_of_each_answer_in_its_turn():
     """`previous` knows the training answer first, then each answer it has seen to the same question; `lookup` reads the question too."""
     train = [{"query": "q", "vl_tokens": [5, 6, 2]}, {"query": "r", "vl_tokens": [5, 6, 9, 2]}]
-    found = comparison.null_drafter_reports(train, ROWS, 3)
+    found = comparison.null_drafter_reports(train, ROWS, 3, [2])
     assert list(found) == ["template", "ngram", "lookup", "previous"]
     assert found["previous"]["token_match"]["count"] == (2 + 0) + 4 + 3 + 3 and found["previous"]["params"] == 0
     assert found["template"]["token_match"]["total"] == 5 + 4 + 4 + 3
     assert found["lookup"]["token_match"]["count"] == 0  # nothing repeats
-    asked = comparison.null_drafter_reports(train, ROWS, 3, encode=lambda question: [5, 6, 9, 2])["lookup"]["token_match"]["count"]
+    asked = comparison.null_drafter_reports(train, ROWS, 3, [2], encode=lambda question: [5, 6, 9, 2])["lookup"]["token_match"]["count"]
     assert asked == 4 * 2 + 2  # the 6 and the 9 in all four texts, and the end of the two that end as the question does
 
 

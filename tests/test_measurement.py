@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from feature_alignment import hidden_adapter
-from feature_alignment.adapters import closed_form
+from feature_alignment.adapters import closed_form, hidden
 from feature_alignment.adapters import token as token_adapter
 from feature_alignment.cli.console import UserError
 from feature_alignment.compare_token_baseline import ComparisonConfig, token_adapter_report
@@ -20,6 +19,7 @@ from feature_alignment.measurement import comparison, scoring
 from feature_alignment.measurement.calibration import Judged, certify, p_value
 from feature_alignment.measurement.scoring import Fitted, Scores
 from feature_alignment.storage.artifacts import HiddenStates, save_pt
+from feature_alignment.storage.identity import SCHEMA
 
 N, S, D, V, G = 9, 11, 6, 12, 3
 
@@ -297,7 +297,7 @@ def test_a_text_cut_off_gets_its_last_token_without_a_draft():
     """Of token pairs: a text that ends with EOS may have its last token drafted, one cut off at the limit may not."""
     whole, cut = ({"vl_tokens": [9, 9, 9, last], "sequence": "s"} for last in (2, 9))
     right = torch.ones(1, 4, dtype=torch.bool)
-    assert [comparison.verified(right, [row], 5)["acceptance_rate"]["total"] for row in (whole, cut)] == [3, 2]
+    assert [comparison.verified(right, [row], 5, [2])["acceptance_rate"]["total"] for row in (whole, cut)] == [3, 2]
 
 
 def test_sums_hold_where_channels_are_far_from_zero():
@@ -471,10 +471,10 @@ def test_the_token_adapter_is_timed_on_the_device_that_is_asked_for(tmp_path, mo
     model = token_adapter.TokenAdapter(12, 4)
     save_pt(
         tmp_path / "token_baseline" / "token_adapter.pt",
-        {"meta": {"geometry": model.geometry, "seconds": 1.0}, "state_dict": model.state_dict()},
+        {"meta": {"schema": SCHEMA, "geometry": model.geometry, "seconds": 1.0}, "state_dict": model.state_dict()},
     )
     asked = []
-    monkeypatch.setattr(hidden_adapter, "call_ms", lambda call, repeats, device="cpu": asked.append((call().device.type, device)) or 3.0)
+    monkeypatch.setattr(hidden, "call_ms", lambda call, repeats, device="cpu": asked.append((call().device.type, device)) or 3.0)
     monkeypatch.setattr(token_adapter, "matches", lambda model, rows: torch.ones(1, 4, dtype=torch.bool))
     cfg = ComparisonConfig(target_id="t", draft_id="d", output_dir=tmp_path, device="meta")
     report = token_adapter_report(cfg, [{"vl_tokens": [4, 5, 6, 2], "egpt_tokens": [4], "sequence": "s"}])

@@ -114,8 +114,6 @@ def test_layers_that_are_not_there_are_refused(taps):
 
 def test_texts_end_with_their_end_or_at_the_limit():
     """`generate` of several rows is greedy of each alone, leaves no trace, and may be asked again."""
-    from feature_alignment.models import decoder
-
     model = as_decoder(tiny_llama(0))
     prompts = [prompt_of(*p) for p in PROMPTS]
     single = [model.generate(model.prefill([p]), 9)[0] for p in prompts]
@@ -124,7 +122,7 @@ def test_texts_end_with_their_end_or_at_the_limit():
         for token in text:
             assert token == int(model.lm_head(model.llama(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]).argmax())
             ids.append(token)
-        assert len(text) == 9 or text[-1] == decoder.EOS
+        assert len(text) == 9 or text[-1] in model.eos_ids
     state = model.prefill(prompts)
     length, last = state.length, state.last.clone()
     assert model.generate(state, 9) == single and model.generate(state, 9) == single
@@ -133,12 +131,10 @@ def test_texts_end_with_their_end_or_at_the_limit():
 
 
 @pytest.mark.parametrize("ends", [0, 3, 8])
-def test_a_text_is_cut_off_behind_its_end(ends, monkeypatch):
-    from feature_alignment.models import decoder
-
+def test_a_text_is_cut_off_after_its_end(ends):
     model = as_decoder(tiny_llama(0))
     text = model.generate(model.prefill([prompt_of(*PROMPTS[0])]), 9)[0]
-    monkeypatch.setattr(decoder, "EOS", text[ends])
+    model.eos_ids = frozenset({text[ends]})
     assert model.generate(model.prefill([prompt_of(*PROMPTS[0])]), 9)[0] == text[: text.index(text[ends]) + 1]
 
 
@@ -397,7 +393,9 @@ def test_events_are_drawn_on_the_cameras_canvas_unless_they_reach_beyond_it(tiny
     canvas = json.loads((tiny_run / "pair" / "eventgpt" / "config.json").read_text())["event_canvas_hw"]
     stream = {"y": np.array([0, canvas[0] - 1 + beyond[0]]), "x": np.array([canvas[1] - 1 + beyond[1], 3])}
     asked = []
-    monkeypatch.setattr(pair.event_inputs, "load_events", lambda path, window, begin: (asked.append((path, window, begin)), stream)[1])
+    monkeypatch.setattr(
+        pair.event_inputs, "load_events", lambda path, window, begin, unit: (asked.append((path, window, begin)), stream)[1]
+    )
     monkeypatch.setattr(
         pair.event_inputs,
         "event_images",

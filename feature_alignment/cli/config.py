@@ -196,6 +196,8 @@ def _normalise(cls: type, argv: list[str]) -> list[str]:
                 break
         if has_value:
             following = [value]
+        if _is_list(hints.get(name)) and following and not following[0].strip():
+            raise UserError(f"--{name} is empty; expected at least one value, or leave the flag out.")
         if _is_list(hints.get(name)) and following and not following[0].startswith(("[", "null")):
             following = ["[" + ", ".join(following) + "]"]
         if hints.get(name) is bool and not following:
