@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
 TASK_THRESHOLD = "0.90"
+Table = tuple[str, tuple[str, ...], list[tuple]]
 CHAINED = {"chained": "chained_adapter", "chained, without events": "chained_adapter_blind"}
 
 
@@ -239,74 +240,81 @@ def measure(cfg: AcceptanceConfig) -> dict[str, Any]:
     return report
 
 
-def tables(report: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple]]]:
-    """(title, header, rows) of what is shown, in the order it is shown."""
-    g, meta = report["num_draft_tokens"], report["meta"]
+def tables(report: dict[str, Any]) -> list[Table]:
+    """(title, header, rows) of every table, in display order."""
+    rules = {"adapter": report} | ({"chained": report["chains"]["chained"]} if "chained" in report["chains"] else {})
+    chains = [chain_table(report)] if report["chains"] else []
+    calibrated = {name: r["calibration"] for name, r in rules.items() if r.get("calibration")}
+    calibration = [calibration_table(calibrated)] if calibrated else []
+    return [predictor_table(report), *chains, threshold_table(rules), *calibration]
+
+
+def predictor_table(report: dict[str, Any]) -> Table:
+    """Cosine, token match and acceptance rate of the adapters and the null predictors."""
+    meta, absent = report["meta"], report["absent_controls"]
     predictors = {"adapter": report} | ({"plain (TASKS.md)": report["plain"]} if report["plain"] else {}) | report["nulls"]
-    found: list[tuple[str, tuple[str, ...], list[tuple]]] = [
-        (
-            f"{meta['split']}, prefix: {meta['prefix']}, {report['cosine']['total']:,.0f} positions, {g} drafts a round"
-            + (
-                f"; all of one clip, so these controls are absent: {', '.join(report['absent_controls'])}"
-                if report["absent_controls"]
-                else ""
-            ),
-            ("predictor", "cosine", "token match", "acceptance rate", "tokens per pass", "parameters", "seconds"),
-            [
-                (
-                    name,
-                    *(rate_text(r[k], 3) for k in ("cosine", "token_match", "acceptance_rate")),
-                    f"{r['tokens_per_pass']:.2f}",
-                    f"{r['params']:,}",
-                    f"{r['seconds']:.1f}",
-                )
-                for name, r in predictors.items()
-            ],
-        )
-    ]
-    if report["chains"]:
-        found.append(
-            (
-                f"chained from the target's last state: token match at each of {g} drafts",
-                ("adapter", "cosine", *(str(k + 1) for k in range(g)), "acceptance rate", "tokens per pass", "parameters", "seconds"),
-                [
-                    (
-                        name,
-                        rate_text(c["cosine"], 3),
-                        *(f"{s['token_match']['value']:.3f}" for s in c["steps"]),
-                        rate_text(c["acceptance_rate"], 3),
-                        f"{c['tokens_per_pass']:.2f}",
-                        f"{c['params']:,}",
-                        f"{c['seconds']:.1f}",
-                    )
-                    for name, c in report["chains"].items()
-                ],
-            )
-        )
-    keys = ("relaxed_accept", "consecutive_accept", "token_match_given_accept")
-    ruled = {"adapter": report} | ({"chained": report["chains"]["chained"]} if "chained" in report["chains"] else {})
-    found.append(
-        (
-            "what the cosine rules keep",
-            ("drafts, threshold", *keys),
-            [(f"{name}, {t}", *(rate_text(v[k], 3) for k in keys)) for name, r in ruled.items() for t, v in r["thresholds"].items()],
-        )
+    size = f"{report['cosine']['total']:,.0f} positions, {report['num_draft_tokens']} drafts a round"
+    note = f"; all of one clip, so these controls are absent: {', '.join(absent)}" if absent else ""
+    return (
+        f"{meta['split']}, prefix: {meta['prefix']}, {size}{note}",
+        ("predictor", "cosine", "token match", "acceptance rate", "tokens per pass", "parameters", "seconds"),
+        [(name, *(rate_text(r[k], 3) for k in ("cosine", "token_match", "acceptance_rate")), *_cost(r)) for name, r in predictors.items()],
     )
-    promised = [(name, r["calibration"]) for name, r in ruled.items() if r.get("calibration")]
-    if promised:
-        first = promised[0][1]
-        found.append(
+
+
+def chain_table(report: dict[str, Any]) -> Table:
+    """Token match of the chained adapters at each draft position."""
+    g = report["num_draft_tokens"]
+    return (
+        f"chained from the target's last state: token match at each of {g} drafts",
+        ("adapter", "cosine", *(str(k + 1) for k in range(g)), "acceptance rate", "tokens per pass", "parameters", "seconds"),
+        [
             (
-                f"kept drafts differ at most {first['epsilon']:.0%} of the time, confidence {1 - first['delta']:.0%}, "
-                f"from {first['clips']} clips",
-                ("drafts", "threshold", "kept", "risk there", "risk on test"),
-                [
-                    (name, "none" if c["threshold"] is None else c["threshold"], c["kept"], c["risk_on_calibration"], c["risk_on_test"])
-                    for name, c in promised
-                ],
+                name,
+                rate_text(c["cosine"], 3),
+                *(f"{s['token_match']['value']:.3f}" for s in c["steps"]),
+                rate_text(c["acceptance_rate"], 3),
+                *_cost(c),
             )
-        )
-    return found
+            for name, c in report["chains"].items()
+        ],
+    )
+
+
+def _cost(r: dict[str, Any]) -> tuple[str, str, str]:
+    """Cells of one adapter: tokens per pass, parameters, training seconds."""
+    return f"{r['tokens_per_pass']:.2f}", f"{r['params']:,}", f"{r['seconds']:.1f}"
+
+
+def threshold_table(rules: dict[str, dict[str, Any]]) -> Table:
+    """Acceptance of the cosine rules at each threshold.
+
+    Args:
+        rules: adapter name -> report with the key "thresholds"
+    """
+    keys = ("relaxed_accept", "consecutive_accept", "token_match_given_accept")
+    return (
+        "what the cosine rules keep",
+        ("drafts, threshold", *keys),
+        [(f"{name}, {t}", *(rate_text(v[k], 3) for k in keys)) for name, r in rules.items() for t, v in r["thresholds"].items()],
+    )
+
+
+def calibration_table(calibrated: dict[str, dict[str, Any]]) -> Table:
+    """Certified thresholds and their risk.
+
+    Args:
+        calibrated: adapter name -> calibration report, at least one
+    """
+    first = next(iter(calibrated.values()))
+    return (
+        f"kept drafts differ at most {first['epsilon']:.0%} of the time, confidence {1 - first['delta']:.0%}, from {first['clips']} clips",
+        ("drafts", "threshold", "kept", "risk there", "risk on test"),
+        [
+            (name, "none" if c["threshold"] is None else c["threshold"], c["kept"], c["risk_on_calibration"], c["risk_on_test"])
+            for name, c in calibrated.items()
+        ],
+    )
 
 
 def summary(report: dict[str, Any]) -> str:
