@@ -26,9 +26,40 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Everything a reader needs first, as plain strings."""
-    rows, cost, base = result["rows"], result["cost"], result["baselines"][0]
-    speed = [
+    """(title, header, rows) of every table as plain strings, in report order."""
+    return [
+        target_table(result["targets"]),
+        speed_table(result["rows"], result["baselines"][0]),
+        fidelity_table(result["rows"], result["baselines"][0]),
+        baseline_table(result["baselines"]),
+        part_cost_table(result["cost"]),
+        decoding_cost_table(result["cost"]),
+    ]
+
+
+def target_table(targets: list[dict[str, Any]]) -> Table:
+    """The six targets of TASKS.md, each met or not met."""
+    rows = [
+        [
+            t["metric"],
+            t["target"],
+            rate_text({"value": t["measured"], "ci95": t["ci95"] or (None, None)}, 0 if isinstance(t["measured"], int) else 3),
+            "met" if t["met"] else "NOT MET",
+            t["note"],
+        ]
+        for t in targets
+    ]
+    return "The six targets", ["metric", "target", "measured [95 % interval]", "", "note"], rows
+
+
+def speed_table(rows: list[dict[str, Any]], plain: dict[str, Any]) -> Table:
+    """Measured and modelled speed-up of every row.
+
+    Args:
+        rows: benchmark.json's `rows`
+        plain: the baseline of plain greedy decoding
+    """
+    cells = [
         [
             row_name(r),
             rate_text(r["speedup"], 2, unit="x"),
@@ -40,104 +71,89 @@ def tables(result: dict[str, Any]) -> list[Table]:
         ]
         for r in rows
     ]
-    own = base["fidelity"]
-    facts = lambda f: [_number(f[k]["value"], 3) if k in f else "-" for k in ("true_facts_visible", "true_facts_hidden")]  # noqa: E731
-    lossy = [["Video-LLaVA's own text", "1.000", "1.000", _number(own["log_likelihood"]["value"], 3), *facts(own), "-"]]
+    seconds, prefill = plain["total_ms"] / 1e3, plain["prefill_ms"] / 1e3
+    size = f"{plain['prompts']} prompts, {plain['tokens']:,} tokens, {seconds:.1f} s ({prefill:.1f} s prefill)"
+    header = ["drafts + rule, drafts per round", "speed-up, end to end", "decoding", "tokens per pass", "acceptance", "exact match"]
+    return f"Speed against plain greedy decoding: {size}", [*header, "modelled", "corrected"], cells
+
+
+def fidelity_table(rows: list[dict[str, Any]], plain: dict[str, Any]) -> Table:
+    """How the text of the feature and relaxed rows differs from the target's own text.
+
+    Args:
+        rows: benchmark.json's `rows`
+        plain: the baseline of plain greedy decoding
+    """
+    own = plain["fidelity"]
+    cells = [["Video-LLaVA's own text", "1.000", "1.000", _number(own["log_likelihood"]["value"], 3), *_true_facts(own), "-"]]
     for r in rows:
         if r["accept"] == "token":
             continue
         f = r["fidelity"]
         kept = f.get("kept_drafts")
-        lossy.append(
+        cells.append(
             [
                 f"{r['draft']} + {r['accept']}, cosine > {r['threshold']}",
                 _number(r["exact_match"], 3),
                 _number(f["token_agreement"]["value"], 3),
                 _number(f["log_likelihood"]["value"], 3),
-                *facts(f),
+                *_true_facts(f),
                 f"{kept['same']} / {kept['synonym']} / {kept['error']}" if kept else "-",
             ]
         )
-    goals = [
+    header = ["rule", "exact match", "token agreement", "log-likelihood", "visible facts true", "hidden facts true"]
+    return "What the lossy rules change", [*header, "kept: same / synonym / error"], cells
+
+
+def _true_facts(fidelity: dict[str, Any]) -> list[str]:
+    """Share of true facts, visible and hidden; "-" without the demo's ground truth."""
+    return [_number(fidelity[k]["value"], 3) if k in fidelity else "-" for k in ("true_facts_visible", "true_facts_hidden")]
+
+
+def baseline_table(baselines: list[dict[str, Any]]) -> Table:
+    """Plain greedy decoding (the first baseline) and transformers' `generate`."""
+    plain = baselines[0]
+    rows = [
         [
-            t["metric"],
-            t["target"],
-            rate_text({"value": t["measured"], "ci95": t["ci95"] or (None, None)}, 0 if isinstance(t["measured"], int) else 3),
-            "met" if t["met"] else "NOT MET",
-            t["note"],
+            b["name"],
+            "1.00x" if b is plain else rate_text(b["speedup"], 2, unit="x"),
+            "1.000" if b is plain else _number(b["exact_match"], 3),
+            rate_text(b["best_over_it"], 2, unit="x"),
         ]
-        for t in result["targets"]
+        for b in baselines
     ]
-    costs = [
+    header = ["way", "against our plain greedy", "exact match", "our fastest lossless row over it"]
+    return "Other ways to decode, end to end", header, rows
+
+
+def part_cost_table(cost: dict[str, Any]) -> Table:
+    """Milliseconds of each part of a round, measured outside decoding."""
+    rows = [
         ["one draft step of EventGPT", f"{cost['t_draft_ms']:.3f}"],
         ["hidden adapter, one token", f"{cost['t_adapter_ms']:.3f}"],
         ["chained adapter, one token", _number(cost["t_chained_ms"], 3)],
         ["target's head, one token", f"{cost['t_head_ms']:.3f}"],
         ["one step of Video-LLaVA, head included", f"{cost['loop']['t_target_ms']:.3f}"],
     ]
-    in_steps = [
+    return "Costs, in milliseconds (medians), each in a loop of its own", ["part", "ms"], rows
+
+
+def decoding_cost_table(cost: dict[str, Any]) -> Table:
+    """Costs measured during decoding, in passes of plain decoding, and the best speed-up that they allow."""
+    rows = [
         ["one pass of plain decoding, in ms", rate_text(cost["rounds"]["step_ms"], 3)],
         ["c of an aligned draft, in a loop of its own", f"{cost['loop']['c']:.3f}"],
         ["c of a chained one, in a loop of its own", _number(cost["loop"]["c_chained"], 3)],
     ]
     for d in cost["rounds"]["drafters"]:
         name = row_name({**d, "accept": "any rule", "threshold": None, "drafts_per_round": "adaptive" if d["adaptive"] else "fixed length"})
-        in_steps += [[f"{name}: c, r", f"{_number(d['c'], 3)}, {_number(d['r'], 3)}"]]
+        rows += [[f"{name}: c, r", f"{_number(d['c'], 3)}, {_number(d['r'], 3)}"]]
     for draft, b in cost["bound"].items():
-        in_steps += [
-            [f"best of {draft} drafts at acceptance {b['acceptance_rate']:.3f}", f"{b['speedup']:.2f}x, {b['num_draft_tokens']} a round"],
-        ]
-    in_steps += machine_rows(cost)
-    in_steps += [[f"v({k}), verifying {k} tokens", f"{v:.3f}"] for k, v in cost["v"].items()]
-    others = [
-        [
-            b["name"],
-            "1.00x" if b is base else rate_text(b["speedup"], 2, unit="x"),
-            "1.000" if b is base else _number(b["exact_match"], 3),
-            rate_text(b["best_over_it"], 2, unit="x"),
-        ]
-        for b in result["baselines"]
-    ]
-    seconds, prefill = base["total_ms"] / 1e3, base["prefill_ms"] / 1e3
-    size = f"{base['prompts']} prompts, {base['tokens']:,} tokens, {seconds:.1f} s ({prefill:.1f} s prefill)"
-    title = f"Speed against plain greedy decoding: {size}"
-    return [
-        ("The six targets", ["metric", "target", "measured [95 % interval]", "", "note"], goals),
-        (
-            title,
-            [
-                "drafts + rule, drafts per round",
-                "speed-up, end to end",
-                "decoding",
-                "tokens per pass",
-                "acceptance",
-                "exact match",
-                "modelled",
-                "corrected",
-            ],
-            speed,
-        ),
-        (
-            "What the lossy rules change",
-            [
-                "rule",
-                "exact match",
-                "token agreement",
-                "log-likelihood",
-                "visible facts true",
-                "hidden facts true",
-                "kept: same / synonym / error",
-            ],
-            lossy,
-        ),
-        (
-            "Other ways to decode, end to end",
-            ["way", "against our plain greedy", "exact match", "our fastest lossless row over it"],
-            others,
-        ),
-        ("Costs, in milliseconds (medians), each in a loop of its own", ["part", "ms"], costs),
-        ("Costs while decoding, in passes of plain decoding, and the bound they imply", ["part", "steps"], in_steps),
-    ]
+        label = f"best of {draft} drafts at acceptance {b['acceptance_rate']:.3f}"
+        rows += [[label, f"{b['speedup']:.2f}x, {b['num_draft_tokens']} a round"]]
+    rows += machine_rows(cost)
+    rows += [[f"v({k}), verifying {k} tokens", f"{v:.3f}"] for k, v in cost["v"].items()]
+    return "Costs while decoding, in passes of plain decoding, and the bound they imply", ["part", "steps"], rows
 
 
 def print_benchmark(result: dict[str, Any]) -> None:
