@@ -11,7 +11,6 @@ writes  benchmark/benchmark.json, report.md, report.html, five pictures; with --
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.config import Common, Steps, parse_config
-from feature_alignment.cli.console import UserError, print_json_line, progress, run
+from feature_alignment.cli.console import UserError, print_json_line, run
 
 if TYPE_CHECKING:
+    from feature_alignment.benchmark.run import Measurements, Setup
     from feature_alignment.decoding.engine import Generation
     from feature_alignment.inputs.samples import Sample
     from feature_alignment.models.decoder import Prompt
@@ -79,54 +79,93 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
-    """Measure, or reuse what is there; returns the content of benchmark.json."""
-    import numpy as np
-
-    from feature_alignment.benchmark import report, speed_model, targets
-    from feature_alignment.benchmark import timing as measure
-    from feature_alignment.benchmark import transformers_baselines as generate
-    from feature_alignment.benchmark.rows import Mode, answering, layers_of, modes, row_name, speeds
-    from feature_alignment.decoding.draft_length import Pace
-    from feature_alignment.decoding.engine import PREFILL_STAGES, greedy, speculate
-    from feature_alignment.decoding.sources import Sources
-    from feature_alignment.inputs.samples import read_samples
-    from feature_alignment.measurement.metrics import break_even
+    """Measure, or reuse a cached result; returns the content of benchmark.json."""
+    from feature_alignment.benchmark import report, transformers_baselines
+    from feature_alignment.benchmark.run import Measurements, part_costs, take_turns
+    from feature_alignment.decoding.engine import greedy
     from feature_alignment.models import fixed
     from feature_alignment.models.loading import fetch_checkpoints
-    from feature_alignment.models.pair import load_pair
     from feature_alignment.storage import artifacts
 
-    samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions, allow_outside=cfg.allow_outside)
-    number = min(cfg.limit or len(samples), len(samples))
-    samples = [samples[i * len(samples) // number] for i in range(number)]  # spread over the clips, which the intervals resample
+    samples = spread_samples(cfg)
     fetch_checkpoints(cfg)
     if cfg.planted_acceptance:
         return planted_benchmark(cfg, samples)
-    acceptance_path = cfg.out / "acceptance" / "acceptance.json"
-    acceptance = artifacts.read_sealed(acceptance_path, command_for("measure_feature_acceptance"))
+    made_from = inputs_of(cfg, samples)
+    acceptance = artifacts.read_sealed(acceptance_path(cfg), command_for("measure_feature_acceptance"))
     out = cfg.out / "benchmark"
-    chained_path = cfg.out / "chained_adapter" / "adapter.pt"
-    made_from: dict[str, Path | Sequence[Path]] = {
+    identity = artifacts.identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
+    result = artifacts.reusable(out / "benchmark.json", cfg, identity)
+    if result is not None:
+        _show(result, out, reused=True)
+        return result
+
+    setup = open_setup(cfg, samples, acceptance)
+    target, part_cost = setup.pair.target, part_costs(setup)
+    ways: dict[str, Callable[[Prompt], Generation]] = {"plain": lambda prompt: greedy(target, prompt, cfg.max_new_tokens)}
+    ways |= transformers_baselines.ways(target, cfg.max_new_tokens, cfg.num_draft_tokens[0], cfg.assistant_layers)
+    timed = take_turns(setup, ways, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
+    measurements = Measurements.of(setup, timed, part_cost)
+    contents, shown = results_of(cfg, measurements, acceptance, list(ways)[1:])
+    about = {"device": cfg.device, "dtype": cfg.dtype, "unrecorded": fixed.unrecorded}
+    result = {"meta": artifacts.provenance("benchmark_feature_sd", cfg, made_from, identity, **about), **contents}
+    report.write_benchmark_report(result, shown, target.tokenizer.decode, out)
+    files = ("report.md", "report.html", *(f"{name}.png" for name in report.PICTURES))
+    artifacts.write_sealed(out / "benchmark.json", result, files)  # Last: its presence means that the report is complete.
+    _show(result, out, reused=False)
+    return result
+
+
+def spread_samples(cfg: BenchmarkConfig) -> list[Sample]:
+    """The samples of the split, or `limit` of them spread over its clips, because the intervals resample clips."""
+    from feature_alignment.inputs.samples import read_samples
+
+    samples = read_samples(cfg.manifests, cfg.split, questions=cfg.questions, allow_outside=cfg.allow_outside)
+    number = min(cfg.limit or len(samples), len(samples))
+    return [samples[i * len(samples) // number] for i in range(number)]
+
+
+def acceptance_path(cfg: BenchmarkConfig) -> Path:
+    return cfg.out / "acceptance" / "acceptance.json"
+
+
+def chained_path(cfg: BenchmarkConfig) -> Path:
+    return cfg.out / "chained_adapter" / "adapter.pt"
+
+
+def inputs_of(cfg: BenchmarkConfig, samples: Sequence[Sample]) -> dict[str, Path | Sequence[Path]]:
+    """Every file that benchmark.json depends on, for its recorded hashes."""
+    return {
         "target": cfg.target_id,
         "draft": cfg.draft_id,
-        "acceptance": acceptance_path,
+        "acceptance": acceptance_path(cfg),
         "adapter": cfg.out / "adapter" / "adapter.pt",
-        "chained_adapter": chained_path,
+        "chained_adapter": chained_path(cfg),
         "texts": cfg.out / "token_pairs" / f"{cfg.train_split}.json",
         "manifest": cfg.manifests[cfg.split],
         "clips": clips_of(samples),
         **({"questions": cfg.questions} if cfg.questions else {}),
         **({"exit_adapters": cfg.exit_adapters} if cfg.exit_adapters else {}),
     }
-    identity = artifacts.identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
-    result = artifacts.reusable(out / "benchmark.json", cfg, identity)
-    if result is not None:
-        _show(result, out, reused=True)
-        return result
-    has_chain = chained_path.is_file()
+
+
+def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: dict[str, Any]) -> Setup:
+    """Load both models and the adapters, open every drafter and prepare the prompts.
+
+    Args:
+        cfg: settings
+        samples: what is measured
+        acceptance: content of acceptance.json, which must include the chained adapter where one is trained
+    """
+    from feature_alignment.benchmark.rows import modes
+    from feature_alignment.benchmark.run import Setup
+    from feature_alignment.decoding.sources import Sources
+    from feature_alignment.models.pair import load_pair
+
+    has_chain = chained_path(cfg).is_file()
     if has_chain and "chained" not in acceptance["chains"]:
         measure_again = command_for("measure_feature_acceptance")
-        raise UserError(f"{acceptance_path} does not know {chained_path} yet. Measure again:\n  {measure_again}")
+        raise UserError(f"{acceptance_path(cfg)} does not know {chained_path(cfg)} yet. Measure again:\n  {measure_again}")
     pair = load_pair(cfg)
     pair.record(cfg.steps)
     sources = Sources(pair, cfg, cfg.train_split)
@@ -134,103 +173,41 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     if len(exits) < len(cfg.exit_adapters):
         raise UserError(f"--exit_adapters: {len(cfg.exit_adapters)} files read layers {sorted(exits)}; wanted one for each layer.")
     adapters = ("chained", "aligned") if has_chain else ("aligned",)
-    rows_of = modes(cfg.num_draft_tokens, cfg.most_draft_tokens, cfg.threshold, adapters, sorted(exits))
-    proposers = {name: sources.open(name) for name in {mode.draft for mode in rows_of}}
-    adapter, chained = sources.adapter, sources.chained_adapter if has_chain else None
+    rows = modes(cfg.num_draft_tokens, cfg.most_draft_tokens, cfg.threshold, adapters, sorted(exits))
+    proposers = {name: sources.open(name) for name in {mode.draft for mode in rows}}
     prompts = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]
-    clips = [s.sequence for s in samples]
+    return Setup(pair, sources, sources.chained_adapter if has_chain else None, exits, proposers, rows, samples, prompts)
 
-    cost = measure.costs(pair.target, pair.draft, adapter, chained, *prompts[0])
-    cost |= measure.machine_costs(pair.target, sources.full_draft, cost, *prompts[0], layers=exits)
 
-    def method(mode: Mode) -> Callable[[int], Generation]:
-        pace = Pace(sources.known_acceptance(mode.draft)) if mode.adaptive else None
+def results_of(
+    cfg: BenchmarkConfig, measurements: Measurements, acceptance: dict[str, Any], names: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Generation]]:
+    """Compute the rows, baselines and targets.
 
-        def answer(i: int) -> Generation:
-            prompt, draft_prompt = prompts[i]
-            return speculate(
-                pair.target,
-                proposers[mode.draft] if mode.exit_layer is None else exits[mode.exit_layer],
-                prompt,
-                draft_prompt,
-                accept=mode.accept,
-                threshold=mode.threshold or 0.0,
-                num_draft_tokens=mode.num_draft_tokens,
-                max_new_tokens=cfg.max_new_tokens,
-                pace=pace,
-                overlap=mode.overlap,
-            )
+    Args:
+        cfg: settings
+        measurements: timed runs and costs
+        acceptance: content of acceptance.json
+        names: the `generate` baselines
 
-        return answer
+    Returns:
+        benchmark.json without `meta`; row name -> a generation of the first prompt, for the report
+    """
+    from feature_alignment.benchmark import targets
+    from feature_alignment.benchmark.rows import row_name
+    from feature_alignment.benchmark.run import bounds, fastest_lossless, generate_report, mode_rows, plain_report
+    from feature_alignment.measurement.metrics import break_even
 
-    ways: dict[str, Callable[[Prompt], Generation]] = {"plain": lambda prompt: greedy(pair.target, prompt, cfg.max_new_tokens)}
-    ways |= generate.ways(pair.target, cfg.max_new_tokens, cfg.num_draft_tokens[0], cfg.assistant_layers)
-    methods: dict[Any, Callable[[int], Generation]] = {name: answering(way, prompts) for name, way in ways.items()}
-    methods |= {m: method(m) for m in rows_of}
-    bar = functools.partial(progress, desc="benchmark", unit="prompt")
-    for _ in range(2):  # the second time all is warm
-        measure.run_in_turns(methods, min(cfg.warmup, len(samples)), 1, iter)
-    proposers["previous"] = sources.open("previous")  # it has heard answers that are asked for again
-    timed = measure.run_in_turns(methods, len(samples), cfg.repeats, bar)
-    plain, costs = timed["plain"], speed_model.Costs.of([(m, timed[m]) for m in rows_of], timed["plain"], cost["loop"]["v"])
-    cost |= costs.report(cost["loop"], clips)
-
-    rows, log_likelihood = [], measure.log_likelihoods(pair.target, [p for p, _ in prompts])
-    for mode in rows_of:
-        runs = timed[mode]
-        row: dict[str, Any] = speeds(mode, runs, plain, clips, costs)
-        row["draft_layers"] = layers_of(mode, pair.draft.taps)
-        row["fidelity"] = measure.fidelity(pair.target, log_likelihood, samples, runs, plain)
-        row["exact_match"] = row["fidelity"]["exact_match"]["value"]
-        if mode.accept == "token":
-            row["mismatches"] = measure.mismatches(pair.target, [p for p, _ in prompts], samples, runs, plain)
-        rows.append(row)
-
-    cost["bound"] = {}
-    for mode, row in zip(rows_of, rows, strict=True):
-        round_cost = costs.all.round_cost(speed_model.drafter_of(mode))
-        if round_cost and mode.draft in ("aligned", "chained") and mode.accept == "token" and not mode.adaptive and mode.exit_layer is None:
-            cost["bound"][mode.draft] = speed_model.bound(row["acceptance_rate"]["value"], round_cost, cost)
-    end_to_end, decoding = (lambda g: g.total_ms), (lambda g: g.decode_ms)
-    candidates = [m for m in rows_of if targets.lossless(m)]
-    fastest = measure.fastest([timed[m] for m in candidates], plain, clips, end_to_end)
-    best = candidates[fastest.best]
-    speedups = {
-        "speedup": measure.speedup(plain, fastest.runs, clips, end_to_end),
-        "decode_speedup": measure.speedup(plain, fastest.runs, clips, decoding),
-    }
-    fastest_row = targets.report_fastest(fastest, [rows[rows_of.index(m)] for m in candidates], speedups)
-    baselines = [
-        {
-            "name": "plain greedy",
-            "prompts": len(samples),
-            "tokens": sum(len(t) for t in plain.texts),
-            "total_ms": float(plain.per_prompt(end_to_end).sum()),
-            "prefill_ms": float(plain.per_prompt(lambda g: sum(g.ms.get(s, 0.0) for s in PREFILL_STAGES)).sum()),
-            "decode_ms": float(plain.per_prompt(lambda g: g.decode_ms).sum()),
-            "best_over_it": speedups["speedup"],
-            "fidelity": measure.fidelity(pair.target, log_likelihood, samples, plain, plain),
-        }
-    ]
-    for name in list(ways)[1:]:
-        runs = timed[name]
-        baselines.append(
-            {
-                "name": name,
-                "total_ms": float(runs.per_prompt(end_to_end).sum()),
-                "speedup": measure.speedup(plain, runs, clips, end_to_end),
-                "best_over_it": measure.speedup(runs, fastest.runs, clips, end_to_end),
-                "exact_match": float(np.mean([a == b for a, b in zip(runs.texts, plain.texts, strict=True)])),
-                "mismatches": measure.mismatches(pair.target, [p for p, _ in prompts], samples, runs, plain),
-            }
-        )
-    in_use = targets.adapter_in_use(
-        rows[rows_of.index(best)], adapter, chained, acceptance, cost, cfg.device, pair.target.head_weight.dtype, cfg.steps
-    )
-    result = {
-        "meta": artifacts.provenance(
-            "benchmark_feature_sd", cfg, made_from, identity, device=cfg.device, dtype=cfg.dtype, unrecorded=fixed.unrecorded
-        ),
+    setup = measurements.setup
+    rows = mode_rows(measurements)
+    cost = measurements.cost | {"bound": bounds(measurements, rows)}
+    fastest = fastest_lossless(measurements, rows)
+    best_row = rows[setup.modes.index(fastest.mode)]
+    plain = plain_report(measurements, fastest)
+    baselines = [plain, *(generate_report(measurements, fastest, name) for name in names)]
+    dtype = setup.pair.target.head_weight.dtype
+    in_use = targets.adapter_in_use(best_row, setup.sources.adapter, setup.chained, acceptance, cost, cfg.device, dtype, cfg.steps)
+    contents = {
         "baselines": baselines,
         "rows": rows,
         "cost": cost,
@@ -238,15 +215,11 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
             str(g): {"1.0": break_even(g * cost["c"], g), str(targets.GOAL): break_even(g * cost["c"], g, targets.GOAL)}
             for g in cfg.num_draft_tokens
         },
-        "fastest_lossless": fastest_row,
-        "targets": targets.read(in_use, rows, fastest_row),
+        "fastest_lossless": fastest.report,
+        "targets": targets.read(in_use, rows, fastest.report),
     }
-    shown = {"plain greedy": plain.generations[0][0], row_name(rows[rows_of.index(best)]): timed[best].generations[0][0]}
-    report.write_benchmark_report(result, shown, pair.target.tokenizer.decode, out)
-    beside = ("report.md", "report.html", *(f"{name}.png" for name in report.PICTURES))
-    artifacts.write_sealed(out / "benchmark.json", result, beside)  # last
-    _show(result, out, reused=False)
-    return result
+    generations = {"plain greedy": measurements.plain, row_name(best_row): measurements.timed[fastest.mode]}
+    return contents, {name: timed.generations[0][0] for name, timed in generations.items()}
 
 
 def clips_of(samples: Sequence[Sample]) -> list[Path]:
