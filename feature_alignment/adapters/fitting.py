@@ -146,7 +146,7 @@ def fit(
 
 
 def curves(cfg: Any, checkpoint: Checkpoint | None) -> Callable[[dict[str, float]], None]:
-    """A function that logs the scores of an epoch to TensorBoard, in tensorboard/ next to the adapter; it does nothing without cfg.tensorboard."""
+    """A function that logs the scores of an epoch to TensorBoard, in tensorboard/ next to the adapter; a no-op without cfg.tensorboard."""
     if not cfg.tensorboard or checkpoint is None:
         return lambda scores: None
     try:
