@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.storage import earlier_rows, shards
     from feature_alignment.storage.processes import check_device, check_writable, claimed, processes
 
-    shard, of = parse_shard(cfg)
+    shard, of = shards.parse_shard(cfg.shard, cfg.merge)
     check_device(cfg.device)
     samples = read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions, cfg.allow_outside)
     fetch_checkpoints(cfg)
@@ -228,7 +228,7 @@ def fill(
     from feature_alignment.models.pair import load_pair
     from feature_alignment.storage import artifacts, earlier_rows
     from feature_alignment.storage import hidden_states_writer as files
-    from feature_alignment.storage.answers import known_answers
+    from feature_alignment.storage.answers import known_answers, refuse_foreign_ids
 
     rank, world, device, wait = process
     token_pairs = cfg.out / "token_pairs" / f"{cfg.split}.json"
@@ -282,21 +282,6 @@ def shapes_of(pair: Pair, cfg: ExtractConfig) -> tuple[dict[str, tuple[int, int]
     }
     shapes |= {EVENT_STATES: (pair.draft.vision_tokens, pair.draft.width)} if cfg.event_states else {}
     return shapes, getattr(torch, cfg.store_dtype)
-
-
-def refuse_foreign_ids(answers: Answers, vocab_size: int) -> None:
-    """raises UserError for answers with an id that the pair does not share"""
-    for sample_id, texts in answers.items():
-        if max(map(max, texts)) >= vocab_size:
-            raise UserError(f"the answers of sample {sample_id} hold ids beyond the {vocab_size} of this pair: texts of another one.")
-
-
-def parse_shard(cfg: ExtractConfig) -> tuple[int, int]:
-    """`2/3` as (2, 3); no shard is the first of one."""
-    i, _, n = (cfg.shard or "1/1").partition("/")
-    if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)) or (cfg.shard and cfg.merge):
-        raise UserError(f"--shard wants i/n with i from 1 to n, e.g. 1/3, and no --merge beside it; got {cfg.shard!r}.")
-    return int(i), int(n)
 
 
 def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -> dict[str, Any]:

@@ -22,8 +22,10 @@ from feature_alignment.cli.console import UserError, print_json_line, print_tabl
 
 if TYPE_CHECKING:
     from feature_alignment.decoding.engine import Generation
+    from feature_alignment.decoding.sources import Sources
     from feature_alignment.inputs.samples import Sample
     from feature_alignment.models.decoder import Decoder
+    from feature_alignment.models.pair import Pair
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sample = choose_sample(cfg)
     out = cfg.out / "sd" / f"{sample.id}.json"
     check_writable(out)
-    from feature_alignment.decoding.draft_length import Pace
-    from feature_alignment.decoding.engine import plain, speculate
-    from feature_alignment.decoding.sampling import Sampler
     from feature_alignment.decoding.sources import Sources
     from feature_alignment.models.generation import with_flags
     from feature_alignment.models.pair import load_pair
@@ -136,11 +135,49 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     flags = {name: getattr(cfg, name) for name in ("top_p", "top_k", "min_p", "min_new_tokens", "repetition_penalty")}
     pair.target.settings = with_flags(pair.target.settings, **flags, stop_strings=cfg.stop)
     sources = Sources(pair, cfg, cfg.train_split)
+    generation, alone = decode_both_ways(cfg, pair, sources, sample)
+    files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, **sources.files(cfg.draft)}
+    made_from = files | {"clip": [sample.events, sample.video]}
+    result = {
+        "meta": artifacts.provenance("feature_sd_inference", cfg, made_from),
+        "sample": {"id": sample.id, "question": sample.question, "events": str(sample.events), "video": str(sample.video)},
+        "text": _text(pair.target, generation.token_ids),
+        **generation.as_dict(),
+        "plain_text": _text(pair.target, alone.token_ids),
+        "plain_ms": alone.total_ms,
+        # Two samples are comparable only if they share their noise.
+        "exact_match": generation.token_ids == alone.token_ids if not cfg.temperature or cfg.adaptive else None,
+    }
+    artifacts.write_sealed(out, result)
+    print(f"question  {sample.question}\nanswer    {result['text']}")
+    if not result["exact_match"]:
+        print(f"plain     {result['plain_text']}")
+    print_trace(generation, pair.target.tokenizer.decode, cfg.verbose)
+    print_summary(result, generation, alone, out)
+    return result
+
+
+def decode_both_ways(cfg: InferenceConfig, pair: Pair, sources: Sources, sample: Sample) -> tuple[Generation, Generation]:
+    """Decode the answer speculatively and by the target alone, each twice: the first run warms up and trains the adaptive draft length.
+
+    Args:
+        cfg: settings
+        pair: both models
+        sources: the drafters by name
+        sample: clip and question
+
+    Returns:
+        the speculative generation and the plain one, both of the second run
+    """
+    from feature_alignment.decoding.draft_length import Pace
+    from feature_alignment.decoding.engine import plain, speculate
+    from feature_alignment.decoding.sampling import Sampler
+
     sampler = Sampler(cfg.temperature, cfg.seed, pair.target.device, shared_noise=cfg.adaptive) if cfg.temperature else None
     proposer = sources.open(cfg.draft, cfg.accept != "token")
     prompt, draft_prompt = pair.target.prepare(sample), pair.draft.prepare(sample)
     pace = Pace(sources.known_acceptance(cfg.draft)) if cfg.adaptive else None
-    for _ in range(2):  # the first run warms up, and teaches the pace
+    for _ in range(2):
         if sampler is not None:
             sampler.restart(cfg.seed)
         alone = plain(pair.target, prompt, cfg.max_new_tokens, sampler)
@@ -159,28 +196,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             pace=pace,
             overlap=cfg.overlap,
         )
+    return generation, alone
 
-    text = _text(pair.target, generation.token_ids)
-    files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, **sources.files(cfg.draft)}
-    made_from = files | {"clip": [sample.events, sample.video]}
-    result = {
-        "meta": artifacts.provenance("feature_sd_inference", cfg, made_from),
-        "sample": {"id": sample.id, "question": sample.question, "events": str(sample.events), "video": str(sample.video)},
-        "text": text,
-        **generation.as_dict(),
-        "plain_text": _text(pair.target, alone.token_ids),
-        "plain_ms": alone.total_ms,
-        # two samples need not be equal, unless they share their noise
-        "exact_match": generation.token_ids == alone.token_ids if sampler is None or sampler.shared_noise else None,
-    }
-    artifacts.write_sealed(out, result)
-    print(f"question  {sample.question}\nanswer    {text}")
-    if not result["exact_match"]:
-        print(f"plain     {result['plain_text']}")
-    print_trace(generation, pair.target.tokenizer.decode, cfg.verbose)
+
+def print_summary(result: dict[str, Any], generation: Generation, alone: Generation, out: Path) -> None:
+    """Print text, speed and the path of the result as one line of JSON."""
     print_json_line(
         {
-            "text": text,
+            "text": result["text"],
             "exact_match": result["exact_match"],
             "tokens": len(generation.token_ids),
             "tokens_per_pass": round(generation.tokens_per_pass, 3) if generation.passes else None,
@@ -189,7 +212,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "written": str(out),
         }
     )
-    return result
 
 
 def _text(target: Decoder, token_ids: list[int]) -> str:

@@ -119,7 +119,7 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
     """Train, or reuse what is there, as process `rank` of `world`; returns the adapter's meta."""
     import torch
 
-    from feature_alignment.adapters import training
+    from feature_alignment.adapters import fitting, training
     from feature_alignment.storage import artifacts
 
     if cfg.threads:
@@ -146,10 +146,10 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
     wait()  # everyone has looked before anything changes
     start = time.time()
     matrices = [artifacts.load_pt(path, command_for("extract_hidden_states", split=cfg.train_split)) for path in weights.values()]
-    learn: Callable[..., tuple[Any, training.History]] = training.train_chained if chained else training.train_hidden
-    unfinished = training.Checkpoint(out / "unfinished.pt", identity.hash, cfg.resume)
+    learn: Callable[..., tuple[Any, fitting.History]] = training.train_chained if chained else training.train_hidden
+    unfinished = fitting.Checkpoint(out / "unfinished.pt", identity.hash, cfg.resume)
     here = dataclasses.replace(cfg, device=device)
-    adapter, history = learn(states["train"], states["validation"], *matrices, here, unfinished, training.Part(rank, world))
+    adapter, history = learn(states["train"], states["validation"], *matrices, here, unfinished, fitting.Part(rank, world))
     best = min(history, key=lambda h: h["validation_loss"])
     on_validation = lambda h: {k.removeprefix("validation_"): v for k, v in h.items() if k.startswith("validation_")}  # noqa: E731
     meta = artifacts.provenance(

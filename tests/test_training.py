@@ -12,10 +12,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from feature_alignment.adapters import training
+from feature_alignment.adapters import fitting, training
 from feature_alignment.adapters.closed_form import moments
+from feature_alignment.adapters.fitting import Batch, Checkpoint, Part
 from feature_alignment.adapters.hidden import HiddenAdapter
-from feature_alignment.adapters.training import Batch, Checkpoint, Part, Scale, start_from_linear, train_chained, train_hidden
+from feature_alignment.adapters.training import Scale, start_from_linear, train_chained, train_hidden
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage.artifacts import HiddenStates
 from feature_alignment.train_hidden_adapter import TrainConfig
@@ -174,11 +175,11 @@ def test_a_linear_fit_of_constant_inputs_is_the_mean():
 
 
 def test_every_epoch_has_an_order_of_its_own():
-    orders = [torch.cat(training.shuffled(40, 7, 0, epoch)).tolist() for epoch in range(4)]
+    orders = [torch.cat(fitting.shuffled(40, 7, 0, epoch)).tolist() for epoch in range(4)]
     assert all(sorted(order) == list(range(40)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
-    assert torch.cat(training.shuffled(40, 7, 0, 1)).tolist() == orders[1]
-    assert torch.cat(training.shuffled(40, 7, 1, 1)).tolist() != orders[1]
+    assert torch.cat(fitting.shuffled(40, 7, 0, 1)).tolist() == orders[1]
+    assert torch.cat(fitting.shuffled(40, 7, 1, 1)).tolist() != orders[1]
 
 
 class Counterpart(Part):
@@ -202,7 +203,7 @@ def test_gradients_of_uneven_parts_add_up_to_that_of_the_whole(monkeypatch):
         torch.manual_seed(1)
         layer = torch.nn.Linear(4, 2)
         epoch = lambda number: iter([Batch((layer(x[rows]) - y[rows]).pow(2).mean() / 50, {}, len(rows))])  # noqa: E731
-        training.fit(
+        fitting.fit(
             layer, epoch, 1, lambda: {"loss": 1.0, "cosine": 0.0, "token_match": 0.0}, lambda: layer, config(num_epochs=1), [], None, part
         )
         return layer
@@ -316,7 +317,7 @@ def test_the_rate_of_learning_rises_then_falls_to_nothing(monkeypatch):
 
 def test_means_over_positions_weigh_each_batch_by_its_positions():
     batches = iter([(3, {"loss": torch.tensor(1.0)}), (1, {"loss": torch.tensor(5.0)})])
-    assert training.mean_over_positions(batches) == {"loss": 2.0}
+    assert fitting.mean_over_positions(batches) == {"loss": 2.0}
 
 
 @pytest.mark.parametrize("adapter", ["hidden", "chained"])

@@ -93,40 +93,74 @@ def speculate_batch(
             room = min(num_draft_tokens, max_new_tokens - len(row.emitted) - 1)
             drafts.append(row.proposer.propose(row.emitted, row.states, room, watch).token_ids.tolist() if room > 0 else [])
         with watch("verify"):
-            width = 1 + max(map(len, drafts))
-            blocks = [[row.emitted[-1], *d] for row, d in zip(rows, drafts, strict=True)]
-            block = torch.tensor([[*b, *[0] * (width - len(b))] for b in blocks], device=target.device)
-            there = torch.arange(width, device=target.device) < torch.tensor([[len(b)] for b in blocks], device=target.device)
-            where = {
-                "position_ids": place + torch.arange(width, device=target.device),
-                "attention_mask": torch.cat([seen, there.long()], 1),
-            }
-            hidden = target.step(state, block, **where)  # [b, width, d]
-            logits = target.lm_head(hidden)
-            says = [
-                row.law.rules.scores(scores[: len(drafted) + 1], row.emitted, drafted).argmax(-1).tolist()
-                for row, drafted, scores in zip(rows, drafts, logits, strict=True)
-            ]
+            hidden, choices = _verify(target, state, rows, drafts, seen, place)
             passes += 1
-        kept = []
         with watch("accept"):
-            for row, drafted, said, h in zip(rows, drafts, says, hidden, strict=True):
-                n = next((i for i, (d, s) in enumerate(zip(drafted, said, strict=False)) if d != s), len(drafted))
-                new = [*drafted[:n], said[n]]
-                new = new[: row.law.rules.end_of(row.emitted, new)]
-                row.emitted += new
-                row.states = torch.cat([row.states, h[: len(new)]])
-                row.accepted.append(min(n, len(new)))
-                kept.append(1 + n)
+            kept = [_accept(*of_row) for of_row in zip(rows, drafts, choices, hidden, strict=True)]
         with watch("rollback"):
             kept_here = torch.tensor(kept, device=target.device)[:, None]
-            target.rollback(state, width - max(kept))
+            target.rollback(state, hidden.shape[1] - max(kept))
             seen = torch.cat([seen, (torch.arange(max(kept), device=target.device) < kept_here).long()], 1)
             place = place + kept_here
     if num_draft_tokens:
         for row in everyone:
             row.proposer.finish(row.emitted)
     return BatchGeneration([r.emitted for r in everyone], [r.accepted for r in everyone], passes, watch.now() - start, watch.ms)
+
+
+def _verify(
+    target: Decoder, state: State, rows: Sequence[Row], drafts: Sequence[list[int]], seen: Tensor, place: Tensor
+) -> tuple[Tensor, list[list[int]]]:
+    """Read the last token and the draft tokens of every row in one pass of the target.
+
+    Args:
+        target: the model whose text is reproduced
+        state: its cache, which gains one entry for each position of the block
+        rows: the unfinished rows, b of them
+        drafts: draft tokens of each row; shorter drafts are padded, and the mask hides the padding
+        seen: [b, s] int64, 1 where a cache entry is valid
+        place: [b, 1] int64, position of each row's last token
+
+    Returns:
+        the target's hidden states [b, w, d] with w = 1 + the longest draft, and of each row the target's own token after its last token
+        and after each draft token
+    """
+    width = 1 + max(map(len, drafts))
+    blocks = [[row.emitted[-1], *d] for row, d in zip(rows, drafts, strict=True)]
+    block = torch.tensor([[*b, *[0] * (width - len(b))] for b in blocks], device=target.device)
+    valid = torch.arange(width, device=target.device) < torch.tensor([[len(b)] for b in blocks], device=target.device)
+    where = {
+        "position_ids": place + torch.arange(width, device=target.device),
+        "attention_mask": torch.cat([seen, valid.long()], 1),
+    }
+    hidden = target.step(state, block, **where)
+    logits = target.lm_head(hidden)
+    choices = [
+        row.law.rules.scores(scores[: len(drafted) + 1], row.emitted, drafted).argmax(-1).tolist()
+        for row, drafted, scores in zip(rows, drafts, logits, strict=True)
+    ]
+    return hidden, choices
+
+
+def _accept(row: Row, drafted: list[int], choices: list[int], hidden: Tensor) -> int:
+    """Append the accepted draft tokens and the target's token after them to the row, up to the end of its text.
+
+    Args:
+        row: extended in place
+        drafted: its draft tokens
+        choices: the target's own token at each position, one more than draft tokens
+        hidden: [w, d], the target's hidden states that gave `choices`
+
+    Returns:
+        the number of cache entries that stay valid: the last token and the accepted draft tokens
+    """
+    n = next((i for i, (d, c) in enumerate(zip(drafted, choices, strict=False)) if d != c), len(drafted))
+    new = [*drafted[:n], choices[n]]
+    new = new[: row.law.rules.end_of(row.emitted, new)]
+    row.emitted += new
+    row.states = torch.cat([row.states, hidden[: len(new)]])
+    row.accepted.append(min(n, len(new)))
+    return 1 + n
 
 
 def _prefill(target: Decoder, prompts: Sequence[Prompt]) -> tuple[State, Tensor, Tensor]:

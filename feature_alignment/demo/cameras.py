@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from feature_alignment.demo.road_users import BODY, DARK, SHAPES, Box
 from feature_alignment.demo.world import Scene
 from feature_alignment.inputs.simulate import crossings
 
@@ -30,21 +31,7 @@ _RGB = {
     "orange": (0.98, 0.50, 0.05),
 }
 _LIGHT = {"day": (1.0, 1.0, 1.0), "dusk": (0.75, 0.48, 0.36), "night": (0.16, 0.20, 0.34)}
-_GREY, _DARK, _GLASS, _SKIN = (0.55, 0.55, 0.55), (0.05, 0.05, 0.06), (0.55, 0.75, 0.85), (0.9, 0.7, 0.55)
 _TRAVEL = {"slow": 11.0, "medium": 23.0, "fast": 40.0}  # pixels per clip, over the ground
-# kind -> (length, height) in pixels in the far lane
-_BODY = {
-    "car": (17, 8),
-    "truck": (26, 13),
-    "bus": (27, 12),
-    "van": (17, 11),
-    "tram": (38, 12),
-    "tractor": (15, 12),
-    "motorcycle": (12, 8),
-    "cyclist": (11, 12),
-    "pedestrian": (4, 12),
-    "dog": (10, 6),
-}
 _BASE_Y = {"far": 50, "near": 70}  # where wheels touch the road
 _SCALE = {"far": 1.0, "near": 1.3}
 
@@ -87,84 +74,20 @@ class _Layer:
 
 
 def _draw_road_user(layer: _Layer, kind: str, x: float, lane: str, rgb: tuple[float, ...], heading: str) -> None:
-    """One road user with its rear (for one going right) at x. Drawn facing right, then mirrored if it heads left."""
+    """Draw one road user whose left edge is at x [pixels]. Its shapes face right; they are mirrored if it heads left."""
     k = _SCALE[lane]
-    length, _ = _BODY[kind]
+    length, _ = BODY[kind]
     ground = _BASE_Y[lane]
 
-    def place(px: float, w: float) -> float:
+    def left_edge(px: float, w: float) -> float:
         return x + (k * px if heading == "right" else k * (length - px - w))
 
-    def box(px: float, py: float, w: float, h: float, c: tuple[float, ...]) -> None:  # py: distance of the top edge over ground
-        layer.box(place(px, w), ground - k * py, k * w, max(1.0, k * h), c)
-
-    def wheel(px: float, r: float) -> None:
-        layer.disc(place(px - r, 2 * r) + k * r, ground - k * r, k * r, _DARK)
-
-    if kind == "car":
-        box(0, 5, 17, 4, rgb)
-        box(4, 8, 7, 3, rgb)
-        box(8, 7.5, 2.5, 2, _GLASS)
-        wheel(4, 2)
-        wheel(13, 2)
-    elif kind == "van":
-        box(0, 11, 13, 10, rgb)
-        box(13, 7, 4, 6, rgb)
-        box(12, 10, 3, 3, _GLASS)
-        wheel(3.5, 2)
-        wheel(13.5, 2)
-    elif kind == "truck":
-        box(0, 13, 18, 11, rgb)
-        box(20, 9, 6, 8, _GREY)
-        box(23, 8, 3, 3, _GLASS)
-        wheel(4, 2)
-        wheel(9, 2)
-        wheel(23, 2)
-    elif kind == "bus":
-        box(0, 12, 27, 11, rgb)
-        box(1, 10, 25, 4, _GLASS)
-        for i in range(1, 6):
-            box(1 + 4.2 * i, 10, 1, 4, rgb)
-        wheel(5, 2)
-        wheel(21, 2)
-    elif kind == "tram":
-        box(0, 10, 18, 9, rgb)
-        box(20, 10, 18, 9, rgb)
-        box(18, 8, 2, 5, _DARK)
-        box(1, 8.5, 36, 3, _GLASS)
-        box(18, 8, 2, 5, _DARK)
-        box(8, 12.5, 1, 3, _DARK)
-        box(28, 12.5, 1, 3, _DARK)
-    elif kind == "tractor":
-        box(4, 12, 6, 7, rgb)
-        box(5, 11, 4, 4, _GLASS)
-        box(8, 6.5, 7, 4, rgb)
-        wheel(4, 4)
-        wheel(13, 2)
-    elif kind == "motorcycle":
-        box(2, 4.5, 8, 2.5, rgb)
-        box(4, 8, 3, 4, rgb)
-        wheel(2.2, 2.2)
-        wheel(9.8, 2.2)
-    elif kind == "cyclist":
-        box(2, 4, 7, 1, _GREY)
-        box(4, 10, 3, 6, rgb)
-        layer.disc(place(4, 3) + k * 1.5, ground - k * 11, k * 1.6, _SKIN)
-        wheel(2.2, 2.4)
-        wheel(8.8, 2.4)
-        for px in (2.2, 8.8):
-            layer.disc(place(px - 1.2, 2.4) + k * 1.2, ground - k * 2.4, k * 1.2, _GREY)
-    elif kind == "pedestrian":
-        box(0.5, 9, 3, 5, rgb)
-        box(0.5, 4, 1.2, 4, _DARK)
-        box(2.4, 4, 1.2, 4, _DARK)
-        layer.disc(place(0.5, 3) + k * 1.5, ground - k * 10.5, k * 1.7, _SKIN)
-    elif kind == "dog":
-        box(1.5, 5, 6, 2.5, rgb)
-        box(7, 6.5, 3, 2.5, rgb)
-        box(0, 6.5, 1.5, 2, rgb)
-        for px in (1.6, 3.0, 5.4, 6.6):
-            box(px, 2.6, 0.8, 2.6, rgb)
+    for shape in SHAPES[kind]:
+        colour = rgb if shape.rgb is None else shape.rgb
+        if isinstance(shape, Box):
+            layer.box(left_edge(shape.x, shape.w), ground - k * shape.top, k * shape.w, max(1.0, k * shape.h), colour)
+        else:
+            layer.disc(left_edge(shape.x, shape.w) + k * shape.w / 2, ground - k * shape.y, k * shape.r, colour)
 
 
 def _draw_background(layer: _Layer, s: Scene, rng: np.random.Generator, width: int) -> None:
@@ -214,8 +137,8 @@ def _draw_background(layer: _Layer, s: Scene, rng: np.random.Generator, width: i
 
 def _draw_landmark(layer: _Layer, kind: str, x: float) -> None:
     if kind == "signal":
-        layer.box(x - 0.5, 19, 1.5, 17, _DARK)
-        layer.box(x - 3, 8, 6, 13, _DARK)
+        layer.box(x - 0.5, 19, 1.5, 17, DARK)
+        layer.box(x - 3, 8, 6, 13, DARK)
         for y, rgb in ((10.5, (1, 0.1, 0.1)), (14.5, (1, 0.8, 0.1)), (18.5, (0.1, 0.9, 0.2))):
             layer.disc(x, y, 1.5, rgb)
     elif kind == "sign":
@@ -225,16 +148,16 @@ def _draw_landmark(layer: _Layer, kind: str, x: float) -> None:
     elif kind == "bench":
         layer.box(x - 8, 25, 16, 2, (0.20, 0.10, 0.04))
         layer.box(x - 8, 29, 16, 2.5, (0.20, 0.10, 0.04))
-        layer.box(x - 7, 29, 2, 7, _DARK)
-        layer.box(x + 5, 29, 2, 7, _DARK)
+        layer.box(x - 7, 29, 2, 7, DARK)
+        layer.box(x + 5, 29, 2, 7, DARK)
     elif kind == "lamp":
         layer.box(x - 0.8, 3, 2, 33, (0.12, 0.12, 0.14))
         layer.box(x, 3, 9, 1.6, (0.12, 0.12, 0.14))
         layer.box(x + 6, 4, 4, 3, (1.0, 1.0, 0.75))
     elif kind == "mailbox":
-        layer.box(x - 1, 27, 2, 9, _DARK)
+        layer.box(x - 1, 27, 2, 9, DARK)
         layer.box(x - 5, 18, 10, 10, (0.98, 0.98, 0.98))
-        layer.box(x - 4, 21, 8, 2, _DARK)
+        layer.box(x - 4, 21, 8, 2, DARK)
 
 
 def render(s: Scene) -> np.ndarray:
@@ -256,14 +179,14 @@ def render(s: Scene) -> np.ndarray:
 
     if s.parked != "none":
         lane = "near" if s.lane == "far" else "far"
-        room = SIZE - 4 - _SCALE[lane] * _BODY[s.parked][0]
+        room = SIZE - 4 - _SCALE[lane] * BODY[s.parked][0]
         layer = _Layer(width)
         colour = _RGB[sorted(_RGB)[int(rng.integers(len(_RGB)))]]
         _draw_road_user(layer, s.parked, float(rng.uniform(6, room)), lane, colour, ("left", "right")[int(rng.integers(2))])
         overlay(layer, pan)
 
     travel = _TRAVEL[s.speed] * float(rng.uniform(0.9, 1.1))
-    length = _SCALE[s.lane] * _BODY[s.kind][0]
+    length = _SCALE[s.lane] * BODY[s.kind][0]
     centre = SIZE / 2 + float(rng.uniform(-5, 5))  # where it is at half time
     margin = 80
     layer = _Layer(SIZE + 2 * margin)

@@ -130,6 +130,13 @@ def earlier_answers(path: Path, identity: RunIdentity, rows: Sequence[dict[str, 
     return found
 
 
+def refuse_foreign_ids(answers: Answers, vocab_size: int) -> None:
+    """Raise UserError if an answer contains a token id outside the shared vocabulary of `vocab_size` tokens."""
+    for sample_id, texts in answers.items():
+        if max(map(max, texts)) >= vocab_size:
+            raise UserError(f"the answers of sample {sample_id} hold ids beyond the {vocab_size} of this pair: texts of another one.")
+
+
 def _compared(identity: RunIdentity, is_ours: bool) -> tuple[str, str]:
     return (_for_texts(identity).compared(), ", clip and start") if is_ours else ("a file without meta", "")
 

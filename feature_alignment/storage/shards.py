@@ -15,6 +15,18 @@ from feature_alignment.storage.hidden_states_writer import NAMED, HiddenStatesWr
 from feature_alignment.storage.identity import THERE_NOW, RunIdentity
 
 
+def parse_shard(shard: str | None, merge: bool) -> tuple[int, int]:
+    """The number of a shard and the number of shards: (2, 3) for `2/3`, (1, 1) without --shard.
+
+    Raises:
+        UserError: if `shard` is not i/n with 1 <= i <= n, or is combined with --merge
+    """
+    i, _, n = (shard or "1/1").partition("/")
+    if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)) or (shard and merge):
+        raise UserError(f"--shard wants i/n with i from 1 to n, e.g. 1/3, and no --merge beside it; got {shard!r}.")
+    return int(i), int(n)
+
+
 def shard_name(split: str, shard: int, shards: int) -> str:
     """Folder of one of several parts of a split."""
     return f"{split}.shard-{shard}-of-{shards}"

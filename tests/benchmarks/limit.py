@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from feature_alignment.adapters import closed_form, training
+from feature_alignment.adapters import closed_form, fitting, training
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import print_json_line, print_table, rate_text, run
@@ -53,23 +53,23 @@ def learn(train: HiddenStates, validation: HiddenStates, head: Tensor, cfg: Trai
     variance = float(sample.target.var(0).mean())
     net = Wide(sample.draft, sample.target, width, 0.1)
 
-    def batches(states: HiddenStates, order: tuple[Tensor, ...]) -> Iterator[training.Batch]:
+    def batches(states: HiddenStates, order: tuple[Tensor, ...]) -> Iterator[fitting.Batch]:
         for rows in order:
             mask = states.mask[rows]
             g, v = states.draft[rows][mask].float(), states.target[rows][mask].float()
-            yield training.Batch(*training.losses(net(g), v, head, variance, cfg), len(g), tuple(rows.tolist()))
+            yield fitting.Batch(*training.losses(net(g), v, head, variance, cfg), len(g), tuple(rows.tolist()))
 
-    def epoch(number: int) -> Iterator[training.Batch]:
+    def epoch(number: int) -> Iterator[fitting.Batch]:
         net.train()
-        return batches(train, training.shuffled(len(train.mask), cfg.batch_size, cfg.seed, number))
+        return batches(train, fitting.shuffled(len(train.mask), cfg.batch_size, cfg.seed, number))
 
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
         net.eval()
-        return training.mean_over_positions((b.n, b.parts) for b in batches(validation, torch.arange(len(validation.mask)).split(256)))
+        return fitting.mean_over_positions((b.n, b.parts) for b in batches(validation, torch.arange(len(validation.mask)).split(256)))
 
     steps = math.ceil(len(train.mask) / cfg.batch_size)
-    found, history = training.fit(net, epoch, steps, evaluate, lambda: net, cfg, train.names)
+    found, history = fitting.fit(net, epoch, steps, evaluate, lambda: net, cfg, train.names)
     return found, int(history[-1]["epoch"])
 
 
