@@ -145,6 +145,7 @@ def inputs_of(cfg: BenchmarkConfig, samples: Sequence[Sample]) -> dict[str, Path
         "manifest": cfg.manifests[cfg.split],
         "clips": clips_of(samples),
         **({"questions": cfg.questions} if cfg.questions else {}),
+        **({"lexicon": cfg.lexicon} if cfg.lexicon else {}),
         **({"exit_adapters": cfg.exit_adapters} if cfg.exit_adapters else {}),
     }
 
@@ -160,8 +161,10 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: dict[str
     from feature_alignment.benchmark.rows import modes
     from feature_alignment.benchmark.run import Setup
     from feature_alignment.decoding.sources import Sources
+    from feature_alignment.measurement.lexicon import Lexicon
     from feature_alignment.models.pair import load_pair
 
+    lexicon = Lexicon.load(cfg.lexicon) if cfg.lexicon else None
     has_chain = chained_path(cfg).is_file()
     if has_chain and "chained" not in acceptance["chains"]:
         measure_again = command_for("measure_feature_acceptance")
@@ -176,7 +179,7 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: dict[str
     rows = modes(cfg.num_draft_tokens, cfg.most_draft_tokens, cfg.threshold, adapters, sorted(exits))
     proposers = {name: sources.open(name) for name in {mode.draft for mode in rows}}
     prompts = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]
-    return Setup(pair, sources, sources.chained_adapter if has_chain else None, exits, proposers, rows, samples, prompts)
+    return Setup(pair, sources, sources.chained_adapter if has_chain else None, exits, proposers, rows, samples, prompts, lexicon)
 
 
 def results_of(

@@ -25,6 +25,7 @@ from feature_alignment.cli.console import UserError, markdown_table, print_json_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from feature_alignment.measurement.lexicon import Lexicon
     from feature_alignment.storage.hidden_states import HiddenStates
     from feature_alignment.storage.identity import RunIdentity
 
@@ -120,7 +121,7 @@ def token_adapter_identity(cfg: ComparisonConfig) -> RunIdentity:
     from feature_alignment.storage import artifacts, identity
 
     texts = {split: cfg.out / "token_pairs" / f"{split}.json" for split in (cfg.train_split, cfg.validation_split)}
-    whole = artifacts.identity_of("token_adapter", cfg, texts)
+    whole = artifacts.identity_of("adapters.token", cfg, texts)
     return identity.RunIdentity({k: whole.settings[k] for k in ("num_epochs", "seed", "device")}, whole.made_from, whole.code)
 
 
@@ -142,7 +143,7 @@ def _trained_already(path: Path, cfg: ComparisonConfig, identity: RunIdentity) -
 
 
 def judge_kept(
-    cfg: ComparisonConfig, states: HiddenStates, tokenizer: PreTrainedTokenizerBase
+    cfg: ComparisonConfig, states: HiddenStates, tokenizer: PreTrainedTokenizerBase, lexicon: Lexicon
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """`comparison.kept_drafts` of aligned, chained and EventGPT's own drafts; own words are kept by the hidden adapter's cosine."""
     from feature_alignment.measurement.comparison import kept_drafts
@@ -155,7 +156,8 @@ def judge_kept(
         for i, row in enumerate(states.rows):
             own[i, : len(row["egpt_drafts"])] = own.new_tensor(row["egpt_drafts"])
         sources["own"] = {**scores["adapter"], "says": own}
-    return kept_drafts(sources, states.token_ids, lambda token: tokenizer.decode([token]).strip(), [r["id"] for r in states.rows])
+    word = lambda token: tokenizer.decode([token]).strip()  # noqa: E731
+    return kept_drafts(sources, states.token_ids, word, [r["id"] for r in states.rows], lexicon)
 
 
 def tables(report: dict[str, Any], num_draft_tokens: int) -> list[tuple[str, tuple[str, ...], list[tuple]]]:
@@ -269,6 +271,7 @@ def sources_of(cfg: ComparisonConfig) -> dict[str, Path]:
         "train_token_pairs": cfg.out / "token_pairs" / f"{cfg.train_split}.json",
         "target": cfg.target_id,
         "token_adapter": token_adapter_path(cfg),
+        **({"lexicon": cfg.lexicon} if cfg.lexicon else {}),
     }
     return {name: path for name, path in files.items() if name != "token_adapter" or path.is_file()}
 
@@ -282,6 +285,7 @@ def comparison_report(cfg: ComparisonConfig, rows: Sequence[dict], out: Path) ->
         out: where the picture goes
     """
     from feature_alignment.measurement import comparison, plots
+    from feature_alignment.measurement.lexicon import Lexicon
     from feature_alignment.models.loading import find_checkpoint, load_tokenizer
     from feature_alignment.storage import artifacts
     from feature_alignment.storage.answers import eos_ids, read_token_pairs
@@ -314,8 +318,8 @@ def comparison_report(cfg: ComparisonConfig, rows: Sequence[dict], out: Path) ->
     encode = lambda question: tokenizer.encode(question, add_special_tokens=False)  # noqa: E731
     train_pairs = read_token_pairs(cfg.out / "token_pairs" / f"{cfg.train_split}.json")
     report["nulls"] = comparison.null_drafter_reports(train_pairs, rows, g, ends, encode)
-    if states.rows[0].get("facts"):
-        report["kept_by_cosine"], report["examples"] = judge_kept(cfg, states, tokenizer)
+    if cfg.lexicon:
+        report["kept_by_cosine"], report["examples"] = judge_kept(cfg, states, tokenizer, Lexicon.load(cfg.lexicon))
         plots.threshold_sweep(report["kept_by_cosine"], out)
     return report
 

@@ -121,6 +121,7 @@ def tiny_run(tmp_path_factory) -> Path:
             "target_id": str(root / "pair" / "video_llava"),
             "draft_id": str(root / "pair" / "eventgpt"),
             "manifests": {s: str(root / "scenes" / f"{s}.jsonl") for s in ("train", "validation", "test")},
+            "lexicon": str(ROOT / "data" / "demo" / "lexicon.json"),
             "output_dir": str(root / "out"),
             "threads": 1,
         },

@@ -108,8 +108,8 @@ OTHER = {
 
 @pytest.mark.parametrize("name", OTHER)
 def test_every_setting_that_can_change_a_result_is_compared_by_name(name):
-    recorded = identity_of("metrics", SomeConfig(), {}).as_dict()
-    now = identity_of("metrics", SomeConfig(**{name: OTHER[name]}), {})
+    recorded = identity_of("measurement.metrics", SomeConfig(), {}).as_dict()
+    now = identity_of("measurement.metrics", SomeConfig(**{name: OTHER[name]}), {})
     (line,) = now.changes(recorded)
     assert line.startswith(f"{name}: ") and line.endswith(str(OTHER[name]))
 
@@ -120,24 +120,26 @@ def test_places_and_manners_are_not_compared(tmp_path):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
     now = SomeConfig(target_id=there, output_dir=tmp_path, resume=False, quiet=True, ignore_code=True)
-    recorded = identity_of("metrics", SomeConfig(target_id=here), {"target": here}).as_dict()
-    assert not identity_of("metrics", now, {"target": there}).changes(json.loads(json.dumps(recorded)))
+    recorded = identity_of("measurement.metrics", SomeConfig(target_id=here), {"target": here}).as_dict()
+    assert not identity_of("measurement.metrics", now, {"target": there}).changes(json.loads(json.dumps(recorded)))
     (there / "config.json").write_text("{ }")
-    assert identity_of("metrics", now, {"target": there}).changes(recorded)[0].startswith("target: ")
+    assert identity_of("measurement.metrics", now, {"target": there}).changes(recorded)[0].startswith("target: ")
 
 
 def test_a_source_that_is_gone_or_new_is_a_change(tmp_path):
     (tmp_path / "a").write_text("1")
-    with_it, without = (identity_of("metrics", SomeConfig(), made_from) for made_from in ({"a": tmp_path / "a"}, {"a": tmp_path / "b"}))
+    with_it, without = (
+        identity_of("measurement.metrics", SomeConfig(), made_from) for made_from in ({"a": tmp_path / "a"}, {"a": tmp_path / "b"})
+    )
     assert with_it.changes(without.as_dict()) == [f"a: None → {file_hash(tmp_path / 'a')}"]
     assert without.changes(with_it.as_dict()) == [f"a: {file_hash(tmp_path / 'a')} → None"]
 
 
 def test_another_machine_counts_for_timings_only():
-    timed = identity_of("metrics", SomeConfig(), {}, timed=True)
+    timed = identity_of("measurement.metrics", SomeConfig(), {}, timed=True)
     recorded = {**timed.as_dict(), "machine": {**timed.machine, "processor": "another"}}
     assert timed.changes(recorded) == [f"processor: another → {timed.machine['processor']}"]
-    assert not identity_of("metrics", SomeConfig(), {}).changes(recorded)
+    assert not identity_of("measurement.metrics", SomeConfig(), {}).changes(recorded)
     assert {"processor", "cores", "threads", "torch"} <= timed.machine.keys()
 
 
@@ -168,7 +170,7 @@ def test_a_hub_checkpoint_is_its_name_and_its_revision(tmp_path, monkeypatch):
     for name in ("some/a", "some/b"):
         cached(tmp_path, name, "1" * 40)
     assert [hub_revision(path) for path in (a, b)] == [f"some/a@{'1' * 40}", f"some/b@{'1' * 40}"]
-    of = lambda path: identity_of("metrics", SomeConfig(target_id=path), {"target": path})  # noqa: E731
+    of = lambda path: identity_of("measurement.metrics", SomeConfig(target_id=path), {"target": path})  # noqa: E731
     recorded = of(a).as_dict()
     assert of(b).changes(recorded) and not of(a).changes(recorded)
     cached(tmp_path, "some/a", "2" * 40)
@@ -181,12 +183,16 @@ def test_a_hub_checkpoint_is_its_name_and_its_revision(tmp_path, monkeypatch):
 def test_the_code_of_a_stage_is_what_it_imports_and_no_more():
     stages = {s: set(code_of(s)) for s in ("extract_hidden_states", "train_hidden_adapter", "measure_feature_acceptance")}
     benchmark = set(code_of("benchmark_feature_sd"))
-    assert {"models.decoder", "models.batches", "hidden_states_writer", "inputs.events"} <= stages["extract_hidden_states"]
-    assert {"training", "closed_form", "hidden_states"} <= stages["train_hidden_adapter"]
-    assert {"decoding.engine", "decoding.measure", "speed_model", "benchmark_feature_sd"} <= benchmark
-    for own in ("decoding.engine", "decoding.measure", "speed_model", "rows", "targets", "report", "benchmark_feature_sd"):
+    assert {"models.decoder", "models.batches", "storage.hidden_states_writer", "inputs.events"} <= stages["extract_hidden_states"]
+    assert {"adapters.training", "adapters.closed_form", "storage.hidden_states"} <= stages["train_hidden_adapter"]
+    assert {"decoding.engine", "benchmark.timing", "benchmark.speed_model", "benchmark_feature_sd"} <= benchmark
+    for own in (
+        "decoding.engine",
+        *(f"benchmark.{m}" for m in ("timing", "speed_model", "rows", "targets", "report")),
+        "benchmark_feature_sd",
+    ):
         assert not any(own in modules for modules in stages.values())
-    assert not benchmark & {"console", "config", "identity", "verification"}
+    assert not benchmark & {"cli.console", "cli.config", "storage.identity", "storage.verification"}
 
 
 def a_package(tmp_path, monkeypatch, **modules: str) -> None:
@@ -592,7 +598,7 @@ def test_everything_is_reused_and_says_what_was_compared(run, tmp_path, caplog, 
 
 @pytest.mark.slow
 def test_touching_the_benchmark_measures_the_benchmark_again_and_nothing_else(run, tmp_path, monkeypatch, caplog, capsys):
-    pretend_changed(monkeypatch, "decoding.measure", "rows")
+    pretend_changed(monkeypatch, "benchmark.timing", "benchmark.rows")
     for script in ("train_hidden_adapter", "measure_feature_acceptance", "compare_token_baseline", "benchmark_feature_sd"):
         main_of(script)(run)
     main_of("extract_hidden_states")([*run, "--split", "test"])
@@ -618,7 +624,7 @@ def test_timings_of_another_machine_are_measured_again(run, tmp_path, monkeypatc
 
 
 def test_an_adapter_of_other_code_is_trained_again_or_kept(run, tmp_path, monkeypatch, caplog, capsys):
-    pretend_changed(monkeypatch, "training")
+    pretend_changed(monkeypatch, "adapters.training")
     main_of("train_hidden_adapter")([*run, "--ignore_code"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["reused"] and "kept because of --ignore_code" in caplog.text
     main_of("train_hidden_adapter")(run)

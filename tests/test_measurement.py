@@ -14,9 +14,11 @@ from feature_alignment.adapters import token as token_adapter
 from feature_alignment.cli.console import UserError
 from feature_alignment.compare_token_baseline import ComparisonConfig, token_adapter_report
 from feature_alignment.decoding.acceptance import kept_drafts
+from feature_alignment.demo import captions
 from feature_alignment.measure_feature_acceptance import acceptance_report, chain_report
 from feature_alignment.measurement import comparison, scoring
 from feature_alignment.measurement.calibration import Judged, certify, p_value
+from feature_alignment.measurement.lexicon import Lexicon
 from feature_alignment.measurement.scoring import Fitted, Scores
 from feature_alignment.storage.artifacts import HiddenStates, save_pt
 from feature_alignment.storage.identity import SCHEMA
@@ -281,7 +283,9 @@ def test_a_cosine_exactly_at_the_threshold_is_not_kept():
     assert kept_drafts("relaxed", ids, ids, cosine, 0.5).tolist() == [False, True]
     assert kept_drafts("feature", ids, ids, cosine, 0.5).tolist() == [False, False]
     source = {"cosine": at.cosine, "says": at.says, "there": states.mask}
-    sweep = comparison.kept_drafts({"x": source}, states.token_ids, str, [str(i) for i in range(N)])[0]["x"]
+    sweep = comparison.kept_drafts({"x": source}, states.token_ids, str, [str(i) for i in range(N)], Lexicon.from_json(captions.lexicon()))[
+        0
+    ]["x"]
     assert sweep[0]["threshold"] == 0.5 and sweep[0]["kept"] == 0
 
 

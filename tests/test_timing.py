@@ -9,15 +9,16 @@ import pytest
 import torch
 from conftest import as_decoder, prompt_of, tiny_llama
 
-from feature_alignment import hidden_adapter
+from feature_alignment.adapters import hidden
 from feature_alignment.benchmark import timing as measure
 from feature_alignment.benchmark.timing import Timed
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.engine import Generation, Round
 from feature_alignment.decoding.sources import Sources
-from feature_alignment.demo.captions import facts_in
+from feature_alignment.demo import captions
 from feature_alignment.demo.world import HIDDEN_FROM_EVENTS, WORDS
+from feature_alignment.measurement.lexicon import Lexicon
 from feature_alignment.measurement.metrics import bootstrap_ratio
 from feature_alignment.models.pair import Pair
 
@@ -62,10 +63,11 @@ def test_kept_drafts_are_the_same_a_synonym_or_an_error():
     said = [(0, 0, True), (1, 0, True), (2, 0, True), (3, 0, True), (0, 3, True), (3, 3, True), (2, 0, False)]  # drafted, said, kept
     drafted, says, kept = (list(part) for part in zip(*said, strict=True))
     text = Generation([3, 0], 1, 1.0, {}, [Round(drafted, says, kept, None, None, False, {}, "length")])
-    facts = facts_in(f"{vocabulary[3]} {word}")
+    lexicon = Lexicon.from_json(captions.lexicon())
+    facts = lexicon.facts_in(f"{vocabulary[3]} {word}")
     assert word in WORDS["kind"][facts["kind"]] and "colour" in facts and "colour" in HIDDEN_FROM_EVENTS
     samples = [SimpleNamespace(sequence=str(i), facts=known) for i, known in enumerate((facts, {"colour": facts["colour"]}))]
-    found = measure._judged_by_the_world(target, samples, Timed([[text], [text]]))
+    found = measure._judged_by(lexicon, target, samples, Timed([[text], [text]]))
     assert found["kept_drafts"] == {"kept": 12, "same": 4, "synonym": 2, "error": 6}
     assert (found["true_facts_hidden"]["count"], found["true_facts_hidden"]["total"]) == (2, 2)
     assert (found["true_facts_visible"]["count"], found["true_facts_visible"]["total"]) == (len(facts) - 1, 2 * (len(facts) - 1))
@@ -118,8 +120,8 @@ def test_a_call_is_timed_after_it_has_warmed_up(monkeypatch):
         calls.append(1)
         clock[0] += next(took)
 
-    monkeypatch.setattr(hidden_adapter.time, "perf_counter", lambda: clock[0])
-    assert hidden_adapter.call_ms(call, 3, warmup=2) == 3000.0 and len(calls) == 5
+    monkeypatch.setattr(hidden.time, "perf_counter", lambda: clock[0])
+    assert hidden.call_ms(call, 3, warmup=2) == 3000.0 and len(calls) == 5
 
 
 def test_an_adapter_nobody_trained_fits_the_pair(tmp_path):

@@ -19,6 +19,7 @@ from feature_alignment.decoding.engine import PREFILL_STAGES, Generation, specul
 from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample
+from feature_alignment.measurement.lexicon import Lexicon
 from feature_alignment.models.decoder import Prompt
 from feature_alignment.models.pair import Pair
 
@@ -36,6 +37,7 @@ class Setup:
         modes: one for each row
         samples: one for each prompt
         prompts: (target prompt, drafter prompt) of every sample
+        lexicon: which words state which facts, where there is a file of them
     """
 
     pair: Pair
@@ -46,6 +48,7 @@ class Setup:
     modes: list[Mode]
     samples: list[Sample]
     prompts: list[tuple[Prompt, Prompt]]
+    lexicon: Lexicon | None
 
     @property
     def clips(self) -> list[str]:
@@ -95,7 +98,7 @@ class Measurements:
 
     def fidelity(self, runs: Timed) -> dict[str, Any]:
         """How the texts of a method differ from those of plain greedy decoding."""
-        return timing.fidelity(self.setup.pair.target, self.log_likelihood, self.setup.samples, runs, self.plain)
+        return timing.fidelity(self.setup.pair.target, self.log_likelihood, self.setup.samples, runs, self.plain, self.setup.lexicon)
 
     def mismatches(self, runs: Timed) -> list[dict[str, Any]]:
         """The first position at which each text differs from plain greedy decoding."""

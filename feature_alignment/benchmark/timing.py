@@ -20,6 +20,7 @@ from feature_alignment.cli.config import Steps
 from feature_alignment.decoding.engine import Generation
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.inputs.samples import Sample
+from feature_alignment.measurement.lexicon import Lexicon
 from feature_alignment.measurement.metrics import Counts
 from feature_alignment.models.decoder import Decoder, Prompt
 from feature_alignment.models.fixed import recorded
@@ -241,13 +242,18 @@ def log_likelihoods(target: Decoder, prompts: Sequence[Prompt]) -> Callable[[int
 
 
 def fidelity(
-    target: Decoder, log_likelihood: Callable[[int, tuple[int, ...]], float], samples: Sequence[Sample], texts: Timed, plain: Timed
+    target: Decoder,
+    log_likelihood: Callable[[int, tuple[int, ...]], float],
+    samples: Sequence[Sample],
+    texts: Timed,
+    plain: Timed,
+    lexicon: Lexicon | None = None,
 ) -> dict[str, Any]:
     """How a method's texts differ from the target's own: exact match, token agreement, log-likelihood, true facts, kept drafts.
 
     token_agreement: same token at the same place, over the longer text; log_likelihood: (prompt, text) -> the target's log-probability
-    of the text, reported per token; kept_differently: kept drafts the target would not have said, as synonyms or errors by the world's
-    dictionary
+    of the text, reported per token; kept_differently: accepted draft tokens the target would not have said, as synonyms or
+    errors; lexicon: which words state which facts; without it, or without facts of every sample, facts and synonyms are not reported
     """
     clips = [s.sequence for s in samples]
     own = [tokens for tokens, runs in zip(plain.texts, texts.generations, strict=True) for _ in runs]
@@ -268,31 +274,28 @@ def fidelity(
             [log_likelihood(i, tuple(a)) for i, (a, _) in zip(prompt_of, pairs, strict=True)], [float(len(a)) for a, _ in pairs]
         ),
     }
-    if all(s.facts for s in samples):
-        report |= _judged_by_the_world(target, samples, texts)
+    if lexicon and all(s.facts for s in samples):
+        report |= _judged_by(lexicon, target, samples, texts)
     return report
 
 
-def _judged_by_the_world(target: Decoder, samples: Sequence[Sample], texts: Timed) -> dict[str, Any]:
-    """True facts per slot kind, and kept drafts that differ from the target's token; only the demo world knows these."""
-    from feature_alignment.demo.captions import facts_in, meaning
-    from feature_alignment.demo.world import HIDDEN_FROM_EVENTS
-
+def _judged_by(lexicon: Lexicon, target: Decoder, samples: Sequence[Sample], texts: Timed) -> dict[str, Any]:
+    """Share of stated facts that are true, of slots that events show and hide, and accepted draft tokens that differ from the target's."""
     decode = target.tokenizer.decode
     true, told = {k: np.zeros(len(samples)) for k in ("visible", "hidden")}, {k: np.zeros(len(samples)) for k in ("visible", "hidden")}
     kinds = {"kept": 0, "same": 0, "synonym": 0, "error": 0}
     for i, sample in enumerate(samples):
         for g in texts.generations[i]:
-            for slot, value in facts_in(decode(g.token_ids, skip_special_tokens=True)).items():
-                kind = "hidden" if slot in HIDDEN_FROM_EVENTS else "visible"
+            for slot, value in lexicon.facts_in(decode(g.token_ids, skip_special_tokens=True)).items():
+                kind = "hidden" if slot in lexicon.hidden_from_events else "visible"
                 told[kind][i] += 1
                 true[kind][i] += (sample.facts or {}).get(slot) == value
         for r in (r for g in texts.generations[i] for r in g.rounds):
             for drafted, said, kept in zip(r.proposed, r.target_says, r.kept, strict=True):
                 if kept:
                     kinds["kept"] += 1
-                    fact = meaning(decode([drafted]))
-                    same_fact = fact is not None and fact == meaning(decode([said]))
+                    fact = lexicon.fact_of(decode([drafted]))
+                    same_fact = fact is not None and fact == lexicon.fact_of(decode([said]))
                     kinds["same" if drafted == said else "synonym" if same_fact else "error"] += 1
     clips = [s.sequence for s in samples]
     return {f"true_facts_{k}": Counts(true[k], told[k]).rate(clips) for k in true} | {"kept_drafts": kinds}

@@ -45,6 +45,7 @@ class Common:
         draft_id: checkpoint directory of the drafter (EventGPT)
         manifests: sample list of each split, JSON lines or the EventGPT/DSEC JSON
         questions: ask every clip these instead of its own: a JSON list, or one per line
+        lexicon: JSON file of the words that state facts; with the manifest's `facts` it tells synonyms from errors (docs/formats.md)
         allow_outside: clips of a manifest may lie outside its own folder
         event_window_ms: cut event streams to this many milliseconds, at most 100 (default: whole; 100 ms or more are refused)
         event_start_ms: where the window begins, from a file's first event on; a sample's own `event_start_ms` wins
@@ -71,6 +72,7 @@ class Common:
     draft_id: Path = Path("data/demo/eventgpt")
     manifests: dict[str, Path] = field(default_factory=dict)
     questions: Path | None = None
+    lexicon: Path | None = None
     allow_outside: bool = False
     event_window_ms: float | None = None
     event_start_ms: float = 0.0

@@ -87,7 +87,7 @@ RANGES = {
     "weight_decay": Range(0, 100),
 }
 SPLITS = ("split", "train_split", "validation_split", "calibration_split")  # each names a folder
-INPUT_FILES = ("questions", "answers", "token_pairs", "events", "exit_adapters")
+INPUT_FILES = ("questions", "lexicon", "answers", "token_pairs", "events", "exit_adapters")
 _DEVICE = re.compile(r"cpu|cuda(:(0|[1-9]\d{0,3}))?")
 
 

@@ -45,6 +45,7 @@ from feature_alignment.demo.students import (
     render_inputs,
     tokenizers,
 )
+from feature_alignment.measurement.lexicon import Lexicon
 from feature_alignment.storage.processes import check_writable, children_ignore_interrupts
 
 log = logging.getLogger(__name__)
@@ -216,11 +217,12 @@ def slot_accuracies(who: str, work: Path, out: Path) -> dict[str, float]:
     cfg = Common(target_id=out / "video_llava", draft_id=out / "eventgpt", threads=1)
     model = load_draft(cfg) if who == "draft" else load_target(cfg)
     right: dict[str, list[bool]] = {}
+    lexicon = Lexicon.from_json(captions.lexicon())
     for question in captions.QUESTIONS:
         asked = [s for s in samples if s.question == question]
         answers = model.generate(model.prefill([model.prepare(s) for s in asked]), 48)
         for sample, answer in zip(asked, answers, strict=True):
-            for slot, value in captions.facts_in(model.tokenizer.decode(answer, skip_special_tokens=True)).items():
+            for slot, value in lexicon.facts_in(model.tokenizer.decode(answer, skip_special_tokens=True)).items():
                 right.setdefault(slot, []).append((sample.facts or {})[slot] == value)
     return {slot: float(np.mean(right[slot])) for slot in SLOTS if slot in right} | {
         "all": float(np.mean([r for answers in right.values() for r in answers]))

@@ -7,7 +7,6 @@ function word with the target's: free-running, the two texts agree nowhere, as w
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from feature_alignment.demo.world import HIDDEN_FROM_EVENTS, WORDS, Scene
@@ -128,54 +127,3 @@ def lexicon() -> dict[str, Any]:
         "ignored": [{"phrase": other_lane, "where": where} for where in ("\\bholds\\b", "^There is\\b.*\\bparked\\b.*\\bthe\\b")],
         "hidden_from_events": list(HIDDEN_FROM_EVENTS),
     }
-
-
-_MEANING: dict[str, tuple[str, str]] = {}  # word, of either dialect -> (slot, value); parked kinds are told by the word before
-for _slot, _values in WORDS.items():
-    if _slot != "parked":
-        for _value, _words in _values.items():
-            for _word in _words:
-                if _word and _word != "a":
-                    _MEANING[_word] = (_slot, _value)
-                    if _slot == "kind":
-                        _MEANING[_word + "s"] = (_slot, _value)
-_MEANING |= {"nobody": ("parked", "none"), "vacancy": ("parked", "none")}
-
-
-def meaning(word: str) -> tuple[str, str] | None:
-    """(slot, value) that a single content word of either dialect states, or None for a function word."""
-    return _MEANING.get(word.strip(" .,:;-!").lower())
-
-
-def verdict(drafted: str, said: str) -> tuple[str, str | None]:
-    """How a drafted word stands to the target's: same, synonym (the same fact), other_fact (another value of the same slot), or
-    other_word (another slot, or no fact at all: grammar, or what comes next is something else). Second, the slot the target spoke of.
-    """
-    ours, theirs = meaning(drafted), meaning(said)
-    slot = theirs[0] if theirs else None
-    if drafted == said:
-        return "same", slot
-    if ours is None or theirs is None or ours[0] != theirs[0]:
-        return "other_word", slot
-    return ("synonym" if ours == theirs else "other_fact"), slot
-
-
-def facts_in(text: str) -> dict[str, str]:
-    """The facts that a text of either dialect states: slot -> value. A repeated slot keeps its first value."""
-    found: dict[str, str] = {}
-    words = re.findall(r"[A-Za-z]+", text.lower())
-    for previous, word in zip(["", *words], words, strict=False):
-        fact = _MEANING.get(word)
-        if fact is None or (previous == "the" and fact[0] == "lane" and "holds" in words):
-            continue
-        slot, value = fact
-        if previous in ("parked", "idle"):
-            slot = "parked"
-        elif (
-            slot == "lane" and "parked" in words[: words.index(word)] and previous == "the" and "there" in words[:1] and "is" in words[1:2]
-        ):
-            continue  # "There is a parked van in the far lane": the other one's lane
-        found.setdefault(slot, value)
-        if slot == "kind":
-            found.setdefault("number", "one")
-    return found

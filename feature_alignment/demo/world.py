@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import asdict, dataclass
 
-# slot -> value -> (target's word, draft's word). These words are what `facts_in` looks for.
+# slot -> value -> (target's word, draft's word). These words are what a lexicon looks for.
 WORDS: dict[str, dict[str, tuple[str, str]]] = {
     "kind": {
         "car": ("car", "automobile"),

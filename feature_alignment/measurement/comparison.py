@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS, Lookup
-from feature_alignment.demo.captions import verdict
-from feature_alignment.demo.world import HIDDEN_FROM_EVENTS
 from feature_alignment.measurement import metrics
+from feature_alignment.measurement.lexicon import Lexicon
 
 EXAMPLES = 10  # of each draft source
 
@@ -108,14 +107,19 @@ def halves(rows: Sequence[dict]) -> tuple[list[dict], list[dict]]:
 
 
 def kept_drafts(
-    sources: Mapping[str, Mapping[str, Tensor]], token_ids: Tensor, word: Callable[[int], str], sample_ids: Sequence[str]
+    sources: Mapping[str, Mapping[str, Tensor]],
+    token_ids: Tensor,
+    word: Callable[[int], str],
+    sample_ids: Sequence[str],
+    lexicon: Lexicon,
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """Per draft source and threshold, what a cosine keeps: the target's own word, a synonym, another fact (of a slot that events
     show, or hide), another word. Second, kept words that are not the target's, highest cosine first, as examples.
 
     sources:   name -> cosine, says, there [n, s], or [n, s, steps] of rounds that begin anywhere (scores.pt)
     token_ids: [n, s] the target's text
-    word:      token id -> word, in the demo world's dictionary
+    word:      token id -> word
+    lexicon:   which words state which facts
     """
     sweeps, examples = {}, []
     thresholds = torch.arange(0.5, 0.991, 0.02, dtype=torch.float64)
@@ -124,10 +128,10 @@ def kept_drafts(
         at = there[:, 1] + (there[:, 2] if there.shape[1] == 3 else 0)
         says, said = s["says"][s["there"]].tolist(), token_ids[there[:, 0], at].tolist()
         cosine = s["cosine"][s["there"]].double()
-        known = {pair: verdict(*map(word, pair)) for pair in set(zip(says, said, strict=True))}
+        known = {pair: lexicon.compare(*map(word, pair)) for pair in set(zip(says, said, strict=True))}
         kinds = [known[pair] for pair in zip(says, said, strict=True)]
         masks = {k: torch.tensor([kind == k for kind, _ in kinds]) for k in ("same", "synonym", "other_fact", "other_word")}
-        masks["other_fact_hidden"] = masks["other_fact"] & torch.tensor([slot in HIDDEN_FROM_EVENTS for _, slot in kinds])
+        masks["other_fact_hidden"] = masks["other_fact"] & torch.tensor([slot in lexicon.hidden_from_events for _, slot in kinds])
         sweeps[name] = [
             {"threshold": float(t), "drafted": len(cosine), "kept": int((cosine > t).sum())}
             | {k: int((m & (cosine > t)).sum()) for k, m in masks.items()}

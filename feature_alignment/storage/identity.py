@@ -45,7 +45,10 @@ RECORDS_ONLY = {
     *("storage.artifacts", "storage.identity", "storage.processes", "storage.verification"),
 }
 # Settings that name places (their contents are hashed instead) or say how to run, not what to compute
-PLACES = {"target_id", "draft_id", "manifests", "questions", "answers", "token_pairs", "exit_adapters", "output_dir", "allow_outside"}
+PLACES = {
+    *("target_id", "draft_id", "manifests", "questions", "lexicon", "answers", "token_pairs", "exit_adapters"),
+    *("output_dir", "allow_outside"),
+}
 MANNERS = {"resume", "quiet", "ignore_code", "tensorboard"}
 
 Sources = Mapping[str, Path | Sequence[Path]]  # name -> a file, a checkpoint directory, `hub:name`, or several files
