@@ -283,9 +283,8 @@ def test_a_cosine_exactly_at_the_threshold_is_not_kept():
     assert kept_drafts("relaxed", ids, ids, cosine, 0.5).tolist() == [False, True]
     assert kept_drafts("feature", ids, ids, cosine, 0.5).tolist() == [False, False]
     source = {"cosine": at.cosine, "says": at.says, "there": states.mask}
-    sweep = comparison.kept_drafts({"x": source}, states.token_ids, str, [str(i) for i in range(N)], Lexicon.from_json(captions.lexicon()))[
-        0
-    ]["x"]
+    lexicon, names = Lexicon.from_json(captions.lexicon()), [str(i) for i in range(N)]
+    sweep = comparison.kept_drafts({"x": source}, states.token_ids, str, names, lexicon)[0]["x"]
     assert sweep[0]["threshold"] == 0.5 and sweep[0]["kept"] == 0
 
 
