@@ -160,8 +160,13 @@ def _draw_landmark(layer: _Layer, kind: str, x: float) -> None:
         layer.box(x - 4, 21, 8, 2, DARK)
 
 
-def render(s: Scene) -> np.ndarray:
-    """Intensity images of a scene: float32 [49, 72, 72, 3], linear in [0, 1], 2 ms apart."""
+def render(s: Scene, parked_color: str | None = None) -> np.ndarray:
+    """Intensity images of a scene: float32 [49, 72, 72, 3], linear in [0, 1], 2 ms apart.
+
+    Args:
+        s: the scene
+        parked_color: of the parked vehicle; by default one that the scene's seed chooses
+    """
     rng = np.random.default_rng([s.seed, 1])
     t = np.linspace(0.0, 1.0, STEPS)
     pan = PAN_PIXELS * t
@@ -181,7 +186,8 @@ def render(s: Scene) -> np.ndarray:
         lane = "near" if s.lane == "far" else "far"
         room = SIZE - 4 - _SCALE[lane] * BODY[s.parked][0]
         layer = _Layer(width)
-        colour = _RGB[sorted(_RGB)[int(rng.integers(len(_RGB)))]]
+        any_color = sorted(_RGB)[int(rng.integers(len(_RGB)))]  # drawn in any case, so that the other draws stay the same
+        colour = _RGB[parked_color or any_color]
         _draw_road_user(layer, s.parked, float(rng.uniform(6, room)), lane, colour, ("left", "right")[int(rng.integers(2))])
         overlay(layer, pan)
 

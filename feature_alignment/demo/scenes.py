@@ -13,12 +13,15 @@ import json
 import logging
 import multiprocessing
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 if __name__ == "__main__":
     from feature_alignment.cli.console import run_module
 
     run_module("feature_alignment.demo.scenes")
+
+import numpy as np
 
 from feature_alignment.cli.ranges import number_argument, path_argument
 from feature_alignment.demo import cameras, captions, world
@@ -35,24 +38,30 @@ SPLITS = {
     "test": (2_800_000, 64, 4),
     "held_out": (3_000_000, 200, 3),
 }
+Job = tuple[Path, str, int, int, int]  # folder, split, number of the clip, its seed, questions asked about it
 _FPS = 160  # 16 frames in 100 ms
 
 
 def write_clip(folder: Path, name: str, seed: int) -> dict[str, str]:
     """Render one scene into `folder`/events and `folder`/video; returns the two relative paths."""
+    intensity = cameras.render(world.scene(seed))
+    return write_recordings(folder, name, cameras.events(intensity, seed), cameras.frames(intensity, seed))
+
+
+def write_recordings(folder: Path, name: str, events: dict[str, np.ndarray], frames: np.ndarray) -> dict[str, str]:
+    """Write one clip's two recordings; returns their paths relative to `folder`. frames: uint8 [16, h, w, 3]."""
     import av
 
-    intensity = cameras.render(world.scene(seed))
-    events, video = f"events/{name}.npy", f"video/{name}.mp4"
-    save_events(folder / events, cameras.events(intensity, seed))
-    with av.open(str(folder / video), "w") as container:
+    paths = {"events": f"events/{name}.npy", "video": f"video/{name}.mp4"}
+    save_events(folder / paths["events"], events)
+    with av.open(str(folder / paths["video"]), "w") as container:
         stream = container.add_stream("libx264", rate=_FPS, options={"crf": "8", "preset": "medium", "threads": "1"})
         stream.width = stream.height = cameras.SIZE
         stream.pix_fmt = "yuv444p"
-        for image in cameras.frames(intensity, seed):
+        for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
-    return {"events": events, "video": video}
+    return paths
 
 
 def questions_of(clip: int, count: int) -> list[int]:
@@ -60,7 +69,7 @@ def questions_of(clip: int, count: int) -> list[int]:
     return [(clip + 3 * i) % len(captions.QUESTIONS) for i in range(count)]
 
 
-def _clip_rows(job: tuple[Path, str, int, int, int]) -> list[str]:
+def _clip_rows(job: Job) -> list[str]:
     folder, split, clip, seed, count = job
     name = f"{split}-{clip:04d}"
     files = write_clip(folder, name, seed)
@@ -74,7 +83,20 @@ def _clip_rows(job: tuple[Path, str, int, int, int]) -> list[str]:
 def write_split(out: Path, split: str, clips: int | None = None) -> Path:
     """Write one split; the manifest comes last, so its presence means the split is complete."""
     first, all_clips, count = SPLITS[split]
-    clips = clips or all_clips
+    return write_clips(out, split, first, clips or all_clips, count, _clip_rows)
+
+
+def write_clips(out: Path, split: str, first: int, clips: int, count: int, clip_rows: Callable[[Job], list[str]]) -> Path:
+    """Write the clips of a split and then its manifest, in two processes.
+
+    Args:
+        out: folder of the manifest, of events/ and of video/
+        split: its name
+        first: seed of the first clip
+        clips: how many
+        count: questions asked about each
+        clip_rows: writes one clip (out, split, clip, seed, count) and returns its rows of the manifest
+    """
     manifest = out / f"{split}.jsonl"
     if manifest.exists() and len(manifest.read_text().splitlines()) == clips * count:
         log.info("scenes   %s: %d clips are there", split, clips)
@@ -85,7 +107,7 @@ def write_split(out: Path, split: str, clips: int | None = None) -> Path:
     with children_ignore_interrupts():
         workers = multiprocessing.get_context("spawn").Pool(2)
     with workers as pool:
-        rows = [line for lines in pool.imap(_clip_rows, jobs, chunksize=16) for line in lines]
+        rows = [line for lines in pool.imap(clip_rows, jobs, chunksize=16) for line in lines]
     temporary = manifest.with_suffix(".tmp")
     temporary.write_text("\n".join(rows) + "\n")
     shutil.move(temporary, manifest)
