@@ -26,6 +26,7 @@ from feature_alignment.cli import console
 from feature_alignment.cli.config import SCRIPTS
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage import artifacts, hidden_states, verification
+from feature_alignment.storage.identity import RunIdentity
 from feature_alignment.storage.processes import claimed
 from feature_alignment.storage.verification import WRONG, verify
 
@@ -510,7 +511,7 @@ def test_a_write_to_a_full_disk_names_file_and_disk(tmp_path, capsys):
 def test_a_states_file_that_cannot_grow_is_named(tmp_path):
     from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin
 
-    begin(tmp_path / "train", {}, True)
+    begin(tmp_path / "train", RunIdentity({}, {}, {}), "plan", True)
     writer = HiddenStatesWriter(tmp_path / "train", 2, {"vl_hidden_states.pt": (3, 4)}, torch.float32)
     usual, name = writer._files["vl_hidden_states.pt"], "vl_hidden_states.pt"
     writer._files[name] = os.open("/dev/full", os.O_WRONLY)

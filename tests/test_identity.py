@@ -628,7 +628,7 @@ def test_an_adapter_of_other_code_is_trained_again_or_kept(run, tmp_path, monkey
     main_of("train_hidden_adapter")([*run, "--ignore_code"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["reused"] and "kept because of --ignore_code" in caplog.text
     main_of("train_hidden_adapter")(run)
-    assert not json.loads(capsys.readouterr().out.splitlines()[-1])["reused"] and "code: training changed" in caplog.text
+    assert not json.loads(capsys.readouterr().out.splitlines()[-1])["reused"] and "code: adapters.training changed" in caplog.text
     main_of("train_hidden_adapter")(run)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["reused"]
 
