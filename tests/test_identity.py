@@ -605,7 +605,7 @@ def test_touching_the_benchmark_measures_the_benchmark_again_and_nothing_else(ru
     said = [json.loads(line)["reused"] for line in capsys.readouterr().out.splitlines() if line.startswith('{"')]
     assert said == [True, True, True, False, True]
     (why,) = [r.getMessage() for r in caplog.records if "is made again" in r.getMessage()]
-    assert "benchmark.json is made again" in why and "code: decoding.measure, rows changed" in why and "Compared: " in why
+    assert "benchmark.json is made again" in why and "code: benchmark.rows, benchmark.timing changed" in why and "Compared: " in why
 
 
 @pytest.mark.parametrize(
@@ -708,7 +708,7 @@ def test_a_touched_line_of_the_benchmark_in_a_copy_of_the_package(run, tmp_path)
     """The real thing: another process, whose package differs in one line."""
     package = tmp_path / "copy" / "feature_alignment"
     shutil.copytree(ROOT / "feature_alignment", package)
-    with (package / "decoding" / "measure.py").open("a") as stream:
+    with (package / "benchmark" / "timing.py").open("a") as stream:
         stream.write("\nTOUCHED = 1\n")
     reused = {}
     for script in ("measure_feature_acceptance", "benchmark_feature_sd"):
