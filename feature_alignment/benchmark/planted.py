@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from feature_alignment.benchmark import speed_model
-from feature_alignment.benchmark import timing as measure
+from feature_alignment.benchmark import speed_model, timing
 from feature_alignment.benchmark.rows import Mode, answering, speeds
 from feature_alignment.benchmark.timing import Timed
 from feature_alignment.cli.config import Common, Steps
@@ -58,8 +57,8 @@ def run(
     prompts = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]
     proposers = {name: sources.open(name) for name in drafters}
     chained = sources.chained_adapter if "chained" in drafters else None
-    cost = measure.costs(pair.target, pair.draft, sources.adapter, chained, *prompts[0])
-    cost |= measure.machine_costs(pair.target, sources.full_draft, cost, *prompts[0])
+    cost = timing.costs(pair.target, pair.draft, sources.adapter, chained, *prompts[0])
+    cost |= timing.machine_costs(pair.target, sources.full_draft, cost, *prompts[0])
     on_gpu = pair.target.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()  # not of measuring the bandwidth
@@ -78,8 +77,8 @@ def run(
     methods: dict[Any, Callable[[int], Generation]] = {mode: method(*mode) for mode in planted}
     methods["plain"] = answering(lambda prompt: greedy(pair.target, prompt, max_new_tokens), prompts)
     for _ in range(2):
-        measure.run_in_turns(methods, min(warmup, len(samples)), 1, iter)
-    timed = measure.run_in_turns(methods, len(samples), repeats, lambda x: progress(x, desc="planted", unit="prompt"))
+        timing.run_in_turns(methods, min(warmup, len(samples)), 1, iter)
+    timed = timing.run_in_turns(methods, len(samples), repeats, lambda x: progress(x, desc="planted", unit="prompt"))
     clips, plain, rows = [s.sequence for s in samples], timed["plain"], []
     costs = speed_model.Costs.of([(mode, timed[mode, rate]) for mode, rate in planted], plain, cost["loop"]["v"])
     cost |= costs.report(cost["loop"], clips)
@@ -107,10 +106,10 @@ def best_lengths(planted: Sequence[tuple[Mode, float]], timed: Mapping[Any, Time
         groups.setdefault((mode.draft, rate), []).append((mode, rate))
     found, whats = [], {"speedup": lambda g: g.total_ms, "decode_speedup": lambda g: g.decode_ms}
     for (draft, rate), some in groups.items():
-        best = measure.fastest([timed[key] for key in some], timed["plain"], clips, whats["speedup"])
+        best = timing.fastest([timed[key] for key in some], timed["plain"], clips, whats["speedup"])
         row = {"draft": draft, "planted_acceptance": rate, "num_draft_tokens": some[best.best][0].num_draft_tokens}
         row |= {"chosen": [some[i][0].num_draft_tokens for i in best.chosen]}
-        found.append(row | {k: measure.speedup(timed["plain"], best.runs, clips, what) for k, what in whats.items()})
+        found.append(row | {k: timing.speedup(timed["plain"], best.runs, clips, what) for k, what in whats.items()})
     return found
 
 
@@ -160,7 +159,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 
 def machine_rows(cost: dict[str, Any]) -> list[list[str]]:
-    """What `measure.machine_costs` found, for a table of two columns."""
+    """What `timing.machine_costs` found, for a table of two columns."""
     b = cost["bandwidth"]
     return [
         [

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from feature_alignment.benchmark import speed_model
-from feature_alignment.benchmark import timing as measure
+from feature_alignment.benchmark import speed_model, timing
 from feature_alignment.benchmark.timing import Timed
 from feature_alignment.decoding.acceptance import Rule
 from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS
@@ -73,8 +72,8 @@ def speeds(mode: Any, runs: Timed, plain: Timed, clips: Sequence[str], costs: sp
     row: dict[str, Any] = {
         **dataclasses.asdict(mode),
         "drafts_per_round": mode.drafts_per_round,
-        "speedup": measure.speedup(plain, runs, clips, lambda g: g.total_ms),
-        "decode_speedup": measure.speedup(plain, runs, clips, lambda g: g.decode_ms),
+        "speedup": timing.speedup(plain, runs, clips, lambda g: g.total_ms),
+        "decode_speedup": timing.speedup(plain, runs, clips, lambda g: g.decode_ms),
         "tokens_per_pass": emitted / max(1, sum(g.passes for g in every)),
         "acceptance_rate": acceptance_of(runs, clips, mode.accept),
         "ms": stages_of(runs),
