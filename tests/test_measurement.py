@@ -552,7 +552,7 @@ def a_lexicon():
 def test_what_a_cosine_keeps_by_plain_loops(steps):
     """Counts at every threshold, and the ten kept words of highest cosine that are not the target's, each place of a text once."""
     lexicon, word = a_lexicon()
-    rng, width = torch.Generator().manual_seed(steps or 1), (N, S) if steps is None else (N, S, steps)
+    rng, width = torch.Generator().manual_seed(10 + (steps or 0)), (N, S) if steps is None else (N, S, steps)
     ids = torch.randint(3, 10, (N, S), generator=rng)
     says, cosine = torch.randint(3, 9, width, generator=rng), torch.rand(width, generator=rng) * 0.6 + 0.4
     there = torch.rand(width, generator=rng) < 0.7
