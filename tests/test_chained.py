@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
+from oracle import by_chain
 
 from feature_alignment.adapters.chained import ChainedAdapter, chain_over, load_chained_adapter, text_batches
 from feature_alignment.adapters.training import train_chained
@@ -266,3 +267,26 @@ def test_what_is_learnt_does_not_depend_on_the_scale_of_what_is_read(learnt):
         found.append(train_chained(scaled, scaled, target.head_weight.detach() / scale, target.embeddings * scale, cfg)[1])
     for one, other in zip(*found, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+@torch.inference_mode()
+def test_tokens_without_a_state_are_read_as_drafts():
+    """What a table has put after the verified text: kept, longer, shorter, another, and forgotten when more is verified. Tokens and expected
+    states against the definition without any memory."""
+    model, adapter = tiny_llama(0), an_adapter()
+    target, draft, prompt = as_decoder(model), as_decoder(noisy_copy(model, 0.1)), PROMPTS[0]
+    proposer, watch = ChainedProposer(draft, adapter, target.lm_head, target.embeddings), Stopwatch()
+    definition = by_chain(draft, prompt_of(*prompt), adapter, target, prompt)
+    text = greedy(target, prompt_of(*prompt), 12).token_ids
+    states = full_states(model, [*prompt, *text])[len(prompt) - 1 : -1]
+    proposer.start(prompt_of(*prompt), watch)
+    calls = [(1, []), (1, [9]), (1, [9, 8, 7]), (1, [9, 8]), (1, [4]), (3, []), (3, [5, 6]), (4, []), (4, text[4:6]), (6, []), (7, [3])]
+    for n, ahead in calls:
+        got = proposer.propose([*text[:n], *ahead], states[:n], 3, watch)
+        drafts = list(ahead)
+        for token, expected in zip(got.token_ids.tolist(), got.aligned, strict=True):
+            wanted, state = definition(text[:n], drafts)
+            assert token == wanted
+            torch.testing.assert_close(expected, state, atol=1e-4, rtol=1e-4)
+            drafts.append(token)
+        assert len(drafts) == len(ahead) + 3

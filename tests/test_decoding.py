@@ -10,10 +10,10 @@ from oracle import by_model, oracle
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.decoding.acceptance import kept_drafts
 from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, Previous, TableProposer
-from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.engine import Generation, Round, greedy, speculate
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.decoding.trace import trace_lines
+from feature_alignment.decoding.trace import legend, trace_lines
 from feature_alignment.measurement import metrics
 
 PROMPTS = [(1, 5, 9, 13), (1, 40, 3), (1, 7, 7, 7, 20, 33)]
@@ -246,3 +246,27 @@ def test_a_drafter_that_fails_beside_is_heard():
     proposer = ModelProposer(None, None, None)
     with pytest.raises(AttributeError, match="prefill"):
         speculate(target, proposer, prompt, prompt, overlap=True)
+
+
+def test_a_trace_line_by_line():
+    ms = {"draft": 1.5, "verify": 2.25}
+    rounds = [
+        Round([5, 6], [5, 7], [True, False], None, 7, False, ms, "length"),
+        Round([8, 9], [8, 4], [True, False], [0.9, 0.1], 4, True, ms, "unsure"),
+        Round([], [], [], None, 3, False, {"verify": 2.0}, "off"),
+        Round([2], [2], [True], None, None, False, {}, "EOS"),
+    ]
+    got = Generation([4, 5, 7, 8, 4, 3, 2], 4, 9.0, {"target_prefill": 2.0, "verify": 6.5}, rounds)
+    assert trace_lines(got, lambda ids: f"w{ids[0]}", False) == [
+        "  0  [w4]",
+        "     both prompts read; 2.00 ms",
+        "  1  w5 (w6) [w7]",
+        "     kept 1 of 2; as many as asked for; 3.75 ms = draft 1.50 + verify 2.25",
+        "  2  w8 (w9) [w4]",
+        "     kept 1 of 2; the next draft was not worth it; read again; 3.75 ms = draft 1.50 + verify 2.25",
+        "  3  [w3]",
+        "     drafting does not pay; 2.00 ms",
+        "  4  w2",
+        "     kept 1 of 1; the draft ended the text; 0.00 ms",
+    ]
+    assert legend(False) == "kept, (rejected), [target's own]" and "\033[1;34mtarget's own\033[0m" in legend(True)

@@ -233,10 +233,10 @@ def test_the_previous_answer_is_learned_in_the_loop():
 
 
 class Clock:
-    """A clock that moves only when it is told to."""
+    """A clock that moves only when it is told to, and began long ago."""
 
     def __init__(self) -> None:
-        self.ms = 0.0
+        self.ms = 54_000.0
 
     def perf_counter(self) -> float:
         return self.ms / 1e3
@@ -357,3 +357,109 @@ def test_every_text_ends_where_the_targets_set_says():
     got = speculate_batch(target, proposers, [prompt] * 3, [prompt] * 3, max_new_tokens=MAX)
     assert got.token_ids == [wanted] * 3
     assert engine.Law.of(target, prompt).eos_ids == target.eos_ids
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("feature_alignment.decoding.stopwatch.time", clock)
+    return clock
+
+
+def slow_target(clock: Clock, *calls: tuple[str, float]):
+    """A target whose calls take so many milliseconds."""
+    target = as_decoder(tiny_llama(0))
+    for name, ms in calls:
+        call = getattr(target, name)
+        setattr(target, name, lambda *a, call=call, ms=ms, **k: (setattr(clock, "ms", clock.ms + ms), call(*a, **k))[1])
+    return target
+
+
+class Slow(Scripted):
+    """Reads a prompt in 300 ms, drafts in 7 and ends in 40; notes what it is asked for."""
+
+    def __init__(self, clock: Clock, *drafts: list[int], reads_prompt: bool = True) -> None:
+        super().__init__(*drafts)
+        self.clock, self.calls, self.reads_prompt = clock, [], reads_prompt
+
+    def start(self, prompt, watch):
+        self.calls.append("start")
+        with watch("draft_prefill"):
+            self.clock.ms += 300
+
+    def propose(self, *args, **kwargs):
+        self.calls.append("propose")
+        with args[3]("draft"):
+            self.clock.ms += 7
+        return super().propose(*args, **kwargs)
+
+    def finish(self, emitted):
+        self.calls.append("finish")
+        self.clock.ms += 40
+
+
+def test_the_whole_time_is_from_before_the_prompt_to_after_the_last_token(clock):
+    target, prompt = slow_target(clock, ("step", 100), ("prefill", 1000)), prompt_of(*PROMPT)
+    alone = greedy(target, prompt, 12)
+    assert alone.total_ms == pytest.approx(1000 + 11 * 100) and alone.decode_ms == pytest.approx(1100)
+    assert [(stage, round(begin), round(end)) for stage, begin, end in alone.spans] == [("target_prefill", 0, 1000), ("verify", 1000, 2100)]
+    got = speculate(target, Slow(clock, alone.token_ids[1:4]), prompt, prompt, num_draft_tokens=3, max_new_tokens=6)
+    assert got.token_ids == alone.token_ids[:6] and got.passes == 2
+    assert got.total_ms == pytest.approx(1000 + 300 + 7 + 2 * 100 + 40) and got.decode_ms == pytest.approx(7 + 200 + 40)
+    assert {k: round(v) for k, v in got.ms.items() if v > 1} == {"target_prefill": 1000, "draft_prefill": 300, "draft": 7, "verify": 200}
+    assert got.spans[0][1:] == pytest.approx((0, 1000)) and got.spans[-1][2] == pytest.approx(1507)
+    batch = slow_target(clock, ("step", 100), ("prefill_encoded", 1000))
+    found = speculate_batch(batch, [Slow(clock, alone.token_ids[1:4])], [prompt], [prompt], num_draft_tokens=3, max_new_tokens=6)
+    assert found.token_ids == [alone.token_ids[:6]] and found.total_ms == pytest.approx(1000 + 100 + 300 + 7 + 2 * 100 + 40)
+    assert {k: round(v) for k, v in found.ms.items() if v > 1} == {"target_prefill": 1100, "draft_prefill": 300, "draft": 7, "verify": 200}
+
+
+class Late(Floor):
+    """Does not want the drafter to read its prompt; one pass without drafts, then drafts."""
+
+    drafting, rest = False, 1
+
+    def __init__(self) -> None:
+        super().__init__(0.1)
+        self.read = []
+
+    def prompted(self, ms):
+        self.read.append(("target", round(ms)))
+
+    def started(self, ms):
+        self.read.append(("drafter", round(ms)))
+
+    def next_floor(self):
+        return 0.1 if self.told else None
+
+
+@pytest.mark.parametrize("reads_prompt", [True, False])
+def test_a_drafter_reads_its_prompt_when_it_is_first_asked(clock, reads_prompt):
+    """Its prompt is no part of that round's time; one that reads none begins at once. `finish` ends what has begun."""
+    target, prompt, pace = slow_target(clock, ("step", 100), ("prefill", 1000)), prompt_of(*PROMPT), Late()
+    proposer = Slow(clock, [9], [9], reads_prompt=reads_prompt)
+    got = speculate(target, proposer, prompt, prompt, num_draft_tokens=2, max_new_tokens=4, pace=pace)
+    told = [(drafts, tokens, round(draft_ms), round(other)) for drafts, tokens, draft_ms, other in pace.told]
+    assert told[:2] == [(0, 1, 0, 100), (1, 1, 7, 100)] and pace.read == [("target", 1000), ("drafter", 300)]
+    assert proposer.calls[:2] == ["start", "propose"] and proposer.calls[-1] == "finish" and proposer.calls.count("start") == 1
+    assert got.rounds[0].stopped == "off" and got.rounds[0].ms == pytest.approx({"verify": 100})
+    idle = Slow(clock, reads_prompt=reads_prompt)
+    speculate(target, idle, prompt, prompt, num_draft_tokens=2, max_new_tokens=2, pace=Late())
+    assert idle.calls == ([] if reads_prompt else ["start", "finish"])
+
+
+def test_passes_without_drafts_share_their_time(clock):
+    """Three passes at once: a round for each, of a third of the milliseconds; fewer where the text ends before."""
+
+    class Off(Late):
+        rest = 3
+
+        def next_floor(self):
+            return None
+
+    target, prompt, pace = slow_target(clock, ("step", 100), ("prefill", 1000)), prompt_of(*PROMPT), Off()
+    got = speculate(target, Slow(clock), prompt, prompt, num_draft_tokens=2, max_new_tokens=6, pace=pace)
+    assert [(drafts, tokens) for drafts, tokens, _, _ in pace.told] == [(0, 3), (0, 2)] and got.passes == 5
+    assert [round(other) for *_, other in pace.told] == [300, 200]
+    assert [r.extra_token for r in got.rounds] == got.token_ids[1:6]
+    assert all(r.ms == pytest.approx({"verify": 100}) and r.stopped == "off" and not r.recomputed and r.cosine is None for r in got.rounds)

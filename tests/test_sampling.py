@@ -6,7 +6,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import EOS, as_decoder, noisy_copy, prompt_of, tiny_llama
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
+from feature_alignment.decoding import sampling
 from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS, HybridProposer, NGram, TableProposer
 from feature_alignment.decoding.draft_length import Pace
 from feature_alignment.decoding.engine import plain, speculate
@@ -323,3 +326,44 @@ def test_how_likely_a_token_was_is_told_where_it_is_asked_for():
             assert asked.token.tolist() == [1] and asked.probs is None
         else:
             torch.testing.assert_close(asked.probs, (logits / 2.0).softmax(-1))
+
+
+def test_where_nothing_is_left_of_the_targets_law_it_is_drawn_from_as_it_is():
+    """q above p everywhere, as rounding may make it: the draft token is not kept, and p - q has no positive part."""
+    p, q = torch.tensor([[0.25, 0.75, 0.0]] * 2), torch.tensor([[250.0, 750.0, 0.0]])
+    sampler, counts = Sampler(1.0, 5), Counter()
+    for _ in range(300):
+        kept, after = sampler.judge(torch.tensor([0]), q, p)
+        counts[bool(kept[0]), int(after)] += 1
+    assert counts[False, 1] > counts[False, 0] > 0 and not any(token == 2 for _, token in counts)
+    assert sum(n for (kept, _), n in counts.items() if kept) < 10
+
+
+def test_noise_depends_on_every_bit_of_the_seed_and_on_the_position(monkeypatch):
+    probs = torch.full((1, 1000), 1e-3)
+    draw = lambda seed, position: int(Sampler(1.0, seed, shared_noise=True).draw(probs, position))  # noqa: E731
+    assert draw(3, 4) == draw(3, 4) and draw(-1, 0) == draw(2**64 - 1, 0)
+    seeds = (0, 1, 32, 64, 128, 2**32, 2**62)
+    assert len({draw(seed, 4) for seed in seeds}) == len(seeds) and len({draw(3, position) for position in range(20)}) > 15
+    two = Sampler(1.0, 3, shared_noise=True).draw(probs.expand(2, -1), 7)
+    assert two.tolist() == [draw(3, 7), draw(3, 8)]  # successive positions
+    assert len({draw(2**63 + seed, 0) for seed in range(8)} | {draw(-seed, 0) for seed in range(1, 9)}) > 13  # none is rounded
+    monkeypatch.setattr(sampling.np, "random", SimpleNamespace(Generator=lambda bits: SilentNoise(), Philox=lambda key: None))
+    assert int(Sampler(1.0, 0, shared_noise=True).draw(torch.tensor([[0.0, 0.3, 0.7]]))) == 2  # noise of 0 does not draw the impossible
+
+
+class SilentNoise:
+    def standard_exponential(self, v):
+        return np.zeros(v)
+
+
+def test_a_restarted_sampler_draws_as_a_new_one():
+    probs = torch.rand(50, 9, generator=torch.Generator().manual_seed(0))
+    for shared in (False, True):
+        used = Sampler(1.0, 4, shared_noise=shared)
+        first = used.draw(probs).tolist()
+        assert (used.draw(probs).tolist() == first) is shared
+        used.restart(4)
+        assert used.draw(probs).tolist() == first == Sampler(1.0, 4, shared_noise=shared).draw(probs).tolist()
+        used.restart(5)
+        assert used.draw(probs).tolist() == Sampler(1.0, 5, shared_noise=shared).draw(probs).tolist() != first

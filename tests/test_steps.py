@@ -329,3 +329,37 @@ def test_inference_with_recorded_steps(finished):
     found = main_of("feature_sd_inference")([*config, "--steps", "graphs"])
     assert found["exact_match"] and found["token_ids"] == eager["token_ids"]
     assert [r["proposed"] for r in found["rounds"]] == [r["proposed"] for r in eager["rounds"]]
+
+
+def test_lengths_are_rounded_up_to_few_and_buffers_have_room():
+    """What a recording costs is one for each of these lengths; a cache has room for a text of 192 tokens, in steps of 64."""
+    for length, size in ((5, 256), (64, 256), (65, 320)):
+        _, other = both()
+        state = other.prefill([prompt_of(1, *[5] * (length - 1))])
+        assert state.cache._size == size and state.cache._layers[0].keys.shape[1] == size
+    read, step = [], state.cache._step
+    state.cache._step = lambda ids: (read.append(ids.shape[1]), step(ids))[1]
+    asked = (1, 2, 3, 4, 5, 6, 7, 9, 10, 13, 14, 17, 18, 25, 26, 32, 33, 64)
+    for k in asked:
+        assert other.step(state, torch.full((1, k), 5)).shape[1] == k
+        other.rollback(state, k)
+    assert read == [1, 2, 4, 4, 6, 6, 9, 9, 13, 13, 17, 17, 25, 25, 32, 32, 64, 64]
+
+
+def test_a_prompt_as_long_as_the_cache_gets_a_larger_one(monkeypatch):
+    monkeypatch.setattr(fixed, "ROOM", 1)
+    _, other = both()
+    assert other.prefill([prompt_of(1, *[5] * 62)]).cache._size == 64
+    assert other.prefill([prompt_of(1, *[5] * 63)]).cache._size == 128
+
+
+def test_a_watch_adds_up_its_stages(monkeypatch):
+    now = [7.0]
+    monkeypatch.setattr("feature_alignment.decoding.stopwatch.time.perf_counter", lambda: now[0])
+    watch = Stopwatch()
+    for stage, seconds in (("draft", 2.0), ("verify", 0.5), ("draft", 1.0)):
+        with pytest.raises(ArithmeticError), watch(stage):
+            now[0] += seconds
+            raise ArithmeticError
+    assert watch.ms == {"draft": 3000.0, "verify": 500.0} == watch.ms and watch.now() == 10_500.0
+    assert watch.spans == [("draft", 7000.0, 9000.0), ("verify", 9000.0, 9500.0), ("draft", 9500.0, 10_500.0)]

@@ -88,5 +88,5 @@ class Sampler:
 
     def _noise(self, position: int, v: int) -> np.ndarray:
         """Exponential variates [v] float32, above 0, that depend on seed and position alone (Philox, a counter-based generator)."""
-        source = np.random.Generator(np.random.Philox(key=[self._seed % 2**64, position]))
+        source = np.random.Generator(np.random.Philox(key=np.array([self._seed % 2**64, position], np.uint64)))
         return np.maximum(source.standard_exponential(v), 1e-30).astype(np.float32)
