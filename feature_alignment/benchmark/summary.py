@@ -29,9 +29,7 @@ def summarize(paths: Sequence[str]) -> dict[str, Any]:
     if not paths:
         raise UserError("summary wants directories or files: benchmark_feature_sd.py summary outputs/*/")
     data_sets = [_of_benchmark(file) for file in _benchmark_files(paths)]
-    means = {
-        name: math.exp(sum(math.log(d[name]["value"]) for d in data_sets) / len(data_sets)) for name in ("speedup", "decode_speedup")
-    }
+    means = {name: math.exp(sum(math.log(d[name]["value"]) for d in data_sets) / len(data_sets)) for name in ("speedup", "decode_speedup")}
     header = ("data set", "prompts", "fastest lossless row", "speed-up, end to end", "decoding", "tokens per pass", "exact match")
     rows = [
         (
