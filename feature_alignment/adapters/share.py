@@ -133,11 +133,10 @@ def _measured(cfg: ShareConfig, source: Path) -> list[str]:
         made_from = result["meta"]["made_from"].get("adapter" if cfg.adapter == "hidden" else f"{cfg.adapter}_adapter")
         draft = {"hidden": "aligned", "chained": "chained"}.get(cfg.adapter)
         if made_from == file_hash(source):
-            lines += [
-                f"- {row['draft']} + token, {row['drafts_per_round']}: {rate_text(row['speedup'], 2)} end to end, "
-                f"{rate_text(row['decode_speedup'], 2)} decoding, {row['tokens_per_pass']:.2f} tokens per pass, exact match {row['exact_match']:.3f}"
-                for row in result["rows"]
-                if row["draft"] == draft and row["accept"] == "token" and row["exit_layer"] is None
-            ]
+            for row in result["rows"]:
+                if row["draft"] == draft and row["accept"] == "token" and row["exit_layer"] is None:
+                    speeds = f"{rate_text(row['speedup'], 2)} end to end, {rate_text(row['decode_speedup'], 2)} decoding"
+                    counts = f"{row['tokens_per_pass']:.2f} tokens per pass, exact match {row['exact_match']:.3f}"
+                    lines.append(f"- {row['draft']} + token, {row['drafts_per_round']}: {speeds}, {counts}")
             lines += [f"- {result['baselines'][0]['prompts']} prompts, {result['meta']['device']}, {result['meta']['dtype']}."]
     return lines or ["Not measured: no result file of this run measured this adapter."]
