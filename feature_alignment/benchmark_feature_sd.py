@@ -6,6 +6,7 @@ writes  benchmark/benchmark.json, report.md, report.html, five pictures; with --
 
     python feature_alignment/benchmark_feature_sd.py --config configs/demo.yaml
     python feature_alignment/benchmark_feature_sd.py compare A.json B.json
+    python feature_alignment/benchmark_feature_sd.py summary outputs/*/
 """
 
 from __future__ import annotations
@@ -70,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         from feature_alignment.benchmark.compare import compare
 
         return compare(argv[1:])
+    if argv[:1] == ["summary"]:
+        from feature_alignment.benchmark.summary import summarize
+
+        return summarize(argv[1:])
     cfg = parse_config(BenchmarkConfig, argv, "benchmark_feature_sd")
     from feature_alignment.storage.processes import check_device, claimed
 
