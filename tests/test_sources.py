@@ -89,7 +89,9 @@ def test_drafters_are_made_of_what_their_names_say(tmp_path):
     assert {name: type(t) for name, t in tables.items()} == {"ngram": NGram, "lookup": Lookup, "template": Template, "previous": Previous}
     assert all(type(sources.open(name)) is TableProposer for name in tables) and tables["ngram"] is sources.ngram
     assert [tables[name].next_token("q", [4]) for name in tables] == [5, None, 5, 5]
-    assert tables["lookup"].next_token("q", [8]) == 9 and tables["lookup"].next_token("q", [1]) is None  # the question without a begin token
+    assert (
+        tables["lookup"].next_token("q", [8]) == 9 and tables["lookup"].next_token("q", [1]) is None
+    )  # the question without a begin token
 
 
 def test_a_rule_that_compares_states_is_refused_where_there_are_none(tmp_path):
