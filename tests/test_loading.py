@@ -22,7 +22,7 @@ from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models import eventgpt, loading, pair, video_llava
-from feature_alignment.models.decoder import positions_of
+from feature_alignment.models.decoder import position_limit
 
 MODELS = {"eventgpt": eventgpt.EventGPTForCausalLM, "video_llava": VideoLlavaForConditionalGeneration}
 
@@ -397,4 +397,4 @@ def test_a_prompt_longer_than_the_model_has_positions_for_is_refused(wide):
                 model.encode_prompt("What is there?")
     config = both.target.llama.config
     config.max_position_embeddings, config.rope_parameters = 100, {"rope_type": "linear", "factor": 4.0}
-    assert positions_of(config) == 400
+    assert position_limit(config) == 400

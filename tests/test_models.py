@@ -14,7 +14,7 @@ from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models import loading, pair
-from feature_alignment.models.batches import _common_prefix, _keep, _Texts, _up_to, _with_room
+from feature_alignment.models.batches import _common_prefix, _keep_rows, _Texts, _truncated_to, _with_room
 from feature_alignment.models.eventgpt import EventGPTConfig, EventGPTForCausalLM, load_eventgpt
 
 PROMPTS = [(1, 5, 9, 13), (1, 40, 3, 8), (1, 7, 7, 20), (1, 9, 33, 4)]
@@ -59,14 +59,14 @@ def test_a_cache_with_room_holds_what_was_read_and_leaves_the_original_alone():
     for layer, old, new in zip(state.cache.layers, before, roomy.cache.layers, strict=True):
         assert torch.equal(layer.keys, old) and torch.equal(new.keys[:, :, :4], old)
         assert new._buffers[0].shape[2] == new._buffers[1].shape[2] == 4 + 5
-    assert _keep(roomy, [1, 3]) == [3, 1]
+    assert _keep_rows(roomy, [1, 3]) == [3, 1]
     assert all(torch.equal(layer._buffers[0][:, :, :4], old[[3, 1]]) for layer, old in zip(roomy.cache.layers, before, strict=True))
 
 
 def test_a_shallower_model_goes_on_from_what_the_deeper_one_has_read():
     deep, shallow = as_decoder(tiny_llama(0, layers=3)), as_decoder(tiny_llama(0, layers=3), taps=[2])
     prompt = prompt_of(*PROMPTS[0])
-    state = _up_to(deep.prefill([prompt]), 2)
+    state = _truncated_to(deep.prefill([prompt]), 2)
     assert state.length == 4 and len(state.cache.layers) == 2
     torch.testing.assert_close(shallow.step(state, torch.tensor([[5, 6]])), shallow.step(shallow.prefill([prompt]), torch.tensor([[5, 6]])))
 
