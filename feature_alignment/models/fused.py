@@ -92,7 +92,9 @@ def fused_layers(llama: PreTrainedModel, number: int, size: int) -> list[Layer]:
         joined = join_weights([attention.q_proj, attention.k_proj, attention.v_proj]), join_weights([mlp.gate_proj, mlp.up_proj])
         keys, values = (joined[0].new_zeros(heads, size, attention.head_dim) for _ in range(2))
         norms = layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data
-        layers.append(Layer(norms[0], joined[0], attention.o_proj.weight.data, norms[1], joined[1], mlp.down_proj.weight.data, keys, values))
+        layers.append(
+            Layer(norms[0], joined[0], attention.o_proj.weight.data, norms[1], joined[1], mlp.down_proj.weight.data, keys, values)
+        )
     return layers
 
 
