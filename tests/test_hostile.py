@@ -142,8 +142,8 @@ NPY = {
     "bytes that are not there": (pickled_npy(b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"abc."), "cut off"),
     "an integer of a million digits": (pickled_npy(pickle.dumps(columns(x=[1 << 3_000_000] * 9))), "numbers"),
     "other objects in an array": (pickled_npy(pickle.dumps(columns(x=np.array([{}] * 9, dtype=object)))), "must be numbers"),
-    "a shape of 10^12": (plain_npy("(1000000000000,)"), "promises"),
-    "a shape below zero": (plain_npy("(-1,)"), "promises"),
+    "a shape of 10^12": (plain_npy("(1000000000000,)"), "describes"),
+    "a shape below zero": (plain_npy("(-1,)"), "describes"),
     "a field of 10^10 numbers": (
         plain_npy("(1,)", descr="[('x', '<i8', (10000000000,)), ('y', 'u1'), ('t', 'u1'), ('p', 'u1')]"),
         "could not",
@@ -190,7 +190,7 @@ def npz(path: Path, data: bytes, **changed: int) -> None:
 
 NPZ = {
     "four gigabytes by its own word": (plain_npy("(9,)", bytes(288)), {"size": 0xFFFFFF00}, "unpacked it takes 4,294,967,040"),
-    "a shape its member does not hold": (plain_npy("(1000000000000,)", bytes(64)), {}, "promises"),
+    "a shape its member does not hold": (plain_npy("(1000000000000,)", bytes(64)), {}, "describes"),
     "a pickle inside": (pickled_npy(pickle.dumps(Payload())), {}, "Python objects"),
     "locked with a password": (plain_npy("(9,)", bytes(288)), {"flags": 1}, "could not be read"),
     "packed in an unknown way": (plain_npy("(9,)", bytes(288)), {"method": 77}, "could not be read"),
