@@ -340,7 +340,7 @@ def test_the_check_knows_how_long_a_prompt_is_and_what_it_costs(tiny_run):
 
 
 def test_a_checkpoint_is_looked_through_where_it_is_found(tmp_path):
-    with pytest.raises(UserError, match=r"no checkpoint at .*no config\.json there"):
+    with pytest.raises(UserError, match=r"no checkpoint at .*config\.json is missing"):
         loading.find_checkpoint(tmp_path, "--target_id")
     assert loading.find_checkpoint(folder_with(tmp_path), "--target_id") == tmp_path
     with pytest.raises(UserError, match="run code of its own"):

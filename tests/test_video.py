@@ -13,7 +13,8 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from feature_alignment.cli.console import UserError
-from feature_alignment.inputs.video import _orientation_of, clip_pixels, read_frames, sample_indices
+from feature_alignment.inputs.clip_pixels import clip_pixels
+from feature_alignment.inputs.video import _orientation_of, read_frames, sample_indices
 
 CASES = SHARED / "public_cases"
 

@@ -25,8 +25,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from feature_alignment.cli.config import Common, Steps, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, print_table
 from feature_alignment.inputs import events as event_inputs
+from feature_alignment.inputs.clip_pixels import clip_pixels
 from feature_alignment.inputs.samples import Sample
-from feature_alignment.inputs.video import NUM_FRAMES, clip_pixels, read_frames
+from feature_alignment.inputs.video import NUM_FRAMES, read_frames
 from feature_alignment.models import generation, loading, preprocessing
 from feature_alignment.models.decoder import Decoder, State
 from feature_alignment.storage.processes import check_device

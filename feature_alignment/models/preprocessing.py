@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from feature_alignment.cli.console import UserError
-from feature_alignment.inputs.video import clip_pixels
+from feature_alignment.inputs.clip_pixels import clip_pixels
 from feature_alignment.models.loading import GPU_EXTRA, first_line
 from feature_alignment.models.prompts import prepare_for_prompts, text_ids
 
