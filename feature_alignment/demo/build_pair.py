@@ -216,7 +216,7 @@ def train_round(student: Student, images: np.ndarray, plan: Round, seed: int) ->
         f"{role} captions",
         plan.caption_steps,
         plan.caption_lr,
-        [*vision_modules, *auxiliary, student.llama, student.model.lm_head],
+        [*modules, student.llama, student.model.lm_head],
         caption_step,
     )
 
