@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InferenceConfig(Common):
-    """Decode one answer speculatively, show every round, and compare it with plain decoding. Reads both checkpoints, files of
-    the drafter and one sample; writes sd/<sample id>.json.
+    """Decode one answer speculatively, show every round, and compare it with plain decoding.
+
+    Reads both checkpoints, files of the drafter and one sample; writes sd/<sample id>.json.
 
     Args:
         split: manifest that holds the sample

@@ -37,8 +37,9 @@ def __getattr__(name: str) -> Any:
 
 @dataclass(frozen=True)
 class AdapterConfig(Common):
-    """Print the parameters, FLOPs, bytes and measured time of an adapter, next to one decoder layer of its width and one step of the
-    configured Video-LLaVA. Reads that checkpoint, writes nothing.
+    """Print the parameters, FLOPs, bytes and measured time of an adapter, next to those of the models.
+
+    It is compared with one decoder layer of its width and one step of the configured Video-LLaVA. Reads that checkpoint, writes nothing.
 
     Args:
         hidden_size: width of the target's hidden states

@@ -33,8 +33,10 @@ from feature_alignment.cli.console import UserError, print_json_line, print_tabl
 
 @dataclass(frozen=True)
 class TrainConfig(Common):
-    """Train an adapter on paired hidden states and keep its best epoch. Reads hidden_states/ of two splits; writes adapter.pt,
-    history.jsonl and training_curves.png under adapter/, plain_adapter/ or chained_adapter/. An interrupted run resumes.
+    """Train an adapter on paired hidden states and keep its best epoch.
+
+    Reads hidden_states/ of two splits; writes adapter.pt, history.jsonl and training_curves.png under adapter/, plain_adapter/ or
+    chained_adapter/. An interrupted run resumes after its last epoch.
 
     Args:
         adapter: hidden maps EventGPT's state on the same text; plain is the same by TASKS.md's recipe, for comparison; chained predicts

@@ -93,7 +93,8 @@ def decode_evt21(words: np.ndarray, state: State) -> Decoded:
 def halves_swapped(words: np.ndarray) -> bool | None:
     """Whether EVT2.1 words [n] uint64 have their halves swapped, as older cameras write them; None if ambiguous.
 
-    The upper half holds the kind of a word; a pixel mask in its place would have arbitrary kinds."""
+    The upper half holds the kind of a word; a pixel mask in its place would have arbitrary kinds.
+    """
     known = np.array([0, 1, 8, 0xA, 0xE, 0xF], np.uint64)
 
     def fits(upper: np.ndarray) -> bool:

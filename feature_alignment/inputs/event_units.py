@@ -170,7 +170,8 @@ def _meaning(sample: TimeSample, unit: TimeUnit) -> str:
 def _epoch_unit(sample: TimeSample, fractions: bool) -> TimeUnit | None:
     """The unit in which all stamps are dates of this century and the stream has a plausible length.
 
-    Integers of the size of epoch seconds are microseconds half an hour into a recording: no camera stamps whole seconds."""
+    Integers of the size of epoch seconds are microseconds half an hour into a recording: no camera stamps whole seconds.
+    """
     for unit in UNITS:
         low, high = (s * 1e6 / _us_per(unit) for s in _EPOCH_S)
         inside = low <= min(sample.first, sample.last) and max(sample.first, sample.last) <= high

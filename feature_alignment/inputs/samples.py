@@ -1,4 +1,4 @@
-"""Manifests: the samples that all scripts read. Rows of this project or of EventGPT/DSEC; paths are relative to the manifest.
+r"""Manifests: the samples that all scripts read. Rows of this project or of EventGPT/DSEC; paths are relative to the manifest.
 
 {"id": "…", "sequence": "…", "events": "events/0.npy", "video": "video/0.mp4", "question": "…", "answer": …, "facts": …}
 

@@ -24,7 +24,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from feature_alignment.cli.console import UserError
 
 # Settings that token-by-token decoding does not support, with the values at which they have no effect
-REFUSED: dict[str, tuple] = {
+REFUSED: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
     "num_return_sequences": (1,),
