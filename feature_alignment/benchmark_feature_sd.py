@@ -6,6 +6,7 @@ writes  benchmark/benchmark.json, report.md, report.html, five pictures; with --
 
     python feature_alignment/benchmark_feature_sd.py --config configs/demo.yaml
     python feature_alignment/benchmark_feature_sd.py compare A.json B.json
+    python feature_alignment/benchmark_feature_sd.py summary outputs/*/
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from feature_alignment.cli.console import UserError, print_json_line, run
 
 if TYPE_CHECKING:
     from feature_alignment.benchmark.run import Measurements, Setup
-    from feature_alignment.decoding.engine import Generation
+    from feature_alignment.decoding.generation import Generation
     from feature_alignment.inputs.samples import Sample
     from feature_alignment.models.decoder import Prompt
 
@@ -70,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         from feature_alignment.benchmark.compare import compare
 
         return compare(argv[1:])
+    if argv[:1] == ["summary"]:
+        from feature_alignment.benchmark.summary import summarize
+
+        return summarize(argv[1:])
     cfg = parse_config(BenchmarkConfig, argv, "benchmark_feature_sd")
     from feature_alignment.storage.processes import check_device, claimed
 
@@ -82,7 +87,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Measure, or reuse a cached result; returns the content of benchmark.json."""
     from feature_alignment.benchmark import report, transformers_baselines
     from feature_alignment.benchmark.run import Measurements, part_costs, take_turns
-    from feature_alignment.decoding.engine import greedy
+    from feature_alignment.decoding.plain import greedy
     from feature_alignment.models import fixed
     from feature_alignment.models.loading import fetch_checkpoints
     from feature_alignment.storage import artifacts

@@ -12,7 +12,8 @@ from conftest import as_decoder, main_of, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
-from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.models import fixed, fused
@@ -99,7 +100,7 @@ def test_drafts_and_texts_are_those_of_eager_steps():
         proposers = (
             ModelProposer(draft, None, None),
             ModelProposer(draft, adapter, target.lm_head),
-            ChainedProposer(draft, chained, target.lm_head, target.embeddings),
+            ChainedProposer(draft, chained, target.head_weight, target.embeddings),
         )
         for proposer in proposers:
             for last in (3, 4):
@@ -107,7 +108,7 @@ def test_drafts_and_texts_are_those_of_eager_steps():
                 for rule in ("token",) if proposer is proposers[0] else ("token", "feature", "relaxed"):
                     got = speculate(target, proposer, prompt, prompt, accept=rule, threshold=0.3, num_draft_tokens=4, max_new_tokens=16)
                     assert rule != "token" or got.token_ids == greedy(target, prompt, 16).token_ids
-                    found.append((got.token_ids, [(r.proposed, r.kept) for r in got.rounds]))
+                    found.append((got.token_ids, [(r.proposed, r.accepted) for r in got.rounds]))
     half = len(found) // 2
     assert found[:half] == found[half:]
 
@@ -142,16 +143,16 @@ def test_drafting_steps_never_synchronize_with_the_device(monkeypatch):
     target = as_decoder(tiny_llama(0))
     prompt, watch = prompt_of(1, 5, 9), Stopwatch()
     states = target.teacher_force(target.prefill([prompt]), torch.tensor([[5, 6, 7]]))[0]
-    proposers = [ChainedProposer(target, ChainedAdapter(32, 32, 1, width=8), target.lm_head, target.embeddings) for _ in range(2)]
-    proposers[1]._adapter = proposers[0]._adapter
-    proposers[1]._tokens = proposers[0]._tokens
-    proposers[1]._expect, proposers[1]._go_on = one_graph(proposers[1]._expect_next), one_graph(proposers[1]._read_and_expect)
+    proposers = [ChainedProposer(target, ChainedAdapter(32, 32, 1, width=8), target.head_weight, target.embeddings) for _ in range(2)]
+    proposers[1]._adapter, proposers[1]._chain = proposers[0]._adapter, proposers[0]._chain
+    proposers[1]._block = one_graph(proposers[1]._draft_block)
+    proposers[1]._first, proposers[1]._next = one_graph(proposers[1]._expect), one_graph(proposers[1]._read_and_expect)
     monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)  # a limit of torch.compile, not of CUDA graphs
     drafts = []
     for proposer in proposers:
         proposer.start(prompt, watch)
-        drafts.append(proposer.propose([5, 6, 7], states, 6, watch).token_ids.tolist())
-    assert drafts[0] == drafts[1]
+        drafts.append([proposer.propose([5, 6, 7], states, 6, watch, floor).token_ids.tolist() for floor in (0.0, 1e-9)])
+    assert drafts[0] == drafts[1] and drafts[0][0] == drafts[0][1]  # a whole round at once, and one token after the other
     adapter, state = HiddenAdapter(32, 32, 8), torch.randn(1, 32)
     torch.testing.assert_close(one_graph(adapter)(state), adapter(state))
 
@@ -329,3 +330,37 @@ def test_inference_with_captured_steps(finished):
     found = main_of("feature_sd_inference")([*config, "--steps", "graphs"])
     assert found["exact_match"] and found["token_ids"] == eager["token_ids"]
     assert [r["proposed"] for r in found["rounds"]] == [r["proposed"] for r in eager["rounds"]]
+
+
+def test_lengths_are_rounded_up_to_few_and_buffers_have_room():
+    """What a recording costs is one for each of these lengths; a cache has room for a text of 192 tokens, in steps of 64."""
+    for length, size in ((5, 256), (64, 256), (65, 320)):
+        _, other = both()
+        state = other.prefill([prompt_of(1, *[5] * (length - 1))])
+        assert state.cache._size == size and state.cache._layers[0].keys.shape[1] == size
+    read, step = [], state.cache._step
+    state.cache._step = lambda ids: (read.append(ids.shape[1]), step(ids))[1]
+    asked = (1, 2, 3, 4, 5, 6, 7, 9, 10, 13, 14, 17, 18, 25, 26, 32, 33, 64)
+    for k in asked:
+        assert other.step(state, torch.full((1, k), 5)).shape[1] == k
+        other.rollback(state, k)
+    assert read == [1, 2, 4, 4, 6, 6, 9, 9, 13, 13, 17, 17, 25, 25, 32, 32, 64, 64]
+
+
+def test_a_prompt_as_long_as_the_cache_gets_a_larger_one(monkeypatch):
+    monkeypatch.setattr(fixed, "ROOM", 1)
+    _, other = both()
+    assert other.prefill([prompt_of(1, *[5] * 62)]).cache._size == 64
+    assert other.prefill([prompt_of(1, *[5] * 63)]).cache._size == 128
+
+
+def test_a_watch_adds_up_its_stages(monkeypatch):
+    now = [7.0]
+    monkeypatch.setattr("feature_alignment.decoding.stopwatch.time.perf_counter", lambda: now[0])
+    watch = Stopwatch()
+    for stage, seconds in (("draft", 2.0), ("verify", 0.5), ("draft", 1.0)):
+        with pytest.raises(ArithmeticError), watch(stage):
+            now[0] += seconds
+            raise ArithmeticError
+    assert watch.ms == {"draft": 3000.0, "verify": 500.0} == watch.ms and watch.now() == 10_500.0
+    assert watch.spans == [("draft", 7000.0, 9000.0), ("verify", 9000.0, 9500.0), ("draft", 9500.0, 10_500.0)]
