@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from feature_alignment.cli.console import UserError, progress
-from feature_alignment.storage import artifacts
+from feature_alignment.storage.files import load_pt, save_pt
 
 log = logging.getLogger(__name__)
 
@@ -62,14 +62,14 @@ class Checkpoint:
     def load(self) -> dict[str, Any] | None:
         if not (self.resume and self.path.is_file()):
             return None
-        saved = artifacts.load_pt(self.path, f"rm {self.path}")
+        saved = load_pt(self.path, f"rm {self.path}")
         if saved.get("identity") == self.identity:
             return saved
         log.warning("%s is of other settings, sources or code; training starts over.", self.path)
         return None
 
     def save(self, **state: Any) -> None:
-        artifacts.save_pt(self.path, {"identity": self.identity, **state})
+        save_pt(self.path, {"identity": self.identity, **state})
 
 
 def fit(

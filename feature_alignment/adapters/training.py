@@ -21,7 +21,7 @@ from feature_alignment.adapters.closed_form import RIDGE_STRENGTHS, Affine, mome
 from feature_alignment.adapters.fitting import Batch, Checkpoint, History, Part, fit, mean_over_positions, shuffled
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage.artifacts import HiddenStates
+from feature_alignment.storage.hidden_states import HiddenStates
 
 REACH = 1.0  # how far a unit that begins as a straight line uses GELU, in standard deviations
 

@@ -24,7 +24,7 @@ from feature_alignment.cli.ranges import validate_text
 log = logging.getLogger(__name__)
 
 
-def processes(device: str) -> tuple[int, int, str, Callable[[], None]]:
+def process_group(device: str) -> tuple[int, int, str, Callable[[], None]]:
     """This process's number, how many there are, this one's device, and a call that waits until all have made it."""
     check_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -72,7 +72,7 @@ def children_ignore_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path) -> Iterator[None]:
     """What is written at `path` is ours alone while this lasts. `<path>.lock` says whose it is; the kernel lets go of it when its
     process ends, however it ends, so a lock that can be had again was left by a process that died.
 
