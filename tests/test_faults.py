@@ -286,7 +286,7 @@ def test_a_lock_of_the_dead_is_taken_over(tmp_path, caplog):
 def test_a_lock_that_says_nothing(tmp_path, content):
     (tmp_path / "a.lock").write_text(content)
     if content.startswith('{"'):  # whose it is cannot be told, and it may be another machine's
-        with pytest.raises(UserError, match=r"claimed by another process\.(.|\n)*rm "), exclusive_lock(tmp_path / "a"):
+        with pytest.raises(UserError, match=r"locked by another process\.(.|\n)*rm "), exclusive_lock(tmp_path / "a"):
             pass
     else:
         with exclusive_lock(tmp_path / "a"):
@@ -297,7 +297,7 @@ def test_a_lock_of_another_machine_is_left_alone(tmp_path):
     content = json.dumps({"pid": 7, "host": "elsewhere", "since": time.time() - 600})
     (tmp_path / "adapter.lock").write_text(content)
     with (
-        pytest.raises(UserError, match=r"claimed by process 7 on elsewhere, since .* \(10\.0 minutes\)(.|\n)*rm "),
+        pytest.raises(UserError, match=r"locked by process 7 on elsewhere, since .* \(10\.0 minutes\)(.|\n)*rm "),
         exclusive_lock(tmp_path / "adapter"),
     ):
         pass
