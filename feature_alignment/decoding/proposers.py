@@ -17,7 +17,6 @@ from feature_alignment.decoding.token_selection import Selected, TokenSelector
 from feature_alignment.models.decoder import Decoder, Prompt, State
 from feature_alignment.models.fixed import captured
 
-
 BLOCK_LENGTHS = (4, 8, 16, 24, 32)  # of a whole block at a confidence floor; few, because each is one CUDA graph
 
 
