@@ -187,7 +187,7 @@ def test_the_preprocessor_must_fit_its_tower(copied, caplog):
     (copied.draft_id / "preprocessor_config.json").unlink()  # the released EventGPT names its tower's directory instead of having one
     caplog.set_level("INFO")
     assert pair.load_draft(copied).read_pixels(read_samples(copied.manifests, "test")[0]).shape == (5, 3, 72, 72)
-    assert "CLIP's own at 72 pixels" in caplog.text
+    assert "CLIP's at 72 pixels" in caplog.text
 
 
 def test_a_checkpoint_with_only_a_sentencepiece_model(tmp_path, monkeypatch):
