@@ -21,13 +21,13 @@ PROMPTS = [(1, 5, 9, 13), (1, 40, 3, 8), (1, 7, 7, 20), (1, 9, 33, 4)]
 
 
 def alone(model, prompt, texts):
-    """The states behind each of `texts`, read in one pass of its own after the prompt."""
+    """The states on the tokens of each of `texts`, each read in its own pass after the prompt."""
     return [model.step(model.prefill([prompt_of(*prompt)]), torch.tensor([text]))[0] for text in texts]
 
 
 @pytest.mark.parametrize("leaving", [(0,), (3,), (1, 2), (0, 3), (0, 1, 2), (2, 3)])
 @torch.inference_mode()
-def test_what_clips_say_does_not_depend_on_which_others_have_left(leaving):
+def test_answers_do_not_depend_on_finished_clips(leaving):
     """Two texts of each of four clips; the clips that are done leave one after the other, from the front, the middle and the end."""
     model = as_decoder(tiny_llama(0))
     state = model.prefill([prompt_of(*p) for p in PROMPTS])
@@ -48,7 +48,7 @@ def test_what_clips_say_does_not_depend_on_which_others_have_left(leaving):
 
 
 @torch.inference_mode()
-def test_a_cache_with_room_holds_what_was_read_and_leaves_the_original_alone():
+def test_a_cache_with_room_is_a_copy_of_the_original():
     model = as_decoder(tiny_llama(0))
     state = model.prefill([prompt_of(*p) for p in PROMPTS])
     roomy = _with_room(state, 5)
@@ -63,7 +63,7 @@ def test_a_cache_with_room_holds_what_was_read_and_leaves_the_original_alone():
     assert all(torch.equal(layer._buffers[0][:, :, :4], old[[3, 1]]) for layer, old in zip(roomy.cache.layers, before, strict=True))
 
 
-def test_a_shallower_model_goes_on_from_what_the_deeper_one_has_read():
+def test_a_shallower_model_reuses_the_cache_of_the_deeper_one():
     deep, shallow = as_decoder(tiny_llama(0, layers=3)), as_decoder(tiny_llama(0, layers=3), taps=[2])
     prompt = prompt_of(*PROMPTS[0])
     state = _truncated_to(deep.prefill([prompt]), 2)
@@ -75,14 +75,14 @@ def test_a_shallower_model_goes_on_from_what_the_deeper_one_has_read():
     ("prompts", "shared"),
     [([(1, 2, 3)], 2), ([(1, 2, 3), (1, 2, 3)], 2), ([(1, 2, 3, 4), (1, 2, 9)], 2), ([(1, 2), (3, 2)], 0), ([(1,)], 0)],
 )
-def test_every_prompt_keeps_a_token_of_its_own(prompts, shared):
+def test_every_prompt_keeps_at_least_one_token_after_the_shared_prefix(prompts, shared):
     assert _common_prefix([torch.tensor(p) for p in prompts]) == shared
 
 
 # ---- one decoder
 
 
-def test_ids_outside_the_shared_vocabulary_are_neither_said_nor_read():
+def test_ids_outside_the_shared_vocabulary_are_neither_emitted_nor_read():
     model = as_decoder(tiny_llama(0))
     before = model.lm_head(torch.ones(3, 32))
     model.restrict_vocabulary(40)
@@ -100,14 +100,14 @@ def test_ids_outside_the_shared_vocabulary_are_neither_said_nor_read():
         ([1], {1: "pre"}, "pre", False),
     ],
 )
-def test_a_state_says_which_of_its_layers_passed_the_final_norm(taps, norms, norm, own):
+def test_meta_states_which_layers_passed_the_final_norm(taps, norms, norm, own):
     model = as_decoder(tiny_llama(0, layers=3), taps)
     assert (model.norms, model.norm, model.has_own_head) == (norms, norm, own)
     assert model.hidden_size == 32 * len(norms) and model.width == 32 and len(model.llama.layers) == max(norms)
 
 
 @pytest.mark.parametrize("taps", [[0], [4], [2, 1], [1, 1], [-1], [1, 4]])
-def test_layers_that_are_not_there_are_refused(taps):
+def test_missing_layers_are_refused(taps):
     with pytest.raises(UserError, match="ascending layer numbers from 1 to 3"):
         as_decoder(tiny_llama(0, layers=3), taps)
 
@@ -131,7 +131,7 @@ def test_texts_end_with_their_end_or_at_the_limit():
 
 
 @pytest.mark.parametrize("ends", [0, 3, 8])
-def test_a_text_is_cut_off_after_its_end(ends):
+def test_a_text_is_truncated_after_its_end(ends):
     model = as_decoder(tiny_llama(0))
     text = model.generate(model.prefill([prompt_of(*PROMPTS[0])]), 9)[0]
     model.eos_ids = frozenset({text[ends]})
@@ -151,7 +151,7 @@ LARGEST |= {"image_size": 4096, "patch_size": 4096, "shortest_edge": 4096}
 
 
 @pytest.mark.parametrize(("key", "most"), LARGEST.items())
-def test_sizes_have_a_largest_one(tmp_path, key, most):
+def test_sizes_above_their_limit_are_refused(tmp_path, key, most):
     assert loading.LARGEST == LARGEST
     for fine in (1, most, None, [1, most]):
         loading.refuse_executable_code(folder_with(tmp_path, **{key: fine}))
@@ -170,7 +170,7 @@ def test_sizes_have_a_largest_one(tmp_path, key, most):
         ({"weight_map": ["a"]}, "weights outside its directory"),
     ],
 )
-def test_what_reaches_outside_a_checkpoint_is_refused(tmp_path, content, message):
+def test_references_outside_a_checkpoint_are_refused(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         loading.refuse_executable_code(folder_with(tmp_path, "other.json", **content))
     folder_with(tmp_path, "other.json", auto_map=None, trust_remote_code=False, attn_implementation="sdpa", weight_map={"a": "b"})
@@ -222,7 +222,7 @@ def test_a_config_may_not_describe_far_more_parameters_than_the_weights_hold(tmp
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_states_that_are_not_finite_are_the_weights_fault(tmp_path, bad):
+def test_states_that_are_not_finite_are_refused(tmp_path, bad):
     with pytest.raises(UserError, match="not finite in float16"), loading.report_load_errors(tmp_path) as made:
         made += [torch.zeros(2, dtype=torch.float16), torch.tensor([0.0, bad])]
     with pytest.raises(UserError, match="does not fit its weights: no such shape"), loading.report_load_errors(tmp_path) as made:
@@ -235,7 +235,7 @@ def test_states_that_are_not_finite_are_the_weights_fault(tmp_path, bad):
     ("files", "kind"),
     [(["tokenizer.model"], "LLaMA's"), (["tokenizer.model", "tokenizer.json"], "any"), (["tokenizer.json"], "any"), ([], "any")],
 )
-def test_only_a_sentencepiece_model_needs_its_own_reader_and_libraries(tmp_path, monkeypatch, files, kind):
+def test_a_lone_sentencepiece_model_needs_its_own_class_and_libraries(tmp_path, monkeypatch, files, kind):
     class Reader:
         def __init__(self, name):
             self.name = name
@@ -278,8 +278,8 @@ class Pieces:
         return [self.pieces[i] for i in ids]
 
 
-def test_one_id_that_means_another_piece_is_named(tmp_path):
-    preprocessing.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abcd"))  # what only one of them has is no matter
+def test_an_id_of_another_piece_is_named(tmp_path):
+    preprocessing.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abcd"))  # extra ids of one tokenizer are ignored
     preprocessing.check_shared_ids(tmp_path, Pieces("abcd"), tmp_path, Pieces("abc"))
     with pytest.raises(UserError, match=r"1 of 3 differ, e\.g\. 2 is 'c' in the former and 'x' in the latter"):
         preprocessing.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abx"))
@@ -289,7 +289,7 @@ def test_one_id_that_means_another_piece_is_named(tmp_path):
         preprocessing.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abc", lambda text: [1, 3]))
 
 
-def test_memory_that_is_free_is_that_of_the_gpus_in_use(monkeypatch):
+def test_free_memory_is_that_of_the_gpus_in_use(monkeypatch):
     import psutil
 
     free = {0: 10, 1: 30, torch.device("cuda:1"): 30, torch.device("cuda"): 10}
@@ -302,7 +302,7 @@ def test_memory_that_is_free_is_that_of_the_gpus_in_use(monkeypatch):
     assert [loading.available_memory(*asked) for asked in (("cuda", None), ("cuda:1", None), ("cuda", "auto"))] == [10, 30, 40]
 
 
-def test_a_pair_says_only_what_both_know_and_runs_on_the_gpu_it_is_told(monkeypatch, tmp_path):
+def test_a_pair_is_restricted_to_shared_ids_and_runs_on_the_chosen_gpu(monkeypatch, tmp_path):
     decoders = {}
     for name, size in (("target", 60), ("draft", 50)):
         decoders[name] = as_decoder(tiny_llama(0))
@@ -322,7 +322,7 @@ def test_a_pair_says_only_what_both_know_and_runs_on_the_gpu_it_is_told(monkeypa
     assert found.target.steps == found.draft.steps == "graphs"
 
 
-def test_the_check_knows_how_long_a_prompt_is_and_what_it_costs(tiny_run):
+def test_the_check_computes_prompt_length_and_memory(tiny_run):
     cfg = parse_config(Common, ["--config", str(tiny_run / "tiny.yaml"), "--device", "cpu"], "models/pair")
     report, both = pair.check_pair(cfg).to_json(), pair.load_pair(cfg)
     sample = dataclasses.replace(read_samples(cfg.manifests, "test")[0], question=preprocessing.PROBE_QUESTION)
@@ -339,7 +339,7 @@ def test_the_check_knows_how_long_a_prompt_is_and_what_it_costs(tiny_run):
     assert report["needed_bytes"] == needed
 
 
-def test_a_checkpoint_is_looked_through_where_it_is_found(tmp_path):
+def test_finding_a_checkpoint_checks_it(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint at .*config\.json is missing"):
         loading.find_checkpoint(tmp_path, "--target_id")
     assert loading.find_checkpoint(folder_with(tmp_path), "--target_id") == tmp_path
@@ -347,7 +347,7 @@ def test_a_checkpoint_is_looked_through_where_it_is_found(tmp_path):
         loading.find_checkpoint(folder_with(tmp_path, auto_map={"AutoModel": "x.py"}), "--target_id")
 
 
-def test_transformers_own_classes_know_what_an_eventgpt_is(tiny_run):
+def test_auto_classes_load_an_eventgpt(tiny_run):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = tiny_run / "pair" / "eventgpt"
@@ -376,7 +376,7 @@ def test_event_tokens_are_means_over_patches_then_over_time(tiny_run):
 
 
 def test_a_config_without_a_vision_tower_has_clips_large_one_at_336_pixels():
-    """As the released EventGPT, whose config.json says nothing of it."""
+    """The released EventGPT has a config.json without vision geometry."""
     vision = EventGPTConfig().vision_config
     assert (vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads) == (1024, 4096, 24, 16)
     assert (vision.image_size, vision.patch_size, vision.hidden_act, vision.layer_norm_eps) == (336, 14, "quick_gelu", 1e-5)
@@ -384,7 +384,7 @@ def test_a_config_without_a_vision_tower_has_clips_large_one_at_336_pixels():
 
 
 @pytest.mark.parametrize(("beyond", "start"), [((0, 0), None), ((0, 0), 20.0), ((1, 0), None), ((0, 1), None)])
-def test_events_are_drawn_on_the_cameras_canvas_unless_they_reach_beyond_it(tiny_run, monkeypatch, beyond, start):
+def test_events_are_drawn_on_the_canvas_unless_they_exceed_it(tiny_run, monkeypatch, beyond, start):
     cfg = parse_config(
         Common,
         ["--config", str(tiny_run / "tiny.yaml"), "--device", "cpu", "--event_start_ms", "5", "--event_window_ms", "50"],
