@@ -110,7 +110,7 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
     words = [w for w in words if w != "--print_config"]
     _refuse_empty(cls, words)
     chosen = next((w.partition("=")[2] for w in words if variant and w.startswith(f"--{variant}=")), None)
-    from_file = _file_flags(cls, Path(config_path), section, chosen) if config_path else []
+    from_file = _file_settings(cls, Path(config_path), section, chosen) if config_path else {}
 
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -136,7 +136,7 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
         flag = group.add_argument(f"--{f.name}", type=hints[f.name], default=default, help=text)
         flag.option_strings = flag.option_strings[:1]  # not the library's `--name+` for lists
     try:
-        namespace = parser.parse_args(from_file + words)
+        namespace = parser.parse_args(words, namespace=parser.parse_object(from_file))
         values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)}
     except (ArgumentError, ValueError, TypeError, RecursionError) as error:
         said = "too many brackets" if isinstance(error, RecursionError) else str(error)[:1000]
@@ -230,8 +230,8 @@ def _take_option(words: list[str], name: str) -> tuple[str | None, list[str]]:
     return (given[0].partition("=")[2] if given else None), [w for w in words if w not in given]
 
 
-def _file_flags(cls: type, path: Path, section: str, chosen: str | None) -> list[str]:
-    """A YAML file as flags. All scalars are read as strings, so `1e-3` means the same as on the command line."""
+def _file_settings(cls: type, path: Path, section: str, chosen: str | None) -> dict[str, Any]:
+    """The settings of a YAML file that apply to one script. Scalars stay strings, so `1e-3` means the same as on the command line."""
     validate_text("config", path)
     if not path.is_file():
         found = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none here"
@@ -251,7 +251,7 @@ def _file_flags(cls: type, path: Path, section: str, chosen: str | None) -> list
         raise UserError(f"{path}: unknown section {extra}; wanted `common` and script names: {', '.join(SCRIPTS)}.")
     names = {f.name for f in dataclasses.fields(cls)}
     shared = {f.name for f in dataclasses.fields(Common)}
-    flags = []
+    merged: dict[str, Any] = {}
     for part, allowed in (("common", shared), (section, names), *([(f"{section}.{chosen}", names)] if chosen else [])):
         settings = content.get(part) or {}
         if not isinstance(settings, dict):
@@ -261,8 +261,8 @@ def _file_flags(cls: type, path: Path, section: str, chosen: str | None) -> list
                 raise UserError(f"{path}: unknown key `{part}.{key}`; known here: {', '.join(sorted(allowed))}.")
             if value is None or value == "":
                 raise UserError(f"{path}: `{part}.{key}` is empty; wanted a value, or `null` for none.")
-            flags.append(f"--{key}={value if isinstance(value, str) else json.dumps(_unquoted_numbers(value))}")
-    return flags
+            merged[key] = value
+    return merged
 
 
 def _refuse_endless(path: Path, text: str) -> None:
@@ -292,15 +292,3 @@ def _refuse_duplicates(path: Path, node: Any, prefix: str = "") -> None:
             raise UserError(f"{path}: `{prefix}{name}` is given in line {lines[name]} and again in line {line}. Remove one of them.")
         lines[name] = line
         _refuse_duplicates(path, value, f"{prefix}{name}.")
-
-
-def _unquoted_numbers(value: Any) -> Any:
-    """Strings of a nested YAML value back to numbers where they are numbers, so that `[2, 4]` is a list of integers."""
-    if isinstance(value, dict):
-        return {k: _unquoted_numbers(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_unquoted_numbers(v) for v in value]
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
