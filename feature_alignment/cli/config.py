@@ -1,6 +1,6 @@
 """How settings merge: defaults < `common:` of the YAML < the script's own section < flags.
 
-A config file is read as a list of flags, so both are typed and refused by one parser (jsonargparse). `-` and `_` are the same in
+jsonargparse checks the types of the file and of the flags. `-` and `_` are the same in
 flag names; a bare `--resume` is true, `--no_resume` false; lists take several words (`--draft_layers 2 4`).
 """
 
@@ -41,29 +41,29 @@ class Common:
     """Settings all seven scripts share.
 
     Args:
-        target_id: checkpoint directory of the verifier (Video-LLaVA)
-        draft_id: checkpoint directory of the drafter (EventGPT)
+        target_id: checkpoint directory of the target, Video-LLaVA
+        draft_id: checkpoint directory of the drafter, EventGPT
         manifests: sample list of each split, JSON lines or the EventGPT/DSEC JSON
-        questions: ask every clip these instead of its own: a JSON list, or one per line
-        lexicon: JSON file of the words that state facts; with the manifest's `facts` it tells synonyms from errors (docs/formats.md)
+        questions: questions asked about every clip instead of its own: a JSON list, or one per line
+        lexicon: JSON file of words that state facts; with the manifest's `facts` it separates synonyms from errors (docs/formats.md)
         allow_outside: clips of a manifest may lie outside its own folder
         event_window_ms: cut event streams to this many milliseconds, at most 100 (default: whole; 100 ms or more are refused)
         event_start_ms: where the window begins, from a file's first event on; a sample's own `event_start_ms` wins
         event_time_unit: unit of the times in event files that state none (default: recognized, or refused where it cannot be); a sample's
             own `event_time_unit` wins
         frame_sampling: which eight frames: linspace (first to last, as Video-LLaVA was trained) or arange (as its model card shows)
-        output_dir: everything is written under it; default outputs/<name of the config file>
-        device: where models run
+        output_dir: folder of all outputs; default outputs/<name of the config file>
+        device: device of the models: cpu, cuda or cuda:<number>
         device_map: spread each model's layers over all GPUs, e.g. auto (default: each model whole on `device`)
-        dtype: what models run in
+        dtype: number format in which models run
         quantize: nf4 holds the text layers in 4 bits (bitsandbytes); vision towers, projectors and heads keep `dtype`
         attn_implementation: flash_attention_2 falls back to sdpa where it is not installed
         random_weights: random weights at the checkpoints' geometry, to try out speed and memory; the text is noise
-        seed: of everything random
+        seed: seed of all random numbers
         threads: CPU threads of torch; 0 leaves its own choice
         draft_layers: which of the drafter's layers the adapter reads; it runs no deeper than the last of them (default: all)
         limit: at most this many samples
-        resume: reuse what is complete and was made from the same inputs, continue what was stopped; --no_resume starts over
+        resume: reuse cached results of the same inputs and continue interrupted runs; --no_resume starts over
         ignore_code: reuse hidden states, answers and adapters although the code that made them has changed since; never timings
         quiet: results and errors only, no logs and no progress bars
     """
@@ -95,14 +95,22 @@ class Common:
 
     @property
     def out(self) -> Path:
+        """Folder of all outputs."""
         assert self.output_dir is not None  # parse_config fills it
         return self.output_dir
 
 
 def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant: str | None = None) -> T:
-    """The settings of one script. Exits after `--help` and `--print_config`; raises UserError for anything it does not know.
+    """The settings of one script; `--help` and `--print_config` print and exit.
 
-    variant: a setting whose value names a section of its own, which wins over the script's: `train_hidden_adapter.chained`
+    Args:
+        cls: dataclass of the script's settings
+        argv: command line without the program name; None is that of this process
+        section: name of the script, and of its section in the YAML file
+        variant: setting whose value names a section that overrides the script's own, e.g. `train_hidden_adapter.chained`
+
+    Raises:
+        UserError: unknown, repeated or invalid settings
     """
     words = _normalise(cls, list(sys.argv[1:] if argv is None else argv))
     config_path, words = _take_option(words, "--config")
@@ -157,7 +165,8 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
 
 def as_plain(cfg: Any) -> dict[str, Any]:
     """Settings as JSON-plain values."""
-    return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+    return plain
 
 
 def _field_helps(cls: type) -> dict[str, str]:
@@ -226,7 +235,7 @@ def _take_option(words: list[str], name: str) -> tuple[str | None, list[str]]:
     if len(given) > 1:
         raise UserError(f"{name} was given {len(given)} times; wanted once.")
     if name in words:
-        raise UserError(f"{name} wants a value, e.g. {name} configs/demo.yaml")
+        raise UserError(f"{name} has no value; expected {name} FILE.")
     return (given[0].partition("=")[2] if given else None), [w for w in words if w not in given]
 
 
@@ -266,7 +275,7 @@ def _file_settings(cls: type, path: Path, section: str, chosen: str | None) -> d
 
 
 def _refuse_endless(path: Path, text: str) -> None:
-    """raises UserError for YAML that is small to write and large to read: aliases multiply, brackets in brackets take for ever"""
+    """Raise UserError for YAML that takes very long to read: large, deeply nested, or with aliases, which can multiply its size."""
     import yaml
 
     depth = 0
