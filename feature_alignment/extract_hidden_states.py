@@ -62,7 +62,7 @@ class ExtractConfig(Common):
         store_dtype: number format of the files
         separate_layers: store each of draft_layers in a separate file, egpt_hidden_states.layer02.pt, …, instead of concatenated
         event_states: store EventGPT's states over its event tokens as well, which the chained adapter reads (4.8 MB a row at 7B)
-        own_drafts: store EventGPT's own next token after every prefix of the text, for the token-level comparison; EventGPT then runs at full depth
+        own_drafts: store EventGPT's own next token after every prefix of the text, for token-level comparison; EventGPT runs at full depth
         answers: token pairs file whose answers are used instead of generating them (default: matching answers in output_dir)
         shard: extract only part i of n, e.g. 2/3
         merge: merge all shards of the split
@@ -94,13 +94,19 @@ def extract(
     entries: Sequence[Row],
     first: bool = True,
 ) -> None:
-    """Fill `writer` with every batch of `mine` that it does not have in full; a batch is done whole, as its floats depend on it.
+    """Extract every incomplete batch of `own_batches` into `writer`; whole batches only, because floats depend on their batch.
 
-    full_depth_draft: the drafter at full depth where its own words are asked for: they need its own head
-    answers: both models' texts where they are known; a batch that is not known whole is generated
-    place:   row of `samples` -> row of the files
-    entries: what identifies each row of the files
-    first:   whether this process may speak
+    Args:
+        pair: both models, the drafter with its tapped layers
+        full_depth_draft: the drafter with its own LM head, for its own texts
+        samples: samples of the manifest
+        own_batches: batches of this process, as rows of `samples`
+        cfg: settings
+        writer: receives the states
+        answers: known texts of both models; a batch with an unknown text is generated
+        file_row: row of `samples` -> row of the files
+        entries: identity of each row of the files
+        first: whether this process shows progress
     """
     from feature_alignment.cli.console import repairs_of
     from feature_alignment.models.batches import ClipBatch
@@ -146,15 +152,7 @@ def extract(
 
 
 def cuts(vl_tokens: list[int], egpt_tokens: list[int], read: list[int], cfg: ExtractConfig, pair: Pair) -> list[str]:
-    """The limits that shortened a row, which are counted in `meta` and printed.
-
-    Args:
-        vl_tokens: Video-LLaVA's answer
-        egpt_tokens: EventGPT's answer
-        read: token ids that the models read
-        cfg: settings
-        pair: both models
-    """
+    """Names of the limits that shortened a row, from both answers and the token ids `read`; counted in `meta` and printed."""
     ends = {"Video-LLaVA": pair.target.eos_ids, "EventGPT": pair.draft.eos_ids}
     named = {"Video-LLaVA": vl_tokens, "EventGPT": egpt_tokens}
     found = [f"{name}'s answer reached max_new_tokens" for name, tokens in named.items() if tokens[-1] not in ends[name]]
@@ -163,18 +161,12 @@ def cuts(vl_tokens: list[int], egpt_tokens: list[int], read: list[int], cfg: Ext
 
 
 def draft_files(draft: Decoder, hidden: Tensor, cfg: ExtractConfig) -> dict[str, Tensor]:
-    """File name -> the states stored in it.
-
-    Args:
-        draft: the drafter
-        hidden: [s, taps * d] float, states of its tapped layers, concatenated
-        cfg: settings
-    """
+    """File name -> the drafter's states [s, d] in it, from the states [s, taps * d] of its tapped layers."""
     from feature_alignment.storage.hidden_states import layer_file
 
     if not cfg.separate_layers:
         return {"egpt_hidden_states.pt": hidden}
-    return {layer_file(k): part for k, part in zip(draft.taps, hidden.split(draft.width, dim=-1), strict=True)}
+    return {layer_file(k): part for k, part in zip(draft.taps, hidden.chunk(len(draft.taps), dim=-1), strict=True)}
 
 
 def identity_of(cfg: ExtractConfig) -> RunIdentity:
@@ -205,9 +197,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     identity = identity_of(cfg)
     parts = plan_batches(samples, cfg.batch_size)[shard - 1 :: of]
     if not parts:
-        raise UserError(
-            f"--shard {cfg.shard}: {len(samples)} rows in batches of {cfg.batch_size} leave no batch for it; expected fewer shards."
-        )
+        raise UserError(f"--shard {cfg.shard}: {len(samples)} rows in batches of {cfg.batch_size} leave no batch; expected fewer shards.")
     if cfg.merge:  # works without the clips
         rows = [{"id": s.id, "sequence": s.sequence, "question": s.question, "facts": s.facts} for s in samples]
     else:
@@ -333,17 +323,7 @@ def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -
 
 
 def report(cfg: ExtractConfig, out: Path, reused: bool, first: bool = True) -> dict[str, Any]:
-    """Print a summary of a complete run.
-
-    Args:
-        cfg: settings
-        out: folder of the split
-        reused: whether the run is a cached result
-        first: whether this process prints
-
-    Returns:
-        The meta of the run.
-    """
+    """Print a summary of a complete run, or of a cached one (`reused`), in the `first` process; returns its meta."""
     from feature_alignment.storage.files import read_json
 
     meta: dict[str, Any] = read_json(out / "meta.json", "the same command with --no_resume")

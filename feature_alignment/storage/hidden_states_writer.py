@@ -311,12 +311,7 @@ class HiddenStatesWriter:
             yield about
 
     def finish(self, meta: dict[str, Any], token_pairs: Path | None = None) -> None:
-        """Write the remaining files of the run and rename the folder to its final name.
-
-        Args:
-            meta: `meta` of the run
-            token_pairs: file for both models' answers; None writes none
-        """
+        """Write the remaining files of the run, and its answers to `token_pairs`, and rename the folder to its final name."""
         count, width = self._rows, self._longest
         counts: dict[str, Counter[str]] = {"mended": Counter(), "cut": Counter()}
         token_ids, lengths = torch.zeros(count, width, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
