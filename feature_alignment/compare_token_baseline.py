@@ -71,7 +71,7 @@ def train_token_adapter(cfg: ComparisonConfig, rows: Sequence[dict]) -> None:
         rows: what is compared; the adapter must take texts of their length
     """
     from feature_alignment.adapters import token as token_adapter
-    from feature_alignment.storage.answers import read_token_pairs
+    from feature_alignment.storage.answers import eos_ids, read_token_pairs
     from feature_alignment.storage.files import load_pt, save_pt
 
     path, identity = token_adapter_path(cfg), token_adapter_identity(cfg)
@@ -82,7 +82,10 @@ def train_token_adapter(cfg: ComparisonConfig, rows: Sequence[dict]) -> None:
     vocabulary = len(load_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", extract))
     longest = max(len(r[k]) for r in (*train, *validation, *rows) for k in ("egpt_tokens", "vl_tokens"))
     began = time.time()
-    model, accuracies = token_adapter.train_token_adapter(train, validation, vocabulary, longest, cfg.num_epochs, cfg.device, cfg.seed)
+    eos_id = min(eos_ids(cfg.out / "token_pairs" / f"{cfg.train_split}.json"), default=0)
+    model, accuracies = token_adapter.train_token_adapter(
+        train, validation, vocabulary, longest, cfg.num_epochs, cfg.device, cfg.seed, eos_id
+    )
     meta = {"geometry": model.geometry, "seconds": time.time() - began, "validation_accuracy": accuracies, **identity.as_dict()}
     save_pt(path, {"meta": meta, "state_dict": {k: v.cpu() for k, v in model.state_dict().items()}})
 
@@ -111,7 +114,9 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict], eos_ids: S
     with torch.device("meta"):
         at_7b = token_adapter.TokenAdapter(*LAYOUT_7B).num_parameters
     width = max(len(r["vl_tokens"]) for r in rows)
-    bits = torch.nn.functional.pad(token_adapter.matches(model, rows), (0, max(0, width - text.shape[1])))[:, :width]
+    bits = torch.nn.functional.pad(token_adapter.token_matches(model, rows, min(eos_ids, default=0)), (0, max(0, width - text.shape[1])))[
+        :, :width
+    ]
     report = verified(bits, rows, cfg.num_draft_tokens, eos_ids)
     return {**report, "params": model.num_parameters, "params_7b": at_7b, "overhead_ms": ms, "seconds": meta["seconds"]}
 
@@ -147,8 +152,8 @@ def _trained_already(path: Path, cfg: ComparisonConfig, identity: RunIdentity) -
 def judge_kept(
     cfg: ComparisonConfig, states: HiddenStates, tokenizer: PreTrainedTokenizerBase, lexicon: Lexicon
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """`comparison.kept_drafts` of aligned, chained and EventGPT's own drafts; own words are kept by the hidden adapter's cosine."""
-    from feature_alignment.measurement.comparison import kept_drafts
+    """`comparison.accepted_drafts` of aligned, chained and EventGPT's own drafts; own words are kept by the hidden adapter's cosine."""
+    from feature_alignment.measurement.comparison import accepted_drafts
     from feature_alignment.storage.files import load_pt
 
     scores = load_pt(cfg.out / "acceptance" / "scores.pt", command_for("measure_feature_acceptance"))
@@ -159,7 +164,7 @@ def judge_kept(
             own[i, : len(row["egpt_drafts"])] = own.new_tensor(row["egpt_drafts"])
         sources["own"] = {**scores["adapter"], "says": own}
     word = lambda token: tokenizer.decode([token]).strip()  # noqa: E731
-    return kept_drafts(sources, states.token_ids, word, [r["id"] for r in states.rows], lexicon)
+    return accepted_drafts(sources, states.token_ids, word, [r["id"] for r in states.rows], lexicon)
 
 
 def tables(report: dict[str, Any], num_draft_tokens: int) -> list[tuple[str, tuple[str, ...], list[tuple]]]:
@@ -290,7 +295,8 @@ def comparison_report(cfg: ComparisonConfig, rows: Sequence[dict], out: Path) ->
     """
     from feature_alignment.measurement import comparison, plots
     from feature_alignment.measurement.lexicon import Lexicon
-    from feature_alignment.models.loading import find_checkpoint, load_tokenizer
+    from feature_alignment.models.loading import find_checkpoint
+    from feature_alignment.models.preprocessing import load_tokenizer
     from feature_alignment.storage.answers import eos_ids, read_token_pairs
     from feature_alignment.storage.files import read_hashed_json
     from feature_alignment.storage.hidden_states import load_hidden_states
