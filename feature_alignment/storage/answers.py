@@ -71,7 +71,7 @@ def _read(path: Path, remake_command: str) -> dict[str, Any]:
     return content
 
 
-Answers = dict[str, tuple[array[int], array[int]]]  # sample id -> Video-LLaVA's tokens, EventGPT's tokens
+Answers = dict[str, "tuple[array[int], array[int]]"]  # sample id -> Video-LLaVA's tokens, EventGPT's tokens
 # Settings of an extraction that do not change the models' answers
 SETTINGS_WITHOUT_EFFECT_ON_TEXTS = {
     "split",
