@@ -306,7 +306,8 @@ def test_another_question_under_the_same_id_is_never_given_the_old_answer(scene,
 def test_answers_of_other_settings_are_refused_by_name(scene):
     scene.extract()
     answers = ["--answers", str(scene.root / "out" / "token_pairs" / "test.json")]
-    for flag, name in ((["--event_window_ms", "30"], "event_window_ms: None there, 30.0 now"), (["--dtype", "bfloat16"], "dtype: float32")):
+    window = (["--event_window_ms", "30"], "event_window_ms: None recorded, 30.0 now")
+    for flag, name in (window, (["--dtype", "bfloat16"], "dtype: float32")):
         with pytest.raises(UserError, match=name):
             scene.extract(*answers, *flag, out="refused")
     scene.extract(*answers, "--prefix", "drafter", "--store_dtype", "bfloat16", "--draft_layers", "1", out="other states")  # no other text

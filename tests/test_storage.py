@@ -233,13 +233,13 @@ def test_a_sealed_file_tells_what_was_altered(tmp_path):
     for unsealed in ({"n": 1}, [1]):
         write_json(path, unsealed)
         assert read_json(path, "make it") == unsealed
-        with pytest.raises(UserError, match=r"(?s)does not say its own hash.*make it"):
+        with pytest.raises(UserError, match=r"(?s)records no hash of itself.*make it"):
             read_hashed_json(path, "make it")
     path.write_text("{")
     for read in (read_json, read_hashed_json):
         with pytest.raises(UserError, match="not valid JSON"):
             read(path, "make it")
-        with pytest.raises(UserError, match=r"is not there\. Make it first:\n  make it"):
+        with pytest.raises(UserError, match=r"does not exist\. Make it first:\n  make it"):
             read(tmp_path / "absent.json", "make it")
 
 
@@ -339,7 +339,7 @@ def test_what_was_left_by_a_killed_run_is_named_and_is_no_fault(tmp_path, capsys
     assert (found["unfinished"], found["left over"], found["altered"], found["missing"], found["stale"]) == (1, 1, 0, 0, 0)
     assert found["compared"] == {"files": 5, "rows": 0, "sources": 3}
     (out / "adapter" / "meta.json").write_text("{}")
-    with pytest.raises(UserError, match=r"2 things in .* are not what they were"):
+    with pytest.raises(UserError, match=r"2 things in .* are altered, missing or stale"):
         main([str(out)])
     for nothing in (tmp_path / "absent", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
