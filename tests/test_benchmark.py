@@ -289,3 +289,31 @@ def test_two_runs_are_compared_or_refused(finished, tmp_path, capsys):
         compare([str(path), str(finished / "out" / "acceptance" / "acceptance.json")])
     with pytest.raises(UserError, match="wants two files"):
         compare([str(path)])
+
+
+def test_several_data_sets_share_one_table_and_a_geometric_mean(finished, tmp_path, caplog):
+    first = finished / "out"
+    report = json.loads((first / "benchmark" / "benchmark.json").read_text())
+    value = report["fastest_lossless"]["speedup"]["value"]
+    report["fastest_lossless"]["speedup"]["value"] = 4 * value
+    report["content_hash"] = content_hash(report)
+    other = tmp_path / "other" / "benchmark" / "benchmark.json"
+    other.parent.mkdir(parents=True)
+    other.write_text(json.dumps(report))
+    (tmp_path / "empty").mkdir()
+    found = main_of("benchmark_feature_sd")(["summary", str(first), str(tmp_path / "other"), str(tmp_path / "empty")])
+    assert [d["name"] for d in found["data_sets"]] == ["out", "other"] and "no benchmark in" in caplog.text
+    assert found["geometric_mean"]["speedup"] == pytest.approx(2 * value)  # of v and 4 v
+    best = next(r for r in report["rows"] if row_name(r) == report["fastest_lossless"]["row"])
+    assert found["data_sets"][0]["tokens_per_pass"] == best["tokens_per_pass"]
+    for paths, said in (
+        ([], "wants directories"),
+        ([str(tmp_path / "empty")], "no benchmark in"),
+        ([str(tmp_path / "none")], "nothing at"),
+    ):
+        with pytest.raises(UserError, match=said):
+            main_of("benchmark_feature_sd")(["summary", *paths])
+    with pytest.raises(UserError, match="the same benchmark"):
+        main_of("benchmark_feature_sd")(["summary", str(first), str(first / "benchmark" / "benchmark.json")])
+    with pytest.raises(UserError, match="not a benchmark"):
+        main_of("benchmark_feature_sd")(["summary", str(first / "acceptance" / "acceptance.json")])

@@ -79,7 +79,7 @@ class Bench:
     def by_transformers(self, prompt, settings: GenerationConfig) -> list[int]:
         ids, pixels = prompt.ids[None], prompt.pixels[None].to(self.target.head_weight.dtype)
         not_shared = range(self.target.vocab_size, self.target._head_weight.shape[0])
-        out = self.target.whole.generate(
+        out = self.target.full_model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             pixel_values_videos=pixels,
@@ -239,7 +239,7 @@ def test_what_ends_a_text_is_the_checkpoints_set(tiny_run, tmp_path, content, id
 
 
 def test_where_no_config_says_what_ends_a_text_the_tokenizer_does(tiny, tmp_path):
-    config = tiny.target.whole.config.__class__.from_dict(tiny.target.whole.config.to_dict())
+    config = tiny.target.full_model.config.__class__.from_dict(tiny.target.full_model.config.to_dict())
     config.eos_token_id = config.text_config.eos_token_id = None
     assert read_settings(tmp_path, config, tiny.target.tokenizer).eos_token_id == tiny.target.tokenizer.eos_token_id is not None
 

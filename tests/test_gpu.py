@@ -18,14 +18,14 @@ STEPS = ("graphs", "compiled")
 
 def on_gpu(steps, taps=None, noise=0.0):
     decoder = as_decoder(noisy_copy(tiny_llama(0, layers=3), noise).cuda(), taps)
-    decoder.record(steps)
+    decoder.use_steps(steps)
     return decoder
 
 
 @pytest.fixture(autouse=True)
 def all_recorded(monkeypatch):
     found: list[str] = []
-    monkeypatch.setattr(fixed, "unrecorded", found)
+    monkeypatch.setattr(fixed, "eager_fallbacks", found)
     yield
     assert found == []
 

@@ -22,7 +22,7 @@ from feature_alignment.models.fixed import FixedCache
 def both(taps=None, steps="graphs", kv_heads=2):
     model = tiny_llama(0, layers=3, kv_heads=kv_heads)
     eager, other = as_decoder(model, taps), as_decoder(model, taps)
-    other.record(steps)
+    other.use_steps(steps)
     return eager, other
 
 
@@ -66,10 +66,10 @@ def test_a_cache_grows_for_the_padding_alone(monkeypatch, length, k):
 def test_a_model_with_one_layer_on_another_device_runs_eagerly(caplog, layer):
     model = tiny_llama(0, layers=3)
     decoder = as_decoder(model)
-    assert fused.unfit(decoder.llama) is None
+    assert fused.unsupported_reason(decoder.llama) is None
     decoder.llama.layers[layer].to("meta")
-    assert fused.unfit(decoder.llama) == "layers on several devices"
-    decoder.record("graphs")
+    assert fused.unsupported_reason(decoder.llama) == "layers on several devices"
+    decoder.use_steps("graphs")
     assert decoder.steps == "eager" and "several devices" in caplog.text
 
 
@@ -94,8 +94,8 @@ def test_drafts_and_texts_are_those_of_eager_steps():
     found = []
     for steps in ("eager", "graphs"):
         target, draft = as_decoder(model), as_decoder(noisy_copy(model, 0.05))
-        target.record(steps)
-        draft.record(steps)
+        target.use_steps(steps)
+        draft.use_steps(steps)
         proposers = (
             ModelProposer(draft, None, None),
             ModelProposer(draft, adapter, target.lm_head),
@@ -176,7 +176,7 @@ def test_nothing_is_held_twice():
         q, k, v = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
         assert {w.untyped_storage().data_ptr() for w in (q, k, v)} == {held.qkv.untyped_storage().data_ptr()}
         torch.testing.assert_close(held.qkv, torch.cat([q, k, v]), atol=0, rtol=0)
-    other.record("graphs")
+    other.use_steps("graphs")
     again = other.prefill([prompt_of(1, 5)]).cache._layers
     for new, old in zip(again, layers, strict=True):
         assert new.qkv.data_ptr() == old.qkv.data_ptr() and new.qkv.shape == old.qkv.shape
@@ -187,7 +187,7 @@ def test_what_fused_steps_cannot_read_runs_eagerly(caplog):
     model = tiny_llama(0)
     model.model.layers[0].mlp.gate_proj = torch.nn.Linear(32, 64, bias=True)
     decoder = as_decoder(model)
-    decoder.record("graphs")
+    decoder.use_steps("graphs")
     assert decoder.steps == "eager" and "quantised or have a bias" in caplog.text
     assert not isinstance(decoder.prefill([prompt_of(1, 5)]).cache, FixedCache)
 
@@ -195,7 +195,7 @@ def test_what_fused_steps_cannot_read_runs_eagerly(caplog):
 @pytest.mark.slow
 def test_compiled_steps():
     """Each length is a compiled form of its own, for each of two models of other sizes; none may be left out."""
-    before = len(fixed.unrecorded)
+    before = len(fixed.eager_fallbacks)
     for kv_heads in (2, 1):
         eager, other = both(steps="compiled", kv_heads=kv_heads)
         prompt = prompt_of(1, 5, 9)
@@ -206,7 +206,7 @@ def test_compiled_steps():
             torch.testing.assert_close(other.step(b, ids), eager.step(a, ids), atol=1e-4, rtol=1e-4)
             eager.rollback(a, length)
             other.rollback(b, length)
-    assert len(fixed.unrecorded) == before
+    assert len(fixed.eager_fallbacks) == before
 
 
 def test_what_cannot_be_compiled_runs_as_ever(monkeypatch, caplog):
@@ -217,11 +217,11 @@ def test_what_cannot_be_compiled_runs_as_ever(monkeypatch, caplog):
         return fail
 
     monkeypatch.setattr(torch, "compile", compiler)
-    monkeypatch.setattr(fixed, "unrecorded", [])
+    monkeypatch.setattr(fixed, "eager_fallbacks", [])
     eager, other = both(steps="compiled")
     prompt = prompt_of(1, 5, 9)
     assert greedy(other, prompt, 8).token_ids == greedy(eager, prompt, 8).token_ids
-    assert fixed.unrecorded == ["steps cannot be compiled: no C compiler here"]
+    assert fixed.eager_fallbacks == ["steps cannot be compiled: no C compiler here"]
 
 
 class Anywhere(torch.Tensor):
@@ -239,12 +239,12 @@ def test_what_cannot_be_recorded_runs_as_ever(monkeypatch, caplog):
         tried.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(fixed.Recorded, "_record", record)
-    monkeypatch.setattr(fixed, "unrecorded", [])
-    double = fixed.Recorded(lambda x: x * 2)
+    monkeypatch.setattr(fixed.CapturedStep, "_capture", record)
+    monkeypatch.setattr(fixed, "eager_fallbacks", [])
+    double = fixed.CapturedStep(lambda x: x * 2)
     assert [double(torch.full((1,), float(i)).as_subclass(Anywhere)).item() for i in range(3)] == [0, 2, 4]
     assert len(tried) == 1 and "run eagerly: operation not permitted" in caplog.text
-    assert len(fixed.unrecorded) == 1
+    assert len(fixed.eager_fallbacks) == 1
 
 
 def test_a_recording_is_made_once_a_shape_and_replayed(monkeypatch):
@@ -265,8 +265,8 @@ def test_a_recording_is_made_once_a_shape_and_replayed(monkeypatch):
     def call(x):
         return x * 2
 
-    monkeypatch.setattr(fixed.Recorded, "_record", record)
-    double = fixed.Recorded(call)
+    monkeypatch.setattr(fixed.CapturedStep, "_capture", record)
+    double = fixed.CapturedStep(call)
     results = [double(torch.full((n,), float(i)).as_subclass(Anywhere)) for i, n in enumerate((2, 2, 3, 2))]
     assert [r.tolist() for r in results] == [[0, 0], [2, 2], [4, 4, 4], [6, 6]]  # none was overwritten by a later one
     assert made == [(torch.Size([2]),), (torch.Size([3]),)] and len(replayed) == 4
@@ -285,7 +285,7 @@ def test_no_garbage_is_collected_during_a_recording():
     freed: list[int] = []
     Forgotten()
     assert not freed
-    with fixed._nothing_freed():
+    with fixed.gc_paused():
         assert freed == [1]
         Forgotten()
         list(range(10**5)), [[] for _ in range(10**5)]

@@ -44,13 +44,13 @@ def ways(target: Decoder, max_new_tokens: int, num_draft_tokens: int, depth: int
     placeholders too, which the model refuses as a video without pixels. Where a processor reads the prompt, `generate` is given the ids
     as well, and there is no prompt lookup. The checkpoint's settings of generation are those that plain decoding follows.
     """
-    model = target.whole
+    model = target.full_model
     if model is None:
         raise ValueError("this decoder was not made from a whole model")
     beyond = list(range(target.vocab_size, target._head_weight.shape[0]))  # ids that no mode may say
 
     settings = target.settings or GenerationConfig()
-    changed = bool(target.rules(torch.zeros(0, dtype=torch.long)).changes) or bool(settings.stop_strings)
+    changed = bool(target.rules(torch.zeros(0, dtype=torch.long)).processors) or bool(settings.stop_strings)
     plain = GenerationConfig(**{k: v for k, v in settings.to_diff_dict().items() if k not in OF_SAMPLING})
 
     def embedded(prompt: Prompt) -> dict[str, Any]:

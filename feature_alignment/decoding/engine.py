@@ -44,6 +44,7 @@ class Round:
     recomputed: bool
     ms: dict[str, float]
     stopped: str  # why no more was drafted: "length", "EOS", "unsure", "no idea", or "off" where drafting does not pay
+    confidence: list[float] | None = None  # chance of each draft token to be accepted if all before it are, where the drafter computed it
 
     @property
     def num_accepted(self) -> int:
@@ -167,6 +168,8 @@ def speculate(
             g, new = text.verify(draft, accept, threshold, stopped)
             spent = _spent(watch, before)
             text.rounds[-1].ms = spent
+            if floor > 0 and draft.confidence is not None:
+                text.rounds[-1].confidence = list(draft.confidence)
         if pace is not None:
             since = _tell(pace, g, len(new), spent, since, watch.now())
     if started:

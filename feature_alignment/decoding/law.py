@@ -13,7 +13,7 @@ from torch import Tensor
 
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.models.decoder import Decoder, Prompt
-from feature_alignment.models.generation import Rules
+from feature_alignment.models.generation import GenerationRules
 
 
 class Pick(NamedTuple):
@@ -34,7 +34,7 @@ class Law:
         sampler: draws tokens; None for greedy decoding.
     """
 
-    rules: Rules = field(default_factory=Rules)
+    rules: GenerationRules = field(default_factory=GenerationRules)
     sampler: Sampler | None = None
 
     @classmethod
@@ -51,7 +51,7 @@ class Law:
         scores = self.rules.scores(logits, text)
         if self.sampler is None:
             return Pick(scores.argmax(-1), None, float(scores[0].float().softmax(-1).max()) if confidence else 1.0)
-        probs = self.sampler.probs(scores, self.rules.narrows)
+        probs = self.sampler.probs(scores, self.rules.warpers)
         return Pick(self.sampler.draw(probs, len(text)), probs, float(probs[0].max()) if confidence else 1.0)
 
     def kept_of(self, drafts: Tensor, probs: Tensor | None, scores: Tensor, text: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ class Law:
             text: tokens before the draft tokens.
         """
         if self.sampler is not None:
-            return self.sampler.judge(drafts, probs, self.sampler.probs(scores, self.rules.narrows), len(text))
+            return self.sampler.judge(drafts, probs, self.sampler.probs(scores, self.rules.warpers), len(text))
         says = scores.argmax(-1)
         kept = (drafts == says[:-1]).cumprod(0).bool()
         return kept, says[int(kept.sum())]

@@ -13,7 +13,7 @@ from feature_alignment.adapters.chained import ChainedAdapter, Seen
 from feature_alignment.decoding.law import Law, Pick
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.models.decoder import Decoder, Prompt, State
-from feature_alignment.models.fixed import recorded
+from feature_alignment.models.fixed import captured
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ModelProposer(Proposer):
         if target_head is not None and adapter is None:
             raise ValueError("aligned drafts need an adapter")
         self._draft, self._target_head = draft, target_head
-        self._adapter = None if adapter is None else recorded(adapter, draft.steps)
+        self._adapter = None if adapter is None else captured(adapter, draft.steps)
         self._state: State  # of the prompt that was started
         self._read: list[int] = []  # tokens in the drafter's cache behind the prompt
 
@@ -138,7 +138,7 @@ class ChainedProposer(Proposer):
         with torch.inference_mode():
             self._tokens = adapter.tokens(embeddings)
         self._seen: Seen | None = None
-        self._expect, self._go_on = recorded(self._expect_next, draft.steps), recorded(self._read_and_expect, draft.steps)
+        self._expect, self._go_on = captured(self._expect_next, draft.steps), captured(self._read_and_expect, draft.steps)
 
     @torch.inference_mode()
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:

@@ -63,7 +63,7 @@ class Sources:
             return self._pair.draft
         return self._pair.draft_with(None, self._cfg)
 
-    def open_exit(self, path: Path) -> tuple[int, Proposer]:
+    def load_exit_drafter(self, path: Path) -> tuple[int, Proposer]:
         """Aligned drafts from one layer of EventGPT, by the hidden adapter at `path` that reads it alone: the layer and the proposer."""
         adapter, meta = load_adapter(path)
         layers, target = meta["draft_layers"], self._pair.target
