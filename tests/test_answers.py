@@ -29,7 +29,13 @@ def rows(number: int = 3, batch: str = "b"):
 
 
 def result(i: int, vl=(4, 5), egpt=(6,), **more):
-    return {"sample_id": f"s{i}", "query": f"q{i}", "vl_tokens": list(vl), "egpt_tokens": list(egpt), "identity": rows(i + 1)[i]["identity"]} | more
+    return {
+        "sample_id": f"s{i}",
+        "query": f"q{i}",
+        "vl_tokens": list(vl),
+        "egpt_tokens": list(egpt),
+        "identity": rows(i + 1)[i]["identity"],
+    } | more
 
 
 def pairs(path, results, meta=None):
@@ -55,10 +61,23 @@ def test_a_token_id_is_a_whole_number_of_31_bits(tmp_path, token):
 
 
 def test_files_of_our_own_name_sample_and_question(tmp_path):
-    full = {"id": "s0", "sequence": "c", "question": "q0", "egpt_tokens": [6], "egpt_text": "e", "vl_tokens": [4, 2], "vl_text": "v", "more": 1}
-    write_token_pairs(tmp_path / "a.json", {"eos_token_ids": [2, 9], "bad": float("nan")}, [full, full | {"id": "s1", "identity": {"row": "r"}}])
+    full = {
+        "id": "s0",
+        "sequence": "c",
+        "question": "q0",
+        "egpt_tokens": [6],
+        "egpt_text": "e",
+        "vl_tokens": [4, 2],
+        "vl_text": "v",
+        "more": 1,
+    }
+    write_token_pairs(
+        tmp_path / "a.json", {"eos_token_ids": [2, 9], "bad": float("nan")}, [full, full | {"id": "s1", "identity": {"row": "r"}}]
+    )
     content = read_sealed(tmp_path / "a.json", "make it")  # its hash is the whole's, though it was taken piece by piece
-    wanted = {"sample_id": "s0", "sequence": "c", "query": "q0"} | {k: full[k] for k in ("egpt_tokens", "egpt_text", "vl_tokens", "vl_text")}
+    wanted = {"sample_id": "s0", "sequence": "c", "query": "q0"} | {
+        k: full[k] for k in ("egpt_tokens", "egpt_text", "vl_tokens", "vl_text")
+    }
     assert content["results"] == [wanted, wanted | {"sample_id": "s1", "identity": {"row": "r"}}] and content["meta"]["bad"] is None
     assert eos_ids(tmp_path / "a.json") == [2, 9] and eos_ids(pairs(tmp_path / "b.json", [result(0)])) == [2]
     for missing in ("sample_id", "query"):
@@ -89,13 +108,17 @@ def test_answers_of_another_run_are_refused_by_name(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     path, meta = tmp_path / "a.json", IDENTITY.as_dict()
     results = [result(i) for i in range(3)]
-    changed_nothing = dataclasses.replace(IDENTITY, settings=IDENTITY.settings | dict.fromkeys(NO_TEXT, "other"), made_from={"target": "t", "manifest": "n"})
+    changed_nothing = dataclasses.replace(
+        IDENTITY, settings=IDENTITY.settings | dict.fromkeys(NO_TEXT, "other"), made_from={"target": "t", "manifest": "n"}
+    )
     for identity in (IDENTITY, changed_nothing):
         assert len(load_answers(pairs(path, results, meta), identity, rows())) == 3
         assert "the contents of target, the code of 1 modules, and every sample's question, clip and start" in caplog.text
         caplog.clear()
     other = dataclasses.replace(IDENTITY, settings=IDENTITY.settings | {"dtype": "bfloat16"})
-    with pytest.raises(UserError, match=r"(?s)of another run:\n  dtype: float32 there, bfloat16 now\nLeave --answers out to generate them\.$"):
+    with pytest.raises(
+        UserError, match=r"(?s)of another run:\n  dtype: float32 there, bfloat16 now\nLeave --answers out to generate them\.$"
+    ):
         load_answers(path, other, rows())
     code = dataclasses.replace(IDENTITY, code={"models.pair": "d"})
     with pytest.raises(UserError, match=r"(?s)code: models.pair changed.*With --ignore_code they are read"):

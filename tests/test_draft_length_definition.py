@@ -117,7 +117,9 @@ class Definition:
             self.settle(max(-1.0, -self.in_passes(draft_ms)))
             return
         self.since += 1
-        verify, each = (usual(ms, history) for ms, history in ((other_ms, [v for _, v in self.rounds[-31:]]), (draft_ms / drafts, self.draft_ms[-31:])))
+        verify, each = (
+            usual(ms, history) for ms, history in ((other_ms, [v for _, v in self.rounds[-31:]]), (draft_ms / drafts, self.draft_ms[-31:]))
+        )
         self.rounds.append((drafts, verify))
         self.draft_ms.append(each)
         ms = verify + drafts * each
@@ -174,5 +176,15 @@ def compared(seed: int) -> Counter[str]:
 
 def test_every_decision_is_the_definitions():
     seen = sum((compared(seed) for seed in range(30)), Counter())
-    decisions = ("limit", "put aside", "taken from what was put aside", "owed", "given up", "a pass is needed", "compared again", "slope", "too dear")
+    decisions = (
+        "limit",
+        "put aside",
+        "taken from what was put aside",
+        "owed",
+        "given up",
+        "a pass is needed",
+        "compared again",
+        "slope",
+        "too dear",
+    )
     assert min(seen[name] for name in decisions) > 5, seen

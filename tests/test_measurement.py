@@ -513,7 +513,10 @@ def test_what_controls_cost_and_when_there_is_no_identity(monkeypatch):
     partner = scoring.other_clip(test)
     assert torch.equal(shown, torch.stack([test.target[partner[i], t] for i, t in zip(some.rows.tolist(), some.at.tolist(), strict=True)]))
     ticks = iter([0.0, 1.0, 2.0] * 3)
-    wide = [HiddenStates(torch.cat([x.draft, -x.draft], 2), x.target, x.token_ids, x.mask, x.lengths, x.rows, {}) for x in (train, validation, test)]
+    wide = [
+        HiddenStates(torch.cat([x.draft, -x.draft], 2), x.target, x.token_ids, x.mask, x.lengths, x.rows, {})
+        for x in (train, validation, test)
+    ]
     double = scoring.null_predictors(*wide, 99, head)
     some = next(closed_form.positions(wide[2], number=10_000))
     assert torch.equal(double["identity"].predict(some), some.draft[:, D:]) and double["ridge_rank_r"].parameters == 2 * D * D + D * D + D
@@ -529,7 +532,9 @@ def test_the_ridge_strength_is_the_one_that_is_best_on_validation():
         some = random_states(rows)
         target = some.draft @ turn + 3 * torch.randn(N, S, D, generator=rng)
         keep = slice(0, rows)
-        parts.append(HiddenStates(some.draft[keep], target[keep], some.token_ids[keep], some.mask[keep], some.lengths[keep], some.rows[keep], {}))
+        parts.append(
+            HiddenStates(some.draft[keep], target[keep], some.token_ids[keep], some.mask[keep], some.lengths[keep], some.rows[keep], {})
+        )
     train, validation, test = parts
     stats = closed_form.moments([(train.draft[train.mask], train.target[train.mask])], D, D)
     x, y = validation.draft[validation.mask], validation.target[validation.mask]
@@ -571,7 +576,13 @@ def test_what_a_cosine_keeps_by_plain_loops(steps):
         kept = [kind[d, t] for c, _, _, d, t in drafts if c > found["threshold"]]
         counts = {k: sum(name == k for name, _ in kept) for k in ("same", "synonym", "other_fact", "other_word")}
         hidden_ones = sum(k == ("other_fact", "b") for k in kept)
-        assert found == {"threshold": found["threshold"], "drafted": len(drafts), "kept": len(kept), **counts, "other_fact_hidden": hidden_ones}
+        assert found == {
+            "threshold": found["threshold"],
+            "drafted": len(drafts),
+            "kept": len(kept),
+            **counts,
+            "other_fact_hidden": hidden_ones,
+        }
     wanted, shown = [], set()
     for c, row, at, drafted, said in sorted(drafts, key=lambda d: -d[0]):
         if drafted != said and (row, at) not in shown and len(shown) < 10:
