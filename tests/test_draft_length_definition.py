@@ -88,10 +88,10 @@ class Definition:
         if len(verify) >= 8 and not self.passes:
             self.seen["a pass is needed"] += 1
             return None
-        if verify and self.tokens / self.ms * median(verify) < 2.0:
-            if min(len(self.passes), 5) < 3 or self.since >= (12 if self.aside else 3):
-                self.seen["compared again"] += 1
-                return None
+        unclear = verify and self.tokens / self.ms * median(verify) < 2.0
+        if unclear and (min(len(self.passes), 5) < 3 or self.since >= (12 if self.aside else 3)):
+            self.seen["compared again"] += 1
+            return None
         if not self.draft_ms:
             return 0.8
         counts = [g for g, _ in self.rounds[-31:]]

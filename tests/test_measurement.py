@@ -507,7 +507,7 @@ def test_what_controls_cost_and_when_there_is_no_identity(monkeypatch):
     found = scoring.null_predictors(train, validation, test, 2, head)
     wanted = {"identity": (0, 0.0), "target_mean": (D, 3.0), "position_mean": (S * D, 3.0), "shuffled": (0, 0.0)}
     wanted |= {"ridge": (D * D + D, 8.0), "ridge_rank_r": (2 * D + 2 * D + D, 8.0)}
-    assert {name: (f.parameters, f.seconds) for name, f in found.items()} == wanted and list(found)[0] == "identity"
+    assert {name: (f.parameters, f.seconds) for name, f in found.items()} == wanted and next(iter(found)) == "identity"
     some = next(closed_form.positions(test, number=10_000))
     shown = scoring.shuffled_pairs(test, "cpu")["shuffled"].predict(some)
     partner = scoring.other_clip(test)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import io
+import json
 import os
 import pickle
 import pickletools
+import signal
+import time
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +22,8 @@ import torch
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage import artifacts, pickles, state_files
 from feature_alignment.storage.pickles import ArraysOnly, check_pt, look_through
-from feature_alignment.storage.processes import _name, claimed, processes, temporary_name
+from feature_alignment.storage.processes import _name, check_device, check_writable, children_ignore_interrupts, claimed, processes
+from feature_alignment.storage.processes import temporary_name
 from feature_alignment.storage.verification import main, verify
 
 # ---- pickles
@@ -151,6 +158,107 @@ def test_a_process_alone_is_the_first_of_one(monkeypatch):
     assert (rank, number, device, wait()) == (0, 1, "cpu", None)
 
 
+def test_a_process_of_several_learns_its_place_from_accelerate(monkeypatch):
+    import accelerate
+
+    asked = []
+
+    def state(**given):
+        asked.append(given)
+        return SimpleNamespace(process_index=1, num_processes=3, device="cuda:1", wait_for_everyone=lambda: "all are here")
+
+    monkeypatch.setattr(accelerate, "PartialState", state)
+    monkeypatch.setattr("feature_alignment.storage.processes.check_device", lambda device: None)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for device, own in (("cpu", "cpu"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0")):
+        rank, number, found, wait = processes(device)
+        assert (rank, number, found, wait()) == (1, 3, own, "all are here")
+    assert [a["cpu"] for a in asked] == [True, False, False] and all(a["timeout"].days == 7 for a in asked)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert processes("cuda")[:3] == (0, 1, "cuda") and len(asked) == 3
+
+
+def test_a_device_is_the_processor_or_a_gpu_of_this_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device("cpu")
+    for device in ("cuda", "cuda:0"):
+        with pytest.raises(UserError, match=r"sees no GPU"):
+            check_device(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in ("cuda", "cuda:0", "cuda:1"):
+        check_device(device)
+    for device in ("cuda:2", "cuda:10"):
+        with pytest.raises(UserError, match=r"this machine has 2 GPU\(s\), cuda:0 to cuda:1"):
+            check_device(device)
+
+
+def test_children_ignore_an_interrupt_that_the_parent_hears():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ArithmeticError), children_ignore_interrupts():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        raise ArithmeticError
+    assert signal.getsignal(signal.SIGINT) is before is not signal.SIG_IGN
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
+    check_writable(tmp_path / "new" / "deep" / "a.json")
+    (tmp_path / "a.json").write_text("old")
+    check_writable(tmp_path / "a.json")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.json", "old")]
+    with pytest.raises(UserError, match="is a folder"):
+        check_writable(tmp_path)
+    with pytest.raises(UserError, match=r"nothing can be written to .*a.json"):
+        check_writable(tmp_path / "a.json" / "b")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nothing can be written"):
+        check_writable(tmp_path / "link" / "b")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_lock_that_was_removed_while_it_was_taken_is_taken_anew(tmp_path, monkeypatch, again):
+    """Its owner removes it after it was opened and before it is locked; perhaps a third has made another one since."""
+    path, flock, tried = tmp_path / "adapter", fcntl.flock, []
+
+    def slow(stream, how):
+        flock(stream, how)
+        if not tried:
+            (tmp_path / "adapter.lock").unlink()
+            if again:
+                (tmp_path / "adapter.lock").touch()
+        tried.append(stream)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    before = len(os.listdir("/proc/self/fd"))
+    with claimed(path):
+        assert json.loads((tmp_path / "adapter.lock").read_text())["pid"] == os.getpid() and len(tried) == 2
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+
+
+def test_a_lock_of_the_dead_is_written_anew_from_its_first_byte(tmp_path):
+    (tmp_path / "adapter.lock").write_text(json.dumps({"pid": 1, "host": os.uname().nodename, "since": 1.0, "more": "x" * 500}))
+    with claimed(tmp_path / "adapter"):
+        owner = json.loads((tmp_path / "adapter.lock").read_text())
+        assert owner["pid"] == os.getpid() and abs(owner["since"] - time.time()) < 60 and set(owner) == {"pid", "host", "since"}
+        with (
+            pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on .*\(0\.0 minutes\)"),
+            claimed(tmp_path / "adapter"),
+        ):
+            pass
+    assert "(2.0 minutes)" in _name(owner | {"since": time.time() - 120})
+
+
+def test_a_disk_too_full_for_a_name_leaves_no_lock(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(UserError, match="nothing can be written to .*No space left"), claimed(tmp_path / "adapter"):
+        pass
+    assert not any(tmp_path.iterdir()) and len(os.listdir("/proc/self/fd")) == before
+
+
 # ---- files of hidden states
 
 
@@ -266,6 +374,25 @@ def test_a_tensor_that_shows_more_than_its_file_holds_is_refused(tmp_path):
         artifacts.save_pt(path, bad)
         with pytest.raises(UserError, match=r"(?s)shows more than the file holds.*make it"):
             artifacts.load_pt(path, "make it")
+
+
+def test_hashes_are_of_the_content_whatever_its_order():
+    assert artifacts.config_hash({"b": 1, "a": [2]}) == artifacts.config_hash({"a": [2], "b": 1}) == short(b'{"a": [2], "b": 1}')
+    assert artifacts.weights_hash({"ab": torch.tensor([1, 2], dtype=torch.uint8)}) == short(b"ab\x01\x02")
+
+
+def test_a_torch_file_is_mapped_not_read(tmp_path):
+    artifacts.save_pt(tmp_path / "a.pt", torch.ones(1000))
+    tensor = artifacts.load_pt(tmp_path / "a.pt", "make it")
+    with open("/proc/self/maps") as maps:
+        assert str(tmp_path / "a.pt") in maps.read() and tensor.sum() == 1000
+
+
+@pytest.mark.parametrize("layers", [None, [], (1, 2), ["1"], [1, True], [1, 2.0], 3])
+def test_an_adapter_says_which_layers_it_reads(tmp_path, layers):
+    assert artifacts.layers_read(tmp_path, {"draft_layers": [1, 3]}, "train it") == [1, 3]
+    with pytest.raises(UserError, match=r"(?s)does not say which of EventGPT's layers it reads.*train it"):
+        artifacts.layers_read(tmp_path, {} if layers is None else {"draft_layers": layers}, "train it")
 
 
 # ---- a whole run looked through
