@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage import artifacts
+from feature_alignment.storage import artifacts, hidden_states, hidden_states_writer
 from feature_alignment.storage.earlier_rows import complete, refuse_changes
-from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin, check_room, plan_hash, rows_done
+from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin, check_room, plan_hash, row_bytes, rows_done
 from feature_alignment.storage.identity import RunIdentity
+from feature_alignment.storage.state_files import frame_hash, row_hashes, storage_offset
 
 DRAFT, TARGET = "egpt_hidden_states.pt", "vl_hidden_states.pt"
 META = {"draft_layers": [3], "hidden_size_draft": 6, "hidden_size_target": 4}
@@ -212,3 +215,172 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         artifacts.write_json(path, {"a": object()})
     assert json.loads(path.read_text())["b"] == [None, 1.5] and [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_each_models_own_ends_count_for_its_own_texts():
+    """States over the drafter's texts: what ended them is the drafter's set; without a set in the meta it is 2."""
+    ids, lengths = torch.tensor([[5, 7, 0], [5, 9, 8], [5, 2, 9]]), torch.tensor([2, 3, 2])
+    states = lambda meta: artifacts.HiddenStates(ids, ids, ids, None, lengths, [], meta)  # noqa: E731
+    both = {"eos_token_ids": [7], "draft_eos_token_ids": [8, 9]}
+    assert states(both).ended.tolist() == [True, False, False] == states(both | {"prefix": "target"}).ended.tolist()
+    assert states(both | {"prefix": "drafter"}).ended.tolist() == [False, True, False]
+    assert states({}).ended.tolist() == [False, False, True]
+    for bad in (7, [True], ["7"], None):
+        with pytest.raises(UserError, match="wanted a list of token ids"):
+            states({"eos_token_ids": bad}).ended  # noqa: B018
+
+
+def whole_run(tmp_path, **meta):
+    writer = open_writer(tmp_path / "train")
+    fill(writer, range(5))
+    writer.finish(META | meta)
+    return tmp_path / "train"
+
+
+def test_states_are_compared_with_their_hashes_where_that_takes_a_second(tmp_path, monkeypatch, caplog):
+    """Both files of 5 rows x 5 positions x 6 or 4 numbers: as many bytes as the limit are compared, one more is not and the log says so."""
+    folder = whole_run(tmp_path)
+    path = folder / DRAFT
+    data = bytearray(path.read_bytes())
+    data[storage_offset(path) + 5 * 6 * 4 + 3] ^= 1  # the second row
+    path.write_bytes(data)
+    monkeypatch.setattr(hidden_states, "CHECKED_AT_ONCE", 5 * 5 * 6 * 4)
+    with pytest.raises(UserError, match=r"the states of sample s1 were altered"):
+        artifacts.load_hidden_states(folder)
+    monkeypatch.setattr(hidden_states, "CHECKED_AT_ONCE", 5 * 5 * 6 * 4 - 1)
+    with caplog.at_level("INFO"):
+        assert artifacts.load_hidden_states(folder).draft.shape == (5, 5, 6)
+    assert "are not compared with their hashes now" in caplog.text and caplog.text.count("are not compared") == 1
+
+
+def rewritten(folder, name, change):
+    """A file of the split made anew, and the record told of it: what only a comparison with the other files can find."""
+    content = artifacts.load_pt(folder / name, "")
+    artifacts.save_pt(folder / name, change(content))
+    meta = artifacts.read_json(folder / "meta.json", "")
+    states = artifacts.load_pt(folder / name, "")
+    if isinstance(states, torch.Tensor):
+        meta["frames"][name] = frame_hash(folder / name, states.nbytes)
+        rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        for row, found in zip(rows, row_hashes(folder / name, len(states), states[0].nbytes), strict=False):
+            row["sha256"][name] = found
+        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    artifacts.write_sealed(
+        folder / "meta.json", {k: v for k, v in meta.items() if k not in ("files", "content_hash")}, ["positions.pt", "samples.jsonl"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (TARGET, lambda x: x[:, :4].clone(), "do not fit each other"),
+        (DRAFT, lambda x: x[:, :4].clone(), "do not fit each other"),
+        ("positions.pt", lambda x: {**x, "token_ids": x["token_ids"][:, :4].clone()}, "do not fit each other"),
+        (DRAFT, lambda x: x[..., :5].clone(), r"egpt_hidden_states.pt is 5 wide, its meta.json says 6"),
+        (TARGET, lambda x: torch.cat([x, x], 2), r"vl_hidden_states.pt is 8 wide, its meta.json says 4"),
+        (TARGET, lambda x: x[:4].clone(), r"does not hold the 5 rows"),
+        (TARGET, lambda x: x[0].clone(), r"does not hold the 5 rows"),
+        (DRAFT, lambda x: {"states": x}, r"does not hold the 5 rows"),
+    ],
+)
+def test_files_that_do_not_fit_each_other_are_refused(tmp_path, name, change, message):
+    folder = whole_run(tmp_path)
+    rewritten(folder, name, lambda x: {k: v.clone() for k, v in x.items()} if isinstance(x, dict) else x.clone())
+    assert artifacts.load_hidden_states(folder).draft.shape == (5, 5, 6)
+    rewritten(folder, name, change)
+    with pytest.raises(UserError, match=message):
+        artifacts.load_hidden_states(folder)
+
+
+def test_event_states_are_read_where_they_are_asked_for_and_there(tmp_path):
+    with pytest.raises(UserError, match=r"(?s)holds no event states.*--event_states"):
+        artifacts.load_hidden_states(whole_run(tmp_path), events=True)
+    begin(tmp_path / "a", made_with(), "", resume=True)
+    shapes = {DRAFT: (5, 6), TARGET: (5, 4), artifacts.EVENT_STATES: (3, 2)}
+    writer, events = HiddenStatesWriter(tmp_path / "a", 1, shapes, torch.float32), torch.randn(3, 2)
+    writer.write(0, {DRAFT: torch.ones(2, 6), TARGET: torch.ones(2, 4), artifacts.EVENT_STATES: events}, [5, 2], {"id": "x"})
+    writer.commit()
+    writer.finish(META | {"event_states": True})
+    assert torch.equal(artifacts.load_hidden_states(tmp_path / "a", events=True).events[0], events)
+    assert artifacts.load_hidden_states(tmp_path / "a").events is None
+
+
+def test_what_is_written_has_the_shape_that_was_announced(tmp_path):
+    writer = open_writer(tmp_path / "a")
+    good = {DRAFT: torch.ones(2, 6), TARGET: torch.ones(2, 4)}
+    for n in (1, 5):
+        writer.write(0, {name: states[:1].expand(n, -1) for name, states in good.items()}, list(range(n)), {"id": "x"})
+    for states, n in (({**good, TARGET: torch.ones(3, 4)}, 2), ({**good, DRAFT: torch.ones(2, 5)}, 2), (good, 3)):
+        with pytest.raises(ValueError, match=f"for {n} tokens of at most 5"):
+            writer.write(0, states, list(range(n)), {"id": "x"})
+    for n in (0, 6):
+        with pytest.raises(ValueError, match=f"for {n} tokens of at most 5"):
+            writer.write(0, {name: states[:1].expand(n, -1) for name, states in good.items()}, list(range(n)), {"id": "x"})
+    too_large = {**good, DRAFT: torch.full((2, 6), 1e39, dtype=torch.float64)}
+    with pytest.raises(UserError, match=r"sample x: egpt_hidden_states.pt would hold non-finite states as float32"):
+        writer.write(0, too_large, [1, 2], {"id": "x"})
+
+
+def test_what_was_repaired_or_cut_is_counted_over_all_rows(tmp_path):
+    writer = open_writer(tmp_path / "a", rows=3)
+    for row, more in enumerate(({"mended": ["x", "y"]}, {"mended": ["x"], "cut": ["z"]}, {})):
+        writer.write(row, {DRAFT: torch.ones(2, 6), TARGET: torch.ones(2, 4)}, [5, 2], {"id": f"s{row}", **more})
+    writer.commit()
+    writer.finish(META)
+    meta = artifacts.read_json(tmp_path / "a" / "meta.json", "")
+    assert (meta["mended"], meta["cut"], meta["positions"]) == ({"x": 2, "y": 1}, {"z": 1}, 6)
+    assert meta["row_bytes"] == {DRAFT: 5 * 6 * 4, TARGET: 5 * 4 * 4} and meta["plan"] == plan_hash([{"id": f"s{i}"} for i in range(3)])
+
+
+@pytest.mark.parametrize("damage", ["state", "note", "frame", "cut"])
+def test_a_row_that_is_not_what_was_noted_is_done_again(tmp_path, damage):
+    """Also one that a second process noted; the other rows stay."""
+    first, second = open_writer(tmp_path / "a"), open_writer(tmp_path / "a", rank=1)
+    fill(first, (0, 2))
+    fill(second, (3,))
+    first.close(), second.close(), first.close()
+    part = tmp_path / "a.unfinished"
+    if damage == "note":
+        lines = (part / "progress-0.txt").read_bytes().splitlines(keepends=True)
+        (part / "progress-0.txt").write_bytes(lines[0] + lines[1].replace(b"s2", b"s9"))
+        left = {0, 3}
+    elif damage == "cut":
+        data = (part / DRAFT).read_bytes()
+        (part / DRAFT).write_bytes(data[:300])
+        left = set()
+    else:
+        data = bytearray((part / TARGET).read_bytes())
+        data[storage_offset(part / TARGET) + 2 * 5 * 4 * 4 if damage == "state" else 60] ^= 1
+        (part / TARGET).write_bytes(data)
+        left = {0, 3} if damage == "state" else set()
+    again = open_writer(tmp_path / "a")
+    assert again.done == left == rows_done(tmp_path / "a")
+    fill(again, {0, 1, 2, 3, 4} - again.done)
+    again.finish(META)
+    fill(whole := open_writer(tmp_path / "whole"), range(5))
+    whole.finish(META)
+    for name in FILES:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_notes_reach_the_disk_after_the_states_and_whole(tmp_path, monkeypatch):
+    writer, done = open_writer(tmp_path / "a"), []
+    sync, write = os.fdatasync, os.write
+    monkeypatch.setattr(os, "fdatasync", lambda stream: (done.append("sync"), sync(stream))[1])
+    monkeypatch.setattr(os, "write", lambda stream, data: (done.append("note"), write(stream, data))[1])
+    fill(writer, (0, 1))
+    assert done == ["sync", "sync", "note", "sync"] and writer.done == {0, 1}
+    fill(writer, ())
+    assert done.count("note") == 1  # nothing new
+    monkeypatch.setattr(os, "write", lambda stream, data: len(data) - 1)
+    with pytest.raises(OSError, match="the disk took only part"):
+        fill(writer, (2,))
+
+
+def test_room_is_what_rows_take_and_a_disk_has(tmp_path, monkeypatch):
+    assert row_bytes([(5, 6), (3, 2)], torch.bfloat16) == 2 * (30 + 6)
+    monkeypatch.setattr(hidden_states_writer.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    check_room(tmp_path / "new" / "deep", 100)
+    with pytest.raises(UserError, match="may need 101 bytes, its disk has 100 free"):
+        check_room(tmp_path / "new" / "deep", 101)
+    assert not (tmp_path / "new").exists()

@@ -138,18 +138,19 @@ def compared(seed: int) -> Counter[str]:
     r = random.Random(seed)
     acceptance = r.choice([None, 0.2, 0.5, 0.9, 0.9])
     pace, wanted = Pace(acceptance), Definition(acceptance)
-    good, draft_ms, left = 0.5, 0.1, 0
+    good, draft_ms, left = 0.5, 0.1, 9 * (seed % 2)  # half of the lives begin before any prompt
+    unit = r.choice([1.0, 30.0])
     knows_chance = r.random() < 0.6
     for i in range(600):
         if i % 60 == 0:
-            good, draft_ms, slow = r.choice([0.05, 0.6, 0.95]), r.choice([0.02, 0.2, 1.2]), r.choice([0.6, 1.0, 2.5])
+            good, draft_ms, slow = r.choice([0.05, 0.6, 0.95]), r.choice([0.02, 0.2, 1.2]), unit * r.choice([0.6, 1.0, 2.5])
         if left <= 0:
-            left, ms = r.randint(5, 40), r.uniform(2, 12)
+            left, ms = r.randint(5, 40), unit * r.uniform(2, 12)
             assert pace.drafting == wanted.drafting()
             pace.prompted(ms)
             wanted.prompt(ms)
             if pace.drafting and r.random() < 0.9:
-                ms = r.choice([0.0, r.uniform(0.5, 6)])
+                ms = unit * r.choice([0.0, r.uniform(0.5, 6)])
                 pace.started(ms)
                 wanted.draft_prompt(ms)
         found, floor = pace.next_floor(), wanted.floor()
@@ -158,7 +159,7 @@ def compared(seed: int) -> Counter[str]:
         noise = slow * (20.0 if r.random() < 0.02 else r.uniform(0.9, 1.1))
         if floor is None or r.random() < 0.05:  # perhaps it is asked and has no idea
             tokens = pace.rest if floor is None else 1
-            what = 0, tokens, r.choice([0.0, 0.02, 1.5]), tokens * noise
+            what = 0, tokens, unit * r.choice([0.0, 0.02, 1.5]), tokens * noise
         else:
             if not wanted.has_read:
                 pace.started(0.3)
@@ -188,3 +189,13 @@ def test_every_decision_is_the_definitions():
         "too dear",
     )
     assert min(seen[name] for name in decisions) > 5, seen
+
+
+def test_a_credit_of_exactly_nothing_is_spent():
+    pace = Pace(0.9)
+    pace.prompted(4.0)
+    pace.passed(0, 1, 0.0, 1.0)
+    pace.started(0.0)
+    assert pace.drafting
+    pace.passed(1, 1, 1.0, 3.0)  # one token in the time of four passes: all three that it may lose
+    assert not pace.drafting and pace.next_floor() is None

@@ -22,8 +22,15 @@ import torch
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage import artifacts, pickles, state_files
 from feature_alignment.storage.pickles import ArraysOnly, check_pt, look_through
-from feature_alignment.storage.processes import _name, check_device, check_writable, children_ignore_interrupts, claimed, processes
-from feature_alignment.storage.processes import temporary_name
+from feature_alignment.storage.processes import (
+    _name,
+    check_device,
+    check_writable,
+    children_ignore_interrupts,
+    claimed,
+    processes,
+    temporary_name,
+)
 from feature_alignment.storage.verification import main, verify
 
 # ---- pickles
@@ -254,7 +261,7 @@ def test_a_disk_too_full_for_a_name_leaves_no_lock(tmp_path, monkeypatch):
 
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(UserError, match="nothing can be written to .*No space left"), claimed(tmp_path / "adapter"):
+    with pytest.raises(UserError, match=r"nothing can be written to .*No space left"), claimed(tmp_path / "adapter"):
         pass
     assert not any(tmp_path.iterdir()) and len(os.listdir("/proc/self/fd")) == before
 
