@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage import artifacts, pickles, state_files
+from feature_alignment.storage import artifacts, hidden_states, pickles, state_files
 from feature_alignment.storage.pickles import ArraysOnly, check_pt, look_through
 from feature_alignment.storage.processes import (
     _name,
@@ -108,6 +108,30 @@ def test_arrays_survive_the_reader_that_calls_nothing(protocol, order):
         np.testing.assert_array_equal(back[name], there[name])
         assert back[name].dtype == pickle.loads(pickle.dumps(there[name], protocol)).dtype and type(back["one"]) is np.float64
     assert np.dtype("i4").byteorder == "=" and back["words"] == there["words"]
+
+
+def test_limits_of_pickles_and_of_what_is_compared_at_once():
+    """Figures of the design: an adapter has a hundred tuples, a `.pt`'s pickle holds names alone, a gigabyte is hashed in a second."""
+    assert (pickles.MAX_TUPLES, pickles.MAX_OPCODES, pickles.MAX_PT_PICKLE) == (10_000, 5_000_000, 64 << 20)
+    assert hidden_states.CHECKED_AT_ONCE == 1 << 30
+
+
+@pytest.mark.parametrize(("fields", "size", "fits"), [(1, 1, True), (16, 16, True), (17, 17, False), (2, 999, True), (2, 1000, False)])
+def test_a_record_has_at_most_sixteen_fields_and_999_bytes(fields, size, fits):
+    names = [f"f{i}" for i in range(fields)]
+    dtype = np.dtype({"names": names, "formats": ["u1"] * fields, "offsets": list(range(fields)), "itemsize": size})
+    there = np.zeros(3, dtype)
+    there["f0"] = [5, 6, 7]
+    if not fits:
+        with pytest.raises(pickle.UnpicklingError, match=r"no plain list of fields|asks for"):
+            ArraysOnly(io.BytesIO(pickle.dumps(there, 2))).load()
+        return
+    back = ArraysOnly(io.BytesIO(pickle.dumps(there, 2))).load()
+    assert back["f0"].tolist() == [5, 6, 7] and back.dtype == dtype
+    for offsets in ([0, 0], [1, 1]):
+        overlapping = np.zeros(3, np.dtype({"names": ["a", "b"], "formats": ["u2", "u2"], "offsets": offsets, "itemsize": 8}))
+        with pytest.raises(pickle.UnpicklingError, match="no numbers, or overlap"):
+            ArraysOnly(io.BytesIO(pickle.dumps(overlapping, 2))).load()
 
 
 # ---- locks
