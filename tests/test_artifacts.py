@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,9 @@ from feature_alignment.storage import artifacts, hidden_states, hidden_states_wr
 from feature_alignment.storage.earlier_rows import complete, refuse_changes
 from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin, check_room, plan_hash, row_bytes, rows_done
 from feature_alignment.storage.identity import RunIdentity
+from feature_alignment.storage.shards import merge_shards, parse_shard, shard_name
 from feature_alignment.storage.state_files import frame_hash, row_hashes, storage_offset
+from feature_alignment.storage.verification import verify
 
 DRAFT, TARGET = "egpt_hidden_states.pt", "vl_hidden_states.pt"
 META = {"draft_layers": [3], "hidden_size_draft": 6, "hidden_size_target": 4}
@@ -384,3 +387,173 @@ def test_room_is_what_rows_take_and_a_disk_has(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="may need 101 bytes, its disk has 100 free"):
         check_room(tmp_path / "new" / "deep", 101)
     assert not (tmp_path / "new").exists()
+
+
+def run_of_clips(tmp_path):
+    """An outputs directory with one split, of two rows of two clips each named in the manifest's folder."""
+    for i in range(2):
+        (tmp_path / f"clip{i}.npy").write_text(f"events {i}")
+    folder = tmp_path / "out" / "hidden_states" / "train"
+    begin(folder, made_with(), "", resume=True)
+    writer = HiddenStatesWriter(folder, 2, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
+    for i in range(2):
+        clip = {f"clip{i}.npy": artifacts.file_hash(tmp_path / f"clip{i}.npy")}
+        writer.write(i, {DRAFT: torch.ones(2, 6) + i, TARGET: torch.ones(2, 4) + i}, [5, 2], {"id": f"s{i}", "clip": clip})
+    writer.commit()
+    manifest = tmp_path / "train.jsonl"
+    manifest.write_text("{}")
+    sources = {"inputs": {"manifest": str(manifest)}, "made_from": {"manifest": artifacts.source_hash(manifest)}}
+    writer.finish(META | sources | {"config": {"output_dir": str(tmp_path / "out")}})
+    return folder
+
+
+def test_a_split_is_compared_row_by_row_and_with_its_clips(tmp_path):
+    folder = run_of_clips(tmp_path)
+    out = tmp_path / "out"
+    found = lambda: {(f.about.removeprefix("hidden_states/train/"), f.state): f.why for f in verify(out)[0]}  # noqa: E731
+    assert verify(out) == ([], {"files": 3, "rows": 4, "sources": 1 + 2})
+    whole = {name: (folder / name).read_bytes() for name in (DRAFT, TARGET, "samples.jsonl")}
+
+    def altered(name, at):
+        data = bytearray(whole[name])
+        data[at] ^= 1
+        (folder / name).write_bytes(data)
+        said = found()
+        (folder / name).write_bytes(whole[name])
+        return said
+
+    first = storage_offset(folder / TARGET)
+    assert altered(TARGET, first + 80)[TARGET, "altered"] == "the states of 1 of 2 samples, e.g. s1"
+    assert altered(TARGET, first)[TARGET, "altered"] == "the states of 1 of 2 samples, e.g. s0"
+    assert set(altered(TARGET, first - 1)) == {(TARGET, "altered")}  # the frame
+    assert altered(DRAFT, 0)[DRAFT, "altered"] == "it cannot be read as the file that was written"
+    assert set(altered("samples.jsonl", 3)) == {("samples.jsonl", "altered")}
+    (folder / DRAFT).unlink()
+    assert found() == {(DRAFT, "missing"): "not there, and meta.json describes it"}
+    (folder / DRAFT).write_bytes(whole[DRAFT])
+    (tmp_path / "clip1.npy").write_text("others")
+    ((about, state),) = found()
+    assert (about, state) == ("hidden_states/train", "stale") and "extracted from another" in found()[about, state]
+    (tmp_path / "clip1.npy").unlink()
+    assert "clip1.npy, which is gone" in found()["hidden_states/train", "stale"]
+
+
+def test_a_run_that_was_moved_as_a_whole_finds_its_own_files(tmp_path):
+    """Sources inside the outputs directory are looked for where that lies now; all others where they were."""
+    made_in, now = tmp_path / "made", tmp_path / "now"
+    (made_in / "adapter").mkdir(parents=True)
+    (tmp_path / "model").write_text("m")
+    artifacts.write_sealed(made_in / "adapter" / "meta.json", {"meta": {}})
+    inputs = {"adapter": str(made_in / "adapter" / "meta.json"), "model": str(tmp_path / "model")}
+    made_from = {name: artifacts.source_hash(Path(path)) for name, path in inputs.items()}
+    meta = {"inputs": inputs, "made_from": made_from, "config": {"output_dir": str(made_in)}}
+    artifacts.write_sealed(made_in / "sd" / "a.json", {"meta": meta})
+    made_in.rename(now)
+    assert verify(now) == ([], {"files": 2, "rows": 0, "sources": 2})
+    (tmp_path / "model").unlink()
+    assert [(f.about, f.state) for f in verify(now)[0]] == [("sd/a.json", "stale")]
+
+
+def test_what_follows_from_something_wrong_is_followed_to_the_end(tmp_path):
+    """Text pairs and inferences are units of their own, a split is one, any other folder is one."""
+    out = tmp_path / "out"
+
+    def record(name, *sources):
+        paths = {f"source {i}": str(out / s) for i, s in enumerate(sources)}
+        meta = {"inputs": paths, "made_from": {k: artifacts.source_hash(Path(p)) for k, p in paths.items()}}
+        artifacts.write_sealed(out / name, {"meta": meta})
+
+    for split in ("a", "b"):
+        record(f"token_pairs/{split}.json")
+        record(f"hidden_states/{split}/meta.json", f"token_pairs/{split}.json")
+    record("adapter/meta.json", "hidden_states/a/meta.json")
+    record("acceptance/acceptance.json", "adapter/meta.json", "hidden_states/b/meta.json")
+    record("sd/one.json", "adapter/meta.json")
+    record("sd/two.json", "hidden_states/b/meta.json")
+    assert verify(out)[0] == []
+    (out / "token_pairs" / "a.json").write_text("{}")
+    found = {f.about: f.why for f in verify(out)[0] if f.state == "stale"}
+    assert set(found) == {"hidden_states/a/meta.json", "adapter/meta.json", "acceptance/acceptance.json", "sd/one.json"}
+    assert found["acceptance/acceptance.json"] == "made from source 0, which is not what it was"
+
+
+def shard(tmp_path, number, rows, total=5):
+    """One of two shards of the rows that `fill` writes."""
+    folder = tmp_path / f"train.shard-{number}-of-2"
+    begin(folder, made_with(), "", resume=True)
+    writer = HiddenStatesWriter(folder, len(rows), {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
+    for place, i in enumerate(rows):
+        torch.manual_seed(i)
+        n = 2 + i % 3
+        states = {DRAFT: torch.randn(n, 6), TARGET: torch.randn(n, 4)}
+        texts = {"egpt_tokens": [4], "egpt_text": "e", "vl_tokens": [5], "vl_text": "v"}
+        writer.write(place, states, list(range(10, 10 + n)), entries(total)[i] | texts)
+    writer.commit()
+    settings = {"a": 1, "shard": f"{number}/2"}
+    writer.finish(META | RunIdentity(settings, {}, {}).as_dict() | {"rows": len(rows)})
+    return folder
+
+
+def merge(tmp_path, rows=5, resume=True):
+    about = [{k: row[k] for k in ("id", "sequence", "question", "facts")} for row in entries(rows)]
+    merge_shards(tmp_path / "train", made_with(a=1), about, tmp_path / "pairs.json", resume)
+
+
+def test_shards_make_the_whole_in_the_manifests_order(tmp_path):
+    shard(tmp_path, 1, [0, 3])
+    with pytest.raises(UserError, match=r"lacks train.shard-2-of-2"):
+        merge(tmp_path)
+    second = shard(tmp_path, 2, [4, 1, 2])
+    with pytest.raises(UserError, match=r"vl_lm_head.pt is not there"):
+        merge(tmp_path)
+    artifacts.save_pt(tmp_path / "vl_lm_head.pt", torch.ones(2))
+    with pytest.raises(UserError, match=r"hold 5 samples, the manifest 4; 0 of these differ\."):
+        merge(tmp_path, 4)
+    with pytest.raises(UserError, match=r"hold 5 samples, the manifest 6; 1 of these differ, e\.g\. s5"):
+        merge(tmp_path, 6)
+    merge(tmp_path)
+    fill(whole := open_writer(tmp_path / "whole"), range(5))
+    whole.finish(META)
+    for name in (DRAFT, TARGET, "positions.pt"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "train" / name).read_bytes()
+    meta = artifacts.read_json(tmp_path / "train" / "meta.json", "")
+    assert (meta["rows"], meta["merged_shards"], meta["settings"], meta["positions"]) == (5, 2, {"a": 1}, 14)
+    results = artifacts.read_json(tmp_path / "pairs.json", "")["results"]
+    assert [r["sample_id"] for r in results] == [f"s{i}" for i in range(5)]
+    (second / "samples.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"train.shard-2-of-2: samples.jsonl was altered"):
+        merge(tmp_path)
+
+
+def test_a_killed_merge_goes_on_and_a_damaged_row_is_refused(tmp_path, monkeypatch):
+    artifacts.save_pt(tmp_path / "vl_lm_head.pt", torch.ones(2))
+    first, second = shard(tmp_path, 1, [0, 1]), shard(tmp_path, 2, [2, 3, 4])
+    data = bytearray((second / DRAFT).read_bytes())
+    data[storage_offset(second / DRAFT) + 5 * 6 * 4] ^= 1
+    whole = (second / DRAFT).read_bytes()
+    (second / DRAFT).write_bytes(data)
+    copied, writers, copy = [], [], HiddenStatesWriter.copy
+    monkeypatch.setattr(
+        HiddenStatesWriter, "copy", lambda self, row, *more: (writers.append(self), copied.append(row), copy(self, row, *more))[2]
+    )
+    with pytest.raises(UserError, match=r"the states of sample s3 are not those that were written"):
+        merge(tmp_path)
+    writers[-1].close()
+    assert copied == [0, 1, 2, 3] and rows_done(tmp_path / "train") == {0, 1}
+    (second / DRAFT).write_bytes(whole)
+    merge(tmp_path)
+    assert copied[4:] == [2, 3, 4] and first.is_dir()
+    shard(tmp_path, 2, [1, 2, 3, 4])
+    with pytest.raises(UserError, match=r"hold 5 samples, the manifest 5; 0 of these differ\."):  # one of them twice
+        merge(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "found"), [("1/1", (1, 1)), ("2/3", (2, 3)), ("3/3", (3, 3)), (None, (1, 1)), ("", (1, 1))])
+def test_a_shard_is_one_of_several(text, found):
+    assert parse_shard(text, False) == found and shard_name("train", 2, 3) == "train.shard-2-of-3"
+    for wrong in ("0/3", "4/3", "1", "a/3", "1/b", "1/3/4", "-1/3", "1/0"):
+        with pytest.raises(UserError, match=r"--shard wants i/n with i from 1 to n"):
+            parse_shard(wrong, False)
+    assert parse_shard(None, True) == (1, 1)
+    with pytest.raises(UserError, match="no --merge beside it"):
+        parse_shard("1/3", True)
