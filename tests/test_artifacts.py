@@ -13,7 +13,7 @@ import torch
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage import artifacts, hidden_states, hidden_states_writer
-from feature_alignment.storage.earlier_rows import complete, refuse_changes
+from feature_alignment.storage.earlier_rows import complete, keep_rows, refuse_changes, with_recorded_code
 from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin, check_room, plan_hash, row_bytes, rows_done
 from feature_alignment.storage.identity import RunIdentity
 from feature_alignment.storage.shards import merge_shards, parse_shard, shard_name
@@ -557,3 +557,128 @@ def test_a_shard_is_one_of_several(text, found):
     assert parse_shard(None, True) == (1, 1)
     with pytest.raises(UserError, match="no --merge beside it"):
         parse_shard("1/3", True)
+
+
+def finished_run(path, rows=5):
+    writer = open_writer(path, rows=rows)
+    fill(writer, range(rows))
+    writer.finish(META | made_with(a=1).as_dict())
+
+
+def renamed(rows, first=0):
+    """Entries whose question, clip and batch are those of `rows`, under other names."""
+    return [row | {"id": f"new{i}", "sequence": "other"} for i, row in enumerate(rows, first)]
+
+
+def test_half_of_the_rows_may_be_lost_unasked_and_no_more(tmp_path):
+    finished_run(tmp_path / "a", 4)
+    refuse = lambda rows, limited=False: refuse_changes(tmp_path / "a", made_with(a=1), rows, limited)  # noqa: E731
+    old, new = entries(4), [row | {"identity": {"row": f"x{i}", "batch": f"x{i}"}} for i, row in enumerate(entries(4))]
+    refuse(old)
+    refuse(renamed(old))
+    refuse([*old[:2], *new[2:]])
+    refuse([*old, *new])
+    with pytest.raises(UserError, match=r"3 of 4 rows have another question, clip or start, or are gone, e\.g\. s1, s2, s3"):
+        refuse([*old[:1], *new[1:]])
+    with pytest.raises(UserError, match=r"(?s)4 of 4 rows have .*e\.g\. s0, s1, s2\n.*--no_resume"):
+        refuse(new)
+    refuse(old, limited=True)
+    with pytest.raises(UserError, match=r"1 of 4 rows are left out by --limit, or have"):
+        refuse(old[:3], limited=True)
+    with pytest.raises(UserError, match=r"(?s)a: 1 → 2.*give the old values"):
+        refuse_changes(tmp_path / "a", made_with(a=2), old, False)
+    code = RunIdentity({"a": 1}, {}, {"m": "c"})
+    with pytest.raises(UserError, match=r"(?s)code: m changed.*keep them with --ignore_code"):
+        refuse_changes(tmp_path / "a", code, old, False)
+    refuse_changes(tmp_path / "a", code, old, False, ignore_code=True)
+    refuse_changes(tmp_path / "nothing", code, old, False)
+    begin(tmp_path / "a", made_with(a=3), plan_hash(old), resume=False)  # an unfinished run is there to replace the complete one
+    with pytest.raises(UserError, match="a: 3 → 1"):
+        refuse(old)
+    refuse_changes(tmp_path / "a", made_with(a=3), old, False)
+
+
+def test_rows_of_a_batch_that_is_unchanged_are_copied_under_their_new_names(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = tmp_path / "a"
+    finished_run(path)
+    kept = renamed([entries()[i] for i in (3, 0)])
+    regrouped = entries()[1] | {"identity": {"row": "r1", "batch": "another"}}
+    rows = [kept[0], regrouped, kept[1], *[row | {"identity": {"row": "n", "batch": "n"}} for row in entries()[4:]]]
+    begin(path, made_with(a=1), plan_hash(rows), resume=True)
+    writer = HiddenStatesWriter(path, 4, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
+    keep_rows(writer, made_with(a=2), rows)
+    assert writer.done == set() and "kept" not in caplog.text  # an earlier run of other settings has none to keep
+    keep_rows(writer, made_with(a=1), rows)
+    assert writer.done == {0, 2}
+    assert "2 rows whose question, clip and batch are unchanged. Extracted again: 0 damaged, 1 now read together" in caplog.text
+    notes = {note["row"]: note for note in hidden_states_writer.notes_of(writer.part)}
+    assert [(notes[r]["id"], notes[r]["sequence"], notes[r]["read"]) for r in (0, 2)] == [
+        ("new0", "other", [10, 11]),
+        ("new1", "other", [10, 11]),
+    ]
+    torch.manual_seed(3)
+    assert torch.equal(artifacts.load_pt(writer.part / DRAFT, "")[0, :2], torch.randn(2, 6))
+    caplog.clear()
+    keep_rows(writer, made_with(a=1), rows)
+    assert "0 rows whose" in caplog.text and writer.done == {0, 2}  # again: they are there
+
+
+def test_a_damaged_row_is_not_copied(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = tmp_path / "a"
+    finished_run(path)
+    data = bytearray((path / TARGET).read_bytes())
+    data[storage_offset(path / TARGET) + 2 * 5 * 4 * 4] ^= 1
+    (path / TARGET).write_bytes(data)
+    assert complete(path, made_with(a=1), entries()) is None and f"{TARGET} was altered, truncated or deleted" in caplog.text
+    begin(path, made_with(a=1), plan_hash(entries()), resume=True)
+    writer = HiddenStatesWriter(path, 5, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
+    keep_rows(writer, made_with(a=1), entries())
+    assert writer.done == {0, 1, 3, 4} and "4 rows whose" in caplog.text and "1 damaged" in caplog.text
+
+
+def test_rows_kept_with_ignore_code_stay_that_codes(tmp_path):
+    path, old = tmp_path / "a", RunIdentity({"a": 1}, {}, {"m": "old"})
+    now = RunIdentity({"a": 1}, {}, {"m": "new"})
+    assert with_recorded_code(path, now) == now
+    writer = open_writer(path)
+    fill(writer, range(5))
+    writer.finish(META | old.as_dict())
+    assert with_recorded_code(path, now).code == {"m": "old"} and with_recorded_code(path, RunIdentity({"a": 2}, {}, {})).code == {}
+    begin(path, RunIdentity({"a": 1}, {}, {"m": "half"}), "plan", resume=True)
+    assert with_recorded_code(path, now).code == {"m": "half"}  # an unfinished run is the later one
+
+
+def test_a_complete_run_is_one_of_these_rows_without_an_unfinished_one_beside_it(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = tmp_path / "a"
+    assert complete(path, made_with(a=1), entries()) is None
+    finished_run(path)
+    assert complete(path, made_with(a=1), entries())["positions"] == 14
+    assert "5 rows (question, clip, batch), the recorded hashes of 2 files and of all their states" in caplog.text
+    without = [{k: v for k, v in row.items() if k not in ("identity", "clip")} for row in entries()]  # as a merge knows them
+    assert complete(path, made_with(a=1), without)
+    for rows in (entries()[:4], entries()[::-1], renamed(entries()), without[:4], [row | {"question": "!"} for row in without]):
+        assert complete(path, made_with(a=1), rows) is None
+    begin(path, made_with(a=1), "plan", resume=True)
+    assert complete(path, made_with(a=1), entries()) is None
+
+
+def test_an_unfinished_run_of_other_rows_is_set_aside_and_swept_at_last(tmp_path):
+    path = tmp_path / "a"
+    for rows in (5, 4, 3):
+        writer = open_writer(path, rows=rows)
+        fill(writer, [0])
+        writer.close()
+    assert [p.name for p in hidden_states_writer.set_aside(path)] == ["a.earlier-1.unfinished", "a.earlier-2.unfinished"]
+    assert rows_done(path) == {0}
+    writer = open_writer(path, rows=3)
+    fill(writer, [1, 2])
+    writer.finish(META | made_with(a=1).as_dict())
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and writer._files == {}
+    open_writer(path, rows=5).close()
+    open_writer(path, rows=4).close()
+    assert len(hidden_states_writer.set_aside(path)) == 1
+    open_writer(path, rows=4, resume=False).close()
+    assert hidden_states_writer.set_aside(path) == [] and rows_done(path) == set()
