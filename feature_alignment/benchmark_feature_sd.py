@@ -24,7 +24,7 @@ from feature_alignment.cli.console import UserError, print_json_line, run
 
 if TYPE_CHECKING:
     from feature_alignment.benchmark.run import Measurements, Setup
-    from feature_alignment.decoding.engine import Generation
+    from feature_alignment.decoding.generation import Generation
     from feature_alignment.inputs.samples import Sample
     from feature_alignment.models.decoder import Prompt
 
@@ -87,7 +87,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Measure, or reuse a cached result; returns the content of benchmark.json."""
     from feature_alignment.benchmark import report, transformers_baselines
     from feature_alignment.benchmark.run import Measurements, part_costs, take_turns
-    from feature_alignment.decoding.engine import greedy
+    from feature_alignment.decoding.plain import greedy
     from feature_alignment.models import fixed
     from feature_alignment.models.loading import fetch_checkpoints
     from feature_alignment.storage import artifacts

@@ -21,7 +21,8 @@ from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.baseline_drafters import HybridProposer, NGram, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
-from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.inputs.samples import read_samples

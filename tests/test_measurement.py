@@ -15,7 +15,7 @@ from feature_alignment.adapters import token as token_adapter
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.cli.console import UserError
 from feature_alignment.compare_token_baseline import ComparisonConfig, token_adapter_report
-from feature_alignment.decoding.acceptance import kept_drafts
+from feature_alignment.decoding.acceptance import accepted_drafts
 from feature_alignment.demo import captions
 from feature_alignment.measure_feature_acceptance import acceptance_report, chain_report
 from feature_alignment.measurement import comparison, metrics, scoring
@@ -286,11 +286,11 @@ def test_a_cosine_exactly_at_the_threshold_is_not_kept():
     some = Judged(np.full(4, 0.5), np.ones(4, dtype=bool), ["a"] * 4, 4.0)
     assert math.isnan(some.risk(0.5)) and some.risk(0.49) == 1 and some.excess(0.5, 0.1) == pytest.approx([0.0])
     ids, cosine = torch.tensor([4, 4]), torch.tensor([0.5, 0.75])
-    assert kept_drafts("relaxed", ids, ids, cosine, 0.5).tolist() == [False, True]
-    assert kept_drafts("feature", ids, ids, cosine, 0.5).tolist() == [False, False]
+    assert accepted_drafts("relaxed", ids, ids, cosine, 0.5).tolist() == [False, True]
+    assert accepted_drafts("feature", ids, ids, cosine, 0.5).tolist() == [False, False]
     source = {"cosine": at.cosine, "says": at.says, "there": states.mask}
     lexicon, names = Lexicon.from_json(captions.lexicon()), [str(i) for i in range(N)]
-    sweep = comparison.kept_drafts({"x": source}, states.token_ids, str, names, lexicon)[0]["x"]
+    sweep = comparison.accepted_drafts({"x": source}, states.token_ids, str, names, lexicon)[0]["x"]
     assert sweep[0]["threshold"] == 0.5 and sweep[0]["kept"] == 0
 
 
@@ -566,7 +566,7 @@ def test_what_a_cosine_keeps_by_plain_loops(steps):
     for k in range(steps or 0):
         there[:, S - k :, k] = False  # no draft beyond the text
     names = [f"s{i}" for i in range(N)]
-    sweeps, examples = comparison.kept_drafts({"one": {"cosine": cosine, "says": says, "there": there}}, ids, word, names, lexicon)
+    sweeps, examples = comparison.accepted_drafts({"one": {"cosine": cosine, "says": says, "there": there}}, ids, word, names, lexicon)
     drafts = []
     for place in there.nonzero().tolist():
         row, at = place[0], place[1] + (place[2] if steps else 0)

@@ -14,7 +14,9 @@ from conftest import as_decoder, main_of, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
-from feature_alignment.decoding.engine import _in_a_thread, greedy, speculate
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.overlap import _in_thread
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.models import fixed, fused
@@ -101,7 +103,7 @@ def test_drafts_and_texts_are_those_of_eager_steps():
         proposers = (
             ModelProposer(draft, None, None),
             ModelProposer(draft, adapter, target.lm_head),
-            ChainedProposer(draft, chained, target.lm_head, target.embeddings),
+            ChainedProposer(draft, chained, target.head_weight, target.embeddings),
         )
         for proposer in proposers:
             for last in (3, 4):
@@ -109,7 +111,7 @@ def test_drafts_and_texts_are_those_of_eager_steps():
                 for rule in ("token",) if proposer is proposers[0] else ("token", "feature", "relaxed"):
                     got = speculate(target, proposer, prompt, prompt, accept=rule, threshold=0.3, num_draft_tokens=4, max_new_tokens=16)
                     assert rule != "token" or got.token_ids == greedy(target, prompt, 16).token_ids
-                    found.append((got.token_ids, [(r.proposed, r.kept) for r in got.rounds]))
+                    found.append((got.token_ids, [(r.proposed, r.accepted) for r in got.rounds]))
     half = len(found) // 2
     assert found[:half] == found[half:]
 
@@ -144,16 +146,16 @@ def test_drafting_steps_never_ask_the_device(monkeypatch):
     target = as_decoder(tiny_llama(0))
     prompt, watch = prompt_of(1, 5, 9), Stopwatch()
     states = target.teacher_force(target.prefill([prompt]), torch.tensor([[5, 6, 7]]))[0]
-    proposers = [ChainedProposer(target, ChainedAdapter(32, 32, 1, width=8), target.lm_head, target.embeddings) for _ in range(2)]
-    proposers[1]._adapter = proposers[0]._adapter
-    proposers[1]._tokens = proposers[0]._tokens
-    proposers[1]._expect, proposers[1]._go_on = whole(proposers[1]._expect_next), whole(proposers[1]._read_and_expect)
+    proposers = [ChainedProposer(target, ChainedAdapter(32, 32, 1, width=8), target.head_weight, target.embeddings) for _ in range(2)]
+    proposers[1]._adapter, proposers[1]._chain = proposers[0]._adapter, proposers[0]._chain
+    proposers[1]._block = whole(proposers[1]._draft_block)
+    proposers[1]._first, proposers[1]._next = whole(proposers[1]._expect), whole(proposers[1]._read_and_expect)
     monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)  # it is torch's own compiler that knows none; a recording does
     drafts = []
     for proposer in proposers:
         proposer.start(prompt, watch)
-        drafts.append(proposer.propose([5, 6, 7], states, 6, watch).token_ids.tolist())
-    assert drafts[0] == drafts[1]
+        drafts.append([proposer.propose([5, 6, 7], states, 6, watch, floor).token_ids.tolist() for floor in (0.0, 1e-9)])
+    assert drafts[0] == drafts[1] and drafts[0][0] == drafts[0][1]  # a whole round at once, and one token after the other
     adapter, state = HiddenAdapter(32, 32, 8), torch.randn(1, 32)
     torch.testing.assert_close(whole(adapter)(state), adapter(state))
 
@@ -415,8 +417,8 @@ def test_a_step_is_warmed_up_aside_and_captured_once(monkeypatch):
 
 def test_a_thread_of_its_own_has_a_stream_of_its_own_on_a_gpu(monkeypatch):
     gpu = FakeGpu(monkeypatch)
-    _in_a_thread(torch.device("cuda:1"), lambda *what: gpu.done.append(what), 1, 2).result()
-    assert gpu.done == ["begin side of cuda:1", (1, 2), "all of side of cuda:1", "end side of cuda:1"]
+    _in_thread(torch.device("cuda:1"), lambda: gpu.done.append("call")).result()
+    assert gpu.done == ["begin side of cuda:1", "call", "all of side of cuda:1", "end side of cuda:1"]
 
 
 def test_garbage_stays_uncollected_where_it_was():

@@ -19,7 +19,9 @@ from feature_alignment.benchmark.rows import Mode, answering, speeds
 from feature_alignment.benchmark.timing import Timed
 from feature_alignment.cli.config import Common, Steps
 from feature_alignment.cli.console import markdown_table, print_table, progress, rate_text
-from feature_alignment.decoding.engine import Generation, greedy, speculate
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.generation import Generation
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models import fixed
