@@ -72,7 +72,7 @@ def train_token_adapter(cfg: ComparisonConfig, rows: Sequence[dict]) -> None:
     """
     from feature_alignment.adapters import token as token_adapter
     from feature_alignment.storage import artifacts
-    from feature_alignment.storage.answers import read_token_pairs
+    from feature_alignment.storage.answers import eos_ids, read_token_pairs
 
     path, identity = token_adapter_path(cfg), token_adapter_identity(cfg)
     if _trained_already(path, cfg, identity):
@@ -82,7 +82,10 @@ def train_token_adapter(cfg: ComparisonConfig, rows: Sequence[dict]) -> None:
     vocabulary = len(artifacts.load_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", extract))
     longest = max(len(r[k]) for r in (*train, *validation, *rows) for k in ("egpt_tokens", "vl_tokens"))
     began = time.time()
-    model, accuracies = token_adapter.train_token_adapter(train, validation, vocabulary, longest, cfg.num_epochs, cfg.device, cfg.seed)
+    eos_id = min(eos_ids(cfg.out / "token_pairs" / f"{cfg.train_split}.json"), default=0)
+    model, accuracies = token_adapter.train_token_adapter(
+        train, validation, vocabulary, longest, cfg.num_epochs, cfg.device, cfg.seed, eos_id
+    )
     meta = {"geometry": model.geometry, "seconds": time.time() - began, "validation_accuracy": accuracies, **identity.as_dict()}
     artifacts.save_pt(path, {"meta": meta, "state_dict": {k: v.cpu() for k, v in model.state_dict().items()}})
 
@@ -111,7 +114,9 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict], eos_ids: S
     with torch.device("meta"):
         at_7b = token_adapter.TokenAdapter(*LAYOUT_7B).num_parameters
     width = max(len(r["vl_tokens"]) for r in rows)
-    bits = torch.nn.functional.pad(token_adapter.matches(model, rows), (0, max(0, width - text.shape[1])))[:, :width]
+    bits = torch.nn.functional.pad(token_adapter.token_matches(model, rows, min(eos_ids, default=0)), (0, max(0, width - text.shape[1])))[
+        :, :width
+    ]
     report = verified(bits, rows, cfg.num_draft_tokens, eos_ids)
     return {**report, "params": model.num_parameters, "params_7b": at_7b, "overhead_ms": ms, "seconds": meta["seconds"]}
 
@@ -286,7 +291,8 @@ def comparison_report(cfg: ComparisonConfig, rows: Sequence[dict], out: Path) ->
     """
     from feature_alignment.measurement import comparison, plots
     from feature_alignment.measurement.lexicon import Lexicon
-    from feature_alignment.models.loading import find_checkpoint, load_tokenizer
+    from feature_alignment.models.loading import find_checkpoint
+    from feature_alignment.models.preprocessing import load_tokenizer
     from feature_alignment.storage import artifacts
     from feature_alignment.storage.answers import eos_ids, read_token_pairs
 

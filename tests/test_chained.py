@@ -96,7 +96,7 @@ def test_scales_fold_into_the_weights(blind):
 
 def proposer_of(model, adapter):
     target = as_decoder(model)
-    return target, ChainedProposer(as_decoder(noisy_copy(model, 0.1)), adapter, target.lm_head, target.embeddings)
+    return target, ChainedProposer(as_decoder(noisy_copy(model, 0.1)), adapter, target.head_weight, target.embeddings)
 
 
 @pytest.mark.parametrize("gamma", [1, 2, 4, 7])

@@ -484,7 +484,7 @@ def test_the_token_adapter_is_timed_on_the_device_that_is_asked_for(tmp_path, mo
     )
     asked = []
     monkeypatch.setattr(hidden, "call_ms", lambda call, repeats, device="cpu": asked.append((call().device.type, device)) or 3.0)
-    monkeypatch.setattr(token_adapter, "matches", lambda model, rows: torch.ones(1, 4, dtype=torch.bool))
+    monkeypatch.setattr(token_adapter, "token_matches", lambda model, rows, eos_id: torch.ones(1, 4, dtype=torch.bool))
     cfg = ComparisonConfig(target_id="t", draft_id="d", output_dir=tmp_path, device="meta")
     report = token_adapter_report(cfg, [{"vl_tokens": [4, 5, 6, 2], "egpt_tokens": [4], "sequence": "s"}], [2])
     assert asked == [("meta", "meta")] and report["overhead_ms"] == 3.0
