@@ -157,7 +157,7 @@ def test_a_trained_adapter_is_used_wherever_there_is_one(tmp_path, untrained):
     other = opened(tmp_path, taps=(1, 3))
     for name in ("adapter", "chained_adapter"):
         if name == "adapter":
-            with pytest.raises(UserError, match="reads states of width 32, these are 64 wide"):
+            with pytest.raises(UserError, match="reads states of width 32, these have width 64"):
                 getattr(other, name)
         else:
             assert getattr(other, name).geometry == chained.geometry  # only the last layer's states are read
