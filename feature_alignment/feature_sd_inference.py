@@ -136,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.decoding.sources import Sources
     from feature_alignment.models.generation import with_flags
     from feature_alignment.models.pair import load_pair
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.artifacts import provenance
+    from feature_alignment.storage.files import write_hashed_json
 
     pair = load_pair(cfg)
     pair.use_steps(cfg.steps)
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, **sources.files(cfg.draft)}
     made_from = files | {"clip": [sample.events, sample.video]}
     result = {
-        "meta": artifacts.provenance("feature_sd_inference", cfg, made_from),
+        "meta": provenance("feature_sd_inference", cfg, made_from),
         "sample": {"id": sample.id, "question": sample.question, "events": str(sample.events), "video": str(sample.video)},
         "text": _text(pair.target, generation.token_ids),
         **generation.to_json(),
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         # Two sampled answers can only be compared if they share their noise.
         "exact_match": generation.token_ids == alone.token_ids if not cfg.temperature or cfg.adaptive else None,
     }
-    artifacts.write_sealed(out, result)
+    write_hashed_json(out, result)
     print(f"question  {sample.question}\nanswer    {result['text']}")
     if not result["exact_match"]:
         print(f"plain     {result['plain_text']}")

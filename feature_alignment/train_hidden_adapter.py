@@ -24,11 +24,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, print_table, run
+
+if TYPE_CHECKING:
+    from feature_alignment.storage.hidden_states import HiddenStates
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def plot_curves(history: list[dict[str, float]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from feature_alignment.storage.artifacts import replacing
+    from feature_alignment.storage.files import atomic_write
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for axis, name in zip(axes, ("loss", "cosine", "token_match"), strict=True):
@@ -100,7 +103,7 @@ def plot_curves(history: list[dict[str, float]], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend()
     axes[0].set_yscale("log")
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150)
     plt.close(figure)
 
@@ -110,10 +113,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(TrainConfig, argv, "train_hidden_adapter", variant="adapter")
     from contextlib import nullcontext
 
-    from feature_alignment.storage.processes import claimed, processes
+    from feature_alignment.storage.processes import exclusive_lock, process_group
 
-    rank, world, device, wait = processes(cfg.device)
-    with claimed(adapter_folder(cfg)) if rank == 0 else nullcontext():
+    rank, world, device, wait = process_group(cfg.device)
+    with exclusive_lock(adapter_folder(cfg)) if rank == 0 else nullcontext():
         meta = train(cfg, rank, world, device, wait)
         wait()  # no process exits before everything is written
     return meta
@@ -123,6 +126,16 @@ def adapter_folder(cfg: TrainConfig) -> Path:
     """Folder of the adapter, its history and its curves."""
     names = {"hidden": "adapter", "plain": "plain_adapter", "chained": "chained_adapter_blind" if cfg.blind else "chained_adapter"}
     return cfg.out / names[cfg.adapter]
+
+
+def _check_splits(cfg: TrainConfig, states: dict[str, HiddenStates]) -> None:
+    """Raise UserError if training and validation states were extracted differently or share clips."""
+    a, b = states["train"].meta, states["validation"].meta
+    for key in ("prefix", "draft_layers", "hidden_size_draft", "hidden_size_target"):
+        if a[key] != b[key]:
+            raise UserError(f"training and validation states differ in {key}: {a[key]} and {b[key]}. Extract both with the same settings.")
+    if set(states["train"].clips) & set(states["validation"].clips):
+        raise UserError(f"splits {cfg.train_split!r} and {cfg.validation_split!r} share clips; validation must not be trained on.")
 
 
 def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[], None]) -> dict[str, Any]:
@@ -144,7 +157,10 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
     import torch
 
     from feature_alignment.adapters import fitting, training
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.artifacts import cached_result, provenance
+    from feature_alignment.storage.files import load_pt, save_pt, weights_hash, write_hashed_json, write_text
+    from feature_alignment.storage.hidden_states import load_hidden_states
+    from feature_alignment.storage.identity import identity_of
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -152,39 +168,34 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
     if cfg.adapter == "plain":
         cfg = dataclasses.replace(cfg, kl_weight=0.0, linear_units=0)
     splits = {"train": folder / cfg.train_split, "validation": folder / cfg.validation_split}
-    states = {name: artifacts.load_hidden_states(split, cfg.draft_layers, events=chained) for name, split in splits.items()}
-    a, b = states["train"].meta, states["validation"].meta
-    for key in ("prefix", "draft_layers", "hidden_size_draft", "hidden_size_target"):
-        if a[key] != b[key]:
-            raise UserError(f"training and validation states differ in {key}: {a[key]} and {b[key]}. Extract both with the same settings.")
-    if set(states["train"].clips) & set(states["validation"].clips):
-        raise UserError(f"splits {cfg.train_split!r} and {cfg.validation_split!r} share clips; the validation split must hold other clips.")
+    states = {name: load_hidden_states(split, cfg.draft_layers, events=chained) for name, split in splits.items()}
+    _check_splits(cfg, states)
     weights = {name: folder / f"{name}.pt" for name in (("vl_lm_head", "vl_embeddings") if chained else ("vl_lm_head",))}
 
     out = adapter_folder(cfg)
     made_from = {k: split / "meta.json" for k, split in splits.items()} | weights
-    identity = artifacts.identity_of("train_hidden_adapter", cfg, made_from)
-    meta = artifacts.reusable(out / "meta.json", cfg, identity, cfg.ignore_code) if (out / "adapter.pt").is_file() else None
+    identity = identity_of("train_hidden_adapter", cfg, made_from)
+    meta = cached_result(out / "meta.json", cfg, identity, cfg.ignore_code) if (out / "adapter.pt").is_file() else None
     if meta is not None:
         return _show(meta, out, reused=True) if rank == 0 else meta
     wait()  # all processes have checked before anything is overwritten
     start = time.time()
-    matrices = [artifacts.load_pt(path, command_for("extract_hidden_states", split=cfg.train_split)) for path in weights.values()]
+    matrices = [load_pt(path, command_for("extract_hidden_states", split=cfg.train_split)) for path in weights.values()]
     learn: Callable[..., tuple[Any, fitting.History]] = training.train_chained if chained else training.train_hidden
     unfinished = fitting.Checkpoint(out / "unfinished.pt", identity.hash, cfg.resume)
     own_cfg = dataclasses.replace(cfg, device=device)
     adapter, history = learn(states["train"], states["validation"], *matrices, own_cfg, unfinished, fitting.ProcessShare(rank, world))
     best = min(history, key=lambda h: h["validation_loss"])
-    meta = artifacts.provenance(
+    meta = provenance(
         "train_hidden_adapter",
         cfg,
         made_from,
         identity,
         geometry=adapter.geometry,
         parameters=adapter.num_parameters,
-        weights_hash=artifacts.weights_hash(adapter.state_dict()),
-        draft_layers=a["draft_layers"],
-        prefix=a["prefix"],
+        weights_hash=weights_hash(adapter.state_dict()),
+        draft_layers=states["train"].meta["draft_layers"],
+        prefix=states["train"].meta["prefix"],
         best_epoch=best["epoch"],
         epochs=history[-1]["epoch"],
         validation=validation_scores(best),
@@ -192,10 +203,10 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
         seconds=time.time() - start,
     )
     if rank == 0:
-        artifacts.write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in history))
+        write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in history))
         plot_curves(history, out / "training_curves.png")
-        artifacts.save_pt(out / "adapter.pt", {"meta": meta, "state_dict": {k: v.cpu() for k, v in adapter.state_dict().items()}})
-        artifacts.write_sealed(out / "meta.json", meta, ("adapter.pt", "history.jsonl", "training_curves.png"))
+        save_pt(out / "adapter.pt", {"meta": meta, "state_dict": {k: v.cpu() for k, v in adapter.state_dict().items()}})
+        write_hashed_json(out / "meta.json", meta, ("adapter.pt", "history.jsonl", "training_curves.png"))
         unfinished.path.unlink(missing_ok=True)
         _show(meta, out, reused=False)
     return meta

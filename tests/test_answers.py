@@ -9,7 +9,7 @@ import pytest
 
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage.answers import (
-    NO_TEXT,
+    SETTINGS_WITHOUT_EFFECT_ON_TEXTS,
     earlier_answers,
     eos_ids,
     known_answers,
@@ -18,7 +18,7 @@ from feature_alignment.storage.answers import (
     refuse_foreign_ids,
     write_token_pairs,
 )
-from feature_alignment.storage.files import content_hash, read_sealed, write_json
+from feature_alignment.storage.files import content_hash, read_hashed_json, write_json
 from feature_alignment.storage.identity import RunIdentity
 
 IDENTITY = RunIdentity({"max_new_tokens": 3, "dtype": "float32", "split": "a"}, {"target": "t", "manifest": "m"}, {"models.pair": "c"})
@@ -74,7 +74,7 @@ def test_files_of_our_own_name_sample_and_question(tmp_path):
     write_token_pairs(
         tmp_path / "a.json", {"eos_token_ids": [2, 9], "bad": float("nan")}, [full, full | {"id": "s1", "identity": {"row": "r"}}]
     )
-    content = read_sealed(tmp_path / "a.json", "make it")  # its hash is the whole's, though it was taken piece by piece
+    content = read_hashed_json(tmp_path / "a.json", "make it")  # its hash is the whole's, though it was taken piece by piece
     wanted = {"sample_id": "s0", "sequence": "c", "query": "q0"} | {
         k: full[k] for k in ("egpt_tokens", "egpt_text", "vl_tokens", "vl_text")
     }
@@ -109,7 +109,9 @@ def test_answers_of_another_run_are_refused_by_name(tmp_path, caplog):
     path, meta = tmp_path / "a.json", IDENTITY.as_dict()
     results = [result(i) for i in range(3)]
     changed_nothing = dataclasses.replace(
-        IDENTITY, settings=IDENTITY.settings | dict.fromkeys(NO_TEXT, "other"), made_from={"target": "t", "manifest": "n"}
+        IDENTITY,
+        settings=IDENTITY.settings | dict.fromkeys(SETTINGS_WITHOUT_EFFECT_ON_TEXTS, "other"),
+        made_from={"target": "t", "manifest": "n"},
     )
     for identity in (IDENTITY, changed_nothing):
         assert len(load_answers(pairs(path, results, meta), identity, rows())) == 3

@@ -12,10 +12,12 @@ import torch
 
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage import artifacts, hidden_states, hidden_states_writer
-from feature_alignment.storage.earlier_rows import complete, keep_rows, refuse_changes, with_recorded_code
-from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin, check_room, plan_hash, row_bytes, rows_done
-from feature_alignment.storage.identity import RunIdentity
+from feature_alignment.storage import hidden_states, hidden_states_writer
+from feature_alignment.storage.earlier_rows import copy_unchanged_rows, find_complete_run, refuse_changes, with_recorded_code
+from feature_alignment.storage.files import file_hash, load_pt, read_json, save_pt, write_hashed_json, write_json
+from feature_alignment.storage.hidden_states import EVENT_STATES, HiddenStates, layer_file, load_hidden_states
+from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin_run, check_disk_space, plan_hash, row_bytes, rows_done
+from feature_alignment.storage.identity import RunIdentity, source_hash
 from feature_alignment.storage.shards import merge_shards, parse_shard, shard_name
 from feature_alignment.storage.state_files import frame_hash, row_hashes, storage_offset
 from feature_alignment.storage.verification import verify
@@ -50,7 +52,7 @@ def open_writer(path, settings=None, rows=5, resume=True, rank=0):
     identity = made_with(**(settings or {"a": 1}))
     if resume:
         refuse_changes(path, identity, entries(rows), False)
-    begin(path, identity, plan_hash(entries(rows)), resume)
+    begin_run(path, identity, plan_hash(entries(rows)), resume)
     return HiddenStatesWriter(path, rows, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32, rank)
 
 
@@ -59,7 +61,7 @@ def test_round_trip(tmp_path):
     fill(writer, range(5))
     assert not (tmp_path / "train" / "egpt_hidden_states.pt").exists()  # a final name means a complete file
     writer.finish(META)
-    states = artifacts.load_hidden_states(tmp_path / "train")
+    states = load_hidden_states(tmp_path / "train")
     assert states.draft.shape == (5, 5, 6) and states.target.shape == (5, 5, 4)
     assert states.lengths.tolist() == [2, 3, 4, 2, 3] and states.mask.sum(1).tolist() == [2, 3, 4, 2, 3]
     torch.manual_seed(1)
@@ -106,7 +108,7 @@ def test_a_row_that_was_half_noted_is_done_again(tmp_path):
     assert again.done == {0}
     fill(again, range(1, 5))
     again.finish(META)
-    assert [r["id"] for r in artifacts.load_hidden_states(tmp_path / "a").rows] == [f"s{i}" for i in range(5)]
+    assert [r["id"] for r in load_hidden_states(tmp_path / "a").rows] == [f"s{i}" for i in range(5)]
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -118,9 +120,9 @@ def test_a_run_somebody_else_is_writing_is_left_alone(tmp_path, resume):
 
 
 def test_what_no_resume_began_takes_no_earlier_rows(tmp_path):
-    assert begin(tmp_path / "a", made_with(), "plan", resume=True)
-    assert not begin(tmp_path / "a", made_with(), "plan", resume=False)
-    assert not begin(tmp_path / "a", made_with(), "plan", resume=True)  # it was killed, and goes on
+    assert begin_run(tmp_path / "a", made_with(), "plan", resume=True)
+    assert not begin_run(tmp_path / "a", made_with(), "plan", resume=False)
+    assert not begin_run(tmp_path / "a", made_with(), "plan", resume=True)  # it was killed, and goes on
 
 
 @pytest.mark.parametrize("is_complete", [False, True])
@@ -138,8 +140,8 @@ def test_other_settings_are_refused_by_name(tmp_path, is_complete):
     assert again.done == set() and (tmp_path / "a").is_dir() == is_complete  # the old one stays until the new one is there
     fill(again, range(5))
     again.finish(META | made_with(a=2).as_dict())
-    assert complete(tmp_path / "a", made_with(a=2), entries())["settings"] == {"a": 2}
-    assert not complete(tmp_path / "a", made_with(a=1), entries())
+    assert find_complete_run(tmp_path / "a", made_with(a=2), entries())["settings"] == {"a": 2}
+    assert not find_complete_run(tmp_path / "a", made_with(a=1), entries())
 
 
 def test_a_run_killed_between_its_last_two_steps_is_complete(tmp_path):
@@ -147,7 +149,7 @@ def test_a_run_killed_between_its_last_two_steps_is_complete(tmp_path):
     fill(writer, range(5))
     writer.finish(META | made_with(a=1).as_dict())
     (tmp_path / "a" / "progress-0.txt").write_text("")
-    assert complete(tmp_path / "a", made_with(a=1), entries()) and not (tmp_path / "a" / "progress-0.txt").exists()
+    assert find_complete_run(tmp_path / "a", made_with(a=1), entries()) and not (tmp_path / "a" / "progress-0.txt").exists()
 
 
 def test_states_that_are_not_finite_stop_the_run(tmp_path):
@@ -157,23 +159,23 @@ def test_states_that_are_not_finite_stop_the_run(tmp_path):
 
 def test_a_full_disk_is_seen_before_the_work(tmp_path):
     with pytest.raises(UserError, match=r"may need 1,000,000,000,000,000,000 bytes.*free"):
-        check_room(tmp_path, 10**18)
+        check_disk_space(tmp_path, 10**18)
 
 
 def test_one_of_several_layers_is_read(tmp_path):
-    begin(tmp_path / "a", made_with(), "", resume=True)
-    names = {artifacts.layer_file(k): (5, 6) for k in (2, 4)}
+    begin_run(tmp_path / "a", made_with(), "", resume=True)
+    names = {layer_file(k): (5, 6) for k in (2, 4)}
     writer = HiddenStatesWriter(tmp_path / "a", 1, names | {TARGET: (5, 4)}, torch.float32)
-    states = {artifacts.layer_file(k): torch.full((2, 6), float(k)) for k in (2, 4)}
+    states = {layer_file(k): torch.full((2, 6), float(k)) for k in (2, 4)}
     writer.write(0, states | {TARGET: torch.ones(2, 4)}, [5, 2], {"id": "x"})
     writer.commit()
     norms = {2: "pre", 4: "post"}
     writer.finish(META | {"draft_layers": [2, 4], "separate_layers": True, "draft_norms": norms, "hidden_size_draft": 12})
-    read = artifacts.load_hidden_states(tmp_path / "a", [4])
+    read = load_hidden_states(tmp_path / "a", [4])
     assert (read.draft[0, :2] == 4).all() and read.meta["draft_layers"] == [4] and read.meta["draft_norm"] == "post"
     for layers in (None, [3], [2, 4]):
         with pytest.raises(UserError, match=r"layers \[2, 4\] apart"):
-            artifacts.load_hidden_states(tmp_path / "a", layers)
+            load_hidden_states(tmp_path / "a", layers)
 
 
 @pytest.mark.parametrize("layers", [[2], [1], [2, 1], [1, 2, 3], []])
@@ -182,9 +184,9 @@ def test_layers_stored_side_by_side_are_read_together_or_not_at_all(tmp_path, la
     fill(writer, range(5))
     writer.finish(META | {"draft_layers": [1, 2]})
     for wanted in (None, [1, 2]):
-        assert artifacts.load_hidden_states(tmp_path / "a", wanted).meta["draft_layers"] == [1, 2]
+        assert load_hidden_states(tmp_path / "a", wanted).meta["draft_layers"] == [1, 2]
     with pytest.raises(UserError, match=r"holds EventGPT's layers \[1, 2\] as one state, not .*--separate_layers"):
-        artifacts.load_hidden_states(tmp_path / "a", layers)
+        load_hidden_states(tmp_path / "a", layers)
 
 
 def test_swapped_and_damaged_files_are_refused(tmp_path):
@@ -196,34 +198,34 @@ def test_swapped_and_damaged_files_are_refused(tmp_path):
     kept_a, kept_b = a.read_bytes(), b.read_bytes()
     a.write_bytes(kept_b), b.write_bytes(kept_a)
     with pytest.raises(UserError, match="swapped"):
-        artifacts.load_hidden_states(folder)
+        load_hidden_states(folder)
     a.write_bytes(kept_a[:200])
     with pytest.raises(UserError, match=r"egpt_hidden_states\.pt could not be read"):
-        artifacts.load_hidden_states(folder)
+        load_hidden_states(folder)
     a.unlink()
     with pytest.raises(UserError, match=r"extract_hidden_states\.py"):
-        artifacts.load_hidden_states(folder)
+        load_hidden_states(folder)
 
 
 def test_a_pickled_class_is_never_loaded(tmp_path):
     torch.save({"state_dict": {}, "meta": Common()}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="could not be read"):
-        artifacts.load_pt(tmp_path / "x.pt", "make it")
+        load_pt(tmp_path / "x.pt", "make it")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "r.json"
-    artifacts.write_json(path, {"a": float("nan"), "b": [float("inf"), 1.5]})
+    write_json(path, {"a": float("nan"), "b": [float("inf"), 1.5]})
     assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.5]}
     with pytest.raises(TypeError):
-        artifacts.write_json(path, {"a": object()})
+        write_json(path, {"a": object()})
     assert json.loads(path.read_text())["b"] == [None, 1.5] and [p.name for p in tmp_path.iterdir()] == ["r.json"]
 
 
 def test_each_models_own_ends_count_for_its_own_texts():
     """States over the drafter's texts: what ended them is the drafter's set; without a set in the meta it is 2."""
     ids, lengths = torch.tensor([[5, 7, 0], [5, 9, 8], [5, 2, 9]]), torch.tensor([2, 3, 2])
-    states = lambda meta: artifacts.HiddenStates(ids, ids, ids, None, lengths, [], meta)  # noqa: E731
+    states = lambda meta: HiddenStates(ids, ids, ids, None, lengths, [], meta)  # noqa: E731
     both = {"eos_token_ids": [7], "draft_eos_token_ids": [8, 9]}
     assert states(both).ended.tolist() == [True, False, False] == states(both | {"prefix": "target"}).ended.tolist()
     assert states(both | {"prefix": "drafter"}).ended.tolist() == [False, True, False]
@@ -247,28 +249,28 @@ def test_states_are_compared_with_their_hashes_where_that_takes_a_second(tmp_pat
     data = bytearray(path.read_bytes())
     data[storage_offset(path) + 5 * 6 * 4 + 3] ^= 1  # the second row
     path.write_bytes(data)
-    monkeypatch.setattr(hidden_states, "CHECKED_AT_ONCE", 5 * 5 * 6 * 4)
+    monkeypatch.setattr(hidden_states, "MAX_BYTES_CHECKED_ON_LOAD", 5 * 5 * 6 * 4)
     with pytest.raises(UserError, match=r"the states of sample s1 were altered"):
-        artifacts.load_hidden_states(folder)
-    monkeypatch.setattr(hidden_states, "CHECKED_AT_ONCE", 5 * 5 * 6 * 4 - 1)
+        load_hidden_states(folder)
+    monkeypatch.setattr(hidden_states, "MAX_BYTES_CHECKED_ON_LOAD", 5 * 5 * 6 * 4 - 1)
     with caplog.at_level("INFO"):
-        assert artifacts.load_hidden_states(folder).draft.shape == (5, 5, 6)
+        assert load_hidden_states(folder).draft.shape == (5, 5, 6)
     assert "are not compared with their hashes now" in caplog.text and caplog.text.count("are not compared") == 1
 
 
 def rewritten(folder, name, change):
     """A file of the split made anew, and the record told of it: what only a comparison with the other files can find."""
-    content = artifacts.load_pt(folder / name, "")
-    artifacts.save_pt(folder / name, change(content))
-    meta = artifacts.read_json(folder / "meta.json", "")
-    states = artifacts.load_pt(folder / name, "")
+    content = load_pt(folder / name, "")
+    save_pt(folder / name, change(content))
+    meta = read_json(folder / "meta.json", "")
+    states = load_pt(folder / name, "")
     if isinstance(states, torch.Tensor):
         meta["frames"][name] = frame_hash(folder / name, states.nbytes)
         rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
         for row, found in zip(rows, row_hashes(folder / name, len(states), states[0].nbytes), strict=False):
             row["sha256"][name] = found
         (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    artifacts.write_sealed(
+    write_hashed_json(
         folder / "meta.json", {k: v for k, v in meta.items() if k not in ("files", "content_hash")}, ["positions.pt", "samples.jsonl"]
     )
 
@@ -289,23 +291,23 @@ def rewritten(folder, name, change):
 def test_files_that_do_not_fit_each_other_are_refused(tmp_path, name, change, message):
     folder = whole_run(tmp_path)
     rewritten(folder, name, lambda x: {k: v.clone() for k, v in x.items()} if isinstance(x, dict) else x.clone())
-    assert artifacts.load_hidden_states(folder).draft.shape == (5, 5, 6)
+    assert load_hidden_states(folder).draft.shape == (5, 5, 6)
     rewritten(folder, name, change)
     with pytest.raises(UserError, match=message):
-        artifacts.load_hidden_states(folder)
+        load_hidden_states(folder)
 
 
 def test_event_states_are_read_where_they_are_asked_for_and_there(tmp_path):
     with pytest.raises(UserError, match=r"(?s)holds no event states.*--event_states"):
-        artifacts.load_hidden_states(whole_run(tmp_path), events=True)
-    begin(tmp_path / "a", made_with(), "", resume=True)
-    shapes = {DRAFT: (5, 6), TARGET: (5, 4), artifacts.EVENT_STATES: (3, 2)}
+        load_hidden_states(whole_run(tmp_path), events=True)
+    begin_run(tmp_path / "a", made_with(), "", resume=True)
+    shapes = {DRAFT: (5, 6), TARGET: (5, 4), EVENT_STATES: (3, 2)}
     writer, events = HiddenStatesWriter(tmp_path / "a", 1, shapes, torch.float32), torch.randn(3, 2)
-    writer.write(0, {DRAFT: torch.ones(2, 6), TARGET: torch.ones(2, 4), artifacts.EVENT_STATES: events}, [5, 2], {"id": "x"})
+    writer.write(0, {DRAFT: torch.ones(2, 6), TARGET: torch.ones(2, 4), EVENT_STATES: events}, [5, 2], {"id": "x"})
     writer.commit()
     writer.finish(META | {"event_states": True})
-    assert torch.equal(artifacts.load_hidden_states(tmp_path / "a", events=True).events[0], events)
-    assert artifacts.load_hidden_states(tmp_path / "a").events is None
+    assert torch.equal(load_hidden_states(tmp_path / "a", events=True).events[0], events)
+    assert load_hidden_states(tmp_path / "a").events is None
 
 
 def test_what_is_written_has_the_shape_that_was_announced(tmp_path):
@@ -330,7 +332,7 @@ def test_what_was_repaired_or_cut_is_counted_over_all_rows(tmp_path):
         writer.write(row, {DRAFT: torch.ones(2, 6), TARGET: torch.ones(2, 4)}, [5, 2], {"id": f"s{row}", **more})
     writer.commit()
     writer.finish(META)
-    meta = artifacts.read_json(tmp_path / "a" / "meta.json", "")
+    meta = read_json(tmp_path / "a" / "meta.json", "")
     assert (meta["mended"], meta["cut"], meta["positions"]) == ({"x": 2, "y": 1}, {"z": 1}, 6)
     assert meta["row_bytes"] == {DRAFT: 5 * 6 * 4, TARGET: 5 * 4 * 4} and meta["plan"] == plan_hash([{"id": f"s{i}"} for i in range(3)])
 
@@ -383,9 +385,9 @@ def test_notes_reach_the_disk_after_the_states_and_whole(tmp_path, monkeypatch):
 def test_room_is_what_rows_take_and_a_disk_has(tmp_path, monkeypatch):
     assert row_bytes([(5, 6), (3, 2)], torch.bfloat16) == 2 * (30 + 6)
     monkeypatch.setattr(hidden_states_writer.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
-    check_room(tmp_path / "new" / "deep", 100)
+    check_disk_space(tmp_path / "new" / "deep", 100)
     with pytest.raises(UserError, match="may need 101 bytes, its disk has 100 free"):
-        check_room(tmp_path / "new" / "deep", 101)
+        check_disk_space(tmp_path / "new" / "deep", 101)
     assert not (tmp_path / "new").exists()
 
 
@@ -394,15 +396,15 @@ def run_of_clips(tmp_path):
     for i in range(2):
         (tmp_path / f"clip{i}.npy").write_text(f"events {i}")
     folder = tmp_path / "out" / "hidden_states" / "train"
-    begin(folder, made_with(), "", resume=True)
+    begin_run(folder, made_with(), "", resume=True)
     writer = HiddenStatesWriter(folder, 2, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
     for i in range(2):
-        clip = {f"clip{i}.npy": artifacts.file_hash(tmp_path / f"clip{i}.npy")}
+        clip = {f"clip{i}.npy": file_hash(tmp_path / f"clip{i}.npy")}
         writer.write(i, {DRAFT: torch.ones(2, 6) + i, TARGET: torch.ones(2, 4) + i}, [5, 2], {"id": f"s{i}", "clip": clip})
     writer.commit()
     manifest = tmp_path / "train.jsonl"
     manifest.write_text("{}")
-    sources = {"inputs": {"manifest": str(manifest)}, "made_from": {"manifest": artifacts.source_hash(manifest)}}
+    sources = {"inputs": {"manifest": str(manifest)}, "made_from": {"manifest": source_hash(manifest)}}
     writer.finish(META | sources | {"config": {"output_dir": str(tmp_path / "out")}})
     return folder
 
@@ -443,11 +445,11 @@ def test_a_run_that_was_moved_as_a_whole_finds_its_own_files(tmp_path):
     made_in, now = tmp_path / "made", tmp_path / "now"
     (made_in / "adapter").mkdir(parents=True)
     (tmp_path / "model").write_text("m")
-    artifacts.write_sealed(made_in / "adapter" / "meta.json", {"meta": {}})
+    write_hashed_json(made_in / "adapter" / "meta.json", {"meta": {}})
     inputs = {"adapter": str(made_in / "adapter" / "meta.json"), "model": str(tmp_path / "model")}
-    made_from = {name: artifacts.source_hash(Path(path)) for name, path in inputs.items()}
+    made_from = {name: source_hash(Path(path)) for name, path in inputs.items()}
     meta = {"inputs": inputs, "made_from": made_from, "config": {"output_dir": str(made_in)}}
-    artifacts.write_sealed(made_in / "sd" / "a.json", {"meta": meta})
+    write_hashed_json(made_in / "sd" / "a.json", {"meta": meta})
     made_in.rename(now)
     assert verify(now) == ([], {"files": 2, "rows": 0, "sources": 2})
     (tmp_path / "model").unlink()
@@ -460,8 +462,8 @@ def test_what_follows_from_something_wrong_is_followed_to_the_end(tmp_path):
 
     def record(name, *sources):
         paths = {f"source {i}": str(out / s) for i, s in enumerate(sources)}
-        meta = {"inputs": paths, "made_from": {k: artifacts.source_hash(Path(p)) for k, p in paths.items()}}
-        artifacts.write_sealed(out / name, {"meta": meta})
+        meta = {"inputs": paths, "made_from": {k: source_hash(Path(p)) for k, p in paths.items()}}
+        write_hashed_json(out / name, {"meta": meta})
 
     for split in ("a", "b"):
         record(f"token_pairs/{split}.json")
@@ -480,7 +482,7 @@ def test_what_follows_from_something_wrong_is_followed_to_the_end(tmp_path):
 def shard(tmp_path, number, rows, total=5):
     """One of two shards of the rows that `fill` writes."""
     folder = tmp_path / f"train.shard-{number}-of-2"
-    begin(folder, made_with(), "", resume=True)
+    begin_run(folder, made_with(), "", resume=True)
     writer = HiddenStatesWriter(folder, len(rows), {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
     for place, i in enumerate(rows):
         torch.manual_seed(i)
@@ -506,7 +508,7 @@ def test_shards_make_the_whole_in_the_manifests_order(tmp_path):
     second = shard(tmp_path, 2, [4, 1, 2])
     with pytest.raises(UserError, match=r"vl_lm_head.pt is not there"):
         merge(tmp_path)
-    artifacts.save_pt(tmp_path / "vl_lm_head.pt", torch.ones(2))
+    save_pt(tmp_path / "vl_lm_head.pt", torch.ones(2))
     with pytest.raises(UserError, match=r"hold 5 samples, the manifest 4; 0 of these differ\."):
         merge(tmp_path, 4)
     with pytest.raises(UserError, match=r"hold 5 samples, the manifest 6; 1 of these differ, e\.g\. s5"):
@@ -516,9 +518,9 @@ def test_shards_make_the_whole_in_the_manifests_order(tmp_path):
     whole.finish(META)
     for name in (DRAFT, TARGET, "positions.pt"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "train" / name).read_bytes()
-    meta = artifacts.read_json(tmp_path / "train" / "meta.json", "")
+    meta = read_json(tmp_path / "train" / "meta.json", "")
     assert (meta["rows"], meta["merged_shards"], meta["settings"], meta["positions"]) == (5, 2, {"a": 1}, 14)
-    results = artifacts.read_json(tmp_path / "pairs.json", "")["results"]
+    results = read_json(tmp_path / "pairs.json", "")["results"]
     assert [r["sample_id"] for r in results] == [f"s{i}" for i in range(5)]
     (second / "samples.jsonl").write_text("")
     with pytest.raises(UserError, match=r"train.shard-2-of-2: samples.jsonl was altered"):
@@ -526,7 +528,7 @@ def test_shards_make_the_whole_in_the_manifests_order(tmp_path):
 
 
 def test_a_killed_merge_goes_on_and_a_damaged_row_is_refused(tmp_path, monkeypatch):
-    artifacts.save_pt(tmp_path / "vl_lm_head.pt", torch.ones(2))
+    save_pt(tmp_path / "vl_lm_head.pt", torch.ones(2))
     first, second = shard(tmp_path, 1, [0, 1]), shard(tmp_path, 2, [2, 3, 4])
     data = bytearray((second / DRAFT).read_bytes())
     data[storage_offset(second / DRAFT) + 5 * 6 * 4] ^= 1
@@ -592,7 +594,7 @@ def test_half_of_the_rows_may_be_lost_unasked_and_no_more(tmp_path):
         refuse_changes(tmp_path / "a", code, old, False)
     refuse_changes(tmp_path / "a", code, old, False, ignore_code=True)
     refuse_changes(tmp_path / "nothing", code, old, False)
-    begin(tmp_path / "a", made_with(a=3), plan_hash(old), resume=False)  # an unfinished run is there to replace the complete one
+    begin_run(tmp_path / "a", made_with(a=3), plan_hash(old), resume=False)  # an unfinished run is there to replace the complete one
     with pytest.raises(UserError, match="a: 3 → 1"):
         refuse(old)
     refuse_changes(tmp_path / "a", made_with(a=3), old, False)
@@ -605,22 +607,22 @@ def test_rows_of_a_batch_that_is_unchanged_are_copied_under_their_new_names(tmp_
     kept = renamed([entries()[i] for i in (3, 0)])
     regrouped = entries()[1] | {"identity": {"row": "r1", "batch": "another"}}
     rows = [kept[0], regrouped, kept[1], *[row | {"identity": {"row": "n", "batch": "n"}} for row in entries()[4:]]]
-    begin(path, made_with(a=1), plan_hash(rows), resume=True)
+    begin_run(path, made_with(a=1), plan_hash(rows), resume=True)
     writer = HiddenStatesWriter(path, 4, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
-    keep_rows(writer, made_with(a=2), rows)
+    copy_unchanged_rows(writer, made_with(a=2), rows)
     assert writer.done == set() and "kept" not in caplog.text  # an earlier run of other settings has none to keep
-    keep_rows(writer, made_with(a=1), rows)
+    copy_unchanged_rows(writer, made_with(a=1), rows)
     assert writer.done == {0, 2}
     assert "2 rows whose question, clip and batch are unchanged. Extracted again: 0 damaged, 1 now read together" in caplog.text
-    notes = {note["row"]: note for note in hidden_states_writer.notes_of(writer.part)}
+    notes = {note["row"]: note for note in hidden_states_writer.progress_entries(writer.part)}
     assert [(notes[r]["id"], notes[r]["sequence"], notes[r]["read"]) for r in (0, 2)] == [
         ("new0", "other", [10, 11]),
         ("new1", "other", [10, 11]),
     ]
     torch.manual_seed(3)
-    assert torch.equal(artifacts.load_pt(writer.part / DRAFT, "")[0, :2], torch.randn(2, 6))
+    assert torch.equal(load_pt(writer.part / DRAFT, "")[0, :2], torch.randn(2, 6))
     caplog.clear()
-    keep_rows(writer, made_with(a=1), rows)
+    copy_unchanged_rows(writer, made_with(a=1), rows)
     assert "0 rows whose" in caplog.text and writer.done == {0, 2}  # again: they are there
 
 
@@ -631,10 +633,10 @@ def test_a_damaged_row_is_not_copied(tmp_path, caplog):
     data = bytearray((path / TARGET).read_bytes())
     data[storage_offset(path / TARGET) + 2 * 5 * 4 * 4] ^= 1
     (path / TARGET).write_bytes(data)
-    assert complete(path, made_with(a=1), entries()) is None and f"{TARGET} was altered, truncated or deleted" in caplog.text
-    begin(path, made_with(a=1), plan_hash(entries()), resume=True)
+    assert find_complete_run(path, made_with(a=1), entries()) is None and f"{TARGET} was altered, truncated or deleted" in caplog.text
+    begin_run(path, made_with(a=1), plan_hash(entries()), resume=True)
     writer = HiddenStatesWriter(path, 5, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
-    keep_rows(writer, made_with(a=1), entries())
+    copy_unchanged_rows(writer, made_with(a=1), entries())
     assert writer.done == {0, 1, 3, 4} and "4 rows whose" in caplog.text and "1 damaged" in caplog.text
 
 
@@ -646,23 +648,23 @@ def test_rows_kept_with_ignore_code_stay_that_codes(tmp_path):
     fill(writer, range(5))
     writer.finish(META | old.as_dict())
     assert with_recorded_code(path, now).code == {"m": "old"} and with_recorded_code(path, RunIdentity({"a": 2}, {}, {})).code == {}
-    begin(path, RunIdentity({"a": 1}, {}, {"m": "half"}), "plan", resume=True)
+    begin_run(path, RunIdentity({"a": 1}, {}, {"m": "half"}), "plan", resume=True)
     assert with_recorded_code(path, now).code == {"m": "half"}  # an unfinished run is the later one
 
 
 def test_a_complete_run_is_one_of_these_rows_without_an_unfinished_one_beside_it(tmp_path, caplog):
     caplog.set_level("INFO")
     path = tmp_path / "a"
-    assert complete(path, made_with(a=1), entries()) is None
+    assert find_complete_run(path, made_with(a=1), entries()) is None
     finished_run(path)
-    assert complete(path, made_with(a=1), entries())["positions"] == 14
+    assert find_complete_run(path, made_with(a=1), entries())["positions"] == 14
     assert "5 rows (question, clip, batch), the recorded hashes of 2 files and of all their states" in caplog.text
     without = [{k: v for k, v in row.items() if k not in ("identity", "clip")} for row in entries()]  # as a merge knows them
-    assert complete(path, made_with(a=1), without)
+    assert find_complete_run(path, made_with(a=1), without)
     for rows in (entries()[:4], entries()[::-1], renamed(entries()), without[:4], [row | {"question": "!"} for row in without]):
-        assert complete(path, made_with(a=1), rows) is None
-    begin(path, made_with(a=1), "plan", resume=True)
-    assert complete(path, made_with(a=1), entries()) is None
+        assert find_complete_run(path, made_with(a=1), rows) is None
+    begin_run(path, made_with(a=1), "plan", resume=True)
+    assert find_complete_run(path, made_with(a=1), entries()) is None
 
 
 def test_an_unfinished_run_of_other_rows_is_set_aside_and_swept_at_last(tmp_path):
@@ -671,7 +673,7 @@ def test_an_unfinished_run_of_other_rows_is_set_aside_and_swept_at_last(tmp_path
         writer = open_writer(path, rows=rows)
         fill(writer, [0])
         writer.close()
-    assert [p.name for p in hidden_states_writer.set_aside(path)] == ["a.earlier-1.unfinished", "a.earlier-2.unfinished"]
+    assert [p.name for p in hidden_states_writer.superseded_runs(path)] == ["a.earlier-1.unfinished", "a.earlier-2.unfinished"]
     assert rows_done(path) == {0}
     writer = open_writer(path, rows=3)
     fill(writer, [1, 2])
@@ -679,6 +681,6 @@ def test_an_unfinished_run_of_other_rows_is_set_aside_and_swept_at_last(tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and writer._files == {}
     open_writer(path, rows=5).close()
     open_writer(path, rows=4).close()
-    assert len(hidden_states_writer.set_aside(path)) == 1
+    assert len(hidden_states_writer.superseded_runs(path)) == 1
     open_writer(path, rows=4, resume=False).close()
-    assert hidden_states_writer.set_aside(path) == [] and rows_done(path) == set()
+    assert hidden_states_writer.superseded_runs(path) == [] and rows_done(path) == set()

@@ -33,7 +33,7 @@ from feature_alignment.inputs.samples import read_samples
 from feature_alignment.inputs.video import read_frames
 from feature_alignment.models import pair
 from feature_alignment.storage.answers import read_token_pairs
-from feature_alignment.storage.artifacts import load_pt, read_json
+from feature_alignment.storage.files import load_pt, read_json
 
 CANARY = "hacked"  # every payload would make a file of this name
 MEMORY = 192 << 20  # bytes that opening a refused file may touch

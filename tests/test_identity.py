@@ -23,7 +23,7 @@ from feature_alignment.inputs.row_identity import identify
 from feature_alignment.inputs.samples import Sample, read_samples
 from feature_alignment.models.batches import ClipBatch, plan_batches
 from feature_alignment.storage import artifacts, identity
-from feature_alignment.storage.files import altered, file_hash, read_json, write_sealed
+from feature_alignment.storage.files import altered_files, file_hash, read_json, write_hashed_json
 from feature_alignment.storage.hidden_states import load_hidden_states
 from feature_alignment.storage.identity import RunIdentity, code_of, hub_revision, identity_of
 
@@ -196,22 +196,22 @@ def test_what_made_a_result_is_recorded_with_it(tmp_path, monkeypatch):
 def test_a_result_is_reused_only_whole_and_unchanged(tmp_path, caplog):
     path, now = tmp_path / "a.json", RunIdentity({"a": 1}, {}, {"m": "c"})
     (tmp_path / "beside.txt").write_text("b")
-    write_sealed(path, {"meta": now.as_dict(), "n": 1}, ["beside.txt"])
-    reused = artifacts.reusable(path, SomeConfig(), now)
+    write_hashed_json(path, {"meta": now.as_dict(), "n": 1}, ["beside.txt"])
+    reused = artifacts.cached_result(path, SomeConfig(), now)
     assert reused["n"] == 1 and "the recorded hashes of 2 files" in caplog.text
-    assert artifacts.reusable(path, SomeConfig(resume=False), now) is None
-    assert artifacts.reusable(tmp_path / "b.json", SomeConfig(), now) is None
+    assert artifacts.cached_result(path, SomeConfig(resume=False), now) is None
+    assert artifacts.cached_result(tmp_path / "b.json", SomeConfig(), now) is None
     other = dataclasses.replace(now, code={"m": "d"})
-    assert artifacts.reusable(path, SomeConfig(), other) is None and "code: m changed" in caplog.text
-    assert artifacts.reusable(path, SomeConfig(), other, ignore_code=True)["n"] == 1 and "kept because of --ignore_code" in caplog.text
+    assert artifacts.cached_result(path, SomeConfig(), other) is None and "code: m changed" in caplog.text
+    assert artifacts.cached_result(path, SomeConfig(), other, ignore_code=True)["n"] == 1 and "kept because of --ignore_code" in caplog.text
     (tmp_path / "beside.txt").write_text("c")
-    assert artifacts.reusable(path, SomeConfig(), now) is None and "beside.txt was altered or is gone" in caplog.text
+    assert artifacts.cached_result(path, SomeConfig(), now) is None and "beside.txt was altered or is gone" in caplog.text
     path.write_text("{")
-    assert artifacts.reusable(path, SomeConfig(), now) is None and "It is made again." in caplog.text
+    assert artifacts.cached_result(path, SomeConfig(), now) is None and "It is made again." in caplog.text
     with pytest.raises(UserError, match="is a folder"):
-        artifacts.reusable(tmp_path, SomeConfig(), now)
-    write_sealed(tmp_path / "meta.json", now.as_dict())  # a record that is its own meta
-    assert artifacts.reusable(tmp_path / "meta.json", SomeConfig(), now)["settings"] == {"a": 1}
+        artifacts.cached_result(tmp_path, SomeConfig(), now)
+    write_hashed_json(tmp_path / "meta.json", now.as_dict())  # a record that is its own meta
+    assert artifacts.cached_result(tmp_path / "meta.json", SomeConfig(), now)["settings"] == {"a": 1}
 
 
 @pytest.mark.parametrize("recorded", [{}, {"schema": 3}, [], None, {"schema": 4, "settings": 7, "made_from": [], "code": "x"}])
@@ -591,13 +591,13 @@ def test_one_damaged_row_costs_its_batch_alone(scene, generated):
 def test_a_deleted_file_is_altered(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
-    write_sealed(tmp_path / "r.json", {"x": 1}, ("a.txt", "b.txt"))
+    write_hashed_json(tmp_path / "r.json", {"x": 1}, ("a.txt", "b.txt"))
     content = read_json(tmp_path / "r.json", "")
-    assert altered(tmp_path / "r.json", content) == []
+    assert altered_files(tmp_path / "r.json", content) == []
     (tmp_path / "b.txt").unlink()
-    assert altered(tmp_path / "r.json", content) == ["b.txt"] == altered(tmp_path / "r.json", content, ["b.txt"])
+    assert altered_files(tmp_path / "r.json", content) == ["b.txt"] == altered_files(tmp_path / "r.json", content, ["b.txt"])
     (tmp_path / "a.txt").write_text("A.txt")
-    assert altered(tmp_path / "r.json", content) == ["a.txt", "b.txt"]
+    assert altered_files(tmp_path / "r.json", content) == ["a.txt", "b.txt"]
 
 
 # ---- other code

@@ -22,7 +22,8 @@ from feature_alignment.measurement import comparison, metrics, scoring
 from feature_alignment.measurement.calibration import Judged, certify, p_value
 from feature_alignment.measurement.lexicon import Lexicon
 from feature_alignment.measurement.scoring import Fitted, Scores
-from feature_alignment.storage.artifacts import HiddenStates, save_pt
+from feature_alignment.storage.files import save_pt
+from feature_alignment.storage.hidden_states import HiddenStates
 from feature_alignment.storage.identity import SCHEMA
 
 N, S, D, V, G = 9, 11, 6, 12, 3

@@ -18,7 +18,7 @@ from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.models import pair
 from feature_alignment.models.pair import Pair
-from feature_alignment.storage.artifacts import save_pt, write_json
+from feature_alignment.storage.files import save_pt, write_json
 
 
 def opened(out: Path, taps=(3,), **more) -> Sources:

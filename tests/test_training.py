@@ -18,7 +18,7 @@ from feature_alignment.adapters.fitting import Batch, Checkpoint, ProcessShare
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.adapters.training import Scale, start_from_linear, train_chained, train_hidden
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage.artifacts import HiddenStates
+from feature_alignment.storage.hidden_states import HiddenStates
 from feature_alignment.train_hidden_adapter import TrainConfig
 
 D = 8
@@ -252,8 +252,8 @@ TWO = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from test_training import ProcessShare, learn
-from feature_alignment.processes import processes
-rank, world, _, wait = processes("cpu")
+from feature_alignment.storage.processes import process_group
+rank, world, _, wait = process_group("cpu")
 for name in ("hidden", "chained"):
     adapter, history = learn(name, ProcessShare(rank, world))
     if rank == 0:

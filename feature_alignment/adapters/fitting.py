@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from feature_alignment.cli.console import UserError, progress
-from feature_alignment.storage import artifacts
+from feature_alignment.storage.files import load_pt, save_pt
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class Checkpoint:
         """The saved state, or None if there is none of this identity."""
         if not (self.resume and self.path.is_file()):
             return None
-        saved: dict[str, Any] = artifacts.load_pt(self.path, f"rm {self.path}")
+        saved: dict[str, Any] = load_pt(self.path, f"rm {self.path}")
         if saved.get("identity") == self.identity:
             return saved
         log.warning("%s belongs to other settings, sources or code; training starts from the beginning.", self.path)
@@ -150,7 +150,7 @@ class Checkpoint:
 
     def save(self, **state: Any) -> None:
         """Write the state of a training atomically."""
-        artifacts.save_pt(self.path, {"identity": self.identity, **state})
+        save_pt(self.path, {"identity": self.identity, **state})
 
 
 def fit(

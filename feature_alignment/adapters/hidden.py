@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage.files import layers_read, load_trained
+from feature_alignment.storage.files import load_trained, trained_layers
 from feature_alignment.storage.pretrained import load_pretrained, save_pretrained
 
 
@@ -94,12 +94,12 @@ def load_adapter(path: Path, d_draft: int | None = None, draft_layers: Sequence[
     Raises:
         UserError: If the file is missing or damaged, or was trained on other states.
     """
-    make_it = command_for("train_hidden_adapter")
-    adapter, meta = load_trained(path, "a hidden adapter", HiddenAdapter, "d_draft", make_it)
-    layers = layers_read(path, meta, make_it)
+    remake_command = command_for("train_hidden_adapter")
+    adapter, meta = load_trained(path, "a hidden adapter", HiddenAdapter, "d_draft", remake_command)
+    layers = trained_layers(path, meta, remake_command)
     if d_draft is not None and meta["geometry"]["d_draft"] != d_draft:
         raise UserError(
-            f"{path} reads states of width {meta['geometry']['d_draft']}, these have width {d_draft}. Train it on them:\n  {make_it}"
+            f"{path} reads states of width {meta['geometry']['d_draft']}, these have width {d_draft}. Train it on them:\n  {remake_command}"
         )
     if draft_layers is not None and layers != list(draft_layers):
         raise UserError(

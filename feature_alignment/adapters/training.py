@@ -26,7 +26,7 @@ from feature_alignment.adapters.fitting import (
 )
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage.artifacts import HiddenStates
+from feature_alignment.storage.hidden_states import HiddenStates
 
 REACH = 1.0  # input range, in standard deviations, of a unit that starts as a linear function
 

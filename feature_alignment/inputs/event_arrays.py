@@ -27,7 +27,7 @@ from feature_alignment.inputs.event_windows import (
     joined,
     table_of,
 )
-from feature_alignment.storage.pickles import ArraysOnly, look_through, plain_array
+from feature_alignment.storage.pickles import ArraysOnly, check_pickle, plain_array
 
 _MAX_PICKLE_BYTES = 1 << 30
 _MAX_IN_MEMORY = 1 << 24  # larger compressed arrays are unpacked into a temporary file
@@ -92,7 +92,7 @@ def _unpickled(stream: IO[bytes], size: int) -> Any:
     if size > _MAX_PICKLE_BYTES:
         raise ValueError(f"a pickle of {size:,} bytes; at most {_MAX_PICKLE_BYTES:,} are read. Write plain arrays: np.savez")
     data = stream.read()
-    look_through(data)
+    check_pickle(data)
     return plain_array(ArraysOnly(io.BytesIO(data)).load())
 
 
