@@ -107,7 +107,7 @@ def test_texts_of_another_vocabulary_are_refused(tmp_path):
     with_texts(tmp_path, [4, 63])
     assert opened(tmp_path).texts == [("q", [4, 63])]
     with_texts(tmp_path, [4, 64])
-    with pytest.raises(UserError, match=r"holds ids beyond the 64 of this pair"):
+    with pytest.raises(UserError, match=r"holds token ids beyond the 64 of this pair"):
         opened(tmp_path).texts  # noqa: B018
     with_texts(tmp_path, [])
     assert opened(tmp_path).texts == [("q", [])]
