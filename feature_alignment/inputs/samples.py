@@ -304,10 +304,10 @@ def _ask(samples: list[Sample], questions: list[str]) -> list[Sample]:
         clips.setdefault(clip, s)
         answers[clip, s.question] = s.answer
     asked = []
-    for clip, s in clips.items():
+    for key, s in clips.items():
         name = re.sub(r"-q\d+$", "", s.id)
         asked += [
-            dataclasses.replace(s, id=f"{name}-q{k}", question=question, answer=answers.get((clip, question)))
+            dataclasses.replace(s, id=f"{name}-q{k}", question=question, answer=answers.get((key, question)))
             for k, question in enumerate(questions)
         ]
     return asked
