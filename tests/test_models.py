@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +15,10 @@ from conftest import as_decoder, prompt_of, tiny_llama
 from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import read_samples
-from feature_alignment.models import loading, pair, preprocessing
+from feature_alignment.inputs.video import NUM_FRAMES
+from feature_alignment.models import eventgpt, loading, pair, preprocessing, video_llava
 from feature_alignment.models.batches import _common_prefix, _keep_rows, _Texts, _truncated_to, _with_room
+from feature_alignment.models.decoder import Decoder, position_limit
 from feature_alignment.models.eventgpt import EventGPTConfig, EventGPTForCausalLM, load_eventgpt
 
 PROMPTS = [(1, 5, 9, 13), (1, 40, 3, 8), (1, 7, 7, 20), (1, 9, 33, 4)]
@@ -405,3 +409,154 @@ def test_events_are_drawn_on_the_canvas_unless_they_exceed_it(tiny_run, monkeypa
     pixels = pair.load_draft(cfg).read_pixels(sample)
     assert asked == [(sample.events, cfg.event_window_ms, 5.0 if start is None else 20.0), (5, None if any(beyond) else tuple(canvas))]
     assert torch.equal(pixels, pixels.bfloat16().float()) and len(pixels) == 5
+
+
+# ---- how a model is loaded
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ({}, {}),
+        ({"device": "cuda:1"}, {"device_map": {"": "cuda:1"}}),
+        ({"device": "meta"}, {"device_map": {"": "meta"}}),
+        ({"device_map": "auto"}, {"device_map": "auto"}),
+        ({"device": "cuda", "device_map": "auto"}, {"device_map": "auto"}),
+        ({"quantize": "nf4"}, {"device_map": {"": "cpu"}, "quantization_config": "4 bits"}),
+        ({"quantize": "nf4", "device": "cuda"}, {"device_map": {"": "cuda"}, "quantization_config": "4 bits"}),
+        ({"quantize": "nf4", "device": "meta"}, {"device_map": {"": "meta"}}),
+        ({"attn_implementation": "eager"}, {"attn_implementation": "eager"}),
+        ({"attn_implementation": "flash_attention_2"}, {}),
+        (
+            {"attn_implementation": "flash_attention_2", "device": "cuda"},
+            {"attn_implementation": "flash_attention_2", "device_map": {"": "cuda"}},
+        ),
+    ],
+)
+def test_a_model_goes_straight_to_where_it_runs(monkeypatch, tmp_path, asked, wanted):
+    seen, checked, promised = [], [], []
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(
+        loading, "load_complete", lambda cls, path, what, config, **options: (seen.append((cls, path, what, config, options)), model)[1]
+    )
+    monkeypatch.setattr(loading, "check_device", checked.append)
+    monkeypatch.setattr(loading, "_refuse_missing_weights", lambda *given: promised.append(given))
+    monkeypatch.setattr(loading, "_nf4", lambda dtype, names: {(torch.float16, ("head",)): "4 bits"}[dtype, names])
+    monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: True)
+    found = loading.load_model(int, tmp_path, "a model", dtype=torch.float16, unquantized=("head",), config="c", **asked)
+    ((cls, path, what, config, options),) = seen
+    assert (cls, path, what, config) == (int, tmp_path, "a model", "c") and promised == [(int, tmp_path, "a model", "c")]
+    assert options == {"dtype": torch.float16, "attn_implementation": "sdpa"} | wanted and found is model and not model.training
+    assert checked == ([] if asked.get("device") == "meta" else [asked.get("device", "cpu")])
+
+
+def test_a_model_of_which_a_part_fits_nowhere_is_refused(monkeypatch, tmp_path):
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta")])
+    monkeypatch.setattr(loading, "load_complete", lambda *_, **__: model)
+    monkeypatch.setattr(loading, "_refuse_missing_weights", lambda *_: None)
+    with pytest.raises(UserError, match="does not fit into the GPUs of --device_map auto"):
+        loading.load_model(int, tmp_path, "a model", dtype=torch.float32, device_map="auto")
+    assert loading.load_model(int, tmp_path, "a model", dtype=torch.float32, device="meta") is model
+
+
+def test_four_bits_are_nf4_with_double_quantization(monkeypatch):
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(loading, "BitsAndBytesConfig", dict)
+    wanted = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    assert loading._nf4(torch.bfloat16, ("a", "b")) == {
+        **wanted,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+        "llm_int8_skip_modules": ["a", "b"],
+    }
+
+
+def test_only_checkpoints_of_the_hub_are_fetched(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(loading, "find_checkpoint", lambda *what: fetched.append(what))
+    both = {"target_id": Path("hub:a/b"), "draft_id": Path("hub:c/d")}
+    for here in ({}, {"target_id": Path("a")}, {"draft_id": Path("c")}, {"target_id": Path("a"), "draft_id": Path("c")}):
+        loading.fetch_checkpoints(Common(**(both | here)))
+    first, second = (Path("hub:a/b"), "--target_id"), (Path("hub:c/d"), "--draft_id")
+    assert fetched == [first, second, second, first]
+
+
+def test_an_error_is_quoted_by_its_first_line():
+    assert loading.first_line(ValueError("\n first\nsecond")) == "first" and loading.first_line(ValueError("")) == "ValueError"
+    assert loading.first_line(ValueError("x" * 500)) == "x" * 200
+    assert (
+        preprocessing._installed("torch")
+        and not preprocessing._installed("no_such_module")
+        and not preprocessing._installed("no_such.module")
+    )
+
+
+def test_a_missing_preprocessor_is_clips_own(tmp_path):
+    made = preprocessing.load_processor(tmp_path, 48, default=True)
+    assert dict(made.size) == {"shortest_edge": 48} and dict(made.crop_size) == {"height": 48, "width": 48}
+    pixels = preprocessing.clip_pixels([np.full((30, 60, 3), 200, np.uint8)], made)
+    assert pixels.shape == (1, 3, 48, 48)
+    made.save_pretrained(tmp_path)
+    assert dict(preprocessing.load_processor(tmp_path, 48).size) == {"shortest_edge": 48}
+    with pytest.raises(UserError, match="crops to 48 x 48, the vision tower expects 49 x 49"):
+        preprocessing.load_processor(tmp_path, 49)
+
+
+def test_facts_of_the_released_pair():
+    """Read from the released code and tokenizers; nothing here could recompute them."""
+    assert (eventgpt.EVENT_TOKEN_INDEX, eventgpt.NUM_EVENT_SLICES, eventgpt.KNOWN_TEXT_TOKENS) == (-200, 5, (59,))
+    assert video_llava.KNOWN_TEXT_TOKENS == (20, 21) and preprocessing.LLAMA_VOCABULARY == 32_000 and NUM_FRAMES == 8
+    assert pytest.approx(0.516, abs=1e-3) == loading.NF4_BYTES
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        (None, 100),
+        ({}, 100),
+        ({"rope_type": "default"}, 100),
+        ({"rope_type": "linear", "factor": 2.5}, 250),
+        ({"rope_type": "default", "factor": None}, 100),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 25}, 100),  # the config states the product
+    ],
+)
+def test_positions_are_what_the_rotary_embedding_is_stretched_to(rope, positions):
+    assert position_limit(SimpleNamespace(max_position_embeddings=100, rope_parameters=rope)) == positions
+    assert position_limit(SimpleNamespace(max_position_embeddings=100)) == 100
+
+
+def test_without_vision_a_prompt_is_as_long_as_its_ids():
+    model = tiny_llama(0)
+    prompts = {"fits": torch.ones(255, dtype=torch.long), "too long": torch.ones(256, dtype=torch.long)}
+    decoder = Decoder(model.model, model.lm_head, None, prompts.__getitem__, None, lambda pixels: pixels, None)
+    assert len(decoder.encode_prompt("fits")) == 255
+    with pytest.raises(UserError, match=r"makes a prompt of 256 tokens.*for 256 positions"):
+        decoder.encode_prompt("too long")
+
+
+@pytest.mark.parametrize("taps", [None, [1, 2], [1]])
+@torch.inference_mode()
+def test_states_on_vision_tokens_know_what_stands_before_them_alone(taps):
+    """Of the last tapped layer, from the first vision token to the last; whatever follows is not read."""
+    model, decoder = tiny_llama(0), as_decoder(tiny_llama(0), taps)
+    for ids, first, last in (([7, 1, 9], 1, 1), ([7, 8, 1, 1, 1, 9, 9], 2, 4), ([1, 5], 0, 0)):
+        found = decoder.vision_states(torch.tensor([ids, ids]), torch.zeros(2, 1))
+        every = model.model(input_ids=torch.tensor([ids[: last + 1]]), output_hidden_states=True).hidden_states
+        wanted = every[taps[-1] if taps else 2][:, first:]
+        torch.testing.assert_close(found, wanted.expand(2, -1, -1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_pair_that_does_not_fit_into_memory_is_refused_after_its_table(monkeypatch, capsys, missing):
+    numbers = {f.name: 1000 + i for i, f in enumerate(dataclasses.fields(pair.ModelReport))}
+    model = pair.ModelReport(**numbers | {"checkpoint": "here", "weights": "complete", "weight_bytes": 1 << 30, "cache_bytes": 1 << 29})
+    report = pair.PairReport({"EventGPT": model, "Video-LLaVA": model}, (3 << 30) + missing, 3 << 30)
+    monkeypatch.setattr(pair, "check_pair", lambda cfg: report)
+    if not missing:
+        assert pair.main(["--quantize", "nf4"]) == json.loads(capsys.readouterr().out.splitlines()[-1]) == report.to_json()
+        assert report.to_json()["there_bytes"] == 3 << 30 and report.to_json()["models"]["EventGPT"]["layers"] == 1003
+    else:
+        with pytest.raises(UserError, match=r"the pair needs 3\.00 GiB and cpu has 3\.00 GiB free.*--quantize nf4"):
+            pair.main([])
+        said = capsys.readouterr().out
+        lines = ("layers", "1,003", "weights as float32", "1.00 GiB", "cache of one prompt and 64 tokens", "0.50 GiB", "3.00 GiB")
+        assert all(line in said for line in lines)
