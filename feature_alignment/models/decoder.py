@@ -100,7 +100,7 @@ class Decoder:
         self.llama, self.tokenizer, self._encode_prompt, self.read_pixels = llama, tokenizer, encode_prompt, read_pixels
         self._encode_vision, self._splice = encode_vision, splice
         self.num_layers: int = llama.config.num_hidden_layers
-        self.taps = tuple(taps or (self.num_layers,))
+        self.taps: tuple[int, ...] = tuple(taps or (self.num_layers,))
         if list(self.taps) != sorted(set(self.taps)) or not 1 <= self.taps[0] <= self.taps[-1] <= self.num_layers:
             raise UserError(f"--draft_layers {list(self.taps)}: expected ascending layer numbers from 1 to {self.num_layers}.")
         self.settings = settings
@@ -159,7 +159,7 @@ class Decoder:
     @property
     def has_own_head(self) -> bool:
         """Whether the model runs to its last layer, so that its own LM head applies."""
-        return self.taps[-1] == self.num_layers
+        return bool(self.taps[-1] == self.num_layers)
 
     @torch.inference_mode()
     def lm_head(self, hidden: Tensor) -> Tensor:
@@ -210,7 +210,8 @@ class Decoder:
     @property
     def embeddings(self) -> Tensor:
         """[v, d]: input embeddings of the shared ids."""
-        return self.llama.embed_tokens.weight[: self.vocab_size].detach().to(self.device)
+        weight: Tensor = self.llama.embed_tokens.weight
+        return weight[: self.vocab_size].detach().to(self.device)
 
     def prefill(self, prompts: Sequence[Prompt]) -> State:
         """Read prompts of equal length, vision included. Afterwards `state.last` is h0."""
