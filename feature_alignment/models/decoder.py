@@ -22,6 +22,7 @@ from feature_alignment.inputs.samples import Sample
 from feature_alignment.models.fixed import FixedCache
 from feature_alignment.models.fused import unfit
 from feature_alignment.models.generation import Rules, eos_set, most_likely
+from feature_alignment.models.packed import LinearChoice, best_cpu_linear, pack, packed_product, unsuitable
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Decoder:
         self.hidden_size = self.width * len(self.taps)
         # A device map may have put the head elsewhere, with hooks that bring its input there: the module stays, its weight is copied.
         self._head_weight = lm_head.weight if device is None else lm_head.weight.detach().to(device)
+        self._lm_head, self._packed_head = lm_head, None
+        self.linear = LinearChoice("torch", "not tried", {}, {})
         self.vocab_size = lm_head.weight.shape[0]
         self.steps: Steps = "eager"
         self._fixed: FixedCache | None = None
@@ -107,6 +110,8 @@ class Decoder:
     def restrict_vocabulary(self, rows: int) -> None:
         """Keep only the first `rows` ids of the head: ids the drafter has no embedding for are masked in every mode alike."""
         self.vocab_size = rows
+        if self._packed_head is not None:
+            self._packed_head = packed_product(self.head_weight)
 
     def record(self, steps: Steps) -> None:
         """From the next prompt on, steps of single prompts run over one fixed cache, recorded on a GPU. Prompts of several rows do not,
@@ -116,6 +121,25 @@ class Decoder:
             log.warning("--steps %s reads no %s: this model's steps run eagerly.", steps, why)
         self.steps = steps if why is None else "eager"
         self._fixed = None if self.steps == "eager" else FixedCache(self.llama, self.taps, self.steps)
+
+    def choose_linear(self) -> LinearChoice:
+        """On a CPU, run the linear layers over packed weights from now on if a trial of about a second says that this is faster."""
+        if self.linear.kind == "torch":
+            self._set_linear(best_cpu_linear(self.llama, self._lm_head if self.has_own_head else None))
+        return self.linear
+
+    def pack_linear(self) -> None:
+        """Run the linear layers over packed weights wherever they can be packed, without a trial, so that every process does the same."""
+        if self.linear.kind == "torch" and unsuitable(self.llama) is None:
+            pack(self.llama)
+            self._set_linear(LinearChoice("packed", "asked for", {}, {}))
+
+    def _set_linear(self, choice: LinearChoice) -> None:
+        self.linear = choice
+        if choice.kind == "packed" and self.has_own_head:
+            self._packed_head = packed_product(self.head_weight)
+            if self.whole is not None:  # transformers' own decoding runs the same product
+                pack(self.whole)
 
     @property
     def head_weight(self) -> Tensor:
@@ -129,7 +153,8 @@ class Decoder:
     @torch.inference_mode()
     def lm_head(self, hidden: Tensor) -> Tensor:
         """Logits [.., v] over the shared ids. hidden [.., d], post-norm; of several taps only the last counts."""
-        return nn.functional.linear(hidden[..., -self.width :], self.head_weight)
+        hidden = hidden[..., -self.width :]
+        return nn.functional.linear(hidden, self.head_weight) if self._packed_head is None else self._packed_head(hidden)
 
     def encode_prompt(self, question: str) -> Tensor:
         """Prompt ids [s] int64 with vision placeholders; raises UserError for more tokens than the model has positions."""
