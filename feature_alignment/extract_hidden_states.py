@@ -238,6 +238,8 @@ def fill(
     speaker = pair.draft
     if (cfg.own_drafts or len(answers) < len(rows)) and not pair.draft.has_own_head:
         speaker = pair.draft_with(None, dataclasses.replace(cfg, device=device))
+    for decoder in (pair.target, pair.draft, speaker):
+        decoder.pack_linear()  # without a trial: every process, and a resumed run, writes the same bytes
     place = {row: i for i, row in enumerate(row for part in parts for row in part)}
     shapes, dtype = shapes_of(pair, cfg)
     if cfg.resume:

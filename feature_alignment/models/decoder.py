@@ -8,8 +8,8 @@ State t of a text is the hidden state that *emits* token t:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTr
 from feature_alignment.cli.config import Steps
 from feature_alignment.cli.console import UserError, log
 from feature_alignment.inputs.samples import Sample
+from feature_alignment.models import tree_attention
 from feature_alignment.models.fixed import FixedCache
 from feature_alignment.models.fused import unfit
 from feature_alignment.models.generation import Rules, eos_set, most_likely
@@ -228,8 +229,13 @@ class Decoder:
 
     def _forward(self, inputs: dict[str, Tensor], cache: DynamicCache, keep: int | None = None) -> Tensor:
         mask, config = inputs.get("attention_mask"), self.llama.config
-        masked = mask is not None and mask.ndim == 4 and config._attn_implementation.startswith("flash")  # which takes no such mask
-        with _by_sdpa(config) if masked else nullcontext():
+        usual = name = config._attn_implementation
+        if mask is not None and mask.ndim == 4:
+            if usual.startswith("flash"):  # it takes no such mask
+                name = "sdpa"
+            elif usual == "sdpa" and mask.device.type == "cpu":
+                name = tree_attention.NAME
+        with tree_attention.attention(config, name) if name != usual else nullcontext():
             out = self.llama(**inputs, cache=cache, use_cache=True, output_hidden_states=len(self.taps) > 1)
         if len(self.taps) == 1:
             return out.last_hidden_state.to(self.device)
@@ -279,12 +285,3 @@ def positions_of(config: PreTrainedConfig) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     stretched = 1.0 if "original_max_position_embeddings" in rope else rope.get("factor") or 1.0  # then the config states the product
     return int(config.max_position_embeddings * stretched)
-
-
-@contextmanager
-def _by_sdpa(config: PreTrainedConfig) -> Iterator[None]:
-    usual, config._attn_implementation = config._attn_implementation, "sdpa"
-    try:
-        yield
-    finally:
-        config._attn_implementation = usual
