@@ -6,6 +6,7 @@ writes  benchmark/benchmark.json, report.md, report.html, five pictures; with --
 
     python feature_alignment/benchmark_feature_sd.py --config configs/demo.yaml
     python feature_alignment/benchmark_feature_sd.py compare A.json B.json
+    python feature_alignment/benchmark_feature_sd.py summary outputs/*/
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from feature_alignment.cli.console import UserError, print_json_line, run
 
 if TYPE_CHECKING:
     from feature_alignment.benchmark.run import Measurements, Setup
-    from feature_alignment.decoding.engine import Generation
+    from feature_alignment.decoding.generation import Generation
     from feature_alignment.inputs.samples import Sample
     from feature_alignment.models.decoder import Prompt
 
@@ -70,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         from feature_alignment.benchmark.compare import compare
 
         return compare(argv[1:])
+    if argv[:1] == ["summary"]:
+        from feature_alignment.benchmark.summary import summarize
+
+        return summarize(argv[1:])
     cfg = parse_config(BenchmarkConfig, argv, "benchmark_feature_sd")
     from feature_alignment.storage.processes import check_device, claimed
 
@@ -82,7 +87,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Measure, or reuse a cached result; returns the content of benchmark.json."""
     from feature_alignment.benchmark import report, transformers_baselines
     from feature_alignment.benchmark.run import Measurements, part_costs, take_turns
-    from feature_alignment.decoding.engine import greedy
+    from feature_alignment.decoding.plain import greedy
     from feature_alignment.models import fixed
     from feature_alignment.models.loading import fetch_checkpoints
     from feature_alignment.storage import artifacts
@@ -107,7 +112,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     timed = take_turns(setup, ways, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
     measurements = Measurements.of(setup, timed, part_cost)
     contents, shown = results_of(cfg, measurements, acceptance, list(ways)[1:])
-    about = {"device": cfg.device, "dtype": cfg.dtype, "unrecorded": fixed.unrecorded}
+    about = {"device": cfg.device, "dtype": cfg.dtype, "unrecorded": fixed.eager_fallbacks}
     result = {"meta": artifacts.provenance("benchmark_feature_sd", cfg, made_from, identity, **about), **contents}
     report.write_benchmark_report(result, shown, target.tokenizer.decode, out)
     files = ("report.md", "report.html", *(f"{name}.png" for name in report.PICTURES))
@@ -170,9 +175,9 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: dict[str
         measure_again = command_for("measure_feature_acceptance")
         raise UserError(f"{acceptance_path(cfg)} does not know {chained_path(cfg)} yet. Measure again:\n  {measure_again}")
     pair = load_pair(cfg)
-    pair.record(cfg.steps)
+    pair.use_steps(cfg.steps)
     sources = Sources(pair, cfg, cfg.train_split)
-    exits = dict(sources.open_exit(path) for path in cfg.exit_adapters)
+    exits = dict(sources.load_exit_drafter(path) for path in cfg.exit_adapters)
     if len(exits) < len(cfg.exit_adapters):
         raise UserError(f"--exit_adapters: {len(cfg.exit_adapters)} files read layers {sorted(exits)}; wanted one for each layer.")
     adapters = ("chained", "aligned") if has_chain else ("aligned",)

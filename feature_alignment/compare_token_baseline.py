@@ -145,8 +145,8 @@ def _trained_already(path: Path, cfg: ComparisonConfig, identity: RunIdentity) -
 def judge_kept(
     cfg: ComparisonConfig, states: HiddenStates, tokenizer: PreTrainedTokenizerBase, lexicon: Lexicon
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """`comparison.kept_drafts` of aligned, chained and EventGPT's own drafts; own words are kept by the hidden adapter's cosine."""
-    from feature_alignment.measurement.comparison import kept_drafts
+    """`comparison.accepted_drafts` of aligned, chained and EventGPT's own drafts; own words are kept by the hidden adapter's cosine."""
+    from feature_alignment.measurement.comparison import accepted_drafts
     from feature_alignment.storage import artifacts
 
     scores = artifacts.load_pt(cfg.out / "acceptance" / "scores.pt", command_for("measure_feature_acceptance"))
@@ -157,7 +157,7 @@ def judge_kept(
             own[i, : len(row["egpt_drafts"])] = own.new_tensor(row["egpt_drafts"])
         sources["own"] = {**scores["adapter"], "says": own}
     word = lambda token: tokenizer.decode([token]).strip()  # noqa: E731
-    return kept_drafts(sources, states.token_ids, word, [r["id"] for r in states.rows], lexicon)
+    return accepted_drafts(sources, states.token_ids, word, [r["id"] for r in states.rows], lexicon)
 
 
 def tables(report: dict[str, Any], num_draft_tokens: int) -> list[tuple[str, tuple[str, ...], list[tuple]]]:

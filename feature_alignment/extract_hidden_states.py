@@ -81,7 +81,7 @@ class ExtractConfig(Common):
 
 def extract(
     pair: Pair,
-    speaker: Decoder,
+    full_depth_draft: Decoder,
     samples: Sequence[Sample],
     mine: Sequence[range],
     cfg: ExtractConfig,
@@ -93,13 +93,13 @@ def extract(
 ) -> None:
     """Fill `writer` with every batch of `mine` that it does not have in full; a batch is done whole, as its floats depend on it.
 
-    speaker: the drafter at full depth where its own words are asked for: they need its own head
+    full_depth_draft: the drafter at full depth where its own words are asked for: they need its own head
     answers: both models' texts where they are known; a batch that is not known whole is generated
     place:   row of `samples` -> row of the files
     entries: what identifies each row of the files
     first:   whether this process may speak
     """
-    from feature_alignment.cli.console import mended_in
+    from feature_alignment.cli.console import repairs_of
     from feature_alignment.models.batches import ClipBatch
     from feature_alignment.storage.artifacts import EVENT_STATES
 
@@ -108,8 +108,8 @@ def extract(
     with progress(total=total, first=first, desc=f"extract {cfg.split}", unit="row") as bar:
         for n, rows in enumerate(todo):
             asked = [samples[row] for row in rows]
-            target, deep = ClipBatch(pair.target, asked), ClipBatch(speaker, asked)
-            draft = deep if speaker is pair.draft else ClipBatch(pair.draft, asked, deep)
+            target, deep = ClipBatch(pair.target, asked), ClipBatch(full_depth_draft, asked)
+            draft = deep if full_depth_draft is pair.draft else ClipBatch(pair.draft, asked, deep)
             if all(sample.id in answers for sample in asked):
                 vl, egpt = ([list(answers[s.id][who]) for s in asked] for who in (0, 1))
             else:
@@ -117,14 +117,14 @@ def extract(
             texts = {"verifier": (vl, vl), "drafter": (egpt, egpt), "own": (vl, egpt)}[cfg.prefix]
             target_reads, draft_reads = ([answer[: cfg.max_positions] for answer in text] for text in texts)
             seen = draft.vision_states() if cfg.event_states else [None] * len(asked)
-            own = deep.says(draft_reads) if cfg.own_drafts else [None] * len(asked)
+            own = deep.predict_tokens(draft_reads) if cfg.own_drafts else [None] * len(asked)
             found = target.states(target_reads), draft.states(draft_reads), seen, own
             for row, sample, v, g, events, said, read, vl_tokens, egpt_tokens in zip(
                 rows, asked, *found, target_reads, vl, egpt, strict=True
             ):
                 length = min(len(v), len(g))  # `own` is paired by index, up to the shorter text
                 about: dict[str, Any] = dict(entries[place[row]])
-                if mended := mended_in(sample.events, sample.video):
+                if mended := repairs_of(sample.events, sample.video):
                     about["mended"] = mended
                 for who, decoder, tokens in (("vl", pair.target, vl_tokens), ("egpt", pair.draft, egpt_tokens)):
                     about |= {f"{who}_tokens": tokens, f"{who}_text": decoder.tokenizer.decode(tokens, skip_special_tokens=True)}
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(ExtractConfig, argv, "extract_hidden_states")
     from feature_alignment.inputs.row_identity import identify
     from feature_alignment.inputs.samples import read_samples
-    from feature_alignment.models.batches import batches
+    from feature_alignment.models.batches import plan_batches
     from feature_alignment.models.loading import fetch_checkpoints
     from feature_alignment.storage import earlier_rows, shards
     from feature_alignment.storage.processes import check_device, check_writable, claimed, processes
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     samples = read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions, cfg.allow_outside)
     fetch_checkpoints(cfg)
     identity = identity_of(cfg)
-    parts = batches(samples, cfg.batch_size)[shard - 1 :: of]
+    parts = plan_batches(samples, cfg.batch_size)[shard - 1 :: of]
     if not parts:
         raise UserError(f"--shard {cfg.shard}: {len(samples)} rows in batches of {cfg.batch_size} leave it nothing; wanted fewer shards.")
     if cfg.merge:  # this machine need not have the clips
@@ -235,11 +235,11 @@ def fill(
     answers = known_answers(cfg.answers, token_pairs if cfg.resume else None, identity, rows, cfg.ignore_code)
     pair = load_pair(dataclasses.replace(cfg, device=device))
     refuse_foreign_ids(answers, pair.target.vocab_size)
-    speaker = pair.draft
+    full_depth_draft = pair.draft
     if (cfg.own_drafts or len(answers) < len(rows)) and not pair.draft.has_own_head:
-        speaker = pair.draft_with(None, dataclasses.replace(cfg, device=device))
-    for decoder in (pair.target, pair.draft, speaker):
-        decoder.pack_linear()  # without a trial: every process, and a resumed run, writes the same bytes
+        full_depth_draft = pair.draft_with(None, dataclasses.replace(cfg, device=device))
+    for decoder in (pair.target, pair.draft, full_depth_draft):
+        decoder.pack_linear()  # Without a trial, so that every process and every resumed run writes the same bytes.
     place = {row: i for i, row in enumerate(row for part in parts for row in part)}
     shapes, dtype = shapes_of(pair, cfg)
     if cfg.resume:
@@ -259,7 +259,7 @@ def fill(
     if rank:
         writer = files.HiddenStatesWriter(out, len(place), shapes, dtype, rank)
     try:
-        extract(pair, speaker, samples, parts[rank::world], cfg, writer, answers, place, rows, first=rank == 0)
+        extract(pair, full_depth_draft, samples, parts[rank::world], cfg, writer, answers, place, rows, first=rank == 0)
         wait()
         if rank == 0:
             artifacts.save_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", pair.target.head_weight.detach().cpu().clone())

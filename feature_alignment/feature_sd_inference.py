@@ -21,7 +21,7 @@ from feature_alignment.cli.config import Common, Steps, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, print_table, run
 
 if TYPE_CHECKING:
-    from feature_alignment.decoding.engine import Generation
+    from feature_alignment.decoding.generation import Generation
     from feature_alignment.decoding.sources import Sources
     from feature_alignment.inputs.samples import Sample
     from feature_alignment.models.decoder import Decoder
@@ -104,17 +104,17 @@ def choose_sample(cfg: InferenceConfig) -> Sample:
 
 def print_trace(generation: Generation, decode: Callable[[list[int]], str], verbose: bool) -> None:
     """The rounds as a table, or one by one with their stages; in colour on a terminal that wants it (no-color.org)."""
-    from feature_alignment.decoding.trace import legend, tokens_of, trace_lines
+    from feature_alignment.decoding.trace import legend, styled_tokens, trace_lines
 
     if verbose:
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print(f"\nrounds: {legend(colour)}", *trace_lines(generation, decode, colour), sep="\n")
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print(f"\nrounds: {legend(color)}", *trace_lines(generation, decode, color), sep="\n")
         return
     rows = [
-        (tokens_of(r, decode, colour=False), f"{i + 1}", f"{r.num_accepted}/{len(r.proposed)}", round(sum(r.ms.values()), 2))
+        (styled_tokens(r, decode, color=False), f"{i + 1}", f"{r.num_accepted}/{len(r.proposed)}", round(sum(r.ms.values()), 2))
         for i, r in enumerate(generation.rounds)
     ]
-    print_table(f"rounds: {legend(colour=False)}", ("drafts", "round", "kept", "ms"), rows)
+    print_table(f"rounds: {legend(color=False)}", ("drafts", "round", "kept", "ms"), rows)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.storage import artifacts
 
     pair = load_pair(cfg)
-    pair.record(cfg.steps)
+    pair.use_steps(cfg.steps)
     flags = {name: getattr(cfg, name) for name in ("top_p", "top_k", "min_p", "min_new_tokens", "repetition_penalty")}
     pair.target.settings = with_flags(pair.target.settings, **flags, stop_strings=cfg.stop)
     sources = Sources(pair, cfg, cfg.train_split)
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "meta": artifacts.provenance("feature_sd_inference", cfg, made_from),
         "sample": {"id": sample.id, "question": sample.question, "events": str(sample.events), "video": str(sample.video)},
         "text": _text(pair.target, generation.token_ids),
-        **generation.as_dict(),
+        **generation.to_json(),
         "plain_text": _text(pair.target, alone.token_ids),
         "plain_ms": alone.total_ms,
         # Two samples are comparable only if they share their noise.
@@ -169,18 +169,19 @@ def decode_both_ways(cfg: InferenceConfig, pair: Pair, sources: Sources, sample:
     Returns:
         the speculative generation and the plain one, both of the second run
     """
-    from feature_alignment.decoding.draft_length import Pace
-    from feature_alignment.decoding.engine import plain, speculate
+    from feature_alignment.decoding.draft_length import DraftLengthController
+    from feature_alignment.decoding.engine import speculate
+    from feature_alignment.decoding.plain import decode_plainly
     from feature_alignment.decoding.sampling import Sampler
 
     sampler = Sampler(cfg.temperature, cfg.seed, pair.target.device, shared_noise=cfg.adaptive) if cfg.temperature else None
     proposer = sources.open(cfg.draft, cfg.accept != "token")
     prompt, draft_prompt = pair.target.prepare(sample), pair.draft.prepare(sample)
-    pace = Pace(sources.known_acceptance(cfg.draft)) if cfg.adaptive else None
+    controller = DraftLengthController(sources.known_acceptance(cfg.draft)) if cfg.adaptive else None
     for _ in range(2):
         if sampler is not None:
             sampler.restart(cfg.seed)
-        alone = plain(pair.target, prompt, cfg.max_new_tokens, sampler)
+        alone = decode_plainly(pair.target, prompt, cfg.max_new_tokens, sampler)
         if sampler is not None:
             sampler.restart(cfg.seed)
         generation = speculate(
@@ -193,7 +194,7 @@ def decode_both_ways(cfg: InferenceConfig, pair: Pair, sources: Sources, sample:
             num_draft_tokens=cfg.num_draft_tokens,
             max_new_tokens=cfg.max_new_tokens,
             sampler=sampler,
-            pace=pace,
+            controller=controller,
             overlap=cfg.overlap,
         )
     return generation, alone

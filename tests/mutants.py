@@ -23,7 +23,9 @@ NAMES = {a: b for pair in ("min max", "any all", "argmin argmax", "floor ceil", 
 IDENTITY = {"sorted", "reversed", "abs", "sqrt", "exp", "log", "strip", "lower", "cumprod", "clamp", "clip", "round"}
 UNTESTED = {"debug", "info", "warning", "exception", "print", "progress", "tqdm", "set_description", "set_postfix"}
 # Keywords that change how something looks or how long it may take, assert (`strict` of zip), or matter on a GPU alone.
-NEUTRAL = {"strict", "device", "metadata", "help", "description", "epilog", "indent", "dpi", "figsize", "desc", "unit", "timeout"}
+NEUTRAL = {"strict", "device", "metadata", "help", "description", "epilog", "indent", "desc", "unit", "timeout"}
+NEUTRAL |= {"dpi", "figsize", "layout", "fontsize", "alpha", "color", "colors", "ecolor", "marker", "markersize", "linewidth", "linestyle"}
+NEUTRAL |= {"capsize", "loc", "bbox_to_anchor", "ncols", "va", "ha"}
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,9 @@ def mutants(file: str, source: bytes) -> list[Mutant]:
 def is_mutant(mutant: Mutant, source: bytes) -> bool:
     """Whether it compiles and is not the source itself, written in another way."""
     try:
-        return ast.dump(ast.parse(mutant.apply(source))) != ast.dump(ast.parse(source))
+        changed = mutant.apply(source)
+        compile(changed, mutant.file, "exec", dont_inherit=True)  # refuses more than the parser: a `break` without a loop
+        return ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source))
     except (SyntaxError, ValueError):
         return False
 

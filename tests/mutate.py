@@ -6,7 +6,8 @@
    `.pytest_cache/mutate.json` and made again only for test files that changed, or for all of them after a change of the package.
 2. For each mutant of the sample a process is forked that has imported every library but not the package. It runs the tests that
    execute the mutated line, the cheapest first, until one fails. Tests that take too long together, or one that hangs, kill the mutant.
-3. Survivors are listed with their line before and after. Exit code 1: more than `--allowed` of them.
+3. A kill counts only if the same tests, up to the one that failed, pass without the mutant; otherwise the sample is not valid.
+4. Survivors are listed with their line before and after. Exit code 1: more than `--allowed` of them.
 
 The same seed draws the same mutants from the same source. Only a POSIX system can fork.
 """
@@ -35,6 +36,7 @@ import pytest
 from tests.mutants import Mutant, sample
 
 ROOT = Path(__file__).resolve().parents[1]
+FAULT = 70  # exit code of a process that could not run the tests
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "outputs", "__pycache__", ".*_cache", "*.egg-info")
 
 
@@ -104,14 +106,23 @@ class Recorder:
 
 
 class Chosen:
-    """A pytest plugin: only these tests, in this order of files and of tests in a file."""
+    """A pytest plugin: only these tests, in this order of files and of tests in a file; `begun` gets the name of each as it begins."""
 
-    def __init__(self, tests: Sequence[str]) -> None:
+    def __init__(self, tests: Sequence[str], begun: Path) -> None:
         self.place = {test: i for i, test in enumerate(tests)}
+        self.begun = begun
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
         items[:] = sorted((i for i in items if i.nodeid in self.place), key=lambda i: self.place[i.nodeid])
+
+    def pytest_runtest_logstart(self, nodeid):
+        with self.begun.open("a") as stream:
+            stream.write(f"{nodeid}\n")
+
+
+class Unclear(Exception):
+    """A test failed with a mutant, and fails without it."""
 
 
 class Project:
@@ -123,11 +134,12 @@ class Project:
         if (shared := root.parent / "shared").is_dir():  # fixtures that some tests look for next to the project
             (folder / "shared").symlink_to(shared)
         self.log = folder / "log.txt"
+        self.passed: set[str] = set()  # tests that failed with a mutant and passed without
 
     def child(self, job: Callable[[], int], seconds: float) -> int | None:
         """The exit code of `job` in a forked process of the copy; None if it was killed after `seconds`."""
         if (pid := os.fork()) == 0:
-            code = 70
+            code = FAULT
             try:
                 os.setsid()
                 os.chdir(self.tree)
@@ -180,18 +192,35 @@ class Project:
         return json.loads(out.read_text())
 
     def test(self, mutant: Mutant, tests: list[str], seconds: float) -> bool:
-        """Whether all of `tests` pass with `mutant`."""
+        """Whether all of `tests` pass with `mutant`; raises Unclear where they do not pass without it either."""
         path = self.tree / mutant.file
         source = path.read_bytes()
-        stale = lambda: [p.unlink() for p in (path.parent / "__pycache__").glob(f"{path.stem}.*")]  # noqa: E731
         try:
             path.write_bytes(mutant.apply(source))
-            stale()
-            files = list(dict.fromkeys(name.partition("::")[0] for name in tests))
-            return self.child(lambda: self.pytest(files, Chosen(tests), "-x"), seconds) == 0
+            self._forget(path)
+            survived, begun = self._passes(tests, seconds)
         finally:
             path.write_bytes(source)
-            stale()
+            self._forget(path)
+        if not survived and begun and begun[-1] not in self.passed:
+            if not self._passes(begun, seconds)[0]:
+                raise Unclear(f"{begun[-1]} fails without a mutant as well")
+            self.passed.add(begun[-1])
+        return survived
+
+    def _passes(self, tests: list[str], seconds: float) -> tuple[bool, list[str]]:
+        """Whether these tests pass in the copy as it is, and those that began: the last of them is the one that failed."""
+        begun = self.log.with_name("begun.txt")
+        begun.write_text("")
+        files = list(dict.fromkeys(name.partition("::")[0] for name in tests))
+        code = self.child(lambda: self.pytest(files, Chosen(tests, begun), "-x"), seconds)
+        if code in (FAULT, pytest.ExitCode.NO_TESTS_COLLECTED):
+            raise SystemExit(f"The tests could not be run (exit code {code}):\n{self.log.read_text(errors='replace')[-2000:]}")
+        return code == 0, begun.read_text().splitlines()
+
+    def _forget(self, path: Path) -> None:
+        for stale in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
+            stale.unlink()
 
 
 @dataclass
@@ -263,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     root = args.root.resolve()
     chosen = sample(root, args.package, args.modules, args.sample, args.seed)
     files = args.tests or sorted(str(p.relative_to(root)) for p in (root / "tests").glob("test_*.py") if p.name != "test_mutate.py")
-    survivors, began = [], time.monotonic()
+    survivors, unclear, began = [], [], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         project = Project(root, args.package, Path(folder))
         record = Record.load(project, files, root / ".pytest_cache" / "mutate.json")
@@ -272,19 +301,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             reaching = len(tests)
             while record.seconds(tests) > args.seconds:
                 tests.pop()
-            start, survived = time.monotonic(), not tests or project.test(mutant, tests, 20 + 3 * record.seconds(tests))
+            start, survived, what = time.monotonic(), True, "no test reaches it"
+            try:
+                if tests:
+                    survived = project.test(mutant, tests, 20 + 3 * record.seconds(tests))
+                    what = "survived" if survived else "killed"
+            except Unclear as error:
+                unclear.append({"file": mutant.file, "line": mutant.line, "why": str(error)})
+                what, survived = f"unclear: {error}", False
             took = time.monotonic() - start
-            what = ("survived" if tests else "no test reaches it") if survived else "killed"
-            print(
-                f"{number}/{len(chosen)} {mutant.file}:{mutant.line} {what} ({len(tests)} of {reaching} tests, {took:.1f} s)",
-                file=sys.stderr,
-            )
+            where = f"{number}/{len(chosen)} {mutant.file}:{mutant.line}"
+            print(f"{where} {what} ({len(tests)} of {reaching} tests, {took:.1f} s)", file=sys.stderr)
             if survived:
                 survivors.append({"file": mutant.file, "line": mutant.line, "tests": len(tests), "reaching": reaching})
                 print(mutant.describe((project.tree / mutant.file).read_bytes()), flush=True)
-    counts = {"mutants": len(chosen), "killed": len(chosen) - len(survivors), "survived": len(survivors)}
+    killed = len(chosen) - len(survivors) - len(unclear)
+    counts = {"mutants": len(chosen), "killed": killed, "survived": len(survivors), "unclear": unclear}
     print(json.dumps({**counts, "seed": args.seed, "seconds": round(time.monotonic() - began, 1), "survivors": survivors}))
-    return int(len(survivors) > args.allowed)
+    return int(len(survivors) > args.allowed or bool(unclear))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from feature_alignment.benchmark.rows import Mode, row_name, speeds
 from feature_alignment.benchmark.speed_model import Costs, RoundCost, drafter_of
 from feature_alignment.benchmark.timing import Timed, fastest, mismatches
 from feature_alignment.cli.console import UserError
-from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS
-from feature_alignment.decoding.engine import Generation, Round, greedy, speculate
+from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.generation import Generation, Round
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.storage.artifacts import content_hash
@@ -256,7 +258,7 @@ def test_other_ways_say_the_same(finished):
     plain, *others = report["baselines"]
     chosen = report["fastest_lossless"]
     assert plain["name"] == "plain greedy" and plain["best_over_it"] == chosen["speedup"]
-    speed = {row_name(r): r["speedup"] for r in report["rows"] if r["accept"] == "token" and r["draft"] not in NULL_DRAFTERS}
+    speed = {row_name(r): r["speedup"] for r in report["rows"] if r["accept"] == "token" and r["draft"] not in BASELINE_DRAFTERS}
     assert chosen["row"] == max(speed, key=lambda name: speed[name]["value"]) and set(chosen["chosen"]) <= set(speed)
     if set(chosen["chosen"]) == {chosen["row"]}:
         assert chosen["speedup"] == speed[chosen["row"]]
@@ -289,3 +291,31 @@ def test_two_runs_are_compared_or_refused(finished, tmp_path, capsys):
         compare([str(path), str(finished / "out" / "acceptance" / "acceptance.json")])
     with pytest.raises(UserError, match="wants two files"):
         compare([str(path)])
+
+
+def test_several_data_sets_share_one_table_and_a_geometric_mean(finished, tmp_path, caplog):
+    first = finished / "out"
+    report = json.loads((first / "benchmark" / "benchmark.json").read_text())
+    value = report["fastest_lossless"]["speedup"]["value"]
+    report["fastest_lossless"]["speedup"]["value"] = 4 * value
+    report["content_hash"] = content_hash(report)
+    other = tmp_path / "other" / "benchmark" / "benchmark.json"
+    other.parent.mkdir(parents=True)
+    other.write_text(json.dumps(report))
+    (tmp_path / "empty").mkdir()
+    found = main_of("benchmark_feature_sd")(["summary", str(first), str(tmp_path / "other"), str(tmp_path / "empty")])
+    assert [d["name"] for d in found["data_sets"]] == ["out", "other"] and "no benchmark in" in caplog.text
+    assert found["geometric_mean"]["speedup"] == pytest.approx(2 * value)  # of v and 4 v
+    best = next(r for r in report["rows"] if row_name(r) == report["fastest_lossless"]["row"])
+    assert found["data_sets"][0]["tokens_per_pass"] == best["tokens_per_pass"]
+    for paths, said in (
+        ([], "wants directories"),
+        ([str(tmp_path / "empty")], "no benchmark in"),
+        ([str(tmp_path / "none")], "nothing at"),
+    ):
+        with pytest.raises(UserError, match=said):
+            main_of("benchmark_feature_sd")(["summary", *paths])
+    with pytest.raises(UserError, match="the same benchmark"):
+        main_of("benchmark_feature_sd")(["summary", str(first), str(first / "benchmark" / "benchmark.json")])
+    with pytest.raises(UserError, match="not a benchmark"):
+        main_of("benchmark_feature_sd")(["summary", str(first / "acceptance" / "acceptance.json")])

@@ -7,12 +7,14 @@ import dataclasses
 import pytest
 import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
+from oracle import by_chain
 
 from feature_alignment.adapters.chained import ChainedAdapter, chain_over, load_chained_adapter, text_batches
 from feature_alignment.adapters.training import train_chained
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.baseline_drafters import HybridProposer, NGram
-from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ChainedProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.measure_feature_acceptance import chain_report
@@ -158,7 +160,7 @@ def test_live_drafts_are_what_a_fresh_start_would_draft(accept, seed):
             expected = adapter.expect(memory, seen)
             assert int(target.lm_head(expected[0, 0]).argmax()) == drafted
             memory = adapter.read(expected, table[torch.tensor([[drafted]])], memory[:, -1])
-        at += (len(r.kept) if accept == "relaxed" else r.num_accepted) + (r.extra_token is not None)
+        at += (len(r.accepted) if accept == "relaxed" else r.num_accepted) + (r.extra_token is not None)
     assert len(got.token_ids) - at in (0, 1)  # the last token of a full text has no round of its own
 
 
@@ -192,7 +194,7 @@ def learnt():
 def test_the_trace_identity(learnt, gamma):
     """Rounds read off one teacher-forced pass are the live rounds, exactly."""
     target, draft, states, adapter = learnt
-    proposer = ChainedProposer(draft, adapter, target.lm_head, target.embeddings)
+    proposer = ChainedProposer(draft, adapter, target.head_weight, target.embeddings)
     scores, there = chain_scores(adapter, states, target.head_weight.detach(), target.embeddings, gamma)
     assert scores.match.dtype == there.dtype == torch.bool and scores.says.dtype == torch.int64
     blocks = metrics.decoding_blocks(scores.match, states.mask, gamma, states.ended)
@@ -266,3 +268,26 @@ def test_what_is_learnt_does_not_depend_on_the_scale_of_what_is_read(learnt):
         found.append(train_chained(scaled, scaled, target.head_weight.detach() / scale, target.embeddings * scale, cfg)[1])
     for one, other in zip(*found, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+@torch.inference_mode()
+def test_tokens_without_a_state_are_read_as_drafts():
+    """What a table has put after the verified text: kept, longer, shorter, another, and forgotten when more is verified. Tokens and expected
+    states against the definition without any memory."""
+    model, adapter = tiny_llama(0), an_adapter()
+    target, draft, prompt = as_decoder(model), as_decoder(noisy_copy(model, 0.1)), PROMPTS[0]
+    proposer, watch = ChainedProposer(draft, adapter, target.head_weight, target.embeddings), Stopwatch()
+    definition = by_chain(draft, prompt_of(*prompt), adapter, target, prompt)
+    text = greedy(target, prompt_of(*prompt), 12).token_ids
+    states = full_states(model, [*prompt, *text])[len(prompt) - 1 : -1]
+    proposer.start(prompt_of(*prompt), watch)
+    calls = [(1, []), (1, [9]), (1, [9, 8, 7]), (1, [9, 8]), (1, [4]), (3, []), (3, [5, 6]), (4, []), (4, text[4:6]), (6, []), (7, [3])]
+    for n, ahead in calls:
+        got = proposer.propose([*text[:n], *ahead], states[:n], 3, watch)
+        drafts = list(ahead)
+        for token, expected in zip(got.token_ids.tolist(), got.predicted(), strict=True):
+            wanted, state = definition(text[:n], drafts)
+            assert token == wanted
+            torch.testing.assert_close(expected, state, atol=1e-4, rtol=1e-4)
+            drafts.append(token)
+        assert len(drafts) == len(ahead) + 3

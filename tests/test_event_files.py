@@ -37,7 +37,7 @@ def log_of(caplog):
 
 @pytest.fixture(autouse=True)
 def heard_once():
-    console._mended.clear()
+    console._repairs.clear()
 
 
 # ---- writers, word by word

@@ -251,7 +251,7 @@ def one_file(seed, folder):
 
 
 def test_no_wrong_stream_of_200_random_files_is_accepted(tmp_path):
-    console._mended.clear()
+    console._repairs.clear()
     results = [one_file(seed, tmp_path) for seed in range(200)]
     faults = [f"{seed}: {what}: {fault}" for seed, (what, fault, _) in enumerate(results) if fault]
     assert not faults, "\n".join(faults)

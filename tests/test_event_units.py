@@ -14,7 +14,7 @@ from test_event_random import evt3, npz_bins
 
 from feature_alignment.cli import console
 from feature_alignment.cli.config import Common, parse_config
-from feature_alignment.cli.console import UserError, mended_in
+from feature_alignment.cli.console import UserError, repairs_of
 from feature_alignment.inputs import event_index
 from feature_alignment.inputs.event_evt import State, decode_evt3
 from feature_alignment.inputs.events import event_images, load_events
@@ -25,7 +25,7 @@ CASES = SHARED / "public_cases"
 
 @pytest.fixture(autouse=True)
 def nothing_repaired():
-    console._mended.clear()
+    console._repairs.clear()
 
 
 def clip(n=1500, span=50_000, seed=0):
@@ -78,7 +78,7 @@ def test_a_unit_that_was_asked_for_is_used_and_recorded(tmp_path, unit, dtype):
     got = load_events(path, 50, 100, time_unit=unit)
     rows = (e["t"] >= e["t"][0] + 100_000) & (e["t"] < e["t"][0] + 150_000)
     np.testing.assert_array_equal(got["t"], e["t"][rows])
-    assert bool(mended_in(path)) == (unit != "us")
+    assert bool(repairs_of(path)) == (unit != "us")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_no_event_of_a_large_camera_is_dropped(tmp_path, stated):
             file["events"].attrs["width"], file["events"].attrs["height"] = 1280, 720
         elif stated == "geometry":
             file.attrs["geometry"] = "1280x720"
-    assert len(load_events(tmp_path / "e.h5")["t"]) == 1500 and not mended_in(tmp_path / "e.h5")
+    assert len(load_events(tmp_path / "e.h5")["t"]) == 1500 and not repairs_of(tmp_path / "e.h5")
     np.savez(tmp_path / "e.npz", x_pos=e["x"], y_pos=e["y"], timestamp=e["t"], polarity=e["p"])
     assert len(load_events(tmp_path / "e.npz")["t"]) == 1500
 
@@ -158,7 +158,7 @@ def test_dropping_more_than_one_percent_is_a_warning_of_its_own(tmp_path):
         with h5py.File(path, "w") as file:
             for k, v in {**e, "width": 346, "height": 260}.items():
                 file[f"events/{k}"] = v
-        assert len(load_events(path)["t"]) == 1500 - outside and mended_in(path) == [kind]
+        assert len(load_events(path)["t"]) == 1500 - outside and repairs_of(path) == [kind]
 
 
 def test_event_bins_go_through_the_restricted_unpickler(tmp_path):
@@ -304,4 +304,4 @@ def test_a_number_cut_off_at_the_end_of_a_text_is_not_used(tmp_path):
     rows = "".join(f"{10_000 * i},1,5,{300 + i}\n" for i in range(9))
     (tmp_path / "e.csv").write_text("t,p,y,x\n" + rows[:-2])  # 30 of 308
     assert load_events(tmp_path / "e.csv")["x"].tolist() == [300 + i for i in range(8)]
-    assert mended_in(tmp_path / "e.csv") == ["cut off"]
+    assert repairs_of(tmp_path / "e.csv") == ["cut off"]

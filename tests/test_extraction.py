@@ -22,7 +22,7 @@ from feature_alignment import extract_hidden_states
 from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import read_samples
-from feature_alignment.models.batches import ClipBatch, batches
+from feature_alignment.models.batches import ClipBatch, plan_batches
 from feature_alignment.models.pair import load_pair
 from feature_alignment.storage import artifacts
 
@@ -55,7 +55,7 @@ def pair_and_samples(tiny_run):
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 100])
 def test_batches_cover_every_row_once_and_split_no_clip(pair_and_samples, size):
     samples = pair_and_samples[1]
-    plan = batches(samples, size)
+    plan = plan_batches(samples, size)
     assert [row for rows in plan for row in rows] == list(range(len(samples))) and max(map(len, plan)) <= size
     if size >= 3:
         assert all(len({samples[row].video for row in rows}) * 3 == len(rows) for rows in plan)
@@ -72,7 +72,7 @@ def test_a_batch_of_clips_says_and_thinks_what_each_question_alone_does(pair_and
         del model.encode_vision
     answers = batch.generate(12)
     assert len(seen) == 2 and len({len(p) for p in map(model.encode_prompt, {s.question for s in samples[:6]})}) > 1
-    assert batch.says(answers) == answers
+    assert batch.predict_tokens(answers) == answers
     for sample, answer, states in zip(samples, answers, batch.states(answers), strict=False):
         state = model.prefill([model.prepare(sample)])
         assert model.generate(state, 12) == [answer]
@@ -85,7 +85,7 @@ def test_clips_of_one_and_three_questions_make_whole_batches(pair_and_samples, c
     pair, samples = pair_and_samples
     clips = [samples[i : i + 3] for i in range(0, len(samples), 3)]
     rows = [s for clip, count in zip(clips, counts, strict=False) for s in clip[:count]]
-    plan = batches(rows, 3)
+    plan = plan_batches(rows, 3)
     assert [row for part in plan for row in part] == list(range(len(rows)))
     videos = [{rows[row].video for row in part} for part in plan]
     assert all(a.isdisjoint(b) for a, b in pairwise(videos)) and max(map(len, plan)) <= 3

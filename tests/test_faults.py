@@ -374,7 +374,7 @@ def test_what_is_mended_or_cut_is_counted(finished, tmp_path, capsys):
     path = tmp_path / "scenes" / "events" / "test-0000.npy"
     stream = load_events(path)
     save_events(path, {**stream, "p": stream["p"].astype(int) * 2 - 1, "t": stream["t"][::-1]})
-    console._mended.clear()
+    console._repairs.clear()
     run = ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path / "out"), "--split", "test", "--max_positions", "3"]
     meta = main_of("extract_hidden_states")([*run, f'--manifests={{"test": "{tmp_path}/scenes/test.jsonl"}}'])
     rows = [json.loads(line) for line in (tmp_path / "out" / "hidden_states" / "test" / "samples.jsonl").read_text().splitlines()]

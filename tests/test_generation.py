@@ -21,12 +21,13 @@ from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.baseline_drafters import HybridProposer, NGram, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
-from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models.batches import ClipBatch
-from feature_alignment.models.generation import read_settings, with_flags
+from feature_alignment.models.generation import GenerationRules, read_settings, with_flags
 from feature_alignment.models.pair import load_pair
 
 CASES = SHARED / "public_cases"
@@ -79,7 +80,7 @@ class Bench:
     def by_transformers(self, prompt, settings: GenerationConfig) -> list[int]:
         ids, pixels = prompt.ids[None], prompt.pixels[None].to(self.target.head_weight.dtype)
         not_shared = range(self.target.vocab_size, self.target._head_weight.shape[0])
-        out = self.target.whole.generate(
+        out = self.target.full_model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             pixel_values_videos=pixels,
@@ -239,7 +240,7 @@ def test_what_ends_a_text_is_the_checkpoints_set(tiny_run, tmp_path, content, id
 
 
 def test_where_no_config_says_what_ends_a_text_the_tokenizer_does(tiny, tmp_path):
-    config = tiny.target.whole.config.__class__.from_dict(tiny.target.whole.config.to_dict())
+    config = tiny.target.full_model.config.__class__.from_dict(tiny.target.full_model.config.to_dict())
     config.eos_token_id = config.text_config.eos_token_id = None
     assert read_settings(tmp_path, config, tiny.target.tokenizer).eos_token_id == tiny.target.tokenizer.eos_token_id is not None
 
@@ -322,3 +323,55 @@ def test_a_prompts_tokens_count_for_the_penalty():
     assert greedy(target, longer, MAX).token_ids == wanted
     got = speculate(target, TableProposer(NGram([*TEXTS, ("", wanted)])), longer, longer, max_new_tokens=MAX)
     assert got.token_ids == wanted and sum(r.num_accepted for r in got.rounds) > 5
+
+
+NOTHING = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "diversity_penalty": 0.0,
+    "penalty_alpha": 0.0,
+    "guidance_scale": 1.0,
+    "constraints": [],
+    "force_words_ids": [],
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "remove_invalid_values": False,
+    "token_healing": False,
+    "use_mtp": False,
+    "repetition_penalty": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "typical_p": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_a_setting_that_states_what_does_nothing_is_accepted(tiny, tmp_path, name):
+    """And makes no processor: logits go through as they are, sampled or not."""
+    config, tokenizer = tiny.target.whole.config, tiny.target.tokenizer
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, name: NOTHING[name]}))
+    rules = GenerationRules.of(read_settings(tmp_path, config, tokenizer), {2}, [1, 5], 300, tokenizer, "cpu")
+    assert not rules.changes and not rules.narrows and rules.stop is None
+    logits = torch.randn(2, 40)
+    assert rules.scores(logits, [7], [8]) is logits
+
+
+def test_a_block_is_scored_token_by_token():
+    """Row i knows the prompt, the text and the first i tokens of the block; ids that only the prompt has are outside the shared rows."""
+    settings = with_flags(GenerationConfig(eos_token_id=[2]), repetition_penalty=2.0)
+    rules = GenerationRules.of(settings, {2}, [3, 11], 10, None, "cpu")
+    assert rules.rows == 12 and GenerationRules.of(settings, {2}, [3, -200], 10, None, "cpu").prompt == ()
+    logits = torch.rand(3, 8, generator=torch.Generator().manual_seed(0)) + 1
+    found = rules.scores(logits, [4], [5, 6])
+    for i, said in enumerate(({3, 4}, {3, 4, 5}, {3, 4, 5, 6})):
+        wanted = [x / 2 if token in said else x for token, x in enumerate(logits[i].tolist())]
+        assert found[i].tolist() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "new", "end"), [([], [5, 2, 6], 2), ([], [5, 6], None), ([2], [5, 6, 2], 3), ([], [], None), ([], [2], 1)]
+)
+def test_a_text_ends_after_its_first_end_among_the_new_tokens(text, new, end):
+    assert GenerationRules({2}).end_of(text, new) == end

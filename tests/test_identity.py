@@ -21,7 +21,7 @@ from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.row_identity import identify
 from feature_alignment.inputs.samples import Sample, read_samples
-from feature_alignment.models.batches import ClipBatch, batches
+from feature_alignment.models.batches import ClipBatch, plan_batches
 from feature_alignment.storage import identity
 from feature_alignment.storage.files import altered, file_hash, read_json, write_sealed
 from feature_alignment.storage.hidden_states import load_hidden_states
@@ -446,7 +446,7 @@ def a_sample(**about) -> Sample:
 
 def test_the_same_files_with_another_event_start_are_two_clips(tmp_path):
     early, late = a_sample(id="a"), a_sample(id="b", event_start_ms=50.0)
-    assert batches([early, early, late, late], 3) == [range(0, 2), range(2, 4)]
+    assert plan_batches([early, early, late, late], 3) == [range(0, 2), range(2, 4)]
     rows = identify([early, late, a_sample(id="c", event_start_ms=0.0)], [range(3)], tmp_path / "m.jsonl", 0.0)
     a, b, c = (row["identity"]["row"] for row in rows)
     assert a != b and a == c

@@ -84,6 +84,16 @@ def test_a_draft_word_is_a_synonym_or_an_error(draft, target, expected):
         '{"facts": {"a": {"b": ["w"]}}, "more": 1}',
         '{"facts": {"a": {"b": ["w"]}}, "hidden_from_events": ["z"]}',
         '{"facts": {"a": {"b": ["w"]}}, "implied": {"a": 3}}',
+        '{"facts": {"a": {"b": ["w"]}}, "implied": {"z": {"a": "b"}}}',
+        '{"facts": {"a": {"b": ["w"]}}, "implied": {"a": {"z": "b"}}}',
+        '{"facts": {"a": {"b": ["w"]}}, "implied": []}',
+        '{"facts": {"a": {"b": ["w", 1]}}}',
+        '{"facts": {"a": {"b": ["w"]}}, "hidden_from_events": "a"}',
+        '{"facts": {"a": {"b": ["w"]}}, "ignored": [{"phrase": "w"}]}',
+        '{"facts": {"a": {"b": ["w"]}}, "ignored": [{"phrase": "w", "where": 1}]}',
+        '{"facts": {"a": {"b": ["w"], "c": ["w"]}}}',
+        '{"facts": {"a": {"b": ["w"]}, "c": {"b": ["w"]}}}',
+        '{"facts": {}}',
         '{"facts": {"a": {"b": ["w"]}}, "ignored": [{"phrase": "(", "where": ""}]}',
         '{"facts": {"a": {"b": ["w"]}}, "ignored": ["x"]}',
     ],
@@ -98,3 +108,25 @@ def test_a_malformed_lexicon_is_refused_by_name(tmp_path, content):
 def test_a_missing_lexicon_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         Lexicon.load(tmp_path / "nowhere.json")
+
+
+def test_a_file_saved_by_a_windows_editor_is_read_and_needs_facts_alone(tmp_path):
+    path = tmp_path / "words.json"
+    path.write_bytes(b"\xef\xbb\xbf" + '{"facts": {"farbe": {"gr\u00fcn": ["GR\u00dcN", "gr\u00fcn wie Gras", "gr\u00fcn"]}}}'.encode())
+    lexicon = Lexicon.load(path)
+    assert lexicon.facts_in("Ein gr\u00fcn-es Auto") == {"farbe": "gr\u00fcn"} and lexicon.fact_of("Gr\u00fcn,") == ("farbe", "gr\u00fcn")
+    assert (lexicon.implied, lexicon.ignored, lexicon.hidden_from_events) == ({}, (), frozenset())
+    assert lexicon.facts_in("") == {} and lexicon.facts_in("gr\u00fcn wie") == {"farbe": "gr\u00fcn"}
+
+
+def test_every_word_is_looked_at_once():
+    """Phrases of one to three words: the longest that begins at a word, then on after it."""
+    facts = {"a": {"1": ["u v w"], "2": ["u v"], "3": ["v"]}, "b": {"4": ["w"]}, "c": {"5": ["x u"]}}
+    lexicon = Lexicon.from_json({"facts": facts, "ignored": [{"phrase": "NOT X", "where": "If"}]})
+    assert (
+        lexicon.facts_in("U V W") == {"a": "1"}
+        and lexicon.facts_in("u v x") == {"a": "2"}
+        and lexicon.facts_in("z v w") == {"a": "3", "b": "4"}
+    )
+    assert lexicon.facts_in("x u v w") == {"c": "5", "a": "3", "b": "4"} and lexicon.facts_in("if not x u v") == {"a": "2"}
+    assert lexicon.facts_in("w") == {"b": "4"}

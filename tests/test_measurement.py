@@ -13,10 +13,10 @@ from feature_alignment.adapters import closed_form, hidden
 from feature_alignment.adapters import token as token_adapter
 from feature_alignment.cli.console import UserError
 from feature_alignment.compare_token_baseline import ComparisonConfig, token_adapter_report
-from feature_alignment.decoding.acceptance import kept_drafts
+from feature_alignment.decoding.acceptance import accepted_drafts
 from feature_alignment.demo import captions
 from feature_alignment.measure_feature_acceptance import acceptance_report, chain_report
-from feature_alignment.measurement import comparison, scoring
+from feature_alignment.measurement import comparison, metrics, scoring
 from feature_alignment.measurement.calibration import Judged, certify, p_value
 from feature_alignment.measurement.lexicon import Lexicon
 from feature_alignment.measurement.scoring import Fitted, Scores
@@ -168,6 +168,10 @@ def test_every_number_by_plain_loops(seed):
             assert row["token_match"] == pytest.approx(sum(same[i, t] for i in here) / len(here))
             given = row["token_match_given_earlier"]
             assert math.isnan(given) if not alive else given == pytest.approx(sum(same[i, t] for i in alive) / len(alive))
+            for key, texts in (("token_match", here), ("token_match_given_earlier", alive)):
+                hits = np.array([float(same[i, t]) for i in texts])
+                bounds = metrics.bootstrap_ratio(hits, np.ones(len(texts)), [states.clips[i] for i in texts])
+                assert (row[f"{key}_lo"], row[f"{key}_hi"]) == pytest.approx(bounds, nan_ok=True)
         assert len(report["per_position"]) == int(states.lengths.max())
 
 
@@ -280,11 +284,11 @@ def test_a_cosine_exactly_at_the_threshold_is_not_kept():
     some = Judged(np.full(4, 0.5), np.ones(4, dtype=bool), ["a"] * 4, 4.0)
     assert math.isnan(some.risk(0.5)) and some.risk(0.49) == 1 and some.excess(0.5, 0.1) == pytest.approx([0.0])
     ids, cosine = torch.tensor([4, 4]), torch.tensor([0.5, 0.75])
-    assert kept_drafts("relaxed", ids, ids, cosine, 0.5).tolist() == [False, True]
-    assert kept_drafts("feature", ids, ids, cosine, 0.5).tolist() == [False, False]
+    assert accepted_drafts("relaxed", ids, ids, cosine, 0.5).tolist() == [False, True]
+    assert accepted_drafts("feature", ids, ids, cosine, 0.5).tolist() == [False, False]
     source = {"cosine": at.cosine, "says": at.says, "there": states.mask}
     lexicon, names = Lexicon.from_json(captions.lexicon()), [str(i) for i in range(N)]
-    sweep = comparison.kept_drafts({"x": source}, states.token_ids, str, names, lexicon)[0]["x"]
+    sweep = comparison.accepted_drafts({"x": source}, states.token_ids, str, names, lexicon)[0]["x"]
     assert sweep[0]["threshold"] == 0.5 and sweep[0]["kept"] == 0
 
 
@@ -482,3 +486,108 @@ def test_the_token_adapter_is_timed_on_the_device_that_is_asked_for(tmp_path, mo
     cfg = ComparisonConfig(target_id="t", draft_id="d", output_dir=tmp_path, device="meta")
     report = token_adapter_report(cfg, [{"vl_tokens": [4, 5, 6, 2], "egpt_tokens": [4], "sequence": "s"}], [2])
     assert asked == [("meta", "meta")] and report["overhead_ms"] == 3.0
+
+
+def test_scores_of_positions_weigh_one_each_and_bets_raise_no_warning():
+    """A predictor that is no chain has one score a position; clips without a kept wrong token are no reason to divide by zero."""
+    states = random_states(5)
+    scores = Scores(torch.ones(N, S), torch.zeros(N, S, dtype=torch.int64), torch.zeros(N, S, dtype=torch.bool))
+    found = scoring.judged(scores, states.mask, states)
+    assert found.weight == 1.0 and found.most == 2 * S and list(found.clip) == [states.clips[i] for i in states.mask.nonzero()[:, 0]]
+    with np.errstate(divide="raise", invalid="raise"):
+        assert p_value(np.zeros(5), 0.1, 3.0) == 1.0 and p_value(np.array([0.0, -0.5, 0.0]), 0.1, 3.0) == pytest.approx(1.0)
+
+
+def test_what_controls_cost_and_when_there_is_no_identity(monkeypatch):
+    """Parameters counted by hand; seconds until the means, and until the ridge map, were ready; the last layer as it is, where it fits."""
+    ticks = iter([10.0, 13.0, 18.0] * 2)
+    monkeypatch.setattr(scoring.time, "perf_counter", lambda: next(ticks))
+    train, validation, test = random_states(1), random_states(2), random_states(3)
+    head = torch.randn(V, D, generator=torch.Generator().manual_seed(0))
+    found = scoring.null_predictors(train, validation, test, 2, head)
+    wanted = {"identity": (0, 0.0), "target_mean": (D, 3.0), "position_mean": (S * D, 3.0), "shuffled": (0, 0.0)}
+    wanted |= {"ridge": (D * D + D, 8.0), "ridge_rank_r": (2 * D + 2 * D + D, 8.0)}
+    assert {name: (f.parameters, f.seconds) for name, f in found.items()} == wanted and list(found)[0] == "identity"
+    some = next(closed_form.positions(test, number=10_000))
+    shown = scoring.shuffled_pairs(test, "cpu")["shuffled"].predict(some)
+    partner = scoring.other_clip(test)
+    assert torch.equal(shown, torch.stack([test.target[partner[i], t] for i, t in zip(some.rows.tolist(), some.at.tolist(), strict=True)]))
+    ticks = iter([0.0, 1.0, 2.0] * 3)
+    wide = [
+        HiddenStates(torch.cat([x.draft, -x.draft], 2), x.target, x.token_ids, x.mask, x.lengths, x.rows, {})
+        for x in (train, validation, test)
+    ]
+    double = scoring.null_predictors(*wide, 99, head)
+    some = next(closed_form.positions(wide[2], number=10_000))
+    assert torch.equal(double["identity"].predict(some), some.draft[:, D:]) and double["ridge_rank_r"].parameters == 2 * D * D + D * D + D
+    odd = [HiddenStates(x.draft[..., :-1], x.target, x.token_ids, x.mask, x.lengths, x.rows, {}) for x in (train, validation, test)]
+    assert "identity" not in scoring.null_predictors(*odd, 3, head)
+
+
+def test_the_ridge_strength_is_the_one_that_is_best_on_validation():
+    """Hardly any training text, many channels: the least regularized map is the worst, and the best of all six is taken."""
+    rng = torch.Generator().manual_seed(0)
+    turn, parts = torch.randn(D, D, generator=rng), []
+    for rows in (2, N, N):
+        some = random_states(rows)
+        target = some.draft @ turn + 3 * torch.randn(N, S, D, generator=rng)
+        keep = slice(0, rows)
+        parts.append(
+            HiddenStates(some.draft[keep], target[keep], some.token_ids[keep], some.mask[keep], some.lengths[keep], some.rows[keep], {})
+        )
+    train, validation, test = parts
+    stats = closed_form.moments([(train.draft[train.mask], train.target[train.mask])], D, D)
+    x, y = validation.draft[validation.mask], validation.target[validation.mask]
+    cosine = {s: float(F.cosine_similarity(stats.ridge(s)(x), y, dim=-1).sum()) for s in closed_form.RIDGE_STRENGTHS}
+    best = max(cosine, key=cosine.__getitem__)
+    assert best != closed_form.RIDGE_STRENGTHS[0] and len({round(c, 4) for c in cosine.values()}) > 1
+    found = scoring.null_predictors(train, validation, test, 2, torch.randn(V, D, generator=rng))
+    some = next(closed_form.positions(test, number=10_000))
+    torch.testing.assert_close(found["ridge"].predict(some), stats.ridge(best)(some.draft), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found["ridge_rank_r"].predict(some), stats.ridge(best, 2)(some.draft), atol=1e-4, rtol=1e-4)
+
+
+def a_lexicon():
+    """Ids 3 to 8 are two words each of three facts (the last slot is hidden from events); the other ids state nothing."""
+    facts = {"a": {"x": ["wd", "we"], "y": ["wf"]}, "b": {"z": ["wg", "wh"], "w": ["wi"]}}
+    return Lexicon.from_json({"facts": facts, "hidden_from_events": ["b"]}), lambda token: "w" + chr(ord("a") + token)
+
+
+@pytest.mark.parametrize("steps", [None, 3])
+def test_what_a_cosine_keeps_by_plain_loops(steps):
+    """Counts at every threshold, and the ten kept words of highest cosine that are not the target's, each place of a text once."""
+    lexicon, word = a_lexicon()
+    rng, width = torch.Generator().manual_seed(10 + (steps or 0)), (N, S) if steps is None else (N, S, steps)
+    ids = torch.randint(3, 10, (N, S), generator=rng)
+    says, cosine = torch.randint(3, 9, width, generator=rng), torch.rand(width, generator=rng) * 0.6 + 0.4
+    there = torch.rand(width, generator=rng) < 0.7
+    for k in range(steps or 0):
+        there[:, S - k :, k] = False  # no draft beyond the text
+    names = [f"s{i}" for i in range(N)]
+    sweeps, examples = comparison.accepted_drafts({"one": {"cosine": cosine, "says": says, "there": there}}, ids, word, names, lexicon)
+    drafts = []
+    for place in there.nonzero().tolist():
+        row, at = place[0], place[1] + (place[2] if steps else 0)
+        drafts.append((float(cosine[tuple(place)].double()), row, at, word(int(says[tuple(place)])), word(int(ids[row, at]))))
+    kind = {(d, t): lexicon.compare(d, t) for *_, d, t in drafts}
+    assert len(sweeps["one"]) == 25
+    for i, found in enumerate(sweeps["one"]):
+        assert found["threshold"] == pytest.approx(0.5 + 0.02 * i)
+        kept = [kind[d, t] for c, _, _, d, t in drafts if c > found["threshold"]]
+        counts = {k: sum(name == k for name, _ in kept) for k in ("same", "synonym", "other_fact", "other_word")}
+        hidden_ones = sum(k == ("other_fact", "b") for k in kept)
+        assert found == {
+            "threshold": found["threshold"],
+            "drafted": len(drafts),
+            "kept": len(kept),
+            **counts,
+            "other_fact_hidden": hidden_ones,
+        }
+    wanted, shown = [], set()
+    for c, row, at, drafted, said in sorted(drafts, key=lambda d: -d[0]):
+        if drafted != said and (row, at) not in shown and len(shown) < 10:
+            shown.add((row, at))
+            before = " ".join(word(int(t)) for t in ids[row, max(0, at - 6) : at])
+            about = {"source": "one", "sample": names[row], "before": before, "drafted": drafted, "said": said}
+            wanted.append({**about, "verdict": kind[drafted, said][0], "cosine": pytest.approx(c)})
+    assert examples == wanted and len(wanted) == 10 and {e["verdict"] for e in examples} > {"other_word"}

@@ -154,10 +154,10 @@ LARGEST |= {"image_size": 4096, "patch_size": 4096, "shortest_edge": 4096}
 def test_sizes_have_a_largest_one(tmp_path, key, most):
     assert loading.LARGEST == LARGEST
     for fine in (1, most, None, [1, most]):
-        loading.look_through(folder_with(tmp_path, **{key: fine}))
+        loading.refuse_executable_code(folder_with(tmp_path, **{key: fine}))
     for wrong in (0, most + 1, -1, True, "5", 2.0, [1, most + 1]):
         with pytest.raises(UserError, match=f"{key} is .*wanted a number from 1 to {most:,}"):
-            loading.look_through(folder_with(tmp_path, text_config=[{"deep": {key: wrong}}]))
+            loading.refuse_executable_code(folder_with(tmp_path, text_config=[{"deep": {key: wrong}}]))
 
 
 @pytest.mark.parametrize(
@@ -172,14 +172,14 @@ def test_sizes_have_a_largest_one(tmp_path, key, most):
 )
 def test_what_reaches_outside_a_checkpoint_is_refused(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
-        loading.look_through(folder_with(tmp_path, "other.json", **content))
+        loading.refuse_executable_code(folder_with(tmp_path, "other.json", **content))
     folder_with(tmp_path, "other.json", auto_map=None, trust_remote_code=False, attn_implementation="sdpa", weight_map={"a": "b"})
-    loading.look_through(tmp_path)
+    loading.refuse_executable_code(tmp_path)
     for ignored in ("tokenizer.json", "vocab.json"):
-        loading.look_through(folder_with(tmp_path, ignored, **content))
+        loading.refuse_executable_code(folder_with(tmp_path, ignored, **content))
     folder_with(tmp_path, "adapter_config.json")
     with pytest.raises(UserError, match="PEFT adapter"):
-        loading.look_through(tmp_path)
+        loading.refuse_executable_code(tmp_path)
 
 
 @pytest.mark.parametrize(("size", "known"), [(31_999, False), (32_000, True), (32_063, True), (32_064, False)])
@@ -223,11 +223,11 @@ def test_a_config_may_not_promise_many_more_parameters_than_there_are_bytes(tmp_
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_states_that_are_not_finite_are_the_weights_fault(tmp_path, bad):
-    with pytest.raises(UserError, match="not finite in float16"), loading.refused_if_it_fails(tmp_path) as made:
+    with pytest.raises(UserError, match="not finite in float16"), loading.report_load_errors(tmp_path) as made:
         made += [torch.zeros(2, dtype=torch.float16), torch.tensor([0.0, bad])]
-    with pytest.raises(UserError, match="does not fit its weights: no such shape"), loading.refused_if_it_fails(tmp_path) as made:
+    with pytest.raises(UserError, match="does not fit its weights: no such shape"), loading.report_load_errors(tmp_path) as made:
         raise RuntimeError("no such shape\nat all")
-    with loading.refused_if_it_fails(tmp_path) as made:
+    with loading.report_load_errors(tmp_path) as made:
         made.append(torch.zeros(2))
 
 
@@ -293,13 +293,13 @@ def test_memory_that_is_free_is_that_of_the_gpus_in_use(monkeypatch):
     import psutil
 
     free = {0: 10, 1: 30, torch.device("cuda:1"): 30, torch.device("cuda"): 10}
-    assert loading.memory_there("cpu", None) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+    assert loading.available_memory("cpu", None) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert loading.memory_there("cuda", None) == loading.memory_there("cuda", "auto") == 0
+    assert loading.available_memory("cuda", None) == loading.available_memory("cuda", "auto") == 0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu], 1000))
-    assert [loading.memory_there(*asked) for asked in (("cuda", None), ("cuda:1", None), ("cuda", "auto"))] == [10, 30, 40]
+    assert [loading.available_memory(*asked) for asked in (("cuda", None), ("cuda:1", None), ("cuda", "auto"))] == [10, 30, 40]
 
 
 def test_a_pair_says_only_what_both_know_and_runs_on_the_gpu_it_is_told(monkeypatch, tmp_path):
@@ -318,7 +318,7 @@ def test_a_pair_says_only_what_both_know_and_runs_on_the_gpu_it_is_told(monkeypa
         assert (found.target, found.draft) == (decoders["target"], decoders["draft"])
         assert found.target.vocab_size == found.draft.vocab_size == 50
     assert chosen == ["cuda:1"]
-    found.record("graphs")
+    found.use_steps("graphs")
     assert found.target.steps == found.draft.steps == "graphs"
 
 

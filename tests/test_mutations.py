@@ -283,7 +283,7 @@ class Scene:
 
     def run(self, script: str, argv: list[str]) -> tuple[int, str]:
         """Exit code and what was said on stderr, of the script as a command would run it."""
-        console._mended.clear()
+        console._repairs.clear()
         said = io.StringIO()
         signal.setitimer(signal.ITIMER_REAL, 60)
         code = 0

@@ -12,7 +12,8 @@ from conftest import as_decoder, main_of, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
-from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.models import fixed, fused
@@ -22,7 +23,7 @@ from feature_alignment.models.fixed import FixedCache
 def both(taps=None, steps="graphs", kv_heads=2):
     model = tiny_llama(0, layers=3, kv_heads=kv_heads)
     eager, other = as_decoder(model, taps), as_decoder(model, taps)
-    other.record(steps)
+    other.use_steps(steps)
     return eager, other
 
 
@@ -66,10 +67,10 @@ def test_a_cache_grows_for_the_padding_alone(monkeypatch, length, k):
 def test_a_model_with_one_layer_on_another_device_runs_eagerly(caplog, layer):
     model = tiny_llama(0, layers=3)
     decoder = as_decoder(model)
-    assert fused.unfit(decoder.llama) is None
+    assert fused.unsupported_reason(decoder.llama) is None
     decoder.llama.layers[layer].to("meta")
-    assert fused.unfit(decoder.llama) == "layers on several devices"
-    decoder.record("graphs")
+    assert fused.unsupported_reason(decoder.llama) == "layers on several devices"
+    decoder.use_steps("graphs")
     assert decoder.steps == "eager" and "several devices" in caplog.text
 
 
@@ -94,12 +95,12 @@ def test_drafts_and_texts_are_those_of_eager_steps():
     found = []
     for steps in ("eager", "graphs"):
         target, draft = as_decoder(model), as_decoder(noisy_copy(model, 0.05))
-        target.record(steps)
-        draft.record(steps)
+        target.use_steps(steps)
+        draft.use_steps(steps)
         proposers = (
             ModelProposer(draft, None, None),
             ModelProposer(draft, adapter, target.lm_head),
-            ChainedProposer(draft, chained, target.lm_head, target.embeddings),
+            ChainedProposer(draft, chained, target.head_weight, target.embeddings),
         )
         for proposer in proposers:
             for last in (3, 4):
@@ -107,7 +108,7 @@ def test_drafts_and_texts_are_those_of_eager_steps():
                 for rule in ("token",) if proposer is proposers[0] else ("token", "feature", "relaxed"):
                     got = speculate(target, proposer, prompt, prompt, accept=rule, threshold=0.3, num_draft_tokens=4, max_new_tokens=16)
                     assert rule != "token" or got.token_ids == greedy(target, prompt, 16).token_ids
-                    found.append((got.token_ids, [(r.proposed, r.kept) for r in got.rounds]))
+                    found.append((got.token_ids, [(r.proposed, r.accepted) for r in got.rounds]))
     half = len(found) // 2
     assert found[:half] == found[half:]
 
@@ -142,16 +143,16 @@ def test_drafting_steps_never_ask_the_device(monkeypatch):
     target = as_decoder(tiny_llama(0))
     prompt, watch = prompt_of(1, 5, 9), Stopwatch()
     states = target.teacher_force(target.prefill([prompt]), torch.tensor([[5, 6, 7]]))[0]
-    proposers = [ChainedProposer(target, ChainedAdapter(32, 32, 1, width=8), target.lm_head, target.embeddings) for _ in range(2)]
-    proposers[1]._adapter = proposers[0]._adapter
-    proposers[1]._tokens = proposers[0]._tokens
-    proposers[1]._expect, proposers[1]._go_on = whole(proposers[1]._expect_next), whole(proposers[1]._read_and_expect)
+    proposers = [ChainedProposer(target, ChainedAdapter(32, 32, 1, width=8), target.head_weight, target.embeddings) for _ in range(2)]
+    proposers[1]._adapter, proposers[1]._chain = proposers[0]._adapter, proposers[0]._chain
+    proposers[1]._block = whole(proposers[1]._draft_block)
+    proposers[1]._first, proposers[1]._next = whole(proposers[1]._expect), whole(proposers[1]._read_and_expect)
     monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)  # it is torch's own compiler that knows none; a recording does
     drafts = []
     for proposer in proposers:
         proposer.start(prompt, watch)
-        drafts.append(proposer.propose([5, 6, 7], states, 6, watch).token_ids.tolist())
-    assert drafts[0] == drafts[1]
+        drafts.append([proposer.propose([5, 6, 7], states, 6, watch, floor).token_ids.tolist() for floor in (0.0, 1e-9)])
+    assert drafts[0] == drafts[1] and drafts[0][0] == drafts[0][1]  # a whole round at once, and one token after the other
     adapter, state = HiddenAdapter(32, 32, 8), torch.randn(1, 32)
     torch.testing.assert_close(whole(adapter)(state), adapter(state))
 
@@ -176,7 +177,7 @@ def test_nothing_is_held_twice():
         q, k, v = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
         assert {w.untyped_storage().data_ptr() for w in (q, k, v)} == {held.qkv.untyped_storage().data_ptr()}
         torch.testing.assert_close(held.qkv, torch.cat([q, k, v]), atol=0, rtol=0)
-    other.record("graphs")
+    other.use_steps("graphs")
     again = other.prefill([prompt_of(1, 5)]).cache._layers
     for new, old in zip(again, layers, strict=True):
         assert new.qkv.data_ptr() == old.qkv.data_ptr() and new.qkv.shape == old.qkv.shape
@@ -187,7 +188,7 @@ def test_what_fused_steps_cannot_read_runs_eagerly(caplog):
     model = tiny_llama(0)
     model.model.layers[0].mlp.gate_proj = torch.nn.Linear(32, 64, bias=True)
     decoder = as_decoder(model)
-    decoder.record("graphs")
+    decoder.use_steps("graphs")
     assert decoder.steps == "eager" and "quantised or have a bias" in caplog.text
     assert not isinstance(decoder.prefill([prompt_of(1, 5)]).cache, FixedCache)
 
@@ -195,7 +196,7 @@ def test_what_fused_steps_cannot_read_runs_eagerly(caplog):
 @pytest.mark.slow
 def test_compiled_steps():
     """Each length is a compiled form of its own, for each of two models of other sizes; none may be left out."""
-    before = len(fixed.unrecorded)
+    before = len(fixed.eager_fallbacks)
     for kv_heads in (2, 1):
         eager, other = both(steps="compiled", kv_heads=kv_heads)
         prompt = prompt_of(1, 5, 9)
@@ -206,7 +207,7 @@ def test_compiled_steps():
             torch.testing.assert_close(other.step(b, ids), eager.step(a, ids), atol=1e-4, rtol=1e-4)
             eager.rollback(a, length)
             other.rollback(b, length)
-    assert len(fixed.unrecorded) == before
+    assert len(fixed.eager_fallbacks) == before
 
 
 def test_what_cannot_be_compiled_runs_as_ever(monkeypatch, caplog):
@@ -217,11 +218,11 @@ def test_what_cannot_be_compiled_runs_as_ever(monkeypatch, caplog):
         return fail
 
     monkeypatch.setattr(torch, "compile", compiler)
-    monkeypatch.setattr(fixed, "unrecorded", [])
+    monkeypatch.setattr(fixed, "eager_fallbacks", [])
     eager, other = both(steps="compiled")
     prompt = prompt_of(1, 5, 9)
     assert greedy(other, prompt, 8).token_ids == greedy(eager, prompt, 8).token_ids
-    assert fixed.unrecorded == ["steps cannot be compiled: no C compiler here"]
+    assert fixed.eager_fallbacks == ["steps cannot be compiled: no C compiler here"]
 
 
 class Anywhere(torch.Tensor):
@@ -239,12 +240,12 @@ def test_what_cannot_be_recorded_runs_as_ever(monkeypatch, caplog):
         tried.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(fixed.Recorded, "_record", record)
-    monkeypatch.setattr(fixed, "unrecorded", [])
-    double = fixed.Recorded(lambda x: x * 2)
+    monkeypatch.setattr(fixed.CapturedStep, "_capture", record)
+    monkeypatch.setattr(fixed, "eager_fallbacks", [])
+    double = fixed.CapturedStep(lambda x: x * 2)
     assert [double(torch.full((1,), float(i)).as_subclass(Anywhere)).item() for i in range(3)] == [0, 2, 4]
     assert len(tried) == 1 and "run eagerly: operation not permitted" in caplog.text
-    assert len(fixed.unrecorded) == 1
+    assert len(fixed.eager_fallbacks) == 1
 
 
 def test_a_recording_is_made_once_a_shape_and_replayed(monkeypatch):
@@ -265,8 +266,8 @@ def test_a_recording_is_made_once_a_shape_and_replayed(monkeypatch):
     def call(x):
         return x * 2
 
-    monkeypatch.setattr(fixed.Recorded, "_record", record)
-    double = fixed.Recorded(call)
+    monkeypatch.setattr(fixed.CapturedStep, "_capture", record)
+    double = fixed.CapturedStep(call)
     results = [double(torch.full((n,), float(i)).as_subclass(Anywhere)) for i, n in enumerate((2, 2, 3, 2))]
     assert [r.tolist() for r in results] == [[0, 0], [2, 2], [4, 4, 4], [6, 6]]  # none was overwritten by a later one
     assert made == [(torch.Size([2]),), (torch.Size([3]),)] and len(replayed) == 4
@@ -285,7 +286,7 @@ def test_no_garbage_is_collected_during_a_recording():
     freed: list[int] = []
     Forgotten()
     assert not freed
-    with fixed._nothing_freed():
+    with fixed.gc_paused():
         assert freed == [1]
         Forgotten()
         list(range(10**5)), [[] for _ in range(10**5)]
@@ -329,3 +330,37 @@ def test_inference_with_recorded_steps(finished):
     found = main_of("feature_sd_inference")([*config, "--steps", "graphs"])
     assert found["exact_match"] and found["token_ids"] == eager["token_ids"]
     assert [r["proposed"] for r in found["rounds"]] == [r["proposed"] for r in eager["rounds"]]
+
+
+def test_lengths_are_rounded_up_to_few_and_buffers_have_room():
+    """What a recording costs is one for each of these lengths; a cache has room for a text of 192 tokens, in steps of 64."""
+    for length, size in ((5, 256), (64, 256), (65, 320)):
+        _, other = both()
+        state = other.prefill([prompt_of(1, *[5] * (length - 1))])
+        assert state.cache._size == size and state.cache._layers[0].keys.shape[1] == size
+    read, step = [], state.cache._step
+    state.cache._step = lambda ids: (read.append(ids.shape[1]), step(ids))[1]
+    asked = (1, 2, 3, 4, 5, 6, 7, 9, 10, 13, 14, 17, 18, 25, 26, 32, 33, 64)
+    for k in asked:
+        assert other.step(state, torch.full((1, k), 5)).shape[1] == k
+        other.rollback(state, k)
+    assert read == [1, 2, 4, 4, 6, 6, 9, 9, 13, 13, 17, 17, 25, 25, 32, 32, 64, 64]
+
+
+def test_a_prompt_as_long_as_the_cache_gets_a_larger_one(monkeypatch):
+    monkeypatch.setattr(fixed, "ROOM", 1)
+    _, other = both()
+    assert other.prefill([prompt_of(1, *[5] * 62)]).cache._size == 64
+    assert other.prefill([prompt_of(1, *[5] * 63)]).cache._size == 128
+
+
+def test_a_watch_adds_up_its_stages(monkeypatch):
+    now = [7.0]
+    monkeypatch.setattr("feature_alignment.decoding.stopwatch.time.perf_counter", lambda: now[0])
+    watch = Stopwatch()
+    for stage, seconds in (("draft", 2.0), ("verify", 0.5), ("draft", 1.0)):
+        with pytest.raises(ArithmeticError), watch(stage):
+            now[0] += seconds
+            raise ArithmeticError
+    assert watch.ms == {"draft": 3000.0, "verify": 500.0} == watch.ms and watch.now() == 10_500.0
+    assert watch.spans == [("draft", 7000.0, 9000.0), ("verify", 9000.0, 9500.0), ("draft", 9500.0, 10_500.0)]

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage.artifacts import HiddenStates, layers_read, load_trained
+from feature_alignment.storage.pretrained import load_pretrained, save_pretrained
 
 HEADS = 4
 
@@ -78,6 +79,20 @@ class ChainedAdapter(nn.Module):
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+    def save_pretrained(self, directory: Path | str, meta: dict[str, Any]) -> None:
+        """Write this adapter as a directory that can be shared; `python -m feature_alignment.adapters.share` adds a model card.
+
+        Args:
+            directory: made if missing
+            meta: of its adapter.pt
+        """
+        save_pretrained(self, "chained", meta, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: Path | str) -> ChainedAdapter:
+        """Load an adapter from a directory that `save_pretrained` wrote; raises UserError if it is altered or of another kind."""
+        return load_pretrained(cls, "chained", directory)[0]
 
     def standardise(self, target: Tensor, embeddings: Tensor, events: Tensor) -> None:
         """Learn on standardised inputs from now on: states [p, d_target], embeddings [v, d_target], event states [.., d_event]."""

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage.files import layers_read, load_trained
+from feature_alignment.storage.pretrained import load_pretrained, save_pretrained
 
 
 class HiddenAdapter(nn.Module):
@@ -52,6 +53,20 @@ class HiddenAdapter(nn.Module):
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+    def save_pretrained(self, directory: Path | str, meta: dict[str, Any]) -> None:
+        """Write this adapter as a directory that can be shared; `python -m feature_alignment.adapters.share` adds a model card.
+
+        Args:
+            directory: made if missing
+            meta: of its adapter.pt
+        """
+        save_pretrained(self, "hidden", meta, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: Path | str) -> HiddenAdapter:
+        """Load an adapter from a directory that `save_pretrained` wrote; raises UserError if it is altered or of another kind."""
+        return load_pretrained(cls, "hidden", directory)[0]
 
     @property
     def geometry(self) -> dict[str, int]:

@@ -19,7 +19,9 @@ from feature_alignment.benchmark.rows import Mode, answering, speeds
 from feature_alignment.benchmark.timing import Timed
 from feature_alignment.cli.config import Common, Steps
 from feature_alignment.cli.console import markdown_table, print_table, progress, rate_text
-from feature_alignment.decoding.engine import Generation, greedy, speculate
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.generation import Generation
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models import fixed
@@ -51,7 +53,7 @@ def run(
 ) -> dict[str, Any]:
     """One row for each draft source, length and rate, beside plain greedy decoding in turn; adapters that were never trained will do."""
     pair = load_pair(cfg)
-    pair.record(steps)
+    pair.use_steps(steps)
     pair.target.head_weight[sorted(pair.target.eos_ids)] = 0  # no text ends early: all are `max_new_tokens` long
     sources = Sources(pair, cfg, untrained=True)
     prompts = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]
@@ -95,7 +97,7 @@ def run(
     }
     meta = artifacts.provenance("benchmark_feature_sd", cfg, made_from, identity, device=cfg.device, dtype=cfg.dtype, planted=True)
     meta["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else None
-    meta["unrecorded"] = fixed.unrecorded
+    meta["unrecorded"] = fixed.eager_fallbacks
     return {"meta": meta, "planted": True, "baselines": [baseline], "rows": rows, "cost": cost, "best": best_lengths(planted, timed, clips)}
 
 

@@ -17,13 +17,13 @@ import torch
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter, call_ms
 from feature_alignment.cli.config import Steps
-from feature_alignment.decoding.engine import Generation
+from feature_alignment.decoding.generation import Generation
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.measurement.lexicon import Lexicon
 from feature_alignment.measurement.metrics import Counts
 from feature_alignment.models.decoder import Decoder, Prompt
-from feature_alignment.models.fixed import recorded
+from feature_alignment.models.fixed import captured
 
 VERIFIED = (*range(1, 13), 16, 20, 24, 28, 32)
 
@@ -135,7 +135,7 @@ def hidden_ms(adapter: HiddenAdapter, repeats: int = 200, steps: Steps = "eager"
     """Median milliseconds of the hidden adapter on one state, stepping as decoding does."""
     like = adapter.down.weight
     state = torch.randn(1, adapter.d_draft, device=like.device, dtype=like.dtype)
-    call = recorded(adapter, steps)
+    call = captured(adapter, steps)
     return call_ms(lambda: call(state), repeats, like.device.type)
 
 
@@ -147,7 +147,7 @@ def chained_ms(adapter: ChainedAdapter, repeats: int = 200, steps: Steps = "eage
     events = torch.randn(1, size["num_events"], size["d_event"], device=like.device, dtype=like.dtype)
     state, token = events.new_ones(1, 1, size["d_target"]), events.new_ones(1, 1, size["width"])
     seen, memory = adapter.see(events), token[:, 0]
-    draft = recorded(lambda state, token, memory: adapter.expect(adapter.read(state, token, memory), seen), steps)
+    draft = captured(lambda state, token, memory: adapter.expect(adapter.read(state, token, memory), seen), steps)
     return call_ms(lambda: draft(state, token, memory), repeats, like.device.type)
 
 
@@ -195,12 +195,12 @@ def machine_costs(
     try:
         for k in sorted({depth, *layers, *(2**i for i in range(depth.bit_length()) if 2**i <= depth)}):
             draft.llama.config.num_hidden_layers, draft.taps = k, (k,)
-            draft.record(draft.steps)
+            draft.use_steps(draft.steps)
             ms = step_ms(draft, draft_prompt, repeats=20)[1]
             exits[str(k)] = {"t_draft_ms": ms, "c": (ms + rest_ms) / cost["loop"]["t_target_ms"]}
     finally:
         draft.llama.config.num_hidden_layers, draft.taps = depth, taps
-        draft.record(draft.steps)
+        draft.use_steps(draft.steps)
     state = target.prefill([target_prompt])
     weights = [*target.llama.layers.parameters(), *target.llama.norm.parameters(), target.head_weight]
     cached = 2 * target.num_layers * state.length * target.llama.config.num_key_value_heads * target.llama.layers[0].self_attn.head_dim
@@ -291,11 +291,11 @@ def _judged_by(lexicon: Lexicon, target: Decoder, samples: Sequence[Sample], tex
                 told[kind][i] += 1
                 true[kind][i] += (sample.facts or {}).get(slot) == value
         for r in (r for g in texts.generations[i] for r in g.rounds):
-            for drafted, said, kept in zip(r.proposed, r.target_says, r.kept, strict=True):
+            for drafted, said, kept in zip(r.proposed, r.target_tokens, r.accepted, strict=True):
                 if kept:
                     kinds["kept"] += 1
                     fact = lexicon.fact_of(decode([drafted]))
                     same_fact = fact is not None and fact == lexicon.fact_of(decode([said]))
                     kinds["same" if drafted == said else "synonym" if same_fact else "error"] += 1
     clips = [s.sequence for s in samples]
-    return {f"true_facts_{k}": Counts(true[k], told[k]).rate(clips) for k in true} | {"kept_drafts": kinds}
+    return {f"true_facts_{k}": Counts(true[k], told[k]).rate(clips) for k in true} | {"accepted_drafts": kinds}

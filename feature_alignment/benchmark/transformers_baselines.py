@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from feature_alignment.decoding.engine import Generation
+from feature_alignment.decoding.generation import Generation
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.models.decoder import Decoder, Prompt
 
@@ -44,13 +44,13 @@ def ways(target: Decoder, max_new_tokens: int, num_draft_tokens: int, depth: int
     placeholders too, which the model refuses as a video without pixels. Where a processor reads the prompt, `generate` is given the ids
     as well, and there is no prompt lookup. The checkpoint's settings of generation are those that plain decoding follows.
     """
-    model = target.whole
+    model = target.full_model
     if model is None:
         raise ValueError("this decoder was not made from a whole model")
     beyond = list(range(target.vocab_size, target._head_weight.shape[0]))  # ids that no mode may say
 
     settings = target.settings or GenerationConfig()
-    changed = bool(target.rules(torch.zeros(0, dtype=torch.long)).changes) or bool(settings.stop_strings)
+    changed = bool(target.rules(torch.zeros(0, dtype=torch.long)).processors) or bool(settings.stop_strings)
     plain = GenerationConfig(**{k: v for k, v in settings.to_diff_dict().items() if k not in OF_SAMPLING})
 
     def embedded(prompt: Prompt) -> dict[str, Any]:

@@ -138,28 +138,28 @@ def _stop(message: str) -> NoReturn:
     sys.exit(2)
 
 
-_mended: dict[str, dict[str, str]] = {}  # file -> kind -> message
+_repairs: dict[str, dict[str, str]] = {}  # file -> kind -> message
 
 
-def mended(path: str | Path, kind: str, message: str) -> None:
+def record_repair(path: str | Path, kind: str, message: str) -> None:
     """Say once what was changed in a file before it was used; it is counted in the `meta` of what comes of it.
 
     kind: what is counted, a few words; message: what was done, with its numbers
     """
-    known = _mended.setdefault(str(path), {})
+    known = _repairs.setdefault(str(path), {})
     if known.get(kind) != message:
         known[kind] = message
         log.warning("%s: %s", path, message)
 
 
-def mended_in(*paths: str | Path) -> list[str]:
+def repairs_of(*paths: str | Path) -> list[str]:
     """The kinds of changes made in these files."""
-    return [kind for path in paths for kind in _mended.get(str(path), {})]
+    return [kind for path in paths for kind in _repairs.get(str(path), {})]
 
 
-def mended_files() -> dict[str, int]:
+def repaired_files() -> dict[str, int]:
     """Kind -> number of files that this process has mended."""
-    return dict(Counter(kind for kinds in _mended.values() for kind in kinds))
+    return dict(Counter(kind for kinds in _repairs.values() for kind in kinds))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

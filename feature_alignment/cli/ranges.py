@@ -193,7 +193,7 @@ def validate_together(cfg: Any) -> None:
         raise UserError(f"{', '.join(narrowing)}: changes only what is sampled, and greedy decoding samples nothing. Pass --temperature 1.")
     if not all(get("stop") or ()):
         raise UserError("--stop: wanted strings of at least one character; an empty one would end every text.")
-    if get("adapter") is not None:
+    if get("mse_weight") is not None:
         weights = [cfg.mse_weight, cfg.cosine_weight, *([] if cfg.adapter == "plain" else [cfg.kl_weight])]
         if not any(weights):
             raise UserError("--mse_weight, --cosine_weight and --kl_weight are all 0: wanted at least one above 0.")

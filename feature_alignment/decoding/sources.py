@@ -10,7 +10,7 @@ from feature_alignment.adapters.hidden import HiddenAdapter, load_adapter
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError
-from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
+from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import Pair
@@ -63,7 +63,7 @@ class Sources:
             return self._pair.draft
         return self._pair.draft_with(None, self._cfg)
 
-    def open_exit(self, path: Path) -> tuple[int, Proposer]:
+    def load_exit_drafter(self, path: Path) -> tuple[int, Proposer]:
         """Aligned drafts from one layer of EventGPT, by the hidden adapter at `path` that reads it alone: the layer and the proposer."""
         adapter, meta = load_adapter(path)
         layers, target = meta["draft_layers"], self._pair.target
@@ -93,14 +93,14 @@ class Sources:
         if name == "aligned":
             return ModelProposer(draft, self.adapter, target.lm_head)
         if name == "chained":
-            return ChainedProposer(draft, self.chained_adapter, target.lm_head, target.embeddings)
+            return ChainedProposer(draft, self.chained_adapter, target.head_weight, target.embeddings)
         if name == "hybrid":
             return HybridProposer(self.ngram, self.open(self._hybrid_model))
         if name == "ngram":
             return TableProposer(self.ngram)
         if name == "lookup":
             return TableProposer(Lookup(encode=cache(lambda question: target.tokenizer.encode(question, add_special_tokens=False))))
-        return TableProposer(NULL_DRAFTERS[name](self.texts))
+        return TableProposer(BASELINE_DRAFTERS[name](self.texts))
 
     @cached_property
     def ngram(self) -> NGram:

@@ -34,7 +34,7 @@ from feature_alignment.demo.language_models import FOLDERS, Role
 from feature_alignment.demo.language_scenes import write_split
 from feature_alignment.inputs.samples import Sample, read_samples
 from feature_alignment.measurement.lexicon import Fact, Lexicon
-from feature_alignment.models.batches import ClipBatch, batches
+from feature_alignment.models.batches import ClipBatch, plan_batches
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def answer_all(role: Role, checkpoints: Path, samples: Sequence[Sample]) -> list
     model = load_draft(cfg) if role == "draft" else load_target(cfg)
     answers, begin = [], time.perf_counter()
     with progress(total=len(samples), desc=f"answers of {NAMES[role]}", unit="answer") as bar:
-        for rows in batches(samples, 25):
+        for rows in plan_batches(samples, 25):
             asked = [samples[i] for i in rows]
             for sample, tokens in zip(asked, ClipBatch(model, asked).generate(LONGEST), strict=True):
                 text = model.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from feature_alignment.cli.console import UserError, mended
+from feature_alignment.cli.console import UserError, record_repair
 from feature_alignment.inputs.event_evt import decode_evt2, decode_evt3, decode_evt21, halves_swapped
 from feature_alignment.inputs.event_h5 import INSTALL
 from feature_alignment.inputs.event_index import CHUNK_BYTES, Index, Word, chunk_words, open_index
@@ -46,7 +46,7 @@ def read_prophesee(path: Path, start_us: int, window_us: int | None) -> EventTab
     dtype = np.dtype((">" if stated and stated[1] == "big" else "<") + word)
     rest = (path.stat().st_size - body) % dtype.itemsize
     if rest:
-        mended(path, "cut off", f"ends in the middle of a word; the last {rest} bytes are dropped.")
+        record_repair(path, "cut off", f"ends in the middle of a word; the last {rest} bytes are dropped.")
     swapped = kind == "EVT2.1" and _swapped(path, body, dtype, stated[1] if stated else None)
     index = open_index(path, body, kind, dtype, swapped)
     first_us = _first_us(path, body, kind, dtype, swapped, index)
@@ -100,7 +100,7 @@ def _dat(path: Path, header: str, body: int) -> EventTable:
         raise UserError(f"{path}: event type and size {list(kind)}; wanted change-detection events of 8 bytes ([12, 8] or [0, 8]).")
     count, rest = divmod(path.stat().st_size - body - 2, 8)
     if rest:
-        mended(path, "cut off", f"ends in the middle of a word; the last {rest} bytes are dropped.")
+        record_repair(path, "cut off", f"ends in the middle of a word; the last {rest} bytes are dropped.")
     pair = np.dtype([("t", "<u4"), ("word", "<u4")])
     with open(path, "rb") as file:
         pairs = StoredArray(file, pair, body + 2, count)
@@ -144,7 +144,7 @@ def _decoded(
             early += dropped
             yield events
     if early:
-        mended(path, "events without a time stamp dropped", f"{early} events before the first time stamp are dropped.")
+        record_repair(path, "events without a time stamp dropped", f"{early} events before the first time stamp are dropped.")
 
 
 def _first_us(path: Path, body: int, kind: Word, dtype: np.dtype, swapped: bool, index: Index) -> int | None:
@@ -189,6 +189,6 @@ def _packets(path: Path, decoder: Any) -> Iterator[dict[str, np.ndarray]]:
     except BaseException as error:
         if not count:
             raise UserError(f"{path} could not be read as .aedat4: {str(error)[:200]}") from None
-        mended(path, "cut off", f"cut off after {count} events ({error}); they are used.")
+        record_repair(path, "cut off", f"cut off after {count} events ({error}); they are used.")
     if not count:
         raise UserError(f"{path} holds no event stream.")

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from feature_alignment.cli.console import UserError, mended
+from feature_alignment.cli.console import UserError, record_repair
 from feature_alignment.inputs.event_columns import columns_by_name, order_of
 from feature_alignment.inputs.event_units import TimeUnit
 from feature_alignment.inputs.event_windows import EVENT_FIELDS, EventBlocks
@@ -136,14 +136,14 @@ def _blocks(path: Path, open_it: Any, preamble: int, names: list[str] | None) ->
                 except ValueError:
                     if not unfinished:
                         raise
-                    mended(path, "cut off", f"ends in the middle of a line, which is dropped: {text[:80]!r}.")
+                    record_repair(path, "cut off", f"ends in the middle of a line, which is dropped: {text[:80]!r}.")
                     return
                 columns = [table[f] for f in dtype.names or ()]
                 if order is None:
                     order = _order(path, columns, names)
                 block = {k: columns[order.index(k)] for k in EVENT_FIELDS}
                 if unfinished and (order[-1] in "xy" or (last is not None and block["t"][-1] < last)):  # digits may be missing
-                    mended(path, "cut off", f"ends in the middle of a line, which is dropped: {text[:80]!r}.")
+                    record_repair(path, "cut off", f"ends in the middle of a line, which is dropped: {text[:80]!r}.")
                     return
                 last = block["t"][-1]
                 yield block

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from feature_alignment.cli.console import UserError, mended
+from feature_alignment.cli.console import UserError, record_repair
 
 TimeUnit = Literal["s", "ms", "us", "ns"]
 UNITS: tuple[TimeUnit, ...] = ("s", "ms", "us", "ns")
@@ -59,7 +59,7 @@ def choose_unit(sample: TimeSample, name: str, asked: TimeUnit | None = None, st
     if unit != "us":
         how = "stated by the file" if stated else "asked for" if asked else "recognized"
         span_ms = abs(sample.last - sample.first) * _us_per(unit) / 1000
-        mended(
+        record_repair(
             name, f"times converted from {NAMES[unit]}", f"times are {NAMES[unit]} ({how}): {sample.count:,} events in {span_ms:,.6g} ms."
         )
     return unit

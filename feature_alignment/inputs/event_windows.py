@@ -16,7 +16,7 @@ from typing import IO
 
 import numpy as np
 
-from feature_alignment.cli.console import UserError, log, mended
+from feature_alignment.cli.console import UserError, log, record_repair
 from feature_alignment.inputs.event_units import TimeSample, TimeUnit, choose_unit, to_us
 
 EVENT_FIELDS = ("x", "y", "t", "p")
@@ -224,7 +224,7 @@ def _scan(
             inside = (t >= begin) & (t < end)
             parts.append({k: v[inside] for k, v in table.rows(piece).items()})
     events = joined(parts) or table.rows(slice(0, 0))
-    mended(name, "sorted by time", "is not sorted by time; sorted by t.")
+    record_repair(name, "sorted by time", "is not sorted by time; sorted by t.")
     return _with_start(_converted(events, unit, name, table.offset), table, unit, name, first)
 
 

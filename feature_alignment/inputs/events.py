@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from feature_alignment.cli.console import UserError, mended
+from feature_alignment.cli.console import UserError, record_repair
 from feature_alignment.inputs.event_columns import MAX_COORDINATE
 from feature_alignment.inputs.event_files import read_event_file
 from feature_alignment.inputs.event_units import TimeUnit
@@ -77,7 +77,7 @@ def check_events(
 
     backward = int((np.diff(t) < 0).sum())
     if backward:
-        mended(name, "sorted by time", f"time went backward {backward} times; sorted by t.")
+        record_repair(name, "sorted by time", f"time went backward {backward} times; sorted by t.")
         order = np.argsort(t, kind="stable")
         x, y, t, p = x[order], y[order], t[order], p[order]
     if window_us is None:
@@ -97,7 +97,7 @@ def check_events(
     if outside:
         share = "more than 1 % of the events" if outside * 100 > len(x) else "events"
         message = f"{outside} of {len(x)} events outside {w} x {h} pixels are dropped."
-        mended(name, f"{share} outside the sensor dropped", message)
+        record_repair(name, f"{share} outside the sensor dropped", message)
         x, y, t, p = x[inside], y[inside], t[inside], p[inside]
         _enough(len(t), name)
     return {"x": x, "y": y, "t": t, "p": p}
@@ -109,7 +109,7 @@ def _polarity(p: np.ndarray, name: str) -> np.ndarray:
     if values <= {0, 1}:
         return p.astype(np.uint8)
     if values <= {-1, 1}:
-        mended(name, "polarity -1 read as 0", f"{int((p == -1).sum())} of {len(p)} polarities are -1; read as 0 (darker).")
+        record_repair(name, "polarity -1 read as 0", f"{int((p == -1).sum())} of {len(p)} polarities are -1; read as 0 (darker).")
         return (p == 1).astype(np.uint8)
     raise UserError(f"{name}: polarity holds {sorted(values)}; wanted 0 (darker) and 1 (brighter), or -1 and 1.")
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from feature_alignment.cli.console import UserError, mended
+from feature_alignment.cli.console import UserError, record_repair
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")  # whatever the suffix says: Pillow knows others that start programs
@@ -194,7 +194,7 @@ def to_8_bits(images: Sequence[np.ndarray], path: Path) -> list[np.ndarray]:
     if largest > 255:
         raise UserError(f"{path}: floating-point values up to {largest:g}; wanted 0 to 1 or 0 to 255. Save its images with 8 or 16 bits.")
     scale = 255.0 if largest <= 1 else 1.0
-    mended(path, "floating-point images scaled", f"holds floating-point values up to {largest:g}, read as 0 to {255 / scale:g}.")
+    record_repair(path, "floating-point images scaled", f"holds floating-point values up to {largest:g}, read as 0 to {255 / scale:g}.")
     return [np.rint(i * scale).astype(np.uint8) if i.dtype == np.float32 else i for i in images]
 
 
@@ -229,7 +229,7 @@ def sorted_by_number(files: Sequence[Any], where: Path) -> list[Any]:
         if same_text and len({numbers for _, numbers in keys.values()}) == len(set(stems.values())):
             return sorted(files, key=lambda f: (keys[f][1], f.name))
     if files:
-        mended(where, "names without one pattern", "its images' names follow no one pattern; sorted by their text and numbers.")
+        record_repair(where, "names without one pattern", "its images' names follow no one pattern; sorted by their text and numbers.")
     return sorted(files, key=lambda f: (_text_and_numbers(stems[f]), f.name))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from feature_alignment.cli.console import UserError, mended
+from feature_alignment.cli.console import UserError, record_repair
 from feature_alignment.inputs.images import UPRIGHT, Turn, exif_turn, open_stills, refuse_large, to_8_bits
 
 NUM_FRAMES = 8
@@ -256,18 +256,20 @@ def _say_what_is_lost(path: Path, decoded: int, listed: int, damaged: int) -> No
     if decoded * 2 < listed:
         raise UserError(f"{path} is damaged: only {decoded} of its {listed} frames can be decoded. Download or write it again.")
     if decoded < listed:
-        mended(
+        record_repair(
             path,
             "frames not decoded",
             f"{listed - decoded} of {listed} frames could not be decoded; the wanted ones are sampled from the other {decoded}.",
         )
     if damaged:
-        mended(path, "damaged frames", f"{damaged} of {decoded} decoded frames are damaged; they are used as the decoder repairs them.")
+        record_repair(
+            path, "damaged frames", f"{damaged} of {decoded} decoded frames are damaged; they are used as the decoder repairs them."
+        )
 
 
 def _say_if_few(path: Path, num_frames: int, wanted: int) -> None:
     if num_frames < wanted:
-        mended(path, "frames repeated", f"has {num_frames} frames where {wanted} are wanted; some are repeated.")
+        record_repair(path, "frames repeated", f"has {num_frames} frames where {wanted} are wanted; some are repeated.")
 
 
 def clip_pixels(images: Sequence[np.ndarray], processor) -> np.ndarray:

@@ -27,7 +27,7 @@ from feature_alignment.models.generation import most_likely
 _NOBODY = -1  # whose token stands where a row is filled up
 
 
-def batches(samples: Sequence[Sample], size: int) -> list[range]:
+def plan_batches(samples: Sequence[Sample], size: int) -> list[range]:
     """All rows, at most `size` together; the questions of a clip are not split unless they are more than that."""
     found, first = [], 0
     while first < len(samples):
@@ -88,7 +88,7 @@ class ClipBatch:
         states = _Texts(self.model, self._state, self._clip_of, self._longest(tails)).read(tails)
         return [found[len(tail) - len(answer) :].cpu() for found, tail, answer in zip(states, tails, answers, strict=True)]
 
-    def says(self, answers: Sequence[Sequence[int]]) -> list[list[int]]:
+    def predict_tokens(self, answers: Sequence[Sequence[int]]) -> list[list[int]]:
         """What the model would have said in each place of the given answers, knowing what stands before."""
         return [self.model.lm_head(states.to(self.model.device)).argmax(-1).tolist() for states in self.states(answers)]
 

@@ -21,8 +21,8 @@ from feature_alignment.cli.console import UserError, log
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models import tree_attention
 from feature_alignment.models.fixed import FixedCache
-from feature_alignment.models.fused import unfit
-from feature_alignment.models.generation import Rules, eos_set, most_likely
+from feature_alignment.models.fused import unsupported_reason
+from feature_alignment.models.generation import GenerationRules, eos_set, most_likely
 from feature_alignment.models.packed import LinearChoice, best_cpu_linear, pack, packed_product, unsuitable
 
 
@@ -52,7 +52,7 @@ class Decoder:
     layer is read after the final norm (`norm="post"`), any earlier one before it.
     device: where tensors go in and come out, and where the head is; a device map may have put the layers elsewhere.
     placeholder: the id that stands for vision in a prompt; vision_tokens: how many tokens a clip becomes there.
-    whole: the model all of this is part of, for transformers' own `generate`.
+    full_model: the model all of this is part of, for transformers' own `generate`.
     settings: of generation, as the checkpoint states them; by default those of the config, which name the ids that end a text.
     """
 
@@ -69,10 +69,10 @@ class Decoder:
         device: str | None = None,
         placeholder: int = -1,
         vision_tokens: int = 0,
-        whole: PreTrainedModel | None = None,
+        full_model: PreTrainedModel | None = None,
         settings: GenerationConfig | None = None,
     ) -> None:
-        self.placeholder, self.vision_tokens, self.whole = placeholder, vision_tokens, whole
+        self.placeholder, self.vision_tokens, self.full_model = placeholder, vision_tokens, full_model
         self.llama, self.tokenizer, self._encode_prompt, self.read_pixels = llama, tokenizer, encode_prompt, read_pixels
         self._encode_vision, self._splice = encode_vision, splice
         self.num_layers = llama.config.num_hidden_layers
@@ -114,10 +114,10 @@ class Decoder:
         if self._packed_head is not None:
             self._packed_head = packed_product(self.head_weight)
 
-    def record(self, steps: Steps) -> None:
+    def use_steps(self, steps: Steps) -> None:
         """From the next prompt on, steps of single prompts run over one fixed cache, recorded on a GPU. Prompts of several rows do not,
         nor do models whose layers `fused` cannot read: the log says so, and `steps` stays eager."""
-        why = None if steps == "eager" else unfit(self.llama)
+        why = None if steps == "eager" else unsupported_reason(self.llama)
         if why is not None:
             log.warning("--steps %s reads no %s: this model's steps run eagerly.", steps, why)
         self.steps = steps if why is None else "eager"
@@ -168,10 +168,10 @@ class Decoder:
             )
         return ids
 
-    def rules(self, prompt_ids: Tensor) -> Rules:
+    def rules(self, prompt_ids: Tensor) -> GenerationRules:
         """The settings of generation, at work on a text after this prompt [s]."""
         rows = self._head_weight.shape[0]
-        return Rules.of(self.settings, self.eos_ids, prompt_ids.tolist(), rows, self.tokenizer, self.device)
+        return GenerationRules.of(self.settings, self.eos_ids, prompt_ids.tolist(), rows, self.tokenizer, self.device)
 
     def prepare(self, sample: Sample) -> Prompt:
         return Prompt(self.encode_prompt(sample.question), self.read_pixels(sample), sample.question)

@@ -28,19 +28,19 @@ LENGTHS = (1, 2, 4, 6, 9, 13, 17, 25)  # tokens a recorded step reads; beyond th
 ROOM = 192  # places behind a prompt
 COMPILED_FORMS = 64  # of a layer: one for each length, and again for each model
 
-unrecorded: list[str] = []  # what could not be recorded or compiled in this process, and why
+eager_fallbacks: list[str] = []  # what could not be recorded or compiled in this process, and why
 
 
-def _runs_as_ever(what: str, error: Exception) -> None:
-    unrecorded.append(f"{what}: {str(error).partition(chr(10))[0][:200]}")
-    log.warning("%s", unrecorded[-1])
+def _note_eager_fallback(what: str, error: Exception) -> None:
+    eager_fallbacks.append(f"{what}: {str(error).partition(chr(10))[0][:200]}")
+    log.warning("%s", eager_fallbacks[-1])
 
 
-class Recorded:
+class CapturedStep:
     """A function of tensors that returns a tensor or a tuple of them, recorded once for each combination of shapes.
 
     The function must not ask the device anything, and tensors it closes over must stay where they are. What cannot be recorded all the
-    same is called as ever, and `unrecorded` says so.
+    same is called as ever, and `eager_fallbacks` says so.
     """
 
     def __init__(self, call: Callable[..., Any]) -> None:
@@ -54,9 +54,9 @@ class Recorded:
         key = tuple((x.shape, x.dtype) for x in inputs)
         if key not in self._known:
             try:
-                self._known[key] = self._record(tuple(x.clone() for x in inputs))
+                self._known[key] = self._capture(tuple(x.clone() for x in inputs))
             except RuntimeError as error:
-                _runs_as_ever(f"steps of shape {list(inputs[0].shape)} cannot be recorded and run eagerly", error)
+                _note_eager_fallback(f"steps of shape {list(inputs[0].shape)} cannot be recorded and run eagerly", error)
                 self._known[key] = None
         known = self._known[key]
         if known is None:
@@ -67,7 +67,7 @@ class Recorded:
         graph.replay()
         return outputs.clone() if isinstance(outputs, Tensor) else tuple(x.clone() for x in outputs)  # the next replay overwrites them
 
-    def _record(self, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], torch.cuda.CUDAGraph, Any]:
+    def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], torch.cuda.CUDAGraph, Any]:
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # libraries choose their kernels and make their workspaces before anything is recorded
@@ -76,13 +76,13 @@ class Recorded:
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # "thread_local": another thread may be busy with the other model
-        with _nothing_freed(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with gc_paused(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = self._call(*inputs)
         return inputs, graph, outputs
 
 
 @contextmanager
-def _nothing_freed() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """No garbage is collected meanwhile: a forgotten recording that is freed during another one spoils it."""
     was_on = gc.isenabled()
     gc.collect()
@@ -94,9 +94,9 @@ def _nothing_freed() -> Iterator[None]:
             gc.enable()
 
 
-def recorded(call: Callable[..., Any], steps: Steps) -> Callable[..., Any]:
+def captured(call: Callable[..., Any], steps: Steps) -> Callable[..., Any]:
     """The function itself where steps are eager, else recorded."""
-    return call if steps == "eager" else Recorded(call)
+    return call if steps == "eager" else CapturedStep(call)
 
 
 def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,7 +111,7 @@ def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
         except (RuntimeError, OSError) as error:  # no C compiler, say
             if fast is call or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
                 raise
-            _runs_as_ever("steps cannot be compiled", error)
+            _note_eager_fallback("steps cannot be compiled", error)
             fast = call
         return call(*inputs)
 
@@ -159,11 +159,11 @@ class FixedCache:
         self._layers = fused.layers_of(self._llama, self._taps[-1], self._size)
         device = self._layers[0].keys.device
         self._length, self._slots = torch.zeros((), dtype=torch.long, device=device), torch.arange(self._size, device=device)
-        self._step = Recorded(self._forward)
+        self._step = CapturedStep(self._forward)
 
     def _forward(self, ids: Tensor) -> Tensor:
         x = self._llama.embed_tokens(ids[0])
-        shared = fused.shared_by_all(self._llama, x, self._slots[: len(x)] + self._length, self._slots)
+        shared = fused.step_inputs(self._llama, x, self._slots[: len(x)] + self._length, self._slots)
         states = []
         for number, layer in enumerate(self._layers, start=1):
             x = self._read_layer(x, layer, shared, self._llama.config.rms_norm_eps)

@@ -31,7 +31,7 @@ class Layer(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What all layers of a step share. cos, sin: [k, 1, d_head], the first half of sin negated; bias: see `hidden_behind`; places: [k]
+    """What all layers of a step share. cos, sin: [k, 1, d_head], the first half of sin negated; bias: see `causal_bias`; places: [k]
     int64"""
 
     cos: Tensor
@@ -43,7 +43,7 @@ class Shared(NamedTuple):
 Read = Callable[[Tensor, Layer, Shared, float], Tensor]
 
 
-def unfit(llama: PreTrainedModel) -> str | None:
+def unsupported_reason(llama: PreTrainedModel) -> str | None:
     """Why these layers cannot be read here; None if they can."""
     linear = [m for layer in llama.layers for m in layer.modules() if hasattr(m, "weight") and "norm" not in type(m).__name__.lower()]
     if any(type(m) is not nn.Linear or m.bias is not None for m in linear):
@@ -81,7 +81,7 @@ def layers_of(llama: PreTrainedModel, number: int, size: int) -> list[Layer]:
     return found
 
 
-def hidden_behind(places: Tensor, slots: Tensor, groups: int) -> Tensor:
+def causal_bias(places: Tensor, slots: Tensor, groups: int) -> Tensor:
     """What is added to attention's scores so that each token sees the places up to its own: [groups k, size].
 
     groups: query heads that share keys; they are read as if they were further tokens
@@ -114,8 +114,8 @@ def read(x: Tensor, layer: Layer, shared: Shared, eps: float) -> Tensor:
     return x + F.linear(F.silu(gate) * up, layer.down)
 
 
-def shared_by_all(llama: PreTrainedModel, x: Tensor, places: Tensor, slots: Tensor) -> Shared:
+def step_inputs(llama: PreTrainedModel, x: Tensor, places: Tensor, slots: Tensor) -> Shared:
     cos, sin = (t[0, :, None] for t in llama.rotary_emb(x[None], places[None]))
     half = sin.shape[-1] // 2
     groups = llama.config.num_attention_heads // llama.config.num_key_value_heads
-    return Shared(cos, torch.cat([-sin[..., :half], sin[..., half:]], -1), hidden_behind(places, slots, groups), places)
+    return Shared(cos, torch.cat([-sin[..., :half], sin[..., half:]], -1), causal_bias(places, slots, groups), places)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.generation import logits_process as processors
+from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from feature_alignment.cli.console import UserError
@@ -110,46 +110,46 @@ def with_flags(settings: GenerationConfig | None, **flags: Any) -> GenerationCon
     return checked(merged, named or "the checkpoint")
 
 
-def _changes(s: GenerationConfig, prompt_length: int, device: torch.device | str) -> processors.LogitsProcessorList:
+def _changes(s: GenerationConfig, prompt_length: int, device: torch.device | str) -> logits_process.LogitsProcessorList:
     """The processors of greedy decoding, in `generate`'s order."""
-    found, eos = processors.LogitsProcessorList(), sorted(eos_set(s.eos_token_id))
+    found, eos = logits_process.LogitsProcessorList(), sorted(eos_set(s.eos_token_id))
     ends = torch.tensor(eos, device=device)
     if s.sequence_bias:
-        found.append(processors.SequenceBiasLogitsProcessor(s.sequence_bias))
+        found.append(logits_process.SequenceBiasLogitsProcessor(s.sequence_bias))
     if s.repetition_penalty not in (None, 1.0):
-        found.append(processors.RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
+        found.append(logits_process.RepetitionPenaltyLogitsProcessor(s.repetition_penalty))
     if s.no_repeat_ngram_size:
-        found.append(processors.NoRepeatNGramLogitsProcessor(s.no_repeat_ngram_size))
+        found.append(logits_process.NoRepeatNGramLogitsProcessor(s.no_repeat_ngram_size))
     if s.bad_words_ids is not None:
-        found.append(processors.NoBadWordsLogitsProcessor(s.bad_words_ids, ends))
+        found.append(logits_process.NoBadWordsLogitsProcessor(s.bad_words_ids, ends))
     if s.min_length and eos:
-        found.append(processors.MinLengthLogitsProcessor(s.min_length, ends, device=str(device)))
+        found.append(logits_process.MinLengthLogitsProcessor(s.min_length, ends, device=str(device)))
     if s.min_new_tokens and eos:
-        found.append(processors.MinNewTokensLengthLogitsProcessor(prompt_length, s.min_new_tokens, ends, device=str(device)))
+        found.append(logits_process.MinNewTokensLengthLogitsProcessor(prompt_length, s.min_new_tokens, ends, device=str(device)))
     if s.exponential_decay_length_penalty is not None:
-        found.append(processors.ExponentialDecayLengthPenalty(s.exponential_decay_length_penalty, ends, prompt_length))
+        found.append(logits_process.ExponentialDecayLengthPenalty(s.exponential_decay_length_penalty, ends, prompt_length))
     if s.suppress_tokens:
-        found.append(processors.SuppressTokensLogitsProcessor(s.suppress_tokens, device=str(device)))
+        found.append(logits_process.SuppressTokensLogitsProcessor(s.suppress_tokens, device=str(device)))
     if s.begin_suppress_tokens:
-        found.append(processors.SuppressTokensAtBeginLogitsProcessor(s.begin_suppress_tokens, prompt_length, device=str(device)))
+        found.append(logits_process.SuppressTokensAtBeginLogitsProcessor(s.begin_suppress_tokens, prompt_length, device=str(device)))
     return found
 
 
-def _narrows(s: GenerationConfig) -> processors.LogitsProcessorList:
+def _narrows(s: GenerationConfig) -> logits_process.LogitsProcessorList:
     """The processors of sampling after the temperature, in `generate`'s order."""
-    found = processors.LogitsProcessorList()
+    found = logits_process.LogitsProcessorList()
     if s.top_k:
-        found.append(processors.TopKLogitsWarper(s.top_k))
+        found.append(logits_process.TopKLogitsWarper(s.top_k))
     if s.top_p is not None and s.top_p != 1.0:
-        found.append(processors.TopPLogitsWarper(s.top_p))
+        found.append(logits_process.TopPLogitsWarper(s.top_p))
     if s.min_p:
-        found.append(processors.MinPLogitsWarper(s.min_p))
+        found.append(logits_process.MinPLogitsWarper(s.min_p))
     if s.typical_p is not None and s.typical_p < 1.0:
-        found.append(processors.TypicalLogitsWarper(s.typical_p))
+        found.append(logits_process.TypicalLogitsWarper(s.typical_p))
     if s.epsilon_cutoff:
-        found.append(processors.EpsilonLogitsWarper(s.epsilon_cutoff))
+        found.append(logits_process.EpsilonLogitsWarper(s.epsilon_cutoff))
     if s.eta_cutoff:
-        found.append(processors.EtaLogitsWarper(s.eta_cutoff))
+        found.append(logits_process.EtaLogitsWarper(s.eta_cutoff))
     return found
 
 
@@ -159,26 +159,28 @@ def _stopping(tokenizer: PreTrainedTokenizerBase, strings: tuple[str, ...]) -> S
 
 
 @dataclass(frozen=True)
-class Rules:
+class GenerationRules:
     """The settings at work on one text.
 
     Args:
         eos_ids: token ids that end it.
         prompt: ids of the prompt [s], which some processors read as well; placeholders of vision included.
         rows: ids that the processors may name; scores are filled up to as many.
-        changes: processors of every decoding; narrows: those of sampling, after the temperature.
+        processors: logits_process of every decoding; narrows: those of sampling, after the temperature.
         stop: whether a text ends with one of some strings.
     """
 
     eos_ids: Collection[int] = ()
     prompt: Sequence[int] = ()
     rows: int = 0
-    changes: processors.LogitsProcessorList = field(default_factory=processors.LogitsProcessorList)
-    narrows: processors.LogitsProcessorList = field(default_factory=processors.LogitsProcessorList)
+    processors: logits_process.LogitsProcessorList = field(default_factory=logits_process.LogitsProcessorList)
+    warpers: logits_process.LogitsProcessorList = field(default_factory=logits_process.LogitsProcessorList)
     stop: StopStringCriteria | None = None
 
     @classmethod
-    def of(cls, s: GenerationConfig | None, eos_ids: Collection[int], prompt: Sequence[int], rows: int, tokenizer, device) -> Rules:
+    def of(
+        cls, s: GenerationConfig | None, eos_ids: Collection[int], prompt: Sequence[int], rows: int, tokenizer, device
+    ) -> GenerationRules:
         """The rules of a text after this prompt. Ids below 0 stand for a prompt of embeddings, of which `generate` sees no ids."""
         if s is None:
             return cls(eos_ids)
@@ -192,13 +194,13 @@ class Rules:
 
     def scores(self, logits: Tensor, text: Sequence[int], block: Sequence[int] = ()) -> Tensor:
         """Logits [n, v] as the processors change them; row i follows the prompt, `text` and the first i of the n - 1 tokens of `block`."""
-        if not self.changes:
+        if not self.processors:
             return logits
         v = logits.shape[-1]
         wide = torch.nn.functional.pad(logits.float(), (0, max(0, self.rows - v)), value=-torch.inf)
         ids = torch.tensor([[*self.prompt, *text, *block]], dtype=torch.long, device=logits.device)
         start = len(self.prompt) + len(text)
-        return torch.cat([self.changes(ids[:, : start + i], wide[i : i + 1])[:, :v] for i in range(len(wide))])
+        return torch.cat([self.processors(ids[:, : start + i], wide[i : i + 1])[:, :v] for i in range(len(wide))])
 
     def end_of(self, text: Sequence[int], new: Sequence[int]) -> int | None:
         """How many of the tokens `new` after `text` there are up to and including the first that ends it; None: none does."""
@@ -212,6 +214,6 @@ class Rules:
         return end
 
 
-def most_likely(rules: Sequence[Rules], logits: Tensor, texts: Sequence[Sequence[int]]) -> list[int]:
+def most_likely(rules: Sequence[GenerationRules], logits: Tensor, texts: Sequence[Sequence[int]]) -> list[int]:
     """The most likely next token of several texts, from their logits [n, v], each under its own rules."""
     return torch.cat([rule.scores(row, text) for rule, row, text in zip(rules, logits.split(1), texts, strict=True)]).float().argmax(-1).tolist()

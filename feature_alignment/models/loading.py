@@ -62,7 +62,7 @@ def find_checkpoint(path: Path, flag: str) -> Path:
             f"no checkpoint at {path} (no config.json there); {flag} wants a directory that from_pretrained can load, "
             "or hub:organisation/name."
         )
-    look_through(path)
+    refuse_executable_code(path)
     return path
 
 
@@ -73,7 +73,7 @@ def fetch_checkpoints(cfg: Common) -> None:
             find_checkpoint(path, flag)
 
 
-def look_through(path: Path) -> None:
+def refuse_executable_code(path: Path) -> None:
     """raises UserError for a checkpoint directory that asks for code of its own, for files outside itself, or for impossible sizes
 
     transformers would ask at the keyboard whether to run such code; here nobody is asked.
@@ -189,7 +189,7 @@ def load_complete(cls: type[PreTrainedModel], path: str | Path, what: str, **opt
 
 
 @contextmanager
-def refused_if_it_fails(path: Path) -> Iterator[list[torch.Tensor]]:
+def report_load_errors(path: Path) -> Iterator[list[torch.Tensor]]:
     """Try a loaded model, putting what it makes into the list: a config.json that loads and does not work, or weights whose states are
     not finite, are a UserError"""
     made: list[torch.Tensor] = []
@@ -297,7 +297,7 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype, quantize: str, unquantise
     return round(sum(p.numel() * (NF4_BYTES if id(p) in in_4_bits else dtype.itemsize) for p in model.parameters()))
 
 
-def memory_there(device: str, device_map: str | None) -> int:
+def available_memory(device: str, device_map: str | None) -> int:
     """Free bytes where models would run: all GPUs with a device map, one GPU, or main memory; 0 where there is no GPU."""
     if torch.device(device).type == "cuda":
         if not torch.cuda.is_available():

@@ -35,7 +35,7 @@ _ROOM = 64  # tokens of an answer, where memory is reckoned
 
 def _probed(decoder: Decoder, path: Path, side: int) -> Decoder:
     """The decoder itself, once it has read a blank picture and two tokens."""
-    with loading.refused_if_it_fails(path) as made:
+    with loading.report_load_errors(path) as made:
         made.append(decoder.encode_vision(torch.zeros(1, 1, 3, side, side)))
         nothing, two = State(DynamicCache(config=decoder.llama.config), made[0], 0), torch.tensor([[1, 1]], device=decoder.device)
         made.append(decoder.step(nothing, two))
@@ -47,9 +47,9 @@ class Pair:
     target: Decoder
     draft: Decoder
 
-    def record(self, steps: Steps) -> None:
-        self.target.record(steps)
-        self.draft.record(steps)
+    def use_steps(self, steps: Steps) -> None:
+        self.target.use_steps(steps)
+        self.draft.use_steps(steps)
 
     def draft_with(self, layers: list[int] | None, cfg: Common) -> Decoder:
         """Another decoder of the drafter's checkpoint, with the pair's vocabulary and steps.
@@ -62,7 +62,7 @@ class Pair:
 
     def _fitted(self, draft: Decoder) -> Decoder:
         draft.restrict_vocabulary(self.target.vocab_size)
-        draft.record(self.draft.steps)
+        draft.use_steps(self.draft.steps)
         return draft
 
 
@@ -101,7 +101,7 @@ def load_target(cfg: Common) -> Decoder:
         device=cfg.device,
         placeholder=model.config.video_token_index,
         vision_tokens=vision_tokens,
-        whole=model,
+        full_model=model,
         settings=generation.read_settings(loading.find_checkpoint(cfg.target_id, "--target_id"), model.config, tokenizer),
     )
     return _probed(decoder, cfg.target_id, model.config.vision_config.image_size)
@@ -216,7 +216,7 @@ def check_pair(cfg: Common) -> dict[str, Any]:
             "cache_bytes": 2 * text.num_hidden_layers * heads * dtype.itemsize * (o.prompt_tokens + _ROOM),
         }
     needed = sum(f["weight_bytes"] + f["cache_bytes"] for f in found.values())
-    return {"models": found, "needed_bytes": needed, "there_bytes": loading.memory_there(cfg.device, cfg.device_map)}
+    return {"models": found, "needed_bytes": needed, "there_bytes": loading.available_memory(cfg.device, cfg.device_map)}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from feature_alignment.cli.config import Common, as_plain
-from feature_alignment.cli.console import UserError, mended_files
+from feature_alignment.cli.console import UserError, repaired_files
 from feature_alignment.storage.files import (
     altered,
     config_hash,
@@ -87,7 +87,7 @@ def provenance(script: str, cfg: Common, made_from: Sources, identity: RunIdenti
         "config": as_plain(cfg),
         **(identity or identity_of(script, cfg, made_from)).as_dict(),
         "inputs": {name: str(p) if isinstance(p, Path) else [str(q) for q in p] for name, p in made_from.items()},
-        "mended": mended_files(),
+        "mended": repaired_files(),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy")},

@@ -1,0 +1,78 @@
+"""A trained adapter as a directory that can be shared: `config.json`, `adapter.safetensors` and a model card, `README.md`.
+
+config.json records its own hash and the hash of the weights, so that a file that was altered or swapped is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from feature_alignment.cli.console import UserError
+from feature_alignment.storage.files import Module, altered, read_sealed, replacing, write_sealed, write_text
+
+CONFIG, WEIGHTS, CARD = "config.json", "adapter.safetensors", "README.md"
+
+
+def save_pretrained(module: torch.nn.Module, kind: str, meta: dict[str, Any], directory: Path | str, card: str = "") -> None:
+    """Write an adapter as a directory. config.json is written last: a directory without it is incomplete.
+
+    Args:
+        module: the adapter; `module.geometry` are the arguments that build it
+        kind: its class in config.json, for example "chained"
+        meta: `meta` of its adapter.pt, at least `draft_layers`; what made it
+        directory: made if missing
+        card: text of README.md; none is written if empty
+
+    Raises:
+        UserError: `directory` holds files of something else
+    """
+    directory = Path(directory)
+    foreign = [p.name for p in directory.iterdir() if p.name not in (CONFIG, WEIGHTS, CARD)] if directory.is_dir() else []
+    if foreign:
+        raise UserError(f"{directory} holds {foreign[0]} and is not an adapter directory. Choose an empty or a new one.")
+    (directory / CONFIG).unlink(missing_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    with replacing(directory / WEIGHTS) as temporary:
+        temporary.write_bytes(save(state, metadata={"format": "pt"}))
+    if card:
+        write_text(directory / CARD, card)
+    write_sealed(directory / CONFIG, {"adapter_type": kind, "geometry": module.geometry, "meta": meta}, (WEIGHTS,))
+
+
+def load_pretrained(build: Callable[..., Module], kind: str, directory: Path | str) -> tuple[Module, dict[str, Any]]:
+    """An adapter from a directory that `save_pretrained` wrote, and its meta.
+
+    Args:
+        build: makes the adapter from its geometry
+        kind: expected `adapter_type`
+        directory: local directory
+
+    Raises:
+        UserError: files missing, altered, of another kind, or with weights that do not fit
+    """
+    directory = Path(directory)
+    fetch = f"copy {directory} again from where it was published"
+    if not (directory / CONFIG).is_file():
+        raise UserError(f"no adapter at {directory}: expected a directory with {CONFIG} and {WEIGHTS}.")
+    config = read_sealed(directory / CONFIG, fetch)
+    if config.get("adapter_type") != kind or not isinstance(config.get("geometry"), dict) or not isinstance(config.get("meta"), dict):
+        raise UserError(f"{directory / CONFIG} describes an adapter of type {config.get('adapter_type')!r}, expected {kind!r}.")
+    if altered(directory / CONFIG, config, [WEIGHTS]):
+        raise UserError(f"{directory / WEIGHTS} is not the file that {CONFIG} describes; one of them was altered. To repair it, {fetch}.")
+    try:
+        state = load_file(directory / WEIGHTS)
+        with torch.device("meta"):  # shapes first: the sizes that a file states may be anything
+            shapes = {name: tensor.shape for name, tensor in build(**config["geometry"]).state_dict().items()}
+        if shapes != {name: tensor.shape for name, tensor in state.items()}:
+            raise ValueError("its weights do not fit its geometry")
+        module = build(**config["geometry"])
+        module.load_state_dict(state)
+    except (SafetensorError, RuntimeError, ValueError, TypeError, OSError) as error:
+        raise UserError(f"{directory} is damaged: {str(error)[:300]}. To repair it, {fetch}.") from None
+    return module.eval(), config["meta"]

@@ -1,0 +1,85 @@
+"""Adapters as directories that can be shared."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.adapters.hidden import HiddenAdapter
+from feature_alignment.cli.console import UserError
+
+META = {"draft_layers": [1, 2], "parameters": 1}
+
+
+def hidden() -> HiddenAdapter:
+    torch.manual_seed(0)
+    adapter = HiddenAdapter(24, 12, 8)
+    torch.nn.init.normal_(adapter.up.weight)
+    return adapter.eval()
+
+
+def chained() -> ChainedAdapter:
+    torch.manual_seed(0)
+    return ChainedAdapter(d_target=12, d_event=10, num_events=5, width=8).eval()
+
+
+@pytest.mark.parametrize("make", [hidden, chained])
+def test_a_saved_adapter_loads_with_the_same_weights_and_geometry(make, tmp_path):
+    adapter = make()
+    adapter.save_pretrained(tmp_path / "a", META)
+    loaded = type(adapter).from_pretrained(tmp_path / "a")
+    assert loaded.geometry == adapter.geometry and not loaded.training
+    for name, tensor in adapter.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["meta"] == META
+
+
+def test_saving_again_replaces_the_directory_and_keeps_foreign_files_safe(tmp_path):
+    hidden().save_pretrained(tmp_path / "a", META)
+    hidden().save_pretrained(tmp_path / "a", {**META, "parameters": 2})
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["meta"]["parameters"] == 2
+    (tmp_path / "a" / "thesis.tex").write_text("dear")
+    before = (tmp_path / "a" / "config.json").read_bytes()
+    with pytest.raises(UserError, match=re.escape("thesis.tex")):
+        hidden().save_pretrained(tmp_path / "a", META)
+    assert (tmp_path / "a" / "config.json").read_bytes() == before
+
+
+def flip_weights(folder):
+    data = bytearray((folder / "adapter.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "adapter.safetensors").write_bytes(data)
+
+
+def other_geometry(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["geometry"]["width"] = 16
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip_weights, "is not the file that config.json describes"),
+        (other_geometry, "was altered after it was written"),
+        (lambda folder: (folder / "adapter.safetensors").unlink(), "is not the file that config.json describes"),
+        (lambda folder: (folder / "config.json").unlink(), "no adapter at"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "does not say its own hash|record"),
+        (lambda folder: shutil.rmtree(folder), "no adapter at"),
+    ],
+)
+def test_an_altered_directory_is_refused_in_one_message(tmp_path, damage, said):
+    folder = tmp_path / "a"
+    chained().save_pretrained(folder, META)
+    damage(folder)
+    with pytest.raises(UserError, match=said):
+        ChainedAdapter.from_pretrained(folder)
+
+
+def test_another_kind_of_adapter_is_refused_by_name(tmp_path):
+    hidden().save_pretrained(tmp_path / "a", META)
+    with pytest.raises(UserError, match="type 'hidden', expected 'chained'"):
+        ChainedAdapter.from_pretrained(tmp_path / "a")
