@@ -23,7 +23,7 @@ from feature_alignment.models import tree_attention
 from feature_alignment.models.fixed import FixedCache
 from feature_alignment.models.fused import unsupported_reason
 from feature_alignment.models.generation import GenerationRules, eos_set, most_likely
-from feature_alignment.models.packed import LinearChoice, best_cpu_linear, pack, packed_product, unsuitable
+from feature_alignment.models.packed import LinearChoice, best_cpu_linear, pack, packed_product, unsupported
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,15 @@ class Decoder:
 
     def choose_linear(self) -> LinearChoice:
         """On a CPU, run the linear layers over packed weights from now on if a trial of about a second says that this is faster."""
-        if self.linear.kind == "torch":
+        if self.steps != "eager":
+            self.linear = LinearChoice("torch", f"steps are {self.steps}", {}, {})
+        elif self.linear.kind == "torch":
             self._set_linear(best_cpu_linear(self.llama, self._lm_head if self.has_own_head else None))
         return self.linear
 
     def pack_linear(self) -> None:
         """Run the linear layers over packed weights wherever they can be packed, without a trial, so that every process does the same."""
-        if self.linear.kind == "torch" and unsuitable(self.llama) is None:
+        if self.linear.kind == "torch" and unsupported(self.llama) is None:
             pack(self.llama)
             self._set_linear(LinearChoice("packed", "asked for", {}, {}))
 
@@ -139,8 +141,8 @@ class Decoder:
         self.linear = choice
         if choice.kind == "packed" and self.has_own_head:
             self._packed_head = packed_product(self.head_weight)
-            if self.whole is not None:  # transformers' own decoding runs the same product
-                pack(self.whole)
+            if self.full_model is not None:  # so that transformers' own `generate` runs the same products
+                pack(self.full_model)
 
     @property
     def head_weight(self) -> Tensor:

@@ -216,4 +216,9 @@ class GenerationRules:
 
 def most_likely(rules: Sequence[GenerationRules], logits: Tensor, texts: Sequence[Sequence[int]]) -> list[int]:
     """The most likely next token of several texts, from their logits [n, v], each under its own rules."""
-    return torch.cat([rule.scores(row, text) for rule, row, text in zip(rules, logits.split(1), texts, strict=True)]).float().argmax(-1).tolist()
+    return (
+        torch.cat([rule.scores(row, text) for rule, row, text in zip(rules, logits.split(1), texts, strict=True)])
+        .float()
+        .argmax(-1)
+        .tolist()
+    )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ TOKENS = (1, 6)  # tokens per forward in the trial: a step of plain decoding, a 
 TRIAL_BYTES = 256 << 20  # of weights in the trial, beyond what a CPU caches
 WORTHWHILE = 0.95  # of torch's time, above which packing is not worth its memory
 SMALLEST = 1 << 14  # weights of a layer below which a call costs more than its product
+FREE_MEMORY = 0.7  # of what is free, the most that a packed copy may take
 LAYOUT_TOKENS = 9  # for which oneDNN chooses the layout
 
 
@@ -76,7 +78,7 @@ def packed_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tens
     return lambda x: product(x, packed, bias, "none", [], "")
 
 
-def unsuitable(model: nn.Module) -> str | None:
+def unsupported(model: nn.Module) -> str | None:
     """Why this model's linear layers cannot be packed; None if they can."""
     parameters = list(model.parameters())
     if any(p.device.type != "cpu" for p in parameters):
@@ -88,6 +90,9 @@ def unsuitable(model: nn.Module) -> str | None:
         return "this torch has no oneDNN"
     if dtypes == {torch.bfloat16} and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this CPU does not multiply bfloat16"
+    needed, free = sum(linear.weight.nbytes for _, _, linear in linear_layers(model)), psutil.virtual_memory().available
+    if needed > FREE_MEMORY * free:
+        return f"a packed copy takes {needed >> 20} MiB and {free >> 20} MiB are free"
     return None
 
 
@@ -115,7 +120,7 @@ def best_cpu_linear(model: nn.Module, head: nn.Linear | None = None) -> LinearCh
     Returns:
         The choice. With kind "torch" nothing has changed.
     """
-    why = unsuitable(model)
+    why = unsupported(model)
     layers = [linear for _, _, linear in linear_layers(model)] if why is None else []
     if why is None and not layers:
         why = "no linear layer is large enough"

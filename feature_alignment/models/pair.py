@@ -29,6 +29,7 @@ from feature_alignment.inputs.samples import Sample
 from feature_alignment.inputs.video import NUM_FRAMES, clip_pixels, read_frames
 from feature_alignment.models import generation, loading
 from feature_alignment.models.decoder import Decoder, State
+from feature_alignment.models.packed import LinearChoice
 
 _ROOM = 64  # tokens of an answer, where memory is reckoned
 
@@ -51,6 +52,10 @@ class Pair:
         self.target.use_steps(steps)
         self.draft.use_steps(steps)
 
+    def choose_linear(self) -> dict[str, LinearChoice]:
+        """Choose the product of both models' linear layers by a trial; see `Decoder.choose_linear`."""
+        return {"target": self.target.choose_linear(), "draft": self.draft.choose_linear()}
+
     def draft_with(self, layers: list[int] | None, cfg: Common) -> Decoder:
         """Another decoder of the drafter's checkpoint, with the pair's vocabulary and steps.
 
@@ -63,6 +68,8 @@ class Pair:
     def _fitted(self, draft: Decoder) -> Decoder:
         draft.restrict_vocabulary(self.target.vocab_size)
         draft.use_steps(self.draft.steps)
+        if self.draft.linear.kind == "packed":
+            draft.pack_linear()
         return draft
 
 
