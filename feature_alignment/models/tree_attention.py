@@ -34,8 +34,9 @@ def tree_attention(
     kv_heads, groups = key.shape[1], heads // key.shape[1]
     scaling = d**-0.5 if scaling is None else scaling
     if n <= FEW_TOKENS:
-        scores = query.reshape(b, kv_heads, groups * n, d) @ key.transpose(2, 3)
-        weights = (scores.view(b, kv_heads, groups, n, -1).float() * scaling + attention_mask[:, :, None]).softmax(-1)
+        rows = query.reshape(b, kv_heads, groups * n, d)
+        scores = (key @ rows.transpose(2, 3)).transpose(2, 3)  # In this order a bfloat16 product copies no keys.
+        weights = (scores.reshape(b, kv_heads, groups, n, -1).float() * scaling + attention_mask[:, :, None]).softmax(-1)
         mixed = weights.to(value.dtype).view(b, kv_heads, groups * n, -1) @ value
     elif query.dtype == torch.float32:
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=groups > 1)
