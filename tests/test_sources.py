@@ -18,7 +18,7 @@ from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.models import pair
 from feature_alignment.models.pair import Pair
-from feature_alignment.storage.artifacts import save_pt, write_json
+from feature_alignment.storage.files import save_pt, write_json
 
 
 def opened(out: Path, taps=(3,), **more) -> Sources:
@@ -125,7 +125,7 @@ def test_a_drafter_cut_off_early_drafts_its_own_words_at_full_depth(tmp_path, mo
     sources = opened(tmp_path, taps=(2,))
     both = sources._pair
     both.target.restrict_vocabulary(40)
-    both.record("graphs")
+    both.use_steps("graphs")
     for layers, draft_of in ((None, lambda: sources.open("own")._draft), ([1], lambda: both.draft_with([1], Common()))):
         draft = draft_of()
         assert asked.pop() == layers and draft.vocab_size == 40 and draft.steps == "graphs" and draft.taps == tuple(layers or (3,))
@@ -138,12 +138,12 @@ def test_an_exit_reads_one_layer_by_an_adapter_of_its_own(tmp_path, monkeypatch)
     monkeypatch.setattr(pair, "load_draft", lambda cfg: as_decoder(tiny_llama(1, layers=3), cfg.draft_layers))
     sources, trained = opened(tmp_path), hidden(5)
     save_adapter(tmp_path / "exit.pt", trained, [2])
-    layer, proposer = sources.open_exit(tmp_path / "exit.pt")
+    layer, proposer = sources.load_exit_drafter(tmp_path / "exit.pt")
     assert layer == 2 and proposer._draft.taps == (2,) and proposer._target_head == sources._pair.target.lm_head
     assert torch.equal(proposer._adapter.up.weight, trained.up.weight)
     save_adapter(tmp_path / "exit.pt", hidden(5, 64), [1, 2])
     with pytest.raises(UserError, match=r"layers \[1, 2\]; --exit_adapters wants adapters of a single layer"):
-        sources.open_exit(tmp_path / "exit.pt")
+        sources.load_exit_drafter(tmp_path / "exit.pt")
 
 
 @pytest.mark.parametrize("untrained", [False, True])

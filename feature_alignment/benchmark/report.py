@@ -16,7 +16,7 @@ from feature_alignment.benchmark.rows import row_name
 from feature_alignment.cli.console import markdown_table, print_table, rate_text
 from feature_alignment.decoding.generation import Generation
 from feature_alignment.decoding.trace import trace_lines
-from feature_alignment.storage.artifacts import write_text
+from feature_alignment.storage.files import write_text
 
 Table = tuple[str, list[str], list[list[str]]]
 

@@ -15,7 +15,7 @@ from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer,
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import Pair
 from feature_alignment.storage.answers import read_token_pairs
-from feature_alignment.storage.artifacts import load_pt
+from feature_alignment.storage.files import load_pt
 
 
 class Sources:
