@@ -8,6 +8,7 @@ Torch's own products and packed ones in turn, one thread. Every difference of te
 from __future__ import annotations
 
 import statistics
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,7 @@ def first_difference(model: Decoder, prompt: Prompt, a: list[int], b: list[int])
 
 
 def main() -> None:
-    cfg = parse_config(PackedConfig, None, "packed_linear")
+    cfg = parse_config(PackedConfig, sys.argv[1:], "packed_linear")
     torch.set_num_threads(cfg.threads or 1)
     models = {"torch": load_target(cfg), "packed": load_target(cfg)}
     models["packed"].pack_linear()
@@ -82,11 +83,11 @@ def main() -> None:
     rows = [(name, *(f"{found[k]:.1f} ({found[k] / found[1]:.2f})" for k in NUMBERS)) for name, found in ms.items()]
     print_table("a step of the target with its head, ms (in steps of one token)", ("linear", *map(str, NUMBERS)), rows)
     total = {name: sum(found) for name, found in times.items()}
-    shown = [
-        (name, f"{statistics.mean(times[name]):.0f}", f"{total['torch plain'] / total[name]:.2f}", f"{total[name.split()[0] + ' plain'] / total[name]:.2f}")
-        for name in times
-    ]
-    print_table("decoding", ("way", "ms a prompt", "x torch plain", "x plain of its own"), shown)
+    shown = []
+    for name, found in times.items():
+        of_torch, of_its_own = total["torch plain"] / total[name], total[f"{name.split()[0]} plain"] / total[name]
+        shown.append((name, f"{statistics.mean(found):.0f}", f"{of_torch:.2f}", f"{of_its_own:.2f}"))
+    print_table("decoding", ("way", "ms a prompt", "speed-up over torch, plain", "over plain of the same weights"), shown)
     for line in differences:
         print(line)
     print_json_line(
