@@ -90,7 +90,7 @@ def fidelity_table(rows: list[dict[str, Any]], plain: dict[str, Any]) -> Table:
         if r["accept"] == "token":
             continue
         f = r["fidelity"]
-        kept = f.get("accepted_drafts")
+        kept = f.get("kept_drafts")
         cells.append(
             [
                 f"{r['draft']} + {r['accept']}, cosine > {r['threshold']}",

@@ -298,4 +298,4 @@ def _judged_by(lexicon: Lexicon, target: Decoder, samples: Sequence[Sample], tex
                     same_fact = fact is not None and fact == lexicon.fact_of(decode([said]))
                     kinds["same" if drafted == said else "synonym" if same_fact else "error"] += 1
     clips = [s.sequence for s in samples]
-    return {f"true_facts_{k}": Counts(true[k], told[k]).rate(clips) for k in true} | {"accepted_drafts": kinds}
+    return {f"true_facts_{k}": Counts(true[k], told[k]).rate(clips) for k in true} | {"kept_drafts": kinds}
