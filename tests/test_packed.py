@@ -18,7 +18,7 @@ TIMES = {"torch": {"1": 2.0, "6": 4.0}, "packed": {"1": 1.0, "6": 1.5}}
 
 def timed(monkeypatch, torch_ms, packed_ms):
     """Let the trial find these times."""
-    monkeypatch.setattr(packed, "_milliseconds", lambda layers: packed_ms if isinstance(layers[0], PackedLinear) else torch_ms)
+    monkeypatch.setattr(packed, "_milliseconds", lambda *ways: [torch_ms, packed_ms])
 
 
 def packed_layers(model):
@@ -138,3 +138,24 @@ def test_a_copy_that_does_not_fit_into_memory_is_not_made(small_layers, monkeypa
     assert unsupported(model) == "a packed copy takes 4 MiB and 5 MiB are free"
     monkeypatch.setattr(packed.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 6 << 20}))
     assert "MiB" not in (unsupported(model) or "")
+
+
+def test_the_trial_takes_the_best_of_several_turns(monkeypatch):
+    """A busy machine in the first turn, which slows one way down, does not decide."""
+    now, turns = [0.0], []
+    monkeypatch.setattr(packed, "TRIAL_SECONDS", 0.0)
+    monkeypatch.setattr(packed.time, "perf_counter", lambda: now[0])
+
+    class Timed(nn.Linear):
+        milliseconds = 1.0
+
+        def forward(self, x):
+            turns.append(self.milliseconds)
+            busy = len(turns) <= 2
+            now[0] += self.milliseconds * (1e-2 if busy else 1e-3)
+            return x
+
+    fast, slow = Timed(4, 4), Timed(4, 4)
+    slow.milliseconds = 2.0
+    assert packed._milliseconds([fast, fast], [slow]) == [{"1": 2.0, "6": 2.0}, {"1": 2.0, "6": 2.0}]
+    assert turns[:6] == [1.0, 1.0, 2.0] * 2 and len(turns) == 3 * 2 * packed.MIN_ROUNDS

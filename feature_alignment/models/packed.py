@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 TOKENS = (1, 6)  # tokens per forward in the trial: a step of plain decoding, a verification of five draft tokens
 TRIAL_BYTES = 256 << 20  # of weights in the trial, beyond what a CPU caches
+TRIAL_SECONDS, MIN_ROUNDS = 1.0, 3
 WORTHWHILE = 0.95  # of torch's time, above which packing is not worth its memory
 SMALLEST = 1 << 14  # weights of a layer below which a call costs more than its product
 FREE_MEMORY = 0.7  # of what is free, the most that a packed copy may take
@@ -133,7 +134,7 @@ def best_cpu_linear(model: nn.Module, head: nn.Linear | None = None) -> LinearCh
             size += linear.weight.nbytes
     try:
         packed = [PackedLinear(linear) for linear in tried]
-        torch_ms, packed_ms = _milliseconds(tried), _milliseconds(packed)
+        torch_ms, packed_ms = _milliseconds(tried, packed)
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         return LinearChoice("torch", f"packing failed: {str(error).splitlines()[0][:200]}", {}, {})
     if sum(packed_ms.values()) > WORTHWHILE * sum(torch_ms.values()):
@@ -143,16 +144,20 @@ def best_cpu_linear(model: nn.Module, head: nn.Linear | None = None) -> LinearCh
 
 
 @torch.inference_mode()
-def _milliseconds(layers: Sequence[nn.Module]) -> dict[str, float]:
-    """Number of tokens -> the best of three times of all layers, one after the other."""
-    found = {}
-    for tokens in TOKENS:
-        inputs = {n: torch.ones(1, tokens, n, dtype=layers[0].weight.dtype) for n in {layer.weight.shape[1] for layer in layers}}
-        times = []
-        for _ in range(4):  # the first one warms up
-            begin = time.perf_counter()
-            for layer in layers:
-                layer(inputs[layer.weight.shape[1]])
-            times.append(time.perf_counter() - begin)
-        found[str(tokens)] = round(1e3 * min(times[1:]), 3)
-    return found
+def _milliseconds(*ways: Sequence[nn.Module]) -> list[dict[str, float]]:
+    """For each of several lists of layers: number of tokens -> the best time of all its layers, one after the other.
+
+    The lists take turns, so that a busy moment of the machine meets all of them.
+    """
+    best: list[dict[str, float]] = [{str(tokens): float("inf") for tokens in TOKENS} for _ in ways]
+    started, rounds = time.perf_counter(), 0
+    while rounds < MIN_ROUNDS or time.perf_counter() - started < TRIAL_SECONDS:
+        for tokens in TOKENS:
+            for found, layers in zip(best, ways, strict=True):
+                inputs = {n: torch.ones(1, tokens, n, dtype=layers[0].weight.dtype) for n in {layer.weight.shape[1] for layer in layers}}
+                begin = time.perf_counter()
+                for layer in layers:
+                    layer(inputs[layer.weight.shape[1]])
+                found[str(tokens)] = min(found[str(tokens)], 1e3 * (time.perf_counter() - begin))
+        rounds += 1
+    return [{tokens: round(ms, 3) for tokens, ms in found.items()} for found in best]
