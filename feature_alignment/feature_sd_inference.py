@@ -141,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     pair = load_pair(cfg)
     pair.use_steps(cfg.steps)
+    pair.choose_linear()
     flags = {name: getattr(cfg, name) for name in ("top_p", "top_k", "min_p", "min_new_tokens", "repetition_penalty")}
     pair.target.settings = with_flags(pair.target.settings, **flags, stop_strings=cfg.stop)
     sources = Sources(pair, cfg, cfg.train_split)
