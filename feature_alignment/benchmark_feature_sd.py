@@ -114,7 +114,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     timed = take_turns(setup, ways, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
     measurements = Measurements.of(setup, timed, part_cost)
     contents, shown = results_of(cfg, measurements, acceptance, list(ways)[1:])
-    about = {"device": cfg.device, "dtype": cfg.dtype, "unrecorded": fixed.eager_fallbacks}
+    about: dict[str, Any] = {"device": cfg.device, "dtype": cfg.dtype, "unrecorded": fixed.eager_fallbacks}
     about["linear"] = {role: decoder.linear.to_json() for role, decoder in (("target", target), ("draft", setup.pair.draft))}
     result = {"meta": provenance("benchmark_feature_sd", cfg, made_from, identity, **about), **contents}
     report.write_benchmark_report(result, shown, target.tokenizer.decode, out)

@@ -17,7 +17,6 @@ from feature_alignment.decoding.token_selection import Selected, TokenSelector
 from feature_alignment.models.decoder import Decoder, Prompt, State
 from feature_alignment.models.fixed import captured
 
-
 BLOCK_LENGTHS = (4, 8, 16, 24, 32)  # of a whole block at a confidence floor; few, because each is one CUDA graph
 
 
@@ -168,7 +167,7 @@ class ChainedProposer(Proposer):
         """See `Proposer`."""
         with watch("draft_prefill"):
             vision = self._draft.encode_vision(prompt.pixels[None])
-            context = self._chain.context(self._adapter.see(self._draft.vision_states(prompt.ids[None], vision)))
+            context = self._chain.context(self._adapter.encode_events(self._draft.vision_states(prompt.ids[None], vision)))
             self._context = self._context or context
             for buffer, new in zip(self._context, context, strict=True):
                 buffer.copy_(new)  # a CUDA graph reads the buffers of the first prompt

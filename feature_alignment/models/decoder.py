@@ -102,7 +102,7 @@ class Decoder:
         self.llama, self.tokenizer, self._encode_prompt, self.read_pixels = llama, tokenizer, encode_prompt, read_pixels
         self._encode_vision, self._splice = encode_vision, splice
         self.num_layers: int = llama.config.num_hidden_layers
-        self.taps = tuple(taps or (self.num_layers,))
+        self.taps: tuple[int, ...] = tuple(taps or (self.num_layers,))
         if list(self.taps) != sorted(set(self.taps)) or not 1 <= self.taps[0] <= self.taps[-1] <= self.num_layers:
             raise UserError(f"--draft_layers {list(self.taps)}: expected ascending layer numbers from 1 to {self.num_layers}.")
         self.settings = settings
@@ -111,7 +111,8 @@ class Decoder:
         self.hidden_size = self.width * len(self.taps)
         # A device map may have put the head elsewhere, with hooks that move its input: the module stays there, its weight is copied.
         self._head_weight = lm_head.weight if device is None else lm_head.weight.detach().to(device)
-        self._lm_head, self._packed_head = lm_head, None
+        self._lm_head = lm_head
+        self._packed_head: Callable[[Tensor], Tensor] | None = None
         self.linear = LinearChoice("torch", "not tried", {}, {})
         self.vocab_size = lm_head.weight.shape[0]
         self.steps: Steps = "eager"
@@ -186,7 +187,7 @@ class Decoder:
     @property
     def has_own_head(self) -> bool:
         """Whether the model runs to its last layer, so that its own LM head applies."""
-        return self.taps[-1] == self.num_layers
+        return bool(self.taps[-1] == self.num_layers)
 
     @torch.inference_mode()
     def lm_head(self, hidden: Tensor) -> Tensor:
@@ -238,7 +239,8 @@ class Decoder:
     @property
     def embeddings(self) -> Tensor:
         """[v, d]: input embeddings of the shared ids."""
-        return self.llama.embed_tokens.weight[: self.vocab_size].detach().to(self.device)
+        weight: Tensor = self.llama.embed_tokens.weight
+        return weight[: self.vocab_size].detach().to(self.device)
 
     def prefill(self, prompts: Sequence[Prompt]) -> State:
         """Read prompts of equal length, vision included. Afterwards `state.last` is h0."""

@@ -143,6 +143,11 @@ def best_cpu_linear(model: nn.Module, head: nn.Linear | None = None) -> LinearCh
     return LinearChoice("packed", "packed weights are faster here", torch_ms, packed_ms)
 
 
+def _weight(layer: nn.Module) -> Tensor:
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
+
+
 @torch.inference_mode()
 def _milliseconds(*ways: Sequence[nn.Module]) -> list[dict[str, float]]:
     """For each of several lists of layers: number of tokens -> the best time of all its layers, one after the other.
@@ -154,10 +159,11 @@ def _milliseconds(*ways: Sequence[nn.Module]) -> list[dict[str, float]]:
     while rounds < MIN_ROUNDS or time.perf_counter() - started < TRIAL_SECONDS:
         for tokens in TOKENS:
             for found, layers in zip(best, ways, strict=True):
-                inputs = {n: torch.ones(1, tokens, n, dtype=layers[0].weight.dtype) for n in {layer.weight.shape[1] for layer in layers}}
+                sizes = [_weight(layer).shape[1] for layer in layers]
+                inputs = {n: torch.ones(1, tokens, n, dtype=_weight(layers[0]).dtype) for n in set(sizes)}
                 begin = time.perf_counter()
-                for layer in layers:
-                    layer(inputs[layer.weight.shape[1]])
+                for layer, n in zip(layers, sizes, strict=True):
+                    layer(inputs[n])
                 found[str(tokens)] = min(found[str(tokens)], 1e3 * (time.perf_counter() - begin))
         rounds += 1
     return [{tokens: round(ms, 3) for tokens, ms in found.items()} for found in best]
