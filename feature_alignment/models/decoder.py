@@ -146,8 +146,7 @@ class Decoder:
     def use_steps(self, steps: Steps) -> None:
         """Choose how steps run from the next prompt on.
 
-        Captured steps need a single prompt and layers that `fused` supports. Batches of prompts run eagerly, and so does a model whose
-        layers are not supported, with a warning; `steps` then stays "eager".
+        Captured steps need a single prompt and layers that `fused` supports. Batches, and models with other layers, run eagerly.
 
         Args:
             steps: "eager", "graphs" (CUDA graphs over a fixed cache) or "compiled" (also fused by torch.compile).
