@@ -22,6 +22,7 @@ fi
 for split in train validation test; do
   step "${extract[@]}" --config "$config" --split "$split"                              # Task 1.1
 done
+if [ "$config" = configs/language.yaml ]; then step -m feature_alignment.demo.language_grounding; fi
 step feature_alignment/hidden_adapter.py --config "$config"                             # Task 1.2
 step feature_alignment/train_hidden_adapter.py --config "$config" & hidden=$!           # Task 1.3
 step feature_alignment/train_hidden_adapter.py --config "$config" --adapter chained
