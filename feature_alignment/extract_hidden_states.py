@@ -6,7 +6,8 @@
 
 reads   a manifest of clips and questions, both checkpoints
 writes  hidden_states/<split>/{egpt,vl}_hidden_states.pt, positions.pt, samples.jsonl; token_pairs/<split>.json; vl_lm_head.pt;
-        with --event_states also egpt_event_states.pt and vl_embeddings.pt, for the chained adapter
+        with --event_states also egpt_event_states.pt and vl_embeddings.pt, for the chained and the attending adapter; with
+        --prompt_states also vl_prompt_states.pt, for the attending adapter
 
     python feature_alignment/extract_hidden_states.py --config configs/demo.yaml --split train
     torchrun --nproc_per_node 2 feature_alignment/extract_hidden_states.py --config configs/demo.yaml --split train
@@ -59,6 +60,8 @@ class ExtractConfig(Common):
         store_dtype: what the files hold
         separate_layers: store each of draft_layers in a file of its own, egpt_hidden_states.layer02.pt, …, instead of side by side
         event_states: store EventGPT's states over its event tokens as well, which the chained adapter reads (4.8 MB a row at 7B)
+        prompt_states: store Video-LLaVA's states on so many of the last positions of its prompt, which the attending adapter reads
+            (160: 1.3 MB a row at 7B)
         own_drafts: store what EventGPT would have said after every prefix of the text, for the token-level comparison; full depth runs
         answers: token pairs file whose answers are read instead of generated (default: this output_dir's own, where it fits)
         shard: only the i-th of n parts, e.g. 2/3
@@ -73,6 +76,7 @@ class ExtractConfig(Common):
     store_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     separate_layers: bool = False
     event_states: bool = False
+    prompt_states: int = 0
     own_drafts: bool = False
     answers: Path | None = None
     shard: str | None = None
@@ -101,7 +105,7 @@ def extract(
     """
     from feature_alignment.cli.console import repairs_of
     from feature_alignment.models.batches import ClipBatch
-    from feature_alignment.storage.artifacts import EVENT_STATES
+    from feature_alignment.storage.artifacts import EVENT_STATES, PROMPT_STATES
 
     todo = [rows for rows in mine if any(place[row] not in writer.done for row in rows)]
     total, began = sum(map(len, todo)), time.perf_counter()
@@ -118,10 +122,12 @@ def extract(
             target_reads, draft_reads = ([answer[: cfg.max_positions] for answer in text] for text in texts)
             seen = draft.vision_states() if cfg.event_states else [None] * len(asked)
             own = deep.predict_tokens(draft_reads) if cfg.own_drafts else [None] * len(asked)
-            found = target.states(target_reads), draft.states(draft_reads), seen, own
-            for row, sample, v, g, events, said, read, vl_tokens, egpt_tokens in zip(
+            p = cfg.prompt_states
+            found = target.states(target_reads, p), draft.states(draft_reads), seen, own, target.prompt_ids(p + 1)
+            for row, sample, pv, g, events, said, prompt_ids, read, vl_tokens, egpt_tokens in zip(
                 rows, asked, *found, target_reads, vl, egpt, strict=True
             ):
+                v = pv[p:]
                 length = min(len(v), len(g))  # `own` is paired by index, up to the shorter text
                 about: dict[str, Any] = dict(entries[place[row]])
                 if mended := repairs_of(sample.events, sample.video):
@@ -132,6 +138,9 @@ def extract(
                 kept = {**draft_files(pair.draft, g[:length], cfg), "vl_hidden_states.pt": v[:length]}
                 if events is not None:
                     kept[EVENT_STATES] = events
+                if p:
+                    kept[PROMPT_STATES] = pv[:p]
+                    about["prompt_ids"] = prompt_ids
                 if said is not None:
                     about["egpt_drafts"] = said[:length]
                 writer.write(place[row], kept, read[:length], about)
@@ -273,7 +282,7 @@ def shapes_of(pair: Pair, cfg: ExtractConfig) -> tuple[dict[str, tuple[int, int]
     """File name -> (positions, size) of one row in it, and what the files hold."""
     import torch
 
-    from feature_alignment.storage.artifacts import EVENT_STATES
+    from feature_alignment.storage.artifacts import EVENT_STATES, PROMPT_STATES
 
     width = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens)
     nothing = draft_files(pair.draft, torch.empty(0, pair.draft.hidden_size), cfg)
@@ -281,6 +290,7 @@ def shapes_of(pair: Pair, cfg: ExtractConfig) -> tuple[dict[str, tuple[int, int]
         "vl_hidden_states.pt": (width, pair.target.hidden_size)
     }
     shapes |= {EVENT_STATES: (pair.draft.vision_tokens, pair.draft.width)} if cfg.event_states else {}
+    shapes |= {PROMPT_STATES: (cfg.prompt_states, pair.target.hidden_size)} if cfg.prompt_states else {}
     return shapes, getattr(torch, cfg.store_dtype)
 
 
@@ -297,6 +307,7 @@ def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -
         rows=rows,
         separate_layers=cfg.separate_layers,
         event_states=cfg.event_states,
+        prompt_states=cfg.prompt_states,
         draft_layers=list(pair.draft.taps),
         draft_norm=pair.draft.norm,
         draft_norms=pair.draft.norms,

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -82,11 +83,28 @@ class ClipBatch:
         return self._rules[row].end_of(answer[:-1], answer[-1:]) is not None
 
     @torch.inference_mode()
-    def states(self, answers: Sequence[Sequence[int]]) -> list[Tensor]:
-        """The states [n, d] that emit the given answers of n tokens each, from one pass."""
+    def states(self, answers: Sequence[Sequence[int]], before: int = 0) -> list[Tensor]:
+        """The states [before + n, d] that emit the given answers of n tokens each, from one pass. `before` states of the prompt stand in
+        front of them, without the prompt's very last, which emits the first token; zeros where the prompt is shorter."""
         tails = [[*tail, *answer[:-1]] for tail, answer in zip(self._tails, answers, strict=True)]
         states = _Texts(self.model, self._state, self._clip_of, self._longest(tails)).read(tails)
-        return [found[len(tail) - len(answer) :].cpu() for found, tail, answer in zip(states, tails, answers, strict=True)]
+        shared = [self._prompt_end(clip, before) for clip in self._clip_of]
+        whole = [torch.cat([begin, found]) for begin, found in zip(shared, states, strict=True)]
+        wanted = [before + len(answer) for answer in answers]
+        return [F.pad(found, (0, 0, max(0, n - len(found)), 0))[-n:].cpu() for found, n in zip(whole, wanted, strict=True)]
+
+    def _prompt_end(self, clip: int, most: int) -> Tensor:
+        """The last states [n, d], at most `most`, of what all questions about a clip begin with."""
+        if not most:
+            return self._state.last.new_empty(0, self.model.hidden_size)
+        assert self._state.prompt is not None  # it was read by this model
+        return self._state.prompt[clip, -most:]
+
+    def prompt_ids(self, most: int) -> list[list[int]]:
+        """The last ids of each prompt, at most `most`; -1 where vision stands."""
+        shared = self._shared[0].tolist()
+        ids = [[-1 if i == self.model.placeholder else i for i in [*shared, *tail]] for tail in self._tails]
+        return [row[-most:] for row in ids]
 
     def predict_tokens(self, answers: Sequence[Sequence[int]]) -> list[list[int]]:
         """What the model would have said in each place of the given answers, knowing what stands before."""

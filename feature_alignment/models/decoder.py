@@ -35,12 +35,14 @@ class Prompt:
 
 @dataclass
 class State:
-    """What a decoder remembers. `last` [b, d] is the state on the last token read; `length` counts positions read."""
+    """What a decoder remembers. `last` [b, d] is the state on the last token read; `length` counts positions read; `prompt` [b, s, d] are
+    the states of the prompt, of a decoder with one tap."""
 
     cache: DynamicCache | FixedCache
     last: Tensor
     length: int
     ids: Tensor | None = None  # [b, s] of the prompts
+    prompt: Tensor | None = None
 
 
 class Decoder:
@@ -179,7 +181,7 @@ class Decoder:
         ids = ids.to(self.device)
         cache = DynamicCache(config=self.llama.config)
         state = State(cache, ids, 0, ids)
-        self._read(state, {"inputs_embeds": self._splice(ids, vision)}, keep=1)
+        state.prompt = self._read(state, {"inputs_embeds": self._splice(ids, vision)}, keep=1)
         if self._fixed is not None and len(ids) == 1:
             state.cache = self._fixed.take(cache, state)
         return state

@@ -36,13 +36,14 @@ from feature_alignment.storage.files import (
     write_sealed,
     write_text,
 )
-from feature_alignment.storage.hidden_states import EVENT_STATES, HiddenStates, layer_file, load_hidden_states
+from feature_alignment.storage.hidden_states import EVENT_STATES, PROMPT_STATES, HiddenStates, layer_file, load_hidden_states
 from feature_alignment.storage.identity import RunIdentity, Sources, identity_of, machine, source_hash
 
 log = logging.getLogger(__name__)
 
 __all__ = [  # what the scripts take from here, wherever it is defined
     "EVENT_STATES",
+    "PROMPT_STATES",
     "HiddenStates",
     "RunIdentity",
     "Sources",
