@@ -40,7 +40,7 @@ class InferenceConfig(Common):
         video: a video file or a folder of frames instead of a sample's video
         question: the question about them
         draft: own = the drafter's own tokens; aligned = its adapted states through the target's head; chained = the chained adapter
-            from the target's last state; ngram, template, lookup and previous look at no picture; hybrid = ngram where it is sure,
+            from the target's last state; attending = the attending adapter, from there as well; ngram, template, lookup and previous look at no picture; hybrid = ngram where it is sure,
             else chained (aligned where no chained adapter has been trained)
         train_split: whose answers ngram, template and previous know
         accept: token is lossless; feature and relaxed keep drafts by cosine
@@ -68,7 +68,7 @@ class InferenceConfig(Common):
     events: Path | None = None
     video: Path | None = None
     question: str | None = None
-    draft: Literal["own", "aligned", "chained", "hybrid", "ngram", "template", "lookup", "previous"] = "aligned"
+    draft: Literal["own", "aligned", "chained", "attending", "hybrid", "ngram", "template", "lookup", "previous"] = "aligned"
     train_split: str = "train"
     accept: Literal["token", "feature", "relaxed"] = "token"
     threshold: float = 0.9

@@ -4,10 +4,13 @@
                                                           begun as a low-rank linear map, taught through the target's head too
     plain     the same adapter by TASKS.md's recipe       begun as the identity, squared error and cosine only
     chained   f(v[t-1], x[t-1], memory, events) = v̂[t]    from the target's own last state and what EventGPT saw of the clip
+    attending the same by a transformer layer             over its own past, the events, the target's states of its prompt, and what
+                                                          n-gram tables of the training answers propose
 
-reads   hidden_states/<train and validation split>, vl_lm_head.pt; for `chained` also egpt_event_states.pt, vl_embeddings.pt
+reads   hidden_states/<train and validation split>, vl_lm_head.pt; for `chained` also egpt_event_states.pt, vl_embeddings.pt, for
+        `attending` vl_prompt_states.pt as well
 writes  adapter/adapter.pt (the best epoch on validation), adapter/history.jsonl, adapter/training_curves.png;
-        for `plain` and `chained` the same under plain_adapter/ and chained_adapter/
+        for the others the same under plain_adapter/, chained_adapter/ and attending_adapter/
 
 A killed run goes on at its last whole epoch. Several GPUs: `torchrun --nproc_per_node 2 feature_alignment/train_hidden_adapter.py …`
 
@@ -21,7 +24,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,17 +36,22 @@ from feature_alignment.cli.console import UserError, print_json_line, print_tabl
 @dataclass(frozen=True)
 class TrainConfig(Common):
     """Train an adapter on paired hidden states and keep its best epoch. Reads hidden_states/ of two splits; writes adapter.pt,
-    history.jsonl and training_curves.png under adapter/, plain_adapter/ or chained_adapter/. A killed run goes on at its last epoch.
+    history.jsonl and training_curves.png under adapter/, plain_adapter/, chained_adapter/ or attending_adapter/. A killed run goes on at
+    its last epoch.
 
     Args:
         adapter: hidden maps EventGPT's state on the same text; plain is the same by TASKS.md's recipe, for comparison; chained goes on
-            from the target's own last state
-        blind: chained only: without EventGPT's event states, to see what they add; kept apart under chained_adapter_blind/
+            from the target's own last state; attending does so by attention, reads the prompt too and is told what n-gram tables propose
+        blind: chained and attending only: without EventGPT's event states, to see what they add; kept apart under <adapter>_adapter_blind/
+        without: attending only: other parts it does without, to see what they add; kept apart as well
         train_split: hidden states to learn from
         validation_split: hidden states that choose the best epoch; other clips than the training's
         bottleneck: width in the middle of the adapter
         linear_units: hidden only: how many units of the bottleneck begin as the best linear map of that rank; 0 begins as the identity
-        roll_out_steps: chained only: how many of its own drafts in a row it is trained on
+        roll_out_steps: chained and attending only: how many of its own drafts in a row it is trained on
+        origins: attending only: how many places of each text a step drafts from, by chance
+        soft_targets: attending only: share of the target's distribution, against its token, in the cross-entropy that is learned from
+        dropout: attending only
         num_epochs: passes over the training rows
         patience: stop after so many epochs without a lower validation loss
         batch_size: rows (texts) per step
@@ -55,13 +63,17 @@ class TrainConfig(Common):
         kl_weight: weight of KL(softmax W v || softmax W A(g)) through the target's frozen head; plain has none
     """
 
-    adapter: Literal["hidden", "plain", "chained"] = "hidden"
+    adapter: Literal["hidden", "plain", "chained", "attending"] = "hidden"
     blind: bool = False
+    without: list[Literal["prompt", "candidates"]] = field(default_factory=list)
     train_split: str = "train"
     validation_split: str = "validation"
     bottleneck: int = 256
     linear_units: int = 32
     roll_out_steps: int = 3
+    origins: int = 16
+    soft_targets: float = 0.5
+    dropout: float = 0.15
     num_epochs: int = 20
     patience: int = 10
     batch_size: int = 16
@@ -111,31 +123,34 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def adapter_folder(cfg: TrainConfig) -> Path:
-    names = {"hidden": "adapter", "plain": "plain_adapter", "chained": "chained_adapter_blind" if cfg.blind else "chained_adapter"}
-    return cfg.out / names[cfg.adapter]
+    """Where the adapter goes; one that does without some of its parts is kept apart."""
+    without = ["blind"] * cfg.blind + [f"without_{part}" for part in cfg.without]
+    apart = without if cfg.adapter in ("chained", "attending") else []
+    return cfg.out / "_".join(["adapter" if cfg.adapter == "hidden" else f"{cfg.adapter}_adapter", *apart])
 
 
 def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[], None]) -> dict[str, Any]:
     """Train, or reuse what is there, as process `rank` of `world`; returns the adapter's meta."""
     import torch
 
-    from feature_alignment.adapters import fitting, training
+    from feature_alignment.adapters import attending_training, fitting, training
     from feature_alignment.storage import artifacts
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    chained, folder = cfg.adapter == "chained", cfg.out / "hidden_states"
+    attending, folder = cfg.adapter == "attending", cfg.out / "hidden_states"
+    chains = attending or cfg.adapter == "chained"
     if cfg.adapter == "plain":
         cfg = dataclasses.replace(cfg, kl_weight=0.0, linear_units=0)
     splits = {"train": folder / cfg.train_split, "validation": folder / cfg.validation_split}
-    states = {name: artifacts.load_hidden_states(split, cfg.draft_layers, events=chained) for name, split in splits.items()}
+    states = {name: artifacts.load_hidden_states(split, cfg.draft_layers, chains, attending) for name, split in splits.items()}
     a, b = states["train"].meta, states["validation"].meta
     for key in ("prefix", "draft_layers", "hidden_size_draft", "hidden_size_target"):
         if a[key] != b[key]:
             raise UserError(f"training and validation states differ in {key}: {a[key]} and {b[key]}. Extract both with the same settings.")
     if set(states["train"].clips) & set(states["validation"].clips):
         raise UserError(f"splits {cfg.train_split!r} and {cfg.validation_split!r} share clips; validation must not be trained on.")
-    weights = {name: folder / f"{name}.pt" for name in (("vl_lm_head", "vl_embeddings") if chained else ("vl_lm_head",))}
+    weights = {name: folder / f"{name}.pt" for name in (("vl_lm_head", "vl_embeddings") if chains else ("vl_lm_head",))}
 
     out = adapter_folder(cfg)
     made_from = {k: split / "meta.json" for k, split in splits.items()} | weights
@@ -146,7 +161,8 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
     wait()  # everyone has looked before anything changes
     start = time.time()
     matrices = [artifacts.load_pt(path, command_for("extract_hidden_states", split=cfg.train_split)) for path in weights.values()]
-    learn: Callable[..., tuple[Any, fitting.History]] = training.train_chained if chained else training.train_hidden
+    ways = {"chained": training.train_chained, "attending": attending_training.train_attending}
+    learn: Callable[..., tuple[Any, fitting.History]] = ways.get(cfg.adapter, training.train_hidden)
     unfinished = fitting.Checkpoint(out / "unfinished.pt", identity.hash, cfg.resume)
     here = dataclasses.replace(cfg, device=device)
     adapter, history = learn(states["train"], states["validation"], *matrices, here, unfinished, fitting.Part(rank, world))

@@ -179,6 +179,9 @@ class HybridProposer(Proposer):
         self._question = prompt.question
         self._model.start(prompt, watch)
 
+    def target_read(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
+        self._model.target_read(prompt, states, watch)
+
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
         text, end, chance = list(emitted), len(emitted) + num_tokens, 1.0
         drawn_from: dict[int, Tensor] = {}

@@ -74,9 +74,11 @@ def speculate_batch(
         first = [int(law.pick(logits, []).token) for law, logits in zip(laws, target.lm_head(state.last)[:, None], strict=True)]
     everyone = [Row(p, law, [token], h[None], []) for p, law, token, h in zip(proposers, laws, first, state.last, strict=True)]
     if num_draft_tokens:
-        for row, draft_prompt in zip(everyone, draft_prompts, strict=True):
+        assert state.prompt is not None  # the target reads its last layer only
+        for row, prompt, draft_prompt, states in zip(everyone, prompts, draft_prompts, state.prompt, strict=True):
             row.proposer.law = row.law
             row.proposer.start(draft_prompt, watch)
+            row.proposer.target_read(prompt, states[: len(prompt.ids)], watch)
     rows, passes = everyone, 0
     while True:
         going = [i for i, row in enumerate(rows) if not row.ended and len(row.emitted) < max_new_tokens]
@@ -170,6 +172,8 @@ def _prefill(target: Decoder, prompts: Sequence[Prompt]) -> tuple[State, Tensor,
     longest, shared = int(ends.max()), int(ends.min()) - 1
     ids = torch.stack([torch.cat([p.ids, p.ids.new_zeros(longest - len(p.ids))]) for p in prompts]).to(target.device)
     state = target.prefill_encoded(ids[:, :shared], target.encode_vision(torch.stack([p.pixels for p in prompts])))
-    tails = target.step(state, ids[:, shared:])
+    begin, tails = state.prompt, target.step(state, ids[:, shared:])
+    assert begin is not None  # of a decoder with one tap
+    state.prompt = torch.cat([begin, tails], 1)
     state.last = tails[torch.arange(len(prompts)), ends[:, 0] - 1 - shared]
     return state, (torch.arange(longest, device=target.device) < ends).long(), ends

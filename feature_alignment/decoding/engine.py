@@ -142,6 +142,7 @@ def speculate(
             pace.prompted(watch.ms["target_prefill"])
         if started:
             _start(proposer, draft_prompt, watch, pace, reading)
+            _hand_over(proposer, prompt, state, watch)
     states = state.last.new_empty(max_new_tokens, target.hidden_size)  # states[i] emitted emitted[i]
     states[0] = state.last[0]
     text = _Text(target, law, watch, state, states, [int(token)])
@@ -161,6 +162,7 @@ def speculate(
         else:
             if not started:
                 _start(proposer, draft_prompt, watch, pace)
+                _hand_over(proposer, prompt, state, watch)
                 started = True
             room = room if pace is None else min(room, pace.most(floor, proposer.knows_chance))
             draft = proposer.propose(text.emitted, states[: len(text.emitted)], room, watch, floor)
@@ -281,6 +283,12 @@ def _start(proposer: Proposer, prompt: Prompt, watch: Stopwatch, pace: Pace | No
             reading.result()
     if pace is not None:
         pace.started(watch.ms.get("draft_prefill", 0.0))
+
+
+def _hand_over(proposer: Proposer, prompt: Prompt, state: State, watch: Stopwatch) -> None:
+    """Give a drafter that was started the target's states of its prompt."""
+    assert state.prompt is not None  # the target reads its last layer only
+    proposer.target_read(prompt, state.prompt[0], watch)
 
 
 @contextmanager

@@ -47,6 +47,10 @@ class Proposer(Protocol):
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """Read a new prompt."""
 
+    def target_read(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
+        """The target has read its own prompt: its states there [s, d_target]. Called once a text, after `start`."""
+        return None
+
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
         """Draft at most num_tokens tokens after `emitted` (the text so far; what the target has said of it never changes), none
         after one of `law.eos_ids`.

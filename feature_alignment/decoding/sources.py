@@ -5,11 +5,13 @@ from __future__ import annotations
 from functools import cache, cached_property
 from pathlib import Path
 
+from feature_alignment.adapters.attending import AttendingAdapter, load_attending_adapter
 from feature_alignment.adapters.chained import ChainedAdapter, load_chained_adapter
 from feature_alignment.adapters.hidden import HiddenAdapter, load_adapter
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError
+from feature_alignment.decoding.attending_proposer import AttendingProposer
 from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
 from feature_alignment.models.decoder import Decoder
@@ -29,6 +31,7 @@ class Sources:
         self.texts_path = cfg.out / "token_pairs" / f"{train_split}.json"
         self.adapter_path = cfg.out / "adapter" / "adapter.pt"
         self.chained_path = cfg.out / "chained_adapter" / "adapter.pt"
+        self.attending_path = cfg.out / "attending_adapter" / "adapter.pt"
 
     @cached_property
     def adapter(self) -> HiddenAdapter:
@@ -47,6 +50,11 @@ class Sources:
         else:
             adapter = load_chained_adapter(self.chained_path, draft.taps)[0]
         return adapter.to(target.device, target.head_weight.dtype)
+
+    @cached_property
+    def attending_adapter(self) -> AttendingAdapter:
+        target = self._pair.target
+        return load_attending_adapter(self.attending_path, self._pair.draft.taps)[0].to(target.device, target.head_weight.dtype)
 
     @cached_property
     def texts(self) -> list[tuple[str, list[int]]]:
@@ -79,7 +87,7 @@ class Sources:
         compares: it must say which target states it expects, because the acceptance rule looks at them
         """
         target, draft = self._pair.target, self._pair.draft
-        if compares and (name not in ("own", "aligned", "chained") or (name == "own" and not draft.has_own_head)):
+        if compares and (name not in ("own", "aligned", "chained", "attending") or (name == "own" and not draft.has_own_head)):
             raise UserError(
                 f"the feature and relaxed rules compare hidden states, {name} drafts have none"
                 + (
@@ -94,6 +102,8 @@ class Sources:
             return ModelProposer(draft, self.adapter, target.lm_head)
         if name == "chained":
             return ChainedProposer(draft, self.chained_adapter, target.lm_head, target.embeddings)
+        if name == "attending":
+            return AttendingProposer(draft, self.attending_adapter, target)
         if name == "hybrid":
             return HybridProposer(self.ngram, self.open(self._hybrid_model))
         if name == "ngram":
@@ -109,7 +119,7 @@ class Sources:
     def known_acceptance(self, name: str) -> float | None:
         """How many of a source's drafts were right on the clips its adapter was validated on; None where no adapter says so."""
         name = self._hybrid_model if name == "hybrid" else name
-        path = {"aligned": self.adapter_path, "chained": self.chained_path}.get(name)
+        path = {"aligned": self.adapter_path, "chained": self.chained_path, "attending": self.attending_path}.get(name)
         return None if path is None else load_pt(path, command_for("train_hidden_adapter"))["meta"].get("validation", {}).get("token_match")
 
     @property
@@ -119,6 +129,12 @@ class Sources:
 
     def files(self, name: str) -> dict[str, Path]:
         """The files a source's drafts depend on."""
-        models = {"own": {}, "aligned": {"adapter": self.adapter_path}, "chained": {"chained_adapter": self.chained_path}, "lookup": {}}
+        models: dict[str, dict[str, Path]] = {
+            "own": {},
+            "aligned": {"adapter": self.adapter_path},
+            "chained": {"chained_adapter": self.chained_path},
+            "attending": {"attending_adapter": self.attending_path},
+            "lookup": {},
+        }
         texts = {"texts": self.texts_path}
         return models[self._hybrid_model] | texts if name == "hybrid" else models.get(name, texts)

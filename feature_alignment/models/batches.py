@@ -101,10 +101,8 @@ class ClipBatch:
         return self._state.prompt[clip, -most:]
 
     def prompt_ids(self, most: int) -> list[list[int]]:
-        """The last ids of each prompt, at most `most`; -1 where vision stands."""
-        shared = self._shared[0].tolist()
-        ids = [[-1 if i == self.model.placeholder else i for i in [*shared, *tail]] for tail in self._tails]
-        return [row[-most:] for row in ids]
+        """The last ids of each prompt, at most `most`, as `Decoder.text_ids` says."""
+        return [self.model.text_ids([*self._shared[0].tolist(), *tail][-most:]) for tail in self._tails]
 
     def predict_tokens(self, answers: Sequence[Sequence[int]]) -> list[list[int]]:
         """What the model would have said in each place of the given answers, knowing what stands before."""

@@ -144,6 +144,10 @@ class Decoder:
             )
         return ids
 
+    def text_ids(self, ids: Sequence[int]) -> list[int]:
+        """Ids of a prompt, -1 where they stand for vision or are not shared by both models."""
+        return [-1 if i == self.placeholder or not 0 <= i < self.vocab_size else i for i in ids]
+
     def rules(self, prompt_ids: Tensor) -> GenerationRules:
         """The settings of generation, at work on a text after this prompt [s]."""
         rows = self._head_weight.shape[0]

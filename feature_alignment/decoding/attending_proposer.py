@@ -1,0 +1,108 @@
+"""The attending adapter as a proposer: it drafts from the target's last verified states, over its own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from feature_alignment.adapters.attending import AttendingAdapter
+from feature_alignment.adapters.attending_drafts import FoldedAttending
+from feature_alignment.adapters.tables import question_number
+from feature_alignment.decoding.law import Pick
+from feature_alignment.decoding.proposers import Draft, Proposer
+from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.models.decoder import Decoder, Prompt
+
+Proposed = list[tuple[int, int]]
+
+
+class AttendingProposer(Proposer):
+    """
+    Args:
+        draft: EventGPT, asked once a clip for its event states; not at all by an adapter without events
+        adapter: trained
+        target: whose text is drafted
+    """
+
+    def __init__(self, draft: Decoder, adapter: AttendingAdapter, target: Decoder) -> None:
+        self._draft, self._target = draft, target
+        self._blind, self._num_prompt = "events" in adapter.without, adapter.num_prompt
+        self._folded = FoldedAttending(adapter, target.head_weight, target.embeddings)
+        self._d_event = adapter.geometry["d_event"]
+
+    @torch.inference_mode()
+    def start(self, prompt: Prompt, watch: Stopwatch) -> None:
+        if self._blind:
+            self._folded.start(self._folded.head.new_empty(1, 0, self._d_event))
+        else:
+            with watch("draft_prefill"):
+                self._folded.start(self._draft.vision_states(prompt.ids[None], self._draft.encode_vision(prompt.pixels[None])))
+        self._verified = 0  # tokens whose true states are in the cache,
+        self._ahead: list[int] = []  # drafts read behind them,
+        self._outputs: list[Tensor] = []  # and the outputs behind the last verified token and behind each of the drafts
+        self._proposed: list[Proposed] = []  # what the tables proposed after each of all these tokens
+
+    @torch.inference_mode()
+    def target_read(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
+        with watch("adapter"):
+            most = self._num_prompt
+            self._prompt, self._question = self._target.text_ids(prompt.ids[-most - 1 :].tolist()), question_number(prompt.question)
+            self._folded.read_prompt(states[:-1][-most:] if most else states[:0], self._prompt)
+
+    @torch.inference_mode()
+    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
+        with watch("adapter"):
+            self._catch_up(emitted, states)
+        text: list[int] = []
+        picks: list[Pick] = []
+        expected: list[Tensor] = []
+        chance = 1.0
+        while not text or (len(text) < num_tokens and chance >= floor and text[-1] not in self.law.eos_ids):
+            if picks:
+                with watch("adapter"):
+                    self._read_draft([*emitted, *text])
+            expected.append(self._outputs[-1])
+            with watch("head"):
+                picks.append(self._pick([*emitted, *text], floor > 0))
+                text.append(int(picks[-1].token))
+            chance *= picks[-1].confidence
+        with watch("adapter"):
+            return Draft.of(picks, [*self._folded.states(expected).split(1)])
+
+    def _catch_up(self, emitted: Sequence[int], states: Tensor) -> None:
+        """Read what has been verified since the last call; then the tokens behind it, for which there are no true states."""
+        n, known = len(states), self._verified
+        if n > known:
+            del self._proposed[known:]
+            self._proposed += [self._look(emitted[: t + 1]) for t in range(known, n)]
+            before = emitted[known - 1] if known else self._prompt[-1]
+            text = torch.tensor([before, *emitted[known:n]], device=states.device)
+            self._outputs = [self._folded.read(known, states[known:], text, self._proposed[known:])]
+            self._verified, self._ahead = n, []
+        behind = list(emitted[n:])
+        same = 0
+        while same < min(len(behind), len(self._ahead)) and behind[same] == self._ahead[same]:
+            same += 1
+        del self._ahead[same:], self._outputs[same + 1 :], self._proposed[n + same :]
+        for end in range(n + same + 1, len(emitted) + 1):
+            self._read_draft(emitted[:end])
+
+    def _read_draft(self, text: Sequence[int]) -> None:
+        """Read the last token of `text`, which is not verified."""
+        self._proposed.append(self._look(text))
+        last = torch.tensor([text[-2], text[-1]], device=self._outputs[-1].device)
+        self._outputs.append(self._folded.go_on(len(text) - 1, self._outputs[-1], last, self._proposed[-1]))
+        self._ahead.append(text[-1])
+
+    def _look(self, text: Sequence[int]) -> Proposed:
+        return self._folded.candidates(self._question, self._prompt, text)
+
+    def _pick(self, text: Sequence[int], confidence: bool) -> Pick:
+        """The next draft token, as the law says; from its own logits, over the ids that it knows."""
+        logits = self._folded.logits(self._outputs[-1], self._proposed[-1])
+        if self.law.sampler is not None or self.law.rules.processors:
+            return self.law.pick(self._folded.over_all_ids(logits), text, confidence)
+        best = logits.argmax(-1)
+        return Pick(self._folded.ids[best], None, float(logits[0].float().softmax(-1).max()) if confidence else 1.0)
