@@ -40,8 +40,8 @@ class InferenceConfig(Common):
         video: a video file or a folder of frames instead of a sample's video
         question: the question about them
         draft: own = the drafter's own tokens; aligned = its adapted states through the target's head; chained = the chained adapter
-            from the target's last state; attending = the attending adapter, from there as well; ngram, template, lookup and previous look at no picture; hybrid = ngram where it is sure,
-            else chained (aligned where no chained adapter has been trained)
+            from the target's last state; attending = the attending adapter, from there as well; ngram, template, lookup and
+            previous look at no picture; hybrid = ngram where it is sure, else chained (aligned where no chained adapter has been trained)
         train_split: whose answers ngram, template and previous know
         accept: token is lossless; feature and relaxed keep drafts by cosine
         threshold: cosine above which feature and relaxed keep a draft

@@ -40,7 +40,9 @@ PARTS = ("events", "prompt", "candidates")
 def some_answers(seed: int = 0, clips: int = 5, ids: int = 6) -> list[tables.Answer]:
     """Texts of few ids: most contexts occur several times, in several clips."""
     r = random.Random(seed)
-    return [tables.Answer(f"clip {c}", r.choice((5, 7)), r.choices(range(3, 3 + ids), k=r.randint(1, 12))) for c in range(clips) for _ in "ab"]
+    return [
+        tables.Answer(f"clip {c}", r.choice((5, 7)), r.choices(range(3, 3 + ids), k=r.randint(1, 12))) for c in range(clips) for _ in "ab"
+    ]
 
 
 def an_adapter(seed: int = 0, without=(), ids=range(VOCAB), scale: float = 3.0) -> AttendingAdapter:
@@ -122,7 +124,11 @@ def test_what_a_clip_alone_has_said_is_not_proposed_for_it():
     table = tables.Without(tables.Counts(answers), answers[:2])
     along = tables.candidates_along(table, 5, [1], [3, *secret])
     assert not {token for found in along for token, _ in found} & set(secret)
-    assert 51 in {token for found in tables.candidates_along(tables.NGramTable(tables.Counts(answers).entries()), 5, [1], [3, *secret]) for token, _ in found}
+    assert 51 in {
+        token
+        for found in tables.candidates_along(tables.NGramTable(tables.Counts(answers).entries()), 5, [1], [3, *secret])
+        for token, _ in found
+    }
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -367,7 +373,9 @@ def test_a_learned_one_drafts_well_and_loses_nothing(learnt, gamma):
     target, draft, _, adapter = learnt
     kept = 0
     for prompt in PROMPTS:
-        live = speculate(target, AttendingProposer(draft, adapter, target), *[prompt_of(*prompt)] * 2, num_draft_tokens=gamma, max_new_tokens=24)
+        live = speculate(
+            target, AttendingProposer(draft, adapter, target), *[prompt_of(*prompt)] * 2, num_draft_tokens=gamma, max_new_tokens=24
+        )
         assert live.token_ids == greedy(target, prompt_of(*prompt), 24).token_ids
         kept += sum(r.num_accepted for r in live.rounds)
     assert kept > 15
@@ -382,7 +390,9 @@ def test_the_trace_identity(learnt):
     with torch.inference_mode():
         said = [(adapter.ids[step.logits.argmax(-1)], step.real) for step in reader.roll_out(texts, every, 3)]
     for row, prompt in enumerate(PROMPTS):
-        live = speculate(target, AttendingProposer(draft, adapter, target), *[prompt_of(*prompt)] * 2, num_draft_tokens=3, max_new_tokens=24)
+        live = speculate(
+            target, AttendingProposer(draft, adapter, target), *[prompt_of(*prompt)] * 2, num_draft_tokens=3, max_new_tokens=24
+        )
         at = 1
         for r in live.rounds:
             for k, drafted in enumerate(r.proposed[: r.num_accepted + 1]):
@@ -418,7 +428,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
         with pytest.raises(UserError, match=r"(?s)not an attending adapter.*--adapter attending"):
             load_attending_adapter(tmp_path / "a.pt")
     adapter = an_adapter()
-    artifacts.save_pt(tmp_path / "b.pt", {"meta": {"geometry": adapter.geometry, "draft_layers": [1, 2]}, "state_dict": adapter.state_dict()})
+    artifacts.save_pt(
+        tmp_path / "b.pt", {"meta": {"geometry": adapter.geometry, "draft_layers": [1, 2]}, "state_dict": adapter.state_dict()}
+    )
     again = load_attending_adapter(tmp_path / "b.pt", [2])[0]
     assert again.geometry == adapter.geometry and torch.equal(again.table, adapter.table) and torch.equal(again.ids, adapter.ids)
     with pytest.raises(UserError, match=r"layer 2, this run ends at 3"):

@@ -1,10 +1,10 @@
 """The attending adapter at drafting: one text at a time, over a cache of its own that goes back for free.
 
-    once per adapter    T = the token map of all embeddings [v, w];  L = W W_out [ids, w], draft logits straight from an output
-    once per prompt     keys and values of EventGPT's event states and of the target's prompt states
-    every draft         one layer over [1, w], then L
+once per adapter    T = the token map of all embeddings [v, w];  L = W W_out [ids, w], draft logits straight from an output
+once per prompt     keys and values of EventGPT's event states and of the target's prompt states
+every draft         one layer over [1, w], then L
 
-    places in the cache | prompt, ending at num_prompt - 1 | verified tokens | drafts …     going back: the next draft overwrites
+places in the cache | prompt, ending at num_prompt - 1 | verified tokens | drafts …     going back: the next draft overwrites
 """
 
 from __future__ import annotations

@@ -153,6 +153,8 @@ def looked_up(text: Sequence[int]) -> tuple[int, int]:
     return token, longest
 
 
-def candidates_along(table: NGramTable | Without, question: int, prompt: Sequence[int], answer: Sequence[int]) -> list[list[tuple[int, int]]]:
+def candidates_along(
+    table: NGramTable | Without, question: int, prompt: Sequence[int], answer: Sequence[int]
+) -> list[list[tuple[int, int]]]:
     """`candidates` after each token of an answer: the t-th of them propose what follows answer[: t + 1]."""
     return [candidates(table, question, prompt, answer[: t + 1]) for t in range(len(answer))]

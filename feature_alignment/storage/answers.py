@@ -66,7 +66,18 @@ def _read(path: Path, make_it: str) -> dict[str, Any]:
 
 Answers = dict[str, tuple[array, array]]  # sample id -> Video-LLaVA's tokens, EventGPT's tokens
 # Settings of an extraction that change what is stored, and no text
-NO_TEXT = {"split", "prefix", "max_positions", "store_dtype", "separate_layers", "event_states", "prompt_states", "own_drafts", "draft_layers", "shard"}
+NO_TEXT = {
+    "split",
+    "prefix",
+    "max_positions",
+    "store_dtype",
+    "separate_layers",
+    "event_states",
+    "prompt_states",
+    "own_drafts",
+    "draft_layers",
+    "shard",
+}
 BY_ROW = frozenset({"manifest", "questions", "answers"})  # sources of which every row's question and clip are compared
 
 

@@ -127,7 +127,8 @@ def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, eve
             raise UserError(f"{directory}/{file} is {tensor.shape[-1]} wide, its meta.json says {meta[width]}: files swapped?")
     if events and not meta.get("event_states"):
         raise UserError(
-            f"{directory} holds no event states, which the chained and the attending adapter read. Extract them:\n  {command} --event_states"
+            f"{directory} holds no event states, which the chained and the attending adapter read. Extract them:\n"
+            f"  {command} --event_states"
         )
     if prompt and not meta.get("prompt_states"):
         raise UserError(
