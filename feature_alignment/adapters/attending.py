@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -201,7 +202,7 @@ class AttendingAdapter(nn.Module):
     def keys(self, inputs: Tensor, places: Tensor) -> Keys:
         """Keys and values of inputs [b, n, w] at places [n] or [b, n]."""
         _, keys, values = self.attention(self.read_norm(inputs)).chunk(3, -1)
-        return Keys(_rotated(_by_head(keys), places), _by_head(values))
+        return Keys(rotated(_by_head(keys), places), _by_head(values))
 
     def forward(self, inputs: Tensor, places: Tensor, events: Keys, text: Keys, hidden: Tensor | None, chain: Sequence[Keys]) -> Chain:
         """The outputs at places whose inputs [b, m, w] are given.
@@ -215,13 +216,13 @@ class AttendingAdapter(nn.Module):
             chain: of other inputs, one for each place, with m entries each; the places' own are added to them
         """
         queries, keys, values = map(_by_head, self.attention(self.read_norm(inputs)).chunk(3, -1))
-        rotated = _rotated(queries, places)
-        own = Keys(_rotated(keys, places), values)
+        turned = rotated(queries, places)
+        own = Keys(rotated(keys, places), values)
         chain = [*chain, own]
-        scores = rotated @ text.keys.transpose(-1, -2)
+        scores = turned @ text.keys.transpose(-1, -2)
         if hidden is not None:
             scores = scores.masked_fill(hidden[:, None], -torch.inf)
-        alone = torch.stack([(rotated * k.keys).sum(-1) for k in chain], -1)
+        alone = torch.stack([(turned * k.keys).sum(-1) for k in chain], -1)
         e, n = events.keys.shape[2], text.keys.shape[2]
         weights = (torch.cat([queries @ events.keys.transpose(-1, -2), scores, alone], -1) * queries.shape[-1] ** -0.5).softmax(-1)
         found = weights[..., :e] @ events.values + weights[..., e : e + n] @ text.values
@@ -249,16 +250,23 @@ def _by_head(x: Tensor) -> Tensor:
     return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
 
-def _rotated(x: Tensor, places: Tensor) -> Tensor:
-    """Rotary positions: x [b, heads, n, d] at places [n] or [b, n]."""
-    half = x.shape[-1] // 2
-    speeds = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angles = places[..., None].float() * speeds
-    cos, sin = (f(angles).to(x.dtype) for f in (torch.cos, torch.sin))
-    if angles.ndim == 3:
+def rotated(x: Tensor, places: Tensor) -> Tensor:
+    """Rotary positions: x [b, heads, n, d] at places [n] or [b, n], from 0 on."""
+    cos, sin = _rotations(x.shape[-1] // 2, x.device, x.dtype, 64 * (int(places.max()) // 64 + 1) if places.numel() else 64)
+    cos, sin = cos[places], sin[places]
+    if places.ndim == 2:
         cos, sin = cos[:, None], sin[:, None]
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+@lru_cache(maxsize=64)
+def _rotations(half: int, device: torch.device, dtype: torch.dtype, places: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine at each place, [places, half]."""
+    with torch.inference_mode(False):
+        speeds = ROPE_BASE ** (-torch.arange(half, device=device, dtype=torch.float64) / half)
+        angles = torch.arange(places, device=device)[:, None] * speeds
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def load_attending_adapter(path: Path, draft_layers: Sequence[int] | None = None) -> tuple[AttendingAdapter, dict[str, Any]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from feature_alignment.adapters import tables
-from feature_alignment.adapters.attending import HEADS, AttendingAdapter, Keys
+from feature_alignment.adapters.attending import HEADS, AttendingAdapter, Keys, rotated
 
 ROOM = 64  # places that a cache grows by
 
@@ -114,10 +114,18 @@ class FoldedAttending:
         return self.adapter.inputs(states, tokens[1:], tokens[:-1], given)[None]
 
     def _think(self, place: int, inputs: Tensor) -> Tensor:
-        before = Keys(*(x[:, :, : self._begin + place] for x in self._cache))
-        output, own = self.adapter(inputs, self._places(place, 1), self._events, before, None, ())
-        self._put(self._begin + place, own)
-        return output
+        """`AttendingAdapter.forward` for one place behind all of the cache, in few small products."""
+        a, end = self.adapter, self._begin + place + 1
+        queries, keys, values = F.linear(a.read_norm(inputs[0]), a.attention.weight).view(3, HEADS, 1, -1)
+        places = self._places(place, 1)
+        self._put(self._begin + place, Keys(rotated(keys[None], places), values[None]))
+        scores = rotated(queries[None], places)[0] @ self._cache.keys[0, :, :end].transpose(1, 2)
+        of_events = queries @ self._events.keys[0].transpose(1, 2)
+        weights = (torch.cat([of_events, scores], -1) * queries.shape[-1] ** -0.5).softmax(-1)
+        e = of_events.shape[-1]
+        found = torch.baddbmm(weights[..., :e] @ self._events.values[0], weights[..., e:], self._cache.values[0, :, :end])
+        x = torch.addmm(inputs[0], found.view(1, -1), a.mix.weight.T)
+        return a.said_norm(x + a.down(F.gelu(a.up(a.think_norm(x)))))[None]
 
     def _put(self, first: int, new: Keys) -> None:
         """Keys and values into the cache, from entry `first` on; what stood there or behind is forgotten."""
