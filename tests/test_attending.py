@@ -23,11 +23,15 @@ from feature_alignment.adapters.attending_training import (
     some_places,
     train_attending,
 )
+from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.attending_proposer import AttendingProposer
 from feature_alignment.decoding.baseline_drafters import HybridProposer, NGram
 from feature_alignment.decoding.engine import greedy, speculate
 from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.extract_hidden_states import ExtractConfig
+from feature_alignment.inputs.samples import read_samples
+from feature_alignment.models.pair import load_pair
 from feature_alignment.storage import artifacts
 from feature_alignment.storage.artifacts import HiddenStates
 from feature_alignment.train_hidden_adapter import TrainConfig
@@ -447,3 +451,39 @@ def test_a_proposal_of_nothing_adds_nothing():
         (step,) = Reader(adapter, head, embeddings).roll_out(nothing, torch.arange(9)[None], 1)
     torch.testing.assert_close(step.logits, step.expected @ head[adapter.ids].T)
     assert isinstance(Proposals(text.proposed, text.buckets).tokens, torch.Tensor)
+
+
+def test_stored_prompt_states_are_those_that_decoding_meets(finished):
+    """One prefill of the whole prompt gives what extraction stored of it, in batches and with the clip read once for all its questions."""
+    cfg = parse_config(ExtractConfig, ["--config", str(finished / "tiny.yaml")], "extract_hidden_states")
+    target, samples = load_pair(cfg).target, read_samples(cfg.manifests, "train")
+    states = artifacts.load_hidden_states(finished / "out" / "hidden_states" / "train", prompt=True)
+    assert states.prompt.shape[1] == 6 and len({len(row["prompt_ids"]) for row in states.rows}) == 1
+    for row, sample in enumerate(samples[:7]):
+        prompt = target.prepare(sample)
+        read = target.prefill([prompt]).prompt[0]
+        assert states.rows[row]["id"] == sample.id and states.rows[row]["prompt_ids"] == target.text_ids(prompt.ids[-7:].tolist())
+        torch.testing.assert_close(states.prompt[row], read[-7:-1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(states.target[row, 0], read[-1], atol=1e-4, rtol=1e-4)
+
+
+def test_without_prompt_states_it_is_told_how_to_extract_them(finished):
+    folder = finished / "out" / "hidden_states" / "train"
+    meta = {**artifacts.read_json(folder / "meta.json", ""), "prompt_states": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("feature_alignment.storage.hidden_states.read_sealed", lambda *_: meta)
+        with pytest.raises(UserError, match=r"(?s)no prompt states.*--prompt_states 160"):
+            artifacts.load_hidden_states(folder, prompt=True)
+
+
+def test_what_is_missing_of_a_prompt_is_hidden(learnt):
+    """A prompt shorter than what is read: its first places hold zeros, and whatever stood there would change nothing."""
+    target, _, states, adapter = learnt
+    found = proposals(states, tables.NGramTable(adapter.table), leave_out=False)
+    (texts,) = prompted_texts(states, found, [torch.arange(3)], "cpu")
+    assert texts.prompt_mask.sum(1).tolist() == [3, 2, 5] and (texts.prompt_ids >= 0).sum(1).tolist() == [3, 2, 5]
+    other = changed(texts, prompt=texts.prompt.masked_fill(~texts.prompt_mask[..., None], 7.0))
+    reader, every = Reader(adapter, target.head_weight, target.embeddings), torch.zeros(3, 1, dtype=torch.long)
+    with torch.inference_mode():
+        (one,), (two,) = (list(reader.roll_out(t, every, 1)) for t in (texts, other))
+    assert torch.equal(one.logits, two.logits)
