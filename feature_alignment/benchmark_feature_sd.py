@@ -24,7 +24,7 @@ from feature_alignment.cli.console import UserError, print_json_line, run
 
 if TYPE_CHECKING:
     from feature_alignment.benchmark.run import Measurements, Setup
-    from feature_alignment.decoding.engine import Generation
+    from feature_alignment.decoding.generation import Generation
     from feature_alignment.inputs.samples import Sample
     from feature_alignment.models.decoder import Prompt
 
@@ -76,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
         return summarize(argv[1:])
     cfg = parse_config(BenchmarkConfig, argv, "benchmark_feature_sd")
-    from feature_alignment.storage.processes import check_device, claimed
+    from feature_alignment.storage.processes import check_device, exclusive_lock
 
     check_device(cfg.device)
-    with claimed(cfg.out / "benchmark"):
+    with exclusive_lock(cfg.out / "benchmark"):
         return benchmark(cfg)
 
 
@@ -87,20 +87,22 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Measure, or reuse a cached result; returns the content of benchmark.json."""
     from feature_alignment.benchmark import report, transformers_baselines
     from feature_alignment.benchmark.run import Measurements, part_costs, take_turns
-    from feature_alignment.decoding.engine import greedy
+    from feature_alignment.decoding.plain import greedy
     from feature_alignment.models import fixed
     from feature_alignment.models.loading import fetch_checkpoints
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.artifacts import cached_result, provenance
+    from feature_alignment.storage.files import read_hashed_json, write_hashed_json
+    from feature_alignment.storage.identity import identity_of
 
     samples = spread_samples(cfg)
     fetch_checkpoints(cfg)
     if cfg.planted_acceptance:
         return planted_benchmark(cfg, samples)
     made_from = inputs_of(cfg, samples)
-    acceptance = artifacts.read_sealed(acceptance_path(cfg), command_for("measure_feature_acceptance"))
+    acceptance = read_hashed_json(acceptance_path(cfg), command_for("measure_feature_acceptance"))
     out = cfg.out / "benchmark"
-    identity = artifacts.identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
-    result = artifacts.reusable(out / "benchmark.json", cfg, identity)
+    identity = identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
+    result = cached_result(out / "benchmark.json", cfg, identity)
     if result is not None:
         _show(result, out, reused=True)
         return result
@@ -113,10 +115,10 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     measurements = Measurements.of(setup, timed, part_cost)
     contents, shown = results_of(cfg, measurements, acceptance, list(ways)[1:])
     about = {"device": cfg.device, "dtype": cfg.dtype, "unrecorded": fixed.eager_fallbacks}
-    result = {"meta": artifacts.provenance("benchmark_feature_sd", cfg, made_from, identity, **about), **contents}
+    result = {"meta": provenance("benchmark_feature_sd", cfg, made_from, identity, **about), **contents}
     report.write_benchmark_report(result, shown, target.tokenizer.decode, out)
     files = ("report.md", "report.html", *(f"{name}.png" for name in report.PICTURES))
-    artifacts.write_sealed(out / "benchmark.json", result, files)  # Last: its presence means that the report is complete.
+    write_hashed_json(out / "benchmark.json", result, files)  # Last: its presence means that the report is complete.
     _show(result, out, reused=False)
     return result
 
@@ -248,14 +250,15 @@ def clips_of(samples: Sequence[Sample]) -> list[Path]:
 def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, Any]:
     """Wall clock under stated acceptances: planted.json and planted.md, beside whatever else was measured."""
     from feature_alignment.benchmark import planted
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.artifacts import cached_result
+    from feature_alignment.storage.identity import identity_of
 
     out, clips = cfg.out / "benchmark", clips_of(samples)
     files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
     adapters = {name: cfg.out / f"{name}/adapter.pt" for name in ("adapter", "chained_adapter")}  # untrained ones, where they are missing
     made_from = files | {"clips": clips} | {name: path for name, path in adapters.items() if path.is_file()}
-    identity = artifacts.identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
-    result = artifacts.reusable(out / "planted.json", cfg, identity)
+    identity = identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
+    result = cached_result(out / "planted.json", cfg, identity)
     reused = result is not None
     if result is None:
         sizes = cfg.num_draft_tokens, cfg.planted_acceptance, cfg.max_new_tokens, cfg.repeats, cfg.warmup

@@ -71,20 +71,23 @@ def train_token_adapter(cfg: ComparisonConfig, rows: Sequence[dict]) -> None:
         rows: what is compared; the adapter must take texts of their length
     """
     from feature_alignment.adapters import token as token_adapter
-    from feature_alignment.storage import artifacts
-    from feature_alignment.storage.answers import read_token_pairs
+    from feature_alignment.storage.answers import eos_ids, read_token_pairs
+    from feature_alignment.storage.files import load_pt, save_pt
 
     path, identity = token_adapter_path(cfg), token_adapter_identity(cfg)
     if _trained_already(path, cfg, identity):
         return
     train, validation = (read_token_pairs(cfg.out / "token_pairs" / f"{split}.json") for split in (cfg.train_split, cfg.validation_split))
     extract = command_for("extract_hidden_states", split=cfg.train_split)
-    vocabulary = len(artifacts.load_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", extract))
+    vocabulary = len(load_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", extract))
     longest = max(len(r[k]) for r in (*train, *validation, *rows) for k in ("egpt_tokens", "vl_tokens"))
     began = time.time()
-    model, accuracies = token_adapter.train_token_adapter(train, validation, vocabulary, longest, cfg.num_epochs, cfg.device, cfg.seed)
+    eos_id = min(eos_ids(cfg.out / "token_pairs" / f"{cfg.train_split}.json"), default=0)
+    model, accuracies = token_adapter.train_token_adapter(
+        train, validation, vocabulary, longest, cfg.num_epochs, cfg.device, cfg.seed, eos_id
+    )
     meta = {"geometry": model.geometry, "seconds": time.time() - began, "validation_accuracy": accuracies, **identity.as_dict()}
-    artifacts.save_pt(path, {"meta": meta, "state_dict": {k: v.cpu() for k, v in model.state_dict().items()}})
+    save_pt(path, {"meta": meta, "state_dict": {k: v.cpu() for k, v in model.state_dict().items()}})
 
 
 def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict], eos_ids: Sequence[int]) -> dict[str, Any] | None:
@@ -94,13 +97,13 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict], eos_ids: S
     from feature_alignment.adapters import token as token_adapter
     from feature_alignment.adapters.hidden import call_ms
     from feature_alignment.measurement.comparison import verified
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.files import load_trained
 
     path = token_adapter_path(cfg)
     if not path.is_file():
         return None
     train_it = command_for("compare_token_baseline", "--train_token_adapter")
-    model, meta = artifacts.load_trained(path, "a token-level adapter", token_adapter.TokenAdapter, "vocabulary", train_it)
+    model, meta = load_trained(path, "a token-level adapter", token_adapter.TokenAdapter, "vocabulary", train_it)
     texts = replace(token_adapter_identity(cfg), settings=meta.get("settings", {}))  # however long it was trained
     if changes := texts.changes(meta, ignore_code=True):
         log.warning("%s is left out (then → now): %s. Train it again:\n  %s", path, "; ".join(changes), train_it)
@@ -111,45 +114,49 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict], eos_ids: S
     with torch.device("meta"):
         at_7b = token_adapter.TokenAdapter(*LAYOUT_7B).num_parameters
     width = max(len(r["vl_tokens"]) for r in rows)
-    bits = torch.nn.functional.pad(token_adapter.matches(model, rows), (0, max(0, width - text.shape[1])))[:, :width]
+    bits = torch.nn.functional.pad(token_adapter.token_matches(model, rows, min(eos_ids, default=0)), (0, max(0, width - text.shape[1])))[
+        :, :width
+    ]
     report = verified(bits, rows, cfg.num_draft_tokens, eos_ids)
     return {**report, "params": model.num_parameters, "params_7b": at_7b, "overhead_ms": ms, "seconds": meta["seconds"]}
 
 
 def token_adapter_identity(cfg: ComparisonConfig) -> RunIdentity:
     """What the token-level adapter is trained from: both models' texts of two splits, and the settings of its training."""
-    from feature_alignment.storage import artifacts, identity
+    from feature_alignment.storage import identity
+    from feature_alignment.storage.identity import identity_of
 
     texts = {split: cfg.out / "token_pairs" / f"{split}.json" for split in (cfg.train_split, cfg.validation_split)}
-    whole = artifacts.identity_of("adapters.token", cfg, texts)
+    whole = identity_of("adapters.token", cfg, texts)
     return identity.RunIdentity({k: whole.settings[k] for k in ("num_epochs", "seed", "device")}, whole.made_from, whole.code)
 
 
 def _trained_already(path: Path, cfg: ComparisonConfig, identity: RunIdentity) -> bool:
     """Whether `--resume` finds a token-level adapter of this identity."""
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.artifacts import log_reuse
+    from feature_alignment.storage.files import load_pt
 
     if not (cfg.resume and path.is_file()):
         return False
     try:
-        meta = artifacts.load_pt(path, "")["meta"]
+        meta = load_pt(path, "")["meta"]
     except (UserError, KeyError, TypeError):
         return False
     if changes := identity.changes(meta, cfg.ignore_code):
         log.warning("%s is trained again (then → now): %s", path, "; ".join(changes))
         return False
-    artifacts.log_reuse(path, identity, meta)
+    log_reuse(path, identity, meta)
     return True
 
 
 def judge_kept(
     cfg: ComparisonConfig, states: HiddenStates, tokenizer: PreTrainedTokenizerBase, lexicon: Lexicon
 ) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """`comparison.kept_drafts` of aligned, chained and EventGPT's own drafts; own words are kept by the hidden adapter's cosine."""
-    from feature_alignment.measurement.comparison import kept_drafts
-    from feature_alignment.storage import artifacts
+    """`comparison.accepted_drafts` of aligned, chained and EventGPT's own drafts; own words are kept by the hidden adapter's cosine."""
+    from feature_alignment.measurement.comparison import accepted_drafts
+    from feature_alignment.storage.files import load_pt
 
-    scores = artifacts.load_pt(cfg.out / "acceptance" / "scores.pt", command_for("measure_feature_acceptance"))
+    scores = load_pt(cfg.out / "acceptance" / "scores.pt", command_for("measure_feature_acceptance"))
     sources = {"aligned": scores["adapter"]} | ({"chained": scores["chained"]} if "chained" in scores else {})
     if "egpt_drafts" in states.rows[0]:
         own = states.token_ids.clone()
@@ -157,7 +164,7 @@ def judge_kept(
             own[i, : len(row["egpt_drafts"])] = own.new_tensor(row["egpt_drafts"])
         sources["own"] = {**scores["adapter"], "says": own}
     word = lambda token: tokenizer.decode([token]).strip()  # noqa: E731
-    return kept_drafts(sources, states.token_ids, word, [r["id"] for r in states.rows], lexicon)
+    return accepted_drafts(sources, states.token_ids, word, [r["id"] for r in states.rows], lexicon)
 
 
 def tables(report: dict[str, Any], num_draft_tokens: int) -> list[tuple[str, tuple[str, ...], list[tuple]]]:
@@ -217,10 +224,10 @@ def tables(report: dict[str, Any], num_draft_tokens: int) -> list[tuple[str, tup
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(ComparisonConfig, argv, "compare_token_baseline")
-    from feature_alignment.storage.processes import check_device, claimed
+    from feature_alignment.storage.processes import check_device, exclusive_lock
 
     check_device(cfg.device)
-    with claimed(cfg.out / "token_baseline"):
+    with exclusive_lock(cfg.out / "token_baseline"):
         return compare(cfg)
 
 
@@ -228,8 +235,10 @@ def compare(cfg: ComparisonConfig) -> dict[str, Any]:
     """Compare, or reuse what is there; returns the content of comparison.json."""
     import torch
 
-    from feature_alignment.storage import artifacts
     from feature_alignment.storage.answers import read_token_pairs
+    from feature_alignment.storage.artifacts import cached_result, provenance
+    from feature_alignment.storage.files import write_hashed_json, write_text
+    from feature_alignment.storage.identity import identity_of
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -237,18 +246,18 @@ def compare(cfg: ComparisonConfig) -> dict[str, Any]:
     rows = read_token_pairs(made_from["token_pairs"])
     if cfg.train_token_adapter and not cfg.token_pairs:
         train_token_adapter(cfg, rows)
-    identity = artifacts.identity_of("compare_token_baseline", cfg, made_from, timed=True, without=("train_token_adapter",))
-    report = artifacts.reusable(out / "comparison.json", cfg, identity)
+    identity = identity_of("compare_token_baseline", cfg, made_from, timed=True, without=("train_token_adapter",))
+    report = cached_result(out / "comparison.json", cfg, identity)
     reused = report is not None
     if report is None:
         report = comparison_report(cfg, rows, out)
         shown = tables(report, cfg.num_draft_tokens)
         report["rows"] = [{"table": title, **dict(zip(header, row, strict=True))} for title, header, lines in shown for row in lines]
-        report = {"meta": artifacts.provenance("compare_token_baseline", cfg, made_from, identity), **report}
+        report = {"meta": provenance("compare_token_baseline", cfg, made_from, identity), **report}
         markdown = [f"**{title}**\n\n{markdown_table(header, lines)}\n" for title, header, lines in shown]
-        artifacts.write_text(out / "comparison.md", "\n".join(markdown))
+        write_text(out / "comparison.md", "\n".join(markdown))
         beside = ("comparison.md", *(("threshold_sweep.png",) if report["kept_by_cosine"] else ()))
-        artifacts.write_sealed(out / "comparison.json", report, beside)
+        write_hashed_json(out / "comparison.json", report, beside)
     for title, header, lines in tables(report, cfg.num_draft_tokens):
         print_table(title, header, lines)
     if report["examples"]:
@@ -286,9 +295,11 @@ def comparison_report(cfg: ComparisonConfig, rows: Sequence[dict], out: Path) ->
     """
     from feature_alignment.measurement import comparison, plots
     from feature_alignment.measurement.lexicon import Lexicon
-    from feature_alignment.models.loading import find_checkpoint, load_tokenizer
-    from feature_alignment.storage import artifacts
+    from feature_alignment.models.loading import find_checkpoint
+    from feature_alignment.models.preprocessing import load_tokenizer
     from feature_alignment.storage.answers import eos_ids, read_token_pairs
+    from feature_alignment.storage.files import read_hashed_json
+    from feature_alignment.storage.hidden_states import load_hidden_states
 
     report: dict[str, Any] = {"token_level": comparison.free_running_agreement(rows, cfg.num_draft_tokens)}
     report |= dict.fromkeys(("feature_level", "aligned_token_level", "chained_token_level", "token_adapter", "own_drafts"))
@@ -299,8 +310,8 @@ def comparison_report(cfg: ComparisonConfig, rows: Sequence[dict], out: Path) ->
         if first:
             report["nulls"] = comparison.null_drafter_reports(first, second, g, ends)
         return report
-    acceptance = artifacts.read_sealed(cfg.out / "acceptance" / "acceptance.json", command_for("measure_feature_acceptance"))
-    states = artifacts.load_hidden_states(cfg.out / "hidden_states" / cfg.split, cfg.draft_layers)
+    acceptance = read_hashed_json(cfg.out / "acceptance" / "acceptance.json", command_for("measure_feature_acceptance"))
+    states = load_hidden_states(cfg.out / "hidden_states" / cfg.split, cfg.draft_layers)
     levels = {"aligned": acceptance | {"params": acceptance["adapter"]["params"]}}
     levels |= {"chained": acceptance["chains"]["chained"]} if "chained" in acceptance["chains"] else {}
     for name, level in levels.items():

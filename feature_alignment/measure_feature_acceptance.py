@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from feature_alignment.measurement.calibration import Judged
     from feature_alignment.measurement.scoring import Fitted, Predictor, Scores
-    from feature_alignment.storage.artifacts import HiddenStates
+    from feature_alignment.storage.hidden_states import HiddenStates
 
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
 TASK_THRESHOLD = "0.90"
@@ -131,16 +131,16 @@ def score_chains(cfg: AcceptanceConfig, split: str, head: Tensor, all_of_them: b
     from feature_alignment.adapters.chained import load_chained_adapter
     from feature_alignment.measurement import scoring
     from feature_alignment.measurement.attending_scoring import attending_scores
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.files import load_pt
+    from feature_alignment.storage.hidden_states import load_hidden_states
 
     found: dict[str, tuple[Scores, Tensor, dict[str, Any]]] = {}
     paths = {name: path for name, path in adapter_paths(cfg).items() if name in CHAINED and (all_of_them or name == "chained")}
     if not paths:
         return found
-    states = artifacts.load_hidden_states(
-        cfg.out / "hidden_states" / split, cfg.draft_layers, True, any(name.startswith("attending") for name in paths)
-    )
-    embeddings = artifacts.load_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", command_for("extract_hidden_states", split=split))
+    reads_prompt = any(name.startswith("attending") for name in paths)
+    states = load_hidden_states(cfg.out / "hidden_states" / split, cfg.draft_layers, events=True, prompt=reads_prompt)
+    embeddings = load_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", command_for("extract_hidden_states", split=split))
     embeddings = embeddings.float().to(head.device)
     for name, path in paths.items():
         load, score = (
@@ -187,10 +187,10 @@ def calibrations(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(AcceptanceConfig, argv, "measure_feature_acceptance")
-    from feature_alignment.storage.processes import check_device, claimed
+    from feature_alignment.storage.processes import check_device, exclusive_lock
 
     check_device(cfg.device)
-    with claimed(cfg.out / "acceptance"):
+    with exclusive_lock(cfg.out / "acceptance"):
         return measure(cfg)
 
 
@@ -199,14 +199,17 @@ def measure(cfg: AcceptanceConfig) -> dict[str, Any]:
     import torch
 
     from feature_alignment.measurement import plots, scoring
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.artifacts import cached_result, provenance
+    from feature_alignment.storage.files import load_pt, save_pt, write_hashed_json, write_text
+    from feature_alignment.storage.hidden_states import load_hidden_states
+    from feature_alignment.storage.identity import identity_of
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     folder = cfg.out / "hidden_states"
     splits = {"test": cfg.split, "train": cfg.train_split, "validation": cfg.validation_split}
     splits |= {"calibration": cfg.calibration_split} if cfg.calibrate else {}
-    states = {name: artifacts.load_hidden_states(folder / split, cfg.draft_layers) for name, split in splits.items()}
+    states = {name: load_hidden_states(folder / split, cfg.draft_layers) for name, split in splits.items()}
     test = states["test"]
     for a, b in itertools.combinations(splits, 2):
         if set(states[a].clips) & set(states[b].clips):
@@ -215,20 +218,18 @@ def measure(cfg: AcceptanceConfig) -> dict[str, Any]:
             )
     out = cfg.out / "acceptance"
     made_from = adapter_paths(cfg) | {name: folder / split / "meta.json" for name, split in splits.items()}
-    identity = artifacts.identity_of("measure_feature_acceptance", cfg, made_from, timed=True)
-    report = artifacts.reusable(out / "acceptance.json", cfg, identity)
+    identity = identity_of("measure_feature_acceptance", cfg, made_from, timed=True)
+    report = cached_result(out / "acceptance.json", cfg, identity)
     reused = report is not None
     if report is None:
-        head = artifacts.load_pt(folder / "vl_lm_head.pt", command_for("extract_hidden_states", split=cfg.split)).float().to(cfg.device)
+        head = load_pt(folder / "vl_lm_head.pt", command_for("extract_hidden_states", split=cfg.split)).float().to(cfg.device)
         fitted = predictors_of(cfg, states, head)
         scores = scoring.score({name: f.predict for name, f in fitted.items()}, test, head)
         chains = score_chains(cfg, cfg.split, head, True)
         measured = {"adapter": (scores["adapter"], test.mask)} | ({"chained": chains["chained"][:2]} if "chained" in chains else {})
         promised = calibrations(cfg, states, head, fitted["adapter"].predict, measured) if cfg.calibrate else {}
         report = {
-            "meta": artifacts.provenance(
-                "measure_feature_acceptance", cfg, made_from, identity, prefix=test.meta["prefix"], split=cfg.split
-            ),
+            "meta": provenance("measure_feature_acceptance", cfg, made_from, identity, prefix=test.meta["prefix"], split=cfg.split),
             "adapter": {"params": fitted["adapter"].parameters, "layer": test.meta["draft_layers"]},
             **acceptance_report(scores, fitted, test, cfg.num_draft_tokens),
             "calibration": promised.get("adapter"),
@@ -239,14 +240,14 @@ def measure(cfg: AcceptanceConfig) -> dict[str, Any]:
         }
         if "chained" in report["chains"]:
             report["chains"]["chained"]["calibration"] = promised.get("chained")
-        artifacts.save_pt(out / "scores.pt", {name: {"cosine": s.cosine, "says": s.says, "there": t} for name, (s, t) in measured.items()})
+        save_pt(out / "scores.pt", {name: {"cosine": s.cosine, "says": s.says, "there": t} for name, (s, t) in measured.items()})
         columns = list(report["per_position"][0])
         lines = [",".join("" if row[c] != row[c] else str(row[c]) for c in columns) for row in report["per_position"]]
-        artifacts.write_text(out / "per_position.csv", "\n".join([",".join(columns), *lines]) + "\n")
+        write_text(out / "per_position.csv", "\n".join([",".join(columns), *lines]) + "\n")
         plots.acceptance(report, scores, test, out)
-        artifacts.write_text(out / "summary.md", summary(report))
+        write_text(out / "summary.md", summary(report))
         beside = ("scores.pt", "per_position.csv", "summary.md", *(f"{name}.png" for name in plots.ACCEPTANCE))
-        artifacts.write_sealed(out / "acceptance.json", report, beside)  # last: its presence means the rest is there
+        write_hashed_json(out / "acceptance.json", report, beside)  # last: its presence means the rest is there
 
     for title, header, rows in tables(report):
         print_table(title, header, rows)

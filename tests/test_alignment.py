@@ -6,7 +6,8 @@ import torch
 from conftest import EOS, as_decoder, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.hidden import HiddenAdapter
-from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.measurement import metrics
 

@@ -27,13 +27,14 @@ from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.attending_proposer import AttendingProposer
 from feature_alignment.decoding.baseline_drafters import HybridProposer, NGram
-from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.extract_hidden_states import ExtractConfig
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models.pair import load_pair
-from feature_alignment.storage import artifacts
-from feature_alignment.storage.artifacts import HiddenStates
+from feature_alignment.storage.files import read_json, save_pt
+from feature_alignment.storage.hidden_states import HiddenStates, load_hidden_states
 from feature_alignment.train_hidden_adapter import TrainConfig
 
 D, EVENTS, VOCAB, PROMPT = 32, 1, 64, 5
@@ -294,7 +295,7 @@ def test_live_drafts_are_what_a_fresh_start_would_draft(accept, seed):
         fresh.target_read(prompt_of(*prompt), states[: len(prompt)], Stopwatch())
         again = fresh.propose(text, states[len(prompt) - 1 : -1], len(r.proposed), Stopwatch())
         assert again.token_ids.tolist() == r.proposed
-        at += (len(r.kept) if accept == "relaxed" else r.num_accepted) + (r.extra_token is not None)
+        at += (len(r.accepted) if accept == "relaxed" else r.num_accepted) + (r.extra_token is not None)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -319,7 +320,7 @@ def test_a_proposer_may_be_asked_anything_behind_the_verified_text(seed):
         asked = [*text[:verified], *behind], states[len(prompt) - 1 : len(prompt) - 1 + verified], r.randint(1, 4), watch
         got, again = proposer.propose(*asked), begun(target_and_proposer(model, adapter)[1]).propose(*asked)
         assert got.token_ids.tolist() == again.token_ids.tolist()
-        torch.testing.assert_close(got.aligned, again.aligned)
+        torch.testing.assert_close(got.predicted(), again.predicted())
 
 
 @pytest.mark.parametrize(("sure", "gamma"), [(0.2, 5), (0.5, 3)])
@@ -428,13 +429,11 @@ def test_the_same_seed_learns_the_same(learnt):
 
 def test_what_does_not_fit_is_refused(tmp_path):
     for content in ({"state_dict": {}}, {"meta": {"geometry": {"d_draft": 3}}, "state_dict": {}}):
-        artifacts.save_pt(tmp_path / "a.pt", content)
+        save_pt(tmp_path / "a.pt", content)
         with pytest.raises(UserError, match=r"(?s)not an attending adapter.*--adapter attending"):
             load_attending_adapter(tmp_path / "a.pt")
     adapter = an_adapter()
-    artifacts.save_pt(
-        tmp_path / "b.pt", {"meta": {"geometry": adapter.geometry, "draft_layers": [1, 2]}, "state_dict": adapter.state_dict()}
-    )
+    save_pt(tmp_path / "b.pt", {"meta": {"geometry": adapter.geometry, "draft_layers": [1, 2]}, "state_dict": adapter.state_dict()})
     again = load_attending_adapter(tmp_path / "b.pt", [2])[0]
     assert again.geometry == adapter.geometry and torch.equal(again.table, adapter.table) and torch.equal(again.ids, adapter.ids)
     with pytest.raises(UserError, match=r"layer 2, this run ends at 3"):
@@ -457,7 +456,7 @@ def test_stored_prompt_states_are_those_that_decoding_meets(finished):
     """One prefill of the whole prompt gives what extraction stored of it, in batches and with the clip read once for all its questions."""
     cfg = parse_config(ExtractConfig, ["--config", str(finished / "tiny.yaml")], "extract_hidden_states")
     target, samples = load_pair(cfg).target, read_samples(cfg.manifests, "train")
-    states = artifacts.load_hidden_states(finished / "out" / "hidden_states" / "train", prompt=True)
+    states = load_hidden_states(finished / "out" / "hidden_states" / "train", prompt=True)
     assert states.prompt.shape[1] == 6 and len({len(row["prompt_ids"]) for row in states.rows}) == 1
     for row, sample in enumerate(samples[:7]):
         prompt = target.prepare(sample)
@@ -469,11 +468,11 @@ def test_stored_prompt_states_are_those_that_decoding_meets(finished):
 
 def test_without_prompt_states_it_is_told_how_to_extract_them(finished):
     folder = finished / "out" / "hidden_states" / "train"
-    meta = {**artifacts.read_json(folder / "meta.json", ""), "prompt_states": 0}
+    meta = {**read_json(folder / "meta.json", ""), "prompt_states": 0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("feature_alignment.storage.hidden_states.read_sealed", lambda *_: meta)
+        patch.setattr("feature_alignment.storage.hidden_states.read_hashed_json", lambda *_: meta)
         with pytest.raises(UserError, match=r"(?s)no prompt states.*--prompt_states 160"):
-            artifacts.load_hidden_states(folder, prompt=True)
+            load_hidden_states(folder, prompt=True)
 
 
 def test_what_is_missing_of_a_prompt_is_hidden(learnt):

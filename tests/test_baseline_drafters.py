@@ -10,9 +10,9 @@ import torch
 from conftest import prompt_of
 
 from feature_alignment.decoding.baseline_drafters import Lookup, NGram, Previous, TableProposer, Template
-from feature_alignment.decoding.law import Law
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.models.generation import Rules
+from feature_alignment.decoding.token_selection import TokenSelector
+from feature_alignment.models.generation import GenerationRules
 
 QUESTIONS = ("q", "r", "s")
 
@@ -55,11 +55,7 @@ def test_an_ngram_table_backs_off_to_shorter_contexts_then_to_any_question(seed,
             context = prefix[len(prefix) - size :]
             for asked in (question, None):
                 counts = Counter(
-                    text[t]
-                    for q, text in texts
-                    if asked in (None, q)
-                    for t in range(size, len(text))
-                    if text[t - size : t] == context
+                    text[t] for q, text in texts if asked in (None, q) for t in range(size, len(text)) if text[t - size : t] == context
                 )
                 if counts:
                     break
@@ -118,12 +114,12 @@ class Echo(Template):
 
 def test_a_table_drafts_as_many_as_asked_for_or_known_and_nothing_after_an_end():
     proposer, watch = TableProposer(Echo(6)), Stopwatch()
-    proposer.law = Law(Rules({4}))
+    proposer.selector = TokenSelector(GenerationRules({4}))
     proposer.start(prompt_of(1), watch)
     ask = lambda emitted, n: proposer.propose(emitted, torch.zeros(1, 1), n, watch).token_ids  # noqa: E731
     assert ask([9], 2).tolist() == [1, 2] and ask([9], 9).tolist() == [1, 2, 3, 4] and ask([9] * 5, 9).tolist() == [5]
     assert ask([9], 0).tolist() == [] and ask([9], 0).dtype == torch.int64 and ask([9] * 6, 9).tolist() == []
-    assert set(watch.ms) == {"draft"} and not TableProposer.reads_prompt and not TableProposer.knows_chance
+    assert set(watch.ms) == {"draft"} and not TableProposer.reads_prompt and not TableProposer.has_confidence
 
 
 def test_a_table_is_told_of_an_answer_when_another_prompt_begins():

@@ -20,11 +20,13 @@ from feature_alignment.benchmark.rows import Mode, row_name, speeds
 from feature_alignment.benchmark.speed_model import Costs, RoundCost, drafter_of
 from feature_alignment.benchmark.timing import Timed, fastest, mismatches
 from feature_alignment.cli.console import UserError
-from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS
-from feature_alignment.decoding.engine import Generation, Round, greedy, speculate
+from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.generation import Generation, Round
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.inputs.samples import Sample
-from feature_alignment.storage.artifacts import content_hash
+from feature_alignment.storage.files import content_hash
 
 COST = {"v": {"1": 1.0, "6": 1.25, "32": 2.0}}
 LOOP = {"t_target_ms": 4.0, "c": 0.2, "c_chained": 0.05, **COST}
@@ -256,7 +258,7 @@ def test_other_ways_say_the_same(finished):
     plain, *others = report["baselines"]
     chosen = report["fastest_lossless"]
     assert plain["name"] == "plain greedy" and plain["best_over_it"] == chosen["speedup"]
-    speed = {row_name(r): r["speedup"] for r in report["rows"] if r["accept"] == "token" and r["draft"] not in NULL_DRAFTERS}
+    speed = {row_name(r): r["speedup"] for r in report["rows"] if r["accept"] == "token" and r["draft"] not in BASELINE_DRAFTERS}
     assert chosen["row"] == max(speed, key=lambda name: speed[name]["value"]) and set(chosen["chosen"]) <= set(speed)
     if set(chosen["chosen"]) == {chosen["row"]}:
         assert chosen["speedup"] == speed[chosen["row"]]

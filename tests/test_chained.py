@@ -13,14 +13,15 @@ from feature_alignment.adapters.chained import ChainedAdapter, chain_over, load_
 from feature_alignment.adapters.training import train_chained
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.baseline_drafters import HybridProposer, NGram
-from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ChainedProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.measure_feature_acceptance import chain_report
 from feature_alignment.measurement import metrics
 from feature_alignment.measurement.scoring import chain_scores
-from feature_alignment.storage import artifacts
-from feature_alignment.storage.artifacts import HiddenStates
+from feature_alignment.storage.files import save_pt
+from feature_alignment.storage.hidden_states import HiddenStates
 from feature_alignment.train_hidden_adapter import TrainConfig
 
 D, EVENTS, VOCAB = 32, 1, 64
@@ -95,7 +96,7 @@ def test_scales_fold_into_the_weights(blind):
 
 def proposer_of(model, adapter):
     target = as_decoder(model)
-    return target, ChainedProposer(as_decoder(noisy_copy(model, 0.1)), adapter, target.lm_head, target.embeddings)
+    return target, ChainedProposer(as_decoder(noisy_copy(model, 0.1)), adapter, target.head_weight, target.embeddings)
 
 
 @pytest.mark.parametrize("gamma", [1, 2, 4, 7])
@@ -159,7 +160,7 @@ def test_live_drafts_are_what_a_fresh_start_would_draft(accept, seed):
             expected = adapter.expect(memory, seen)
             assert int(target.lm_head(expected[0, 0]).argmax()) == drafted
             memory = adapter.read(expected, table[torch.tensor([[drafted]])], memory[:, -1])
-        at += (len(r.kept) if accept == "relaxed" else r.num_accepted) + (r.extra_token is not None)
+        at += (len(r.accepted) if accept == "relaxed" else r.num_accepted) + (r.extra_token is not None)
     assert len(got.token_ids) - at in (0, 1)  # the last token of a full text has no round of its own
 
 
@@ -193,7 +194,7 @@ def learnt():
 def test_the_trace_identity(learnt, gamma):
     """Rounds read off one teacher-forced pass are the live rounds, exactly."""
     target, draft, states, adapter = learnt
-    proposer = ChainedProposer(draft, adapter, target.lm_head, target.embeddings)
+    proposer = ChainedProposer(draft, adapter, target.head_weight, target.embeddings)
     scores, there = chain_scores(adapter, states, target.head_weight.detach(), target.embeddings, gamma)
     assert scores.match.dtype == there.dtype == torch.bool and scores.says.dtype == torch.int64
     blocks = metrics.decoding_blocks(scores.match, states.mask, gamma, states.ended)
@@ -218,12 +219,12 @@ def test_a_shift_by_one_is_seen(learnt):
 
 def test_what_does_not_fit_is_refused(tiny_run, tmp_path):
     for content in ({"state_dict": {}}, {"meta": {"geometry": {"d_draft": 3}}, "state_dict": {}}):
-        artifacts.save_pt(tmp_path / "a.pt", content)
+        save_pt(tmp_path / "a.pt", content)
         with pytest.raises(UserError, match=r"(?s)not a chained adapter.*--adapter chained"):
             load_chained_adapter(tmp_path / "a.pt")
     adapter = an_adapter()
     meta = {"geometry": adapter.geometry, "draft_layers": [1, 2]}
-    artifacts.save_pt(tmp_path / "b.pt", {"meta": meta, "state_dict": adapter.state_dict()})
+    save_pt(tmp_path / "b.pt", {"meta": meta, "state_dict": adapter.state_dict()})
     assert load_chained_adapter(tmp_path / "b.pt", [2])[0].geometry == adapter.geometry  # only the last layer's states are read
     with pytest.raises(UserError, match=r"layer 2, this run ends at 3"):
         load_chained_adapter(tmp_path / "b.pt", [3])
@@ -275,7 +276,7 @@ def test_tokens_without_a_state_are_read_as_drafts():
     states against the definition without any memory."""
     model, adapter = tiny_llama(0), an_adapter()
     target, draft, prompt = as_decoder(model), as_decoder(noisy_copy(model, 0.1)), PROMPTS[0]
-    proposer, watch = ChainedProposer(draft, adapter, target.lm_head, target.embeddings), Stopwatch()
+    proposer, watch = ChainedProposer(draft, adapter, target.head_weight, target.embeddings), Stopwatch()
     definition = by_chain(draft, prompt_of(*prompt), adapter, target, prompt)
     text = greedy(target, prompt_of(*prompt), 12).token_ids
     states = full_states(model, [*prompt, *text])[len(prompt) - 1 : -1]
@@ -284,7 +285,7 @@ def test_tokens_without_a_state_are_read_as_drafts():
     for n, ahead in calls:
         got = proposer.propose([*text[:n], *ahead], states[:n], 3, watch)
         drafts = list(ahead)
-        for token, expected in zip(got.token_ids.tolist(), got.aligned, strict=True):
+        for token, expected in zip(got.token_ids.tolist(), got.predicted(), strict=True):
             wanted, state = definition(text[:n], drafts)
             assert token == wanted
             torch.testing.assert_close(expected, state, atol=1e-4, rtol=1e-4)

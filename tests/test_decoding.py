@@ -8,9 +8,11 @@ from conftest import EOS, as_decoder, noisy_copy, prompt_of, tiny_llama
 from oracle import by_model, oracle
 
 from feature_alignment.adapters.hidden import HiddenAdapter
-from feature_alignment.decoding.acceptance import kept_drafts
-from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, Previous, TableProposer
-from feature_alignment.decoding.engine import Generation, Round, greedy, speculate
+from feature_alignment.decoding.acceptance import accepted_drafts
+from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, HybridProposer, Lookup, NGram, Previous, TableProposer
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.generation import Generation, Round
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.trace import legend, trace_lines
@@ -34,10 +36,10 @@ def proposer_for(source: str, draft_model, target, adapter):
     texts = [("", greedy(target, prompt_of(*p), MAX).token_ids) for p in PROMPTS[1:]]
     if source == "hybrid":
         return HybridProposer(NGram(texts), ModelProposer(as_decoder(draft_model), adapter, target.lm_head), sure=0.6)
-    return TableProposer(NULL_DRAFTERS[source](texts))
+    return TableProposer(BASELINE_DRAFTERS[source](texts))
 
 
-@pytest.mark.parametrize("source", ["own", "aligned", "hybrid", *NULL_DRAFTERS])
+@pytest.mark.parametrize("source", ["own", "aligned", "hybrid", *BASELINE_DRAFTERS])
 @pytest.mark.parametrize("noise", [0.0, 0.02, 1.0])
 @pytest.mark.parametrize("gamma", [1, 2, 4, 7])
 def test_token_acceptance_is_plain_greedy(source, noise, gamma):
@@ -85,7 +87,7 @@ def test_a_drafter_equal_to_the_target_is_always_accepted():
     target = as_decoder(model)
     proposer = ModelProposer(as_decoder(model), None, None)
     got = speculate(target, proposer, prompt_of(*PROMPTS[0]), prompt_of(*PROMPTS[0]), num_draft_tokens=4, max_new_tokens=21)
-    assert all(all(r.kept) for r in got.rounds)
+    assert all(all(r.accepted) for r in got.rounds)
     assert got.tokens_per_pass == 5.0
 
 
@@ -119,11 +121,11 @@ def test_eos_inside_a_block_ends_the_text(gamma):
 def test_rules_keep_what_they_say():
     drafts, wanted = torch.tensor([4, 5, 6, 7]), torch.tensor([4, 9, 6, 7])
     cosine = torch.tensor([0.95, 0.2, 0.9, 0.91])
-    assert kept_drafts("token", drafts, wanted, None, 0.9).tolist() == [True, False, False, False]
-    assert kept_drafts("feature", drafts, wanted, cosine, 0.9).tolist() == [True, False, False, False]
-    assert kept_drafts("relaxed", drafts, wanted, cosine, 0.9).tolist() == [True, False, False, True]  # 0.9 is not above 0.9
-    with pytest.raises(ValueError, match="gives none"):
-        kept_drafts("feature", drafts, wanted, None, 0.9)
+    assert accepted_drafts("token", drafts, wanted, None, 0.9).tolist() == [True, False, False, False]
+    assert accepted_drafts("feature", drafts, wanted, cosine, 0.9).tolist() == [True, False, False, False]
+    assert accepted_drafts("relaxed", drafts, wanted, cosine, 0.9).tolist() == [True, False, False, True]  # 0.9 is not above 0.9
+    with pytest.raises(ValueError, match="predicts none"):
+        accepted_drafts("feature", drafts, wanted, None, 0.9)
 
 
 @pytest.mark.parametrize("taps", [[1], [2], [1, 3], [1, 2, 3], [3]])
@@ -165,7 +167,7 @@ def test_a_hybrid_goes_on_where_the_model_stops():
     plain = greedy(target, prompt, 20)
     proposer = HybridProposer(NGram([("", plain.token_ids)] * 30), ModelProposer(as_decoder(model), None, None))
     proposer.start(prompt, watch := Stopwatch())
-    draft = proposer.propose(plain.token_ids[:1], torch.zeros(1, 1), 10, watch, floor=1.0)  # the model is never that sure
+    draft = proposer.propose(plain.token_ids[:1], torch.zeros(1, 1), 10, watch, confidence_floor=1.0)  # the model is never that sure
     assert draft.token_ids.tolist() == plain.token_ids[1:11]
 
 
@@ -194,7 +196,7 @@ def test_an_answer_is_no_help_to_itself():
     assert sum(r.num_accepted for r in run(same_again).rounds) > 10  # another prompt that happens to have this answer
 
 
-@pytest.mark.parametrize("source", list(NULL_DRAFTERS))
+@pytest.mark.parametrize("source", list(BASELINE_DRAFTERS))
 @pytest.mark.parametrize("gamma", [1, 3, 6])
 def test_tables_offline_are_tables_in_the_loop(source, gamma):
     """`next_token` and `finished` over finished texts give the rounds of live decoding."""
@@ -204,7 +206,7 @@ def test_tables_offline_are_tables_in_the_loop(source, gamma):
     target = as_decoder(model)
     train = [("", greedy(target, prompt_of(1, 5, 9, i), MAX).token_ids) for i in range(3, 9)]
     prompts = [prompt_of(*p) for p in [*PROMPTS, (1, 5, 9, 5), (1, 5, 9, 13, 2)]]
-    proposer, offline, kept = TableProposer(NULL_DRAFTERS[source](train)), NULL_DRAFTERS[source](train), 0
+    proposer, offline, kept = TableProposer(BASELINE_DRAFTERS[source](train)), BASELINE_DRAFTERS[source](train), 0
     for prompt in prompts:
         live = speculate(target, proposer, prompt, prompt, num_draft_tokens=gamma, max_new_tokens=MAX)
         text = live.token_ids
@@ -216,18 +218,20 @@ def test_tables_offline_are_tables_in_the_loop(source, gamma):
     assert kept > 0
 
 
-@pytest.mark.parametrize("colour", [False, True])
-def test_a_trace_shows_every_token_for_what_it_was(colour):
+@pytest.mark.parametrize("color", [False, True])
+def test_a_trace_shows_every_token_for_what_it_was(color):
     model = tiny_llama(0)
     target, prompt = as_decoder(model), prompt_of(*PROMPTS[0])
     got = speculate(target, ModelProposer(as_decoder(noisy_copy(model, 0.02)), None, None), prompt, prompt, max_new_tokens=30)
-    text = "\n".join(trace_lines(got, lambda ids: f"<{ids[0]}>", colour))
-    kinds = {"kept": "\033[32m", "rejected": "\033[31;9m", "own": "\033[1;34m"} if colour else {"kept": "", "rejected": "(", "own": "["}
+    text = "\n".join(trace_lines(got, lambda ids: f"<{ids[0]}>", color))
+    kinds = (
+        {"accepted": "\033[32m", "rejected": "\033[31;9m", "own": "\033[1;34m"} if color else {"accepted": "", "rejected": "(", "own": "["}
+    )
     own = [got.token_ids[0], *[r.extra_token for r in got.rounds if r.extra_token is not None]]
     assert text.count(kinds["own"] + "<") == len(own)
     assert text.count(kinds["rejected"] + "<") == sum(len(r.proposed) - r.num_accepted for r in got.rounds) > 0
     assert text.count("<") == len(own) + sum(len(r.proposed) for r in got.rounds)
-    assert ("\033" in text) is colour and text.count("kept ") == len(got.rounds) and "verify" in text
+    assert ("\033" in text) is color and text.count("accepted ") == len(got.rounds) and "verify" in text
 
 
 @pytest.mark.parametrize("source", ["aligned", "hybrid", "ngram"])
@@ -237,7 +241,7 @@ def test_reading_the_prompts_side_by_side_changes_nothing(source):
     for overlap in (False, True):
         proposer = proposer_for(source, noisy_copy(model, 0.02), target, small_adapter())
         got = [speculate(target, proposer, prompt_of(*p), prompt_of(*p), overlap=overlap, max_new_tokens=MAX) for p in PROMPTS]
-        rounds.append([(g.token_ids, [(r.proposed, r.kept) for r in g.rounds]) for g in got])
+        rounds.append([(g.token_ids, [(r.proposed, r.accepted) for r in g.rounds]) for g in got])
     assert rounds[0] == rounds[1] and torch.get_num_threads() == threads
 
 
@@ -252,21 +256,21 @@ def test_a_trace_line_by_line():
     ms = {"draft": 1.5, "verify": 2.25}
     rounds = [
         Round([5, 6], [5, 7], [True, False], None, 7, False, ms, "length"),
-        Round([8, 9], [8, 4], [True, False], [0.9, 0.1], 4, True, ms, "unsure"),
+        Round([8, 9], [8, 4], [True, False], [0.9, 0.1], 4, True, ms, "low confidence"),
         Round([], [], [], None, 3, False, {"verify": 2.0}, "off"),
         Round([2], [2], [True], None, None, False, {}, "EOS"),
     ]
     got = Generation([4, 5, 7, 8, 4, 3, 2], 4, 9.0, {"target_prefill": 2.0, "verify": 6.5}, rounds)
     assert trace_lines(got, lambda ids: f"w{ids[0]}", False) == [
         "  0  [w4]",
-        "     both prompts read; 2.00 ms",
+        "     prefill of both prompts; 2.00 ms",
         "  1  w5 (w6) [w7]",
-        "     kept 1 of 2; as many as asked for; 3.75 ms = draft 1.50 + verify 2.25",
+        "     accepted 1 of 2; draft length reached; 3.75 ms = draft 1.50 + verify 2.25",
         "  2  w8 (w9) [w4]",
-        "     kept 1 of 2; the next draft was not worth it; read again; 3.75 ms = draft 1.50 + verify 2.25",
+        "     accepted 1 of 2; one more draft token was not worth its cost; recomputed; 3.75 ms = draft 1.50 + verify 2.25",
         "  3  [w3]",
-        "     drafting does not pay; 2.00 ms",
+        "     plain decoding: drafting does not pay here; 2.00 ms",
         "  4  w2",
-        "     kept 1 of 1; the draft ended the text; 0.00 ms",
+        "     accepted 1 of 1; the draft ended the text; 0.00 ms",
     ]
-    assert legend(False) == "kept, (rejected), [target's own]" and "\033[1;34mtarget's own\033[0m" in legend(True)
+    assert legend(False) == "accepted, (rejected), [target's own]" and "\033[1;34mtarget's own\033[0m" in legend(True)

@@ -9,7 +9,7 @@ from statistics import median
 
 import pytest
 
-from feature_alignment.decoding.draft_length import Pace
+from feature_alignment.decoding.draft_length import DraftLengthController
 
 
 class Definition:
@@ -69,14 +69,14 @@ class Definition:
             self.credit -= self.in_passes(ms)
         self.readings.append(ms)
 
-    def drafting(self):
+    def needs_prefill(self):
         return (self.on and self.good) or self.credit >= 0.5 + self.reading()
 
     def rest(self):
         return 1 if self.on else max(1, math.ceil((self.wanted() - self.credit) * 80))
 
-    def most(self, floor, knows_chance):
-        if knows_chance:
+    def max_draft_tokens(self, floor, has_confidence):
+        if has_confidence:
             return 1 if not self.draft_ms and not self.good else None
         return max(1, int(math.log(max(floor, 1e-9)) / math.log((self.kept + 0.5) / (self.reached + 1))))
 
@@ -117,7 +117,9 @@ class Definition:
             self.settle(max(-1.0, -self.in_passes(draft_ms)))
             return
         self.since += 1
-        verify, each = (usual(ms, history) for ms, history in ((other_ms, [v for _, v in self.rounds[-31:]]), (draft_ms / drafts, self.draft_ms[-31:])))
+        verify, each = (
+            usual(ms, history) for ms, history in ((other_ms, [v for _, v in self.rounds[-31:]]), (draft_ms / drafts, self.draft_ms[-31:]))
+        )
         self.rounds.append((drafts, verify))
         self.draft_ms.append(each)
         ms = verify + drafts * each
@@ -135,38 +137,38 @@ def compared(seed: int) -> Counter[str]:
     """One random life of a controller, every answer compared; how often each decision was taken."""
     r = random.Random(seed)
     acceptance = r.choice([None, 0.2, 0.5, 0.9, 0.9])
-    pace, wanted = Pace(acceptance), Definition(acceptance)
+    controller, wanted = DraftLengthController(acceptance), Definition(acceptance)
     good, draft_ms, left = 0.5, 0.1, 0
-    knows_chance = r.random() < 0.6
+    has_confidence = r.random() < 0.6
     for i in range(600):
         if i % 60 == 0:
             good, draft_ms, slow = r.choice([0.05, 0.6, 0.95]), r.choice([0.02, 0.2, 1.2]), r.choice([0.6, 1.0, 2.5])
         if left <= 0:
             left, ms = r.randint(5, 40), r.uniform(2, 12)
-            assert pace.drafting == wanted.drafting()
-            pace.prompted(ms)
+            assert controller.needs_prefill == wanted.needs_prefill()
+            controller.record_prefill(ms)
             wanted.prompt(ms)
-            if pace.drafting and r.random() < 0.9:
+            if controller.needs_prefill and r.random() < 0.9:
                 ms = r.choice([0.0, r.uniform(0.5, 6)])
-                pace.started(ms)
+                controller.record_draft_prefill(ms)
                 wanted.draft_prompt(ms)
-        found, floor = pace.next_floor(), wanted.floor()
+        found, floor = controller.next_confidence_floor(), wanted.floor()
         assert (found is None) == (floor is None) and (found is None or found == pytest.approx(floor, rel=1e-9)), i
-        assert pace.rest == wanted.rest() and pace.drafting == wanted.drafting(), i
+        assert controller.plain_steps == wanted.rest() and controller.needs_prefill == wanted.needs_prefill(), i
         noise = slow * (20.0 if r.random() < 0.02 else r.uniform(0.9, 1.1))
         if floor is None or r.random() < 0.05:  # perhaps it is asked and has no idea
-            tokens = pace.rest if floor is None else 1
+            tokens = controller.plain_steps if floor is None else 1
             what = 0, tokens, r.choice([0.0, 0.02, 1.5]), tokens * noise
         else:
             if not wanted.has_read:
-                pace.started(0.3)
+                controller.record_draft_prefill(0.3)
                 wanted.draft_prompt(0.3)
-            most, limit = pace.most(floor, knows_chance), wanted.most(floor, knows_chance)
+            most, limit = controller.max_draft_tokens(floor, has_confidence), wanted.max_draft_tokens(floor, has_confidence)
             assert most == limit or (limit is None and most > 10**6), i
             drafts = r.randint(1, min(most, 6))
             kept = next((k for k in range(drafts) if r.random() > good), drafts)
             what = drafts, kept + 1, drafts * draft_ms * noise, (1.2 + 0.05 * drafts) * noise
-        pace.passed(*what)
+        controller.record_round(*what)
         wanted.over(*what)
         left -= what[1]
     return wanted.seen
@@ -174,5 +176,15 @@ def compared(seed: int) -> Counter[str]:
 
 def test_every_decision_is_the_definitions():
     seen = sum((compared(seed) for seed in range(30)), Counter())
-    decisions = ("limit", "put aside", "taken from what was put aside", "owed", "given up", "a pass is needed", "compared again", "slope", "too dear")
+    decisions = (
+        "limit",
+        "put aside",
+        "taken from what was put aside",
+        "owed",
+        "given up",
+        "a pass is needed",
+        "compared again",
+        "slope",
+        "too dear",
+    )
     assert min(seen[name] for name in decisions) > 5, seen

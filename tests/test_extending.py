@@ -12,7 +12,8 @@ from conftest import ROOT, as_decoder, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.console import UserError
-from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.inputs import event_files
 from feature_alignment.inputs.events import event_images, load_events
@@ -53,9 +54,9 @@ def test_the_printed_rule_accepts_the_target_s_tokens_and_close_states(threshold
     rule = {"accept": printed("same_or_close")[1], "threshold": threshold, "num_draft_tokens": 4, "max_new_tokens": MAX}
     got = speculate(target, proposer, PROMPT, PROMPT, **rule)
     for r in got.rounds[:-1]:  # tokens after EOS do not count in the last
-        wanted = [d == s or c > threshold for d, s, c in zip(r.proposed, r.target_says, r.cosine, strict=True)]
+        wanted = [d == s or c > threshold for d, s, c in zip(r.proposed, r.target_tokens, r.cosine, strict=True)]
         leading = wanted.index(False) if False in wanted else len(wanted)
-        assert r.kept == [True] * leading + [False] * (len(wanted) - leading)
+        assert r.accepted == [True] * leading + [False] * (len(wanted) - leading)
     kept = sum(r.num_accepted for r in got.rounds)
     if threshold > 1:  # then only the target's own tokens are accepted
         assert got.token_ids == greedy(target, PROMPT, MAX).token_ids and kept

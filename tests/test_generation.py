@@ -21,12 +21,13 @@ from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.baseline_drafters import HybridProposer, NGram, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
-from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models.batches import ClipBatch
-from feature_alignment.models.generation import Rules, read_settings, with_flags
+from feature_alignment.models.generation import GenerationRules, read_settings, with_flags
 from feature_alignment.models.pair import load_pair
 
 CASES = SHARED / "public_cases"
@@ -349,10 +350,10 @@ NOTHING = {
 @pytest.mark.parametrize("name", NOTHING)
 def test_a_setting_that_states_what_does_nothing_is_accepted(tiny, tmp_path, name):
     """And makes no processor: logits go through as they are, sampled or not."""
-    config, tokenizer = tiny.target.whole.config, tiny.target.tokenizer
+    config, tokenizer = tiny.target.full_model.config, tiny.target.tokenizer
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, name: NOTHING[name]}))
-    rules = Rules.of(read_settings(tmp_path, config, tokenizer), {2}, [1, 5], 300, tokenizer, "cpu")
-    assert not rules.changes and not rules.narrows and rules.stop is None
+    rules = GenerationRules.of(read_settings(tmp_path, config, tokenizer), {2}, [1, 5], 300, tokenizer, "cpu")
+    assert not rules.processors and not rules.warpers and rules.stop is None
     logits = torch.randn(2, 40)
     assert rules.scores(logits, [7], [8]) is logits
 
@@ -360,8 +361,8 @@ def test_a_setting_that_states_what_does_nothing_is_accepted(tiny, tmp_path, nam
 def test_a_block_is_scored_token_by_token():
     """Row i knows the prompt, the text and the first i tokens of the block; ids that only the prompt has are outside the shared rows."""
     settings = with_flags(GenerationConfig(eos_token_id=[2]), repetition_penalty=2.0)
-    rules = Rules.of(settings, {2}, [3, 11], 10, None, "cpu")
-    assert rules.rows == 12 and Rules.of(settings, {2}, [3, -200], 10, None, "cpu").prompt == ()
+    rules = GenerationRules.of(settings, {2}, [3, 11], 10, None, "cpu")
+    assert rules.rows == 12 and GenerationRules.of(settings, {2}, [3, -200], 10, None, "cpu").prompt == ()
     logits = torch.rand(3, 8, generator=torch.Generator().manual_seed(0)) + 1
     found = rules.scores(logits, [4], [5, 6])
     for i, said in enumerate(({3, 4}, {3, 4, 5}, {3, 4, 5, 6})):
@@ -369,6 +370,8 @@ def test_a_block_is_scored_token_by_token():
         assert found[i].tolist() == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize(("text", "new", "end"), [([], [5, 2, 6], 2), ([], [5, 6], None), ([2], [5, 6, 2], 3), ([], [], None), ([], [2], 1)])
+@pytest.mark.parametrize(
+    ("text", "new", "end"), [([], [5, 2, 6], 2), ([], [5, 6], None), ([2], [5, 6, 2], 3), ([], [], None), ([], [2], 1)]
+)
 def test_a_text_ends_after_its_first_end_among_the_new_tokens(text, new, end):
-    assert Rules({2}).end_of(text, new) == end
+    assert GenerationRules({2}).end_of(text, new) == end

@@ -8,7 +8,8 @@ from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
-from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.models import fixed
 
@@ -52,7 +53,7 @@ def test_texts_are_those_of_plain_decoding(steps):
     for proposer in (
         ModelProposer(draft, None, None),
         ModelProposer(draft, adapter, target.lm_head),
-        ChainedProposer(draft, chained, target.lm_head, target.embeddings),
+        ChainedProposer(draft, chained, target.head_weight, target.embeddings),
     ):
         for last in (3, 4):
             prompt = prompt_of(1, 5, 9, last)

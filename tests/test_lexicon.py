@@ -123,6 +123,10 @@ def test_every_word_is_looked_at_once():
     """Phrases of one to three words: the longest that begins at a word, then on after it."""
     facts = {"a": {"1": ["u v w"], "2": ["u v"], "3": ["v"]}, "b": {"4": ["w"]}, "c": {"5": ["x u"]}}
     lexicon = Lexicon.from_json({"facts": facts, "ignored": [{"phrase": "NOT X", "where": "If"}]})
-    assert lexicon.facts_in("U V W") == {"a": "1"} and lexicon.facts_in("u v x") == {"a": "2"} and lexicon.facts_in("z v w") == {"a": "3", "b": "4"}
+    assert (
+        lexicon.facts_in("U V W") == {"a": "1"}
+        and lexicon.facts_in("u v x") == {"a": "2"}
+        and lexicon.facts_in("z v w") == {"a": "3", "b": "4"}
+    )
     assert lexicon.facts_in("x u v w") == {"c": "5", "a": "3", "b": "4"} and lexicon.facts_in("if not x u v") == {"a": "2"}
     assert lexicon.facts_in("w") == {"b": "4"}

@@ -13,14 +13,15 @@ from feature_alignment.adapters import closed_form, hidden
 from feature_alignment.adapters import token as token_adapter
 from feature_alignment.cli.console import UserError
 from feature_alignment.compare_token_baseline import ComparisonConfig, token_adapter_report
-from feature_alignment.decoding.acceptance import kept_drafts
+from feature_alignment.decoding.acceptance import accepted_drafts
 from feature_alignment.demo import captions
 from feature_alignment.measure_feature_acceptance import acceptance_report, chain_report
 from feature_alignment.measurement import comparison, metrics, scoring
 from feature_alignment.measurement.calibration import Judged, certify, p_value
 from feature_alignment.measurement.lexicon import Lexicon
 from feature_alignment.measurement.scoring import Fitted, Scores
-from feature_alignment.storage.artifacts import HiddenStates, save_pt
+from feature_alignment.storage.files import save_pt
+from feature_alignment.storage.hidden_states import HiddenStates
 from feature_alignment.storage.identity import SCHEMA
 
 N, S, D, V, G = 9, 11, 6, 12, 3
@@ -284,11 +285,11 @@ def test_a_cosine_exactly_at_the_threshold_is_not_kept():
     some = Judged(np.full(4, 0.5), np.ones(4, dtype=bool), ["a"] * 4, 4.0)
     assert math.isnan(some.risk(0.5)) and some.risk(0.49) == 1 and some.excess(0.5, 0.1) == pytest.approx([0.0])
     ids, cosine = torch.tensor([4, 4]), torch.tensor([0.5, 0.75])
-    assert kept_drafts("relaxed", ids, ids, cosine, 0.5).tolist() == [False, True]
-    assert kept_drafts("feature", ids, ids, cosine, 0.5).tolist() == [False, False]
+    assert accepted_drafts("relaxed", ids, ids, cosine, 0.5).tolist() == [False, True]
+    assert accepted_drafts("feature", ids, ids, cosine, 0.5).tolist() == [False, False]
     source = {"cosine": at.cosine, "says": at.says, "there": states.mask}
     lexicon, names = Lexicon.from_json(captions.lexicon()), [str(i) for i in range(N)]
-    sweep = comparison.kept_drafts({"x": source}, states.token_ids, str, names, lexicon)[0]["x"]
+    sweep = comparison.accepted_drafts({"x": source}, states.token_ids, str, names, lexicon)[0]["x"]
     assert sweep[0]["threshold"] == 0.5 and sweep[0]["kept"] == 0
 
 
@@ -482,7 +483,7 @@ def test_the_token_adapter_is_timed_on_the_device_that_is_asked_for(tmp_path, mo
     )
     asked = []
     monkeypatch.setattr(hidden, "call_ms", lambda call, repeats, device="cpu": asked.append((call().device.type, device)) or 3.0)
-    monkeypatch.setattr(token_adapter, "matches", lambda model, rows: torch.ones(1, 4, dtype=torch.bool))
+    monkeypatch.setattr(token_adapter, "token_matches", lambda model, rows, eos_id: torch.ones(1, 4, dtype=torch.bool))
     cfg = ComparisonConfig(target_id="t", draft_id="d", output_dir=tmp_path, device="meta")
     report = token_adapter_report(cfg, [{"vl_tokens": [4, 5, 6, 2], "egpt_tokens": [4], "sequence": "s"}], [2])
     assert asked == [("meta", "meta")] and report["overhead_ms"] == 3.0
@@ -513,7 +514,10 @@ def test_what_controls_cost_and_when_there_is_no_identity(monkeypatch):
     partner = scoring.other_clip(test)
     assert torch.equal(shown, torch.stack([test.target[partner[i], t] for i, t in zip(some.rows.tolist(), some.at.tolist(), strict=True)]))
     ticks = iter([0.0, 1.0, 2.0] * 3)
-    wide = [HiddenStates(torch.cat([x.draft, -x.draft], 2), x.target, x.token_ids, x.mask, x.lengths, x.rows, {}) for x in (train, validation, test)]
+    wide = [
+        HiddenStates(torch.cat([x.draft, -x.draft], 2), x.target, x.token_ids, x.mask, x.lengths, x.rows, {})
+        for x in (train, validation, test)
+    ]
     double = scoring.null_predictors(*wide, 99, head)
     some = next(closed_form.positions(wide[2], number=10_000))
     assert torch.equal(double["identity"].predict(some), some.draft[:, D:]) and double["ridge_rank_r"].parameters == 2 * D * D + D * D + D
@@ -529,7 +533,9 @@ def test_the_ridge_strength_is_the_one_that_is_best_on_validation():
         some = random_states(rows)
         target = some.draft @ turn + 3 * torch.randn(N, S, D, generator=rng)
         keep = slice(0, rows)
-        parts.append(HiddenStates(some.draft[keep], target[keep], some.token_ids[keep], some.mask[keep], some.lengths[keep], some.rows[keep], {}))
+        parts.append(
+            HiddenStates(some.draft[keep], target[keep], some.token_ids[keep], some.mask[keep], some.lengths[keep], some.rows[keep], {})
+        )
     train, validation, test = parts
     stats = closed_form.moments([(train.draft[train.mask], train.target[train.mask])], D, D)
     x, y = validation.draft[validation.mask], validation.target[validation.mask]
@@ -559,7 +565,7 @@ def test_what_a_cosine_keeps_by_plain_loops(steps):
     for k in range(steps or 0):
         there[:, S - k :, k] = False  # no draft beyond the text
     names = [f"s{i}" for i in range(N)]
-    sweeps, examples = comparison.kept_drafts({"one": {"cosine": cosine, "says": says, "there": there}}, ids, word, names, lexicon)
+    sweeps, examples = comparison.accepted_drafts({"one": {"cosine": cosine, "says": says, "there": there}}, ids, word, names, lexicon)
     drafts = []
     for place in there.nonzero().tolist():
         row, at = place[0], place[1] + (place[2] if steps else 0)
@@ -571,7 +577,13 @@ def test_what_a_cosine_keeps_by_plain_loops(steps):
         kept = [kind[d, t] for c, _, _, d, t in drafts if c > found["threshold"]]
         counts = {k: sum(name == k for name, _ in kept) for k in ("same", "synonym", "other_fact", "other_word")}
         hidden_ones = sum(k == ("other_fact", "b") for k in kept)
-        assert found == {"threshold": found["threshold"], "drafted": len(drafts), "kept": len(kept), **counts, "other_fact_hidden": hidden_ones}
+        assert found == {
+            "threshold": found["threshold"],
+            "drafted": len(drafts),
+            "kept": len(kept),
+            **counts,
+            "other_fact_hidden": hidden_ones,
+        }
     wanted, shown = [], set()
     for c, row, at, drafted, said in sorted(drafts, key=lambda d: -d[0]):
         if drafted != said and (row, at) not in shown and len(shown) < 10:

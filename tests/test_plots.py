@@ -25,7 +25,9 @@ def drawn(monkeypatch):
 
 
 def lines_of(axis) -> dict[str, tuple[list[float], list[float]]]:
-    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines if not line.get_label().startswith("_")}
+    return {
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines if not line.get_label().startswith("_")
+    }
 
 
 def legend_of(axis) -> list[str]:
@@ -159,7 +161,10 @@ def test_predictors_have_two_bars_with_intervals_and_their_tokens_per_pass(drawn
 
 def test_a_threshold_sweep_stacks_what_is_kept_of_what_was_drafted(drawn, tmp_path):
     kinds = ("same", "synonym", "other_fact", "other_word")
-    rows = [{"threshold": t, "drafted": 20, **dict(zip(kinds, n, strict=True))} for t, n in ((0.5, (8, 4, 2, 6)), (0.7, (5, 3, 1, 1)), (0.9, (2, 1, 0, 0)))]
+    rows = [
+        {"threshold": t, "drafted": 20, **dict(zip(kinds, n, strict=True))}
+        for t, n in ((0.5, (8, 4, 2, 6)), (0.7, (5, 3, 1, 1)), (0.9, (2, 1, 0, 0)))
+    ]
     plots.threshold_sweep({"adapter": rows, "chained": [{**r, "drafted": 40} for r in rows]}, tmp_path)
     figure = drawn["threshold_sweep.png"]
     assert len(figure.axes) == 2 and figure.axes[0].get_position().y0 == pytest.approx(figure.axes[1].get_position().y0)
@@ -192,7 +197,14 @@ def test_every_picture_of_acceptance_gets_its_own_numbers(monkeypatch, tmp_path,
         for i, name in enumerate(("adapter", "shuffled", "ridge"))
     }
     chains = {"chained": {"reliability": "r2", "accepted_lengths": "l2"}, "chained, blind": {"b": 1}} if chained else {}
-    report = {"reliability": "r", "accepted_lengths": "l", "per_position": "p", "plain": plain, "num_draft_tokens": 5, "nulls": {"ridge": {"n": 1}}}
+    report = {
+        "reliability": "r",
+        "accepted_lengths": "l",
+        "per_position": "p",
+        "plain": plain,
+        "num_draft_tokens": 5,
+        "nulls": {"ridge": {"n": 1}},
+    }
     report["chains"] = chains
     plots.acceptance(report, scores, SimpleNamespace(mask=mask), tmp_path)
     found, out = asked["cosine_histograms"]

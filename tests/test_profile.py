@@ -7,7 +7,7 @@ import pytest
 
 from feature_alignment.benchmark.profile import SpeculationProfile, calibration_of, profile_of, recommended_length
 from feature_alignment.benchmark.timing import Timed
-from feature_alignment.decoding.engine import Generation, Round
+from feature_alignment.decoding.generation import Generation, Round
 
 COSTS = {"c": 0.05, "r": 0.1, "v": {"1": 1.0, "6": 1.5, "11": 2.0}}
 
@@ -38,9 +38,9 @@ def test_mean_length_is_one_plus_the_sum_of_marginal_acceptance(seed):
     assert profile.num_drafts == len(drafted) == sum(profile.accepted_lengths)
     assert profile.num_accepted_tokens == sum(n * count for n, count in enumerate(profile.accepted_lengths))
     for i in range(5):  # plain loops
-        reached = [r for r in drafted if len(r.proposed) > i and all(r.kept[:i])]
+        reached = [r for r in drafted if len(r.proposed) > i and all(r.accepted[:i])]
         assert profile.conditional_acceptance[i]["total"] == len(reached)
-        assert profile.conditional_acceptance[i]["count"] == sum(r.kept[i] for r in reached)
+        assert profile.conditional_acceptance[i]["count"] == sum(r.accepted[i] for r in reached)
         assert profile.marginal_acceptance[i]["total"] == len(drafted)
     assert profile.draft_acceptance_rate["total"] == sum(len(r.proposed) for r in drafted)
 

@@ -16,9 +16,10 @@ from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.adapters.tables import Answer, Counts, question_number
 from feature_alignment.decoding.attending_proposer import AttendingProposer
-from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
+from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
-from feature_alignment.decoding.engine import greedy, speculate
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 
 PER_TEST, FAST, ALL = 20, 4, 100  # cases of one test; tests by default, and with the slow ones
@@ -79,7 +80,7 @@ class Case:
     def __init__(self, seed: int, like: Case | None = None) -> None:
         self.seed, r = seed, random.Random(seed)
         self.accept = "token" if like else r.choice(["token", "token", "feature", "relaxed"])
-        sources = ["own", "aligned", "chained", "attending"] + (["hybrid"] * 4 + [*NULL_DRAFTERS] if self.accept == "token" else [])
+        sources = ["own", "aligned", "chained", "attending"] + (["hybrid"] * 4 + [*BASELINE_DRAFTERS] if self.accept == "token" else [])
         self.source = r.choice(sources)
         self.gamma, self.limit = (like.gamma, like.limit) if like else (r.randint(1, 6), r.randint(1, 16))
         self.threshold = r.choice([-1.0, 0.0, 0.3, 0.7, 0.9, 0.97])
@@ -95,7 +96,7 @@ class Case:
                 target.head_weight[EOS] = target.head_weight[token] * 1.01
         self.draft_prompt = prompt_of(*draft_prompt)
         texts = [("", greedy(target, prompt_of(*p), self.limit).token_ids) for p in (ids(), ids(), self.prompt[:-1] or self.prompt)]
-        table = NULL_DRAFTERS[self.source](texts) if self.source in NULL_DRAFTERS else NGram(texts)
+        table = BASELINE_DRAFTERS[self.source](texts) if self.source in BASELINE_DRAFTERS else NGram(texts)
         if self.source == "lookup":
             table = Lookup(encode=lambda question: self.prompt)
         layers = model.config.num_hidden_layers
@@ -104,12 +105,12 @@ class Case:
         taps = (layers,) if model_source == "own" else tuple(sorted(r.sample(range(1, layers + 1), r.randint(1, layers))))
         draft = as_decoder(drafter, taps)
         adapter = an_adapter(D * len(taps), r.choice([0.02, 0.3]))
-        if self.source in NULL_DRAFTERS:
+        if self.source in BASELINE_DRAFTERS:
             self.proposer, self.definition = TableProposer(table), by_table(table)
             return
         if model_source == "chained":
             chained = a_chained(r.randrange(3))
-            proposer = ChainedProposer(draft, chained, target.lm_head, target.embeddings)
+            proposer = ChainedProposer(draft, chained, target.head_weight, target.embeddings)
             definition = by_chain(draft, self.draft_prompt, chained, target, self.prompt)
         elif model_source == "attending":
             attending = an_attending(r.randrange(3))

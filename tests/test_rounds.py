@@ -1,4 +1,4 @@
-"""One round at a time: who drafted, why it stopped, what is told to the pace, where a text ends, what fails meanwhile."""
+"""One round at a time: who drafted, why it stopped, what is told to the controller, where a text ends, what fails meanwhile."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.decoding import engine
 from feature_alignment.decoding.baseline_drafters import HybridProposer, NGram, Previous, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
-from feature_alignment.decoding.draft_length import Pace
-from feature_alignment.decoding.engine import greedy, speculate
-from feature_alignment.decoding.law import Law
+from feature_alignment.decoding.draft_length import DraftLengthController
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ChainedProposer, Draft, ModelProposer, Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.decoding.token_selection import TokenSelector
 
 PROMPT, MAX = (1, 5, 9, 13), 24
 
@@ -32,10 +33,10 @@ class Unsure(Proposer):
     def start(self, prompt, watch):
         pass
 
-    def propose(self, emitted, states, num_tokens, watch, floor=0.0):
-        self.asked.append((len(emitted), num_tokens, floor))
+    def propose(self, emitted, states, num_tokens, watch, confidence_floor=0.0):
+        self.asked.append((len(emitted), num_tokens, confidence_floor))
         tokens, chance = [], 1.0
-        while not tokens or (len(tokens) < num_tokens and chance >= floor):
+        while not tokens or (len(tokens) < num_tokens and chance >= confidence_floor):
             tokens.append(10 + len(emitted) + len(tokens))
             chance *= self.confidence
         return Draft(torch.tensor(tokens), confidence=[self.confidence] * len(tokens))
@@ -59,7 +60,7 @@ def drafted(proposer, floor: float, room: int = 3) -> list[int]:
 def test_a_discarded_draft_does_not_make_the_chain_unsure():
     """The table overrides the first of three, the model is sure of the others: its doubt about the first is not held against them."""
     model = Unsure(0.25)
-    model.propose = lambda text, states, n, watch, floor=0.0: (
+    model.propose = lambda text, states, n, watch, confidence_floor=0.0: (
         Draft(torch.tensor([11]), confidence=[0.25]) if len(text) == 1 else Draft(torch.tensor([12, 13][:n]), confidence=[0.9, 0.9][:n])
     )
     assert drafted(HybridProposer(Sure({1: 50}), model), floor=0.3) == [50, 12, 13]
@@ -83,9 +84,11 @@ def test_two_drafts_of_confidence_point_6_are_below_a_floor_of_point_5(floor, le
     """The draft whose chance, with all before it, is below the floor is the last: .6 is not, .36 is."""
     model = tiny_llama(0)
     target, prompt = as_decoder(model), prompt_of(*PROMPT)
-    pick = Law.pick
-    monkeypatch.setattr(Law, "pick", lambda self, logits, text, confidence=False: pick(self, logits, text)._replace(confidence=0.6))
-    chained = ChainedProposer(target, ChainedAdapter(32, 32, 1, 16).eval(), target.lm_head, target.embeddings)
+    select = TokenSelector.select
+    monkeypatch.setattr(
+        TokenSelector, "select", lambda self, logits, text, confidence=False: select(self, logits, text)._replace(confidence=0.6)
+    )
+    chained = ChainedProposer(target, ChainedAdapter(32, 32, 1, 16).eval(), target.head_weight, target.embeddings)
     for proposer in (
         ModelProposer(as_decoder(model), None, None),
         chained,
@@ -95,6 +98,7 @@ def test_two_drafts_of_confidence_point_6_are_below_a_floor_of_point_5(floor, le
         assert len(proposer.propose([7], torch.zeros(1, 32), 5, watch, floor).token_ids) == length
 
 
+@torch.inference_mode()
 def test_the_chain_goes_on_after_an_override_as_one_begun_anew():
     """A stale chain: what was drafted after the overridden token is forgotten, and what the chain read of it too."""
     torch.manual_seed(0)
@@ -102,7 +106,7 @@ def test_the_chain_goes_on_after_an_override_as_one_begun_anew():
     states, watch = torch.randn(2, 32), Stopwatch()
 
     def fresh():
-        proposer = ChainedProposer(target, adapter, target.lm_head, target.embeddings)
+        proposer = ChainedProposer(target, adapter, target.head_weight, target.embeddings)
         proposer.start(prompt_of(*PROMPT), watch)
         return proposer
 
@@ -112,7 +116,7 @@ def test_the_chain_goes_on_after_an_override_as_one_begun_anew():
         text = [4, 5, *first[:k], (first[k] + 1) % 60 + 3]
         again, anew = used.propose(text, states, 3, watch), fresh().propose(text, states, 3, watch)
         assert again.token_ids.tolist() == anew.token_ids.tolist()
-        torch.testing.assert_close(again.aligned, anew.aligned)
+        torch.testing.assert_close(again.predicted(), anew.predicted())
         used.propose([4, 5], states, 4, watch)
 
 
@@ -122,19 +126,19 @@ def test_the_kth_chained_draft_expects_the_state_t_plus_k(k):
     """A chain from position t: draft k expects the state of position t + k, which its cosine is taken with."""
     model = tiny_llama(0)
     target, prompt, taken = as_decoder(model), prompt_of(*PROMPT), []
-    chained = ChainedProposer(target, ChainedAdapter(32, 32, 1, 16).eval(), target.lm_head, target.embeddings)
+    chained = ChainedProposer(target, ChainedAdapter(32, 32, 1, 16).eval(), target.head_weight, target.embeddings)
     got = speculate(target, chained, prompt, prompt, accept="relaxed", threshold=-1.0, num_draft_tokens=4, max_new_tokens=12)
     at = 1
     for r in got.rounds:
         ids = torch.tensor([[*PROMPT, *got.token_ids[: at + len(r.proposed)]]])
         states = model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        fresh = ChainedProposer(target, ChainedAdapter(32, 32, 1, 16).eval(), target.lm_head, target.embeddings)
-        fresh._adapter, fresh._tokens = chained._adapter, chained._tokens
+        fresh = ChainedProposer(target, ChainedAdapter(32, 32, 1, 16).eval(), target.head_weight, target.embeddings)
+        fresh._adapter, fresh._chain = chained._adapter, chained._chain
         fresh.start(prompt, watch := Stopwatch())
         draft = fresh.propose(got.token_ids[:at], states[len(PROMPT) - 1 :][:at], len(r.proposed), watch)
         if k < len(r.proposed):
             state = states[len(PROMPT) - 1 + at + k]
-            taken.append(float(torch.cosine_similarity(draft.aligned[k], state, dim=0)) - r.cosine[k])
+            taken.append(float(torch.cosine_similarity(draft.predicted()[k], state, dim=0)) - r.cosine[k])
         at += len(r.proposed) + 1
     assert taken and max(map(abs, taken)) < 1e-4
 
@@ -142,53 +146,53 @@ def test_the_kth_chained_draft_expects_the_state_t_plus_k(k):
 class Scripted(Proposer):
     """Drafts these tokens, as many as there is room for."""
 
-    def __init__(self, *drafts: list[int], knows_chance: bool = True) -> None:
-        self.drafts, self.knows_chance = list(drafts), knows_chance
+    def __init__(self, *drafts: list[int], has_confidence: bool = True) -> None:
+        self.drafts, self.has_confidence = list(drafts), has_confidence
 
     def start(self, prompt, watch):
         pass
 
-    def propose(self, emitted, states, num_tokens, watch, floor=0.0):
+    def propose(self, emitted, states, num_tokens, watch, confidence_floor=0.0):
         return Draft(torch.tensor((self.drafts.pop(0) if self.drafts else [])[:num_tokens], dtype=torch.long))
 
 
-class Floor(Pace):
+class Floor(DraftLengthController):
     """Always drafts, above this floor."""
 
     def __init__(self, floor: float) -> None:
         super().__init__(0.9)
         self.floor, self.told = floor, []
 
-    def next_floor(self):
+    def next_confidence_floor(self):
         return self.floor
 
-    def passed(self, *what):
+    def record_round(self, *what):
         self.told.append(what)
 
-    def most(self, floor, knows_chance=True):
+    def max_draft_tokens(self, confidence_floor, has_confidence=True):
         return 99
 
 
 @pytest.mark.parametrize(
-    ("drafts", "floor", "knows_chance", "wanted"),
+    ("drafts", "floor", "has_confidence", "wanted"),
     [
         ([9, 9, 9, 9], 0.0, True, "length"),
         ([9, 9, 9, EOS], 0.0, True, "EOS"),  # the last of exactly as many as there is room for
         ([9, EOS], 0.0, True, "EOS"),
         ([9, EOS], 0.4, True, "EOS"),
-        ([9, 9], 0.4, True, "unsure"),
-        ([9, 9], 0.4, False, "no idea"),  # a table that ran out knows no floor
-        ([9, 9], 0.0, True, "no idea"),
-        ([], 0.4, True, "no idea"),
-        ([], 0.0, False, "no idea"),
+        ([9, 9], 0.4, True, "low confidence"),
+        ([9, 9], 0.4, False, "no candidate"),  # a table that ran out knows no floor
+        ([9, 9], 0.0, True, "no candidate"),
+        ([], 0.4, True, "no candidate"),
+        ([], 0.0, False, "no candidate"),
     ],
 )
-def test_a_trace_says_why_no_more_was_drafted(drafts, floor, knows_chance, wanted):
+def test_a_trace_says_why_no_more_was_drafted(drafts, floor, has_confidence, wanted):
     target, prompt = as_decoder(tiny_llama(0)), prompt_of(*PROMPT)
-    proposer = Scripted(drafts, knows_chance=knows_chance)
-    got = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=12, pace=Floor(floor))
-    assert got.rounds[0].stopped == wanted
-    assert Scripted.knows_chance and not TableProposer.knows_chance
+    proposer = Scripted(drafts, has_confidence=has_confidence)
+    got = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=12, controller=Floor(floor))
+    assert got.rounds[0].stop_reason == wanted
+    assert Scripted.has_confidence and not TableProposer.has_confidence
 
 
 def test_no_token_follows_a_drafted_end():
@@ -205,13 +209,13 @@ def test_no_token_follows_a_drafted_end():
         class All(Scripted):
             def propose(self, *args, **kwargs):
                 draft = super().propose(*args, **kwargs)
-                return replace(draft, aligned=target.head_weight[draft.token_ids])
+                return replace(draft, predicted=lambda: target.head_weight[draft.token_ids])
 
         got = speculate(
             target, All([*wanted[1:], 9, 9]), prompt, prompt, accept=accept, threshold=-1.0, num_draft_tokens=40, max_new_tokens=MAX
         )
         last = got.rounds[-1]
-        assert got.token_ids == wanted and last.extra_token is None and last.num_accepted == len(wanted) - 1 == sum(last.kept)
+        assert got.token_ids == wanted and last.extra_token is None and last.num_accepted == len(wanted) - 1 == sum(last.accepted)
     got = speculate_batch(target, [Scripted([*wanted[1:], 9])], [prompt], [prompt], num_draft_tokens=40, max_new_tokens=MAX)
     assert got.token_ids == [wanted] and got.accepted == [[len(wanted) - 1]]
 
@@ -265,21 +269,21 @@ def test_the_pace_is_told_each_rounds_milliseconds(monkeypatch):
     class Told(Floor):
         prompts: tuple = ()
 
-        def prompted(self, ms):
+        def record_prefill(self, ms):
             self.prompts += (("target", round(ms)),)
 
-        def started(self, ms):
+        def record_draft_prefill(self, ms):
             self.prompts += (("drafter", round(ms)),)
 
-        def next_floor(self):
+        def next_confidence_floor(self):
             return None if len(self.told) == 2 else 0.1
 
-        rest = 2
+        plain_steps = 2
 
-    pace = Told(0.1)
-    got = speculate(target, Costly(wanted[1:4], [9, 9], [wanted[8]]), prompt, prompt, pace=pace, max_new_tokens=12)
-    assert pace.prompts == (("target", 1000), ("drafter", 300)) and got.token_ids == wanted[:12]
-    told = [(drafts, tokens, round(draft_ms), round(other)) for drafts, tokens, draft_ms, other in pace.told]
+    controller = Told(0.1)
+    got = speculate(target, Costly(wanted[1:4], [9, 9], [wanted[8]]), prompt, prompt, controller=controller, max_new_tokens=12)
+    assert controller.prompts == (("target", 1000), ("drafter", 300)) and got.token_ids == wanted[:12]
+    told = [(drafts, tokens, round(draft_ms), round(other)) for drafts, tokens, draft_ms, other in controller.told]
     assert told[:4] == [(3, 4, 7, 100), (2, 1, 7, 100), (0, 2, 0, 200), (1, 2, 7, 100)]
     assert told[4:] and all(t == (0, 1, 7, 100) for t in told[4:-1])  # asked, and had no idea: that time is drafting's too
 
@@ -356,7 +360,7 @@ def test_every_text_ends_where_the_targets_set_says():
             assert not any(target.eos_ids & {*r.proposed[:-1]} for r in got.rounds)  # nothing is drafted after an end
     got = speculate_batch(target, proposers, [prompt] * 3, [prompt] * 3, max_new_tokens=MAX)
     assert got.token_ids == [wanted] * 3
-    assert engine.Law.of(target, prompt).eos_ids == target.eos_ids
+    assert engine.TokenSelector.of(target, prompt).eos_ids == target.eos_ids
 
 
 @pytest.fixture
@@ -417,34 +421,34 @@ def test_the_whole_time_is_from_before_the_prompt_to_after_the_last_token(clock)
 class Late(Floor):
     """Does not want the drafter to read its prompt; one pass without drafts, then drafts."""
 
-    drafting, rest = False, 1
+    needs_prefill, plain_steps = False, 1
 
     def __init__(self) -> None:
         super().__init__(0.1)
         self.read = []
 
-    def prompted(self, ms):
+    def record_prefill(self, ms):
         self.read.append(("target", round(ms)))
 
-    def started(self, ms):
+    def record_draft_prefill(self, ms):
         self.read.append(("drafter", round(ms)))
 
-    def next_floor(self):
+    def next_confidence_floor(self):
         return 0.1 if self.told else None
 
 
 @pytest.mark.parametrize("reads_prompt", [True, False])
 def test_a_drafter_reads_its_prompt_when_it_is_first_asked(clock, reads_prompt):
     """Its prompt is no part of that round's time; one that reads none begins at once. `finish` ends what has begun."""
-    target, prompt, pace = slow_target(clock, ("step", 100), ("prefill", 1000)), prompt_of(*PROMPT), Late()
+    target, prompt, controller = slow_target(clock, ("step", 100), ("prefill", 1000)), prompt_of(*PROMPT), Late()
     proposer = Slow(clock, [9], [9], reads_prompt=reads_prompt)
-    got = speculate(target, proposer, prompt, prompt, num_draft_tokens=2, max_new_tokens=4, pace=pace)
-    told = [(drafts, tokens, round(draft_ms), round(other)) for drafts, tokens, draft_ms, other in pace.told]
-    assert told[:2] == [(0, 1, 0, 100), (1, 1, 7, 100)] and pace.read == [("target", 1000), ("drafter", 300)]
+    got = speculate(target, proposer, prompt, prompt, num_draft_tokens=2, max_new_tokens=4, controller=controller)
+    told = [(drafts, tokens, round(draft_ms), round(other)) for drafts, tokens, draft_ms, other in controller.told]
+    assert told[:2] == [(0, 1, 0, 100), (1, 1, 7, 100)] and controller.read == [("target", 1000), ("drafter", 300)]
     assert proposer.calls[:2] == ["start", "propose"] and proposer.calls[-1] == "finish" and proposer.calls.count("start") == 1
-    assert got.rounds[0].stopped == "off" and got.rounds[0].ms == pytest.approx({"verify": 100})
+    assert got.rounds[0].stop_reason == "off" and got.rounds[0].ms == pytest.approx({"verify": 100})
     idle = Slow(clock, reads_prompt=reads_prompt)
-    speculate(target, idle, prompt, prompt, num_draft_tokens=2, max_new_tokens=2, pace=Late())
+    speculate(target, idle, prompt, prompt, num_draft_tokens=2, max_new_tokens=2, controller=Late())
     assert idle.calls == ([] if reads_prompt else ["start", "finish"])
 
 
@@ -452,14 +456,16 @@ def test_passes_without_drafts_share_their_time(clock):
     """Three passes at once: a round for each, of a third of the milliseconds; fewer where the text ends before."""
 
     class Off(Late):
-        rest = 3
+        plain_steps = 3
 
-        def next_floor(self):
+        def next_confidence_floor(self):
             return None
 
-    target, prompt, pace = slow_target(clock, ("step", 100), ("prefill", 1000)), prompt_of(*PROMPT), Off()
-    got = speculate(target, Slow(clock), prompt, prompt, num_draft_tokens=2, max_new_tokens=6, pace=pace)
-    assert [(drafts, tokens) for drafts, tokens, _, _ in pace.told] == [(0, 3), (0, 2)] and got.passes == 5
-    assert [round(other) for *_, other in pace.told] == [300, 200]
+    target, prompt, controller = slow_target(clock, ("step", 100), ("prefill", 1000)), prompt_of(*PROMPT), Off()
+    got = speculate(target, Slow(clock), prompt, prompt, num_draft_tokens=2, max_new_tokens=6, controller=controller)
+    assert [(drafts, tokens) for drafts, tokens, _, _ in controller.told] == [(0, 3), (0, 2)] and got.passes == 5
+    assert [round(other) for *_, other in controller.told] == [300, 200]
     assert [r.extra_token for r in got.rounds] == got.token_ids[1:6]
-    assert all(r.ms == pytest.approx({"verify": 100}) and r.stopped == "off" and not r.recomputed and r.cosine is None for r in got.rounds)
+    assert all(
+        r.ms == pytest.approx({"verify": 100}) and r.stop_reason == "off" and not r.recomputed and r.cosine is None for r in got.rounds
+    )

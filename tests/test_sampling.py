@@ -21,13 +21,14 @@ from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.adapters.tables import Answer, Counts, question_number
 from feature_alignment.decoding import sampling
 from feature_alignment.decoding.attending_proposer import AttendingProposer
-from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS, HybridProposer, NGram, TableProposer
-from feature_alignment.decoding.draft_length import Pace
-from feature_alignment.decoding.engine import plain, speculate
-from feature_alignment.decoding.law import Law
+from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, HybridProposer, NGram, TableProposer
+from feature_alignment.decoding.draft_length import DraftLengthController
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.plain import decode_plainly
 from feature_alignment.decoding.proposers import ChainedProposer, Draft, ModelProposer, Proposer
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.decoding.token_selection import TokenSelector
 from feature_alignment.models.decoder import Decoder, State
 
 ERROR = 1e-4
@@ -111,33 +112,35 @@ def proposer_for(source: str, target):
         adapter = HiddenAdapter(32, 32, 8).eval()
         torch.nn.init.normal_(adapter.up.weight, std=0.1)
         return ModelProposer(draft, adapter, target.lm_head if source == "aligned" else None)
-    if source in NULL_DRAFTERS:
-        return TableProposer(NULL_DRAFTERS[source](TEXTS))
+    if source in BASELINE_DRAFTERS:
+        return TableProposer(BASELINE_DRAFTERS[source](TEXTS))
     if source == "attending":
         entries = Counts(Answer(str(i), question_number(""), text) for i, (_, text) in enumerate(TEXTS)).entries()
         attending = AttendingAdapter(32, 32, 1, 4, len(entries), num_prompt=2, width=16).eval()
         attending.ids.copy_(torch.tensor([0, 2, 3, 5]))  # 1 and 4 are never drafted, and said as often as the target says them
         attending.table.copy_(entries)
         return AttendingProposer(draft, attending, target)
-    chained = ChainedProposer(draft, ChainedAdapter(32, 32, 1, 16).eval(), target.lm_head, target.embeddings)
+    chained = ChainedProposer(draft, ChainedAdapter(32, 32, 1, 16).eval(), target.head_weight, target.embeddings)
     return chained if source == "chained" else HybridProposer(NGram(TEXTS), chained, sure=0.5)
 
 
 @torch.inference_mode()
-def counted(target, proposer, sampler, n: int, gamma: int = 2, pace=None) -> tuple[Counter, int]:
+def counted(target, proposer, sampler, n: int, gamma: int = 2, controller=None) -> tuple[Counter, int]:
     """Beginnings of n texts, and how many drafts were kept in them. Two tokens more are drafted than looked at: a round may cross."""
     counts, kept, prompt = Counter(), 0, prompt_of(*PROMPT)
     for i in range(n):
         if sampler.shared_noise:
             sampler.restart(i)
-        got = speculate(target, proposer, prompt, prompt, num_draft_tokens=gamma, max_new_tokens=LENGTH + 1, sampler=sampler, pace=pace)
+        got = speculate(
+            target, proposer, prompt, prompt, num_draft_tokens=gamma, max_new_tokens=LENGTH + 1, sampler=sampler, controller=controller
+        )
         counts[tuple(got.token_ids[:LENGTH])] += 1
         kept += sum(r.num_accepted for r in got.rounds)
     return counts, kept
 
 
 DRAWS = 20_000
-ALL = ["own", "aligned", "chained", "attending", "hybrid", *NULL_DRAFTERS]
+ALL = ["own", "aligned", "chained", "attending", "hybrid", *BASELINE_DRAFTERS]
 FAST = [("chained", 1, 400, False), ("attending", 2, 400, False), ("hybrid", 2, 400, False), ("own", 2, 400, True)]
 CASES = [*FAST, *[pytest.param(s, g, DRAWS, shared, marks=pytest.mark.slow) for s in ALL for g, shared in ((3, False), (2, True))]]
 
@@ -158,12 +161,12 @@ class Drawn(Proposer):
     def start(self, prompt, watch):
         pass
 
-    def propose(self, emitted, states, num_tokens, watch, floor=0.0):
+    def propose(self, emitted, states, num_tokens, watch, confidence_floor=0.0):
         picks, text = [], list(emitted)
         while len(picks) < num_tokens:
-            picks.append(self.law.pick(self._logits, text, confidence=floor > 0))
+            picks.append(self.selector.select(self._logits, text, confidence=confidence_floor > 0))
             text.append(int(picks[-1].token))
-        return Draft.of(picks, [None] * len(picks))
+        return Draft.of(picks, None)
 
 
 class Says(NGram):
@@ -184,14 +187,14 @@ SHAPES = {"what both like": (0, 1.0), "what the model dislikes": (1, 1.0), "an i
 def test_a_hybrid_keeps_the_law_whatever_its_table_is_sure_of(shape, shared):
     """Draft tokens of the table's are point masses, also where the model drew the same token."""
     sampler, proposer = Sampler(1.0, seed=7, shared_noise=shared), HybridProposer(Says(*SHAPES[shape]), Drawn(Q))
-    proposer.law = law = Law(sampler=sampler)
+    proposer.selector = law = TokenSelector(sampler=sampler)
     proposer.start(prompt_of(*PROMPT), watch := Stopwatch())
     counts, gamma = Counter(), 2
     for i in range(DRAWS):
         if shared:
             sampler.restart(i)
         draft = proposer.propose([0], P[None], gamma, watch)
-        kept, after = law.kept_of(draft.token_ids, draft.probs, P.log().expand(gamma + 1, -1), [0])
+        kept, after = law.accept(draft.token_ids, draft.probs, P.log().expand(gamma + 1, -1), [0])
         text = [*draft.token_ids[: int(kept.sum())].tolist(), int(after)]
         text += [int(sampler.draw(P[None], 1 + len(text))) for _ in range(2 - len(text))]
         counts[tuple(text[:2])] += 1
@@ -204,7 +207,7 @@ def test_a_drafts_law_lies_where_its_model_is():
     proposer = HybridProposer(Says(1, 1.0), Drawn(Q.to("meta")))
     proposer._model.propose = lambda *_: Draft(torch.tensor([0, 0, 2]), probs=Q.to("meta").expand(3, -1))
     proposer._table.guess = lambda question, prefix: (1, 1.0) if len(prefix) == 2 else (0, 0.0)
-    proposer.law = Law(sampler=Sampler(1.0))
+    proposer.selector = TokenSelector(sampler=Sampler(1.0))
     proposer.start(prompt_of(*PROMPT), watch := Stopwatch())
     assert proposer.propose([0], P[None], 2, watch).probs.device.type == "meta"
 
@@ -213,19 +216,19 @@ def test_with_shared_noise_a_text_is_plain_decodings(target):
     """Whatever drafts, however long its drafts are, wherever rounds begin."""
     prompt, r = prompt_of(*PROMPT), random.Random(0)
 
-    class Moody(Pace):
+    class Moody(DraftLengthController):
         """Drafts any number of tokens, or none: what a clock might make of it."""
 
-        def next_floor(self):
+        def next_confidence_floor(self):
             return r.choice([None, 0.0, 0.3, 0.9])
 
-        def most(self, floor, knows_chance=True):
+        def most(self, floor, has_confidence=True):
             return r.randint(1, 5)
 
     texts = set()
     for seed in range(30):
         sampler = Sampler(TEMPERATURE, seed, shared_noise=True)
-        wanted = plain(target, prompt, 12, sampler).token_ids
+        wanted = decode_plainly(target, prompt, 12, sampler).token_ids
         for source in ("own", "chained", "attending", "hybrid", "ngram"):
             got = speculate(
                 target,
@@ -233,7 +236,7 @@ def test_with_shared_noise_a_text_is_plain_decodings(target):
                 prompt,
                 prompt,
                 sampler=sampler,
-                pace=Moody(0.9),
+                controller=Moody(0.9),
                 overlap=seed % 2 == 0,
                 max_new_tokens=12,
             )
@@ -252,7 +255,7 @@ def test_how_often_a_draft_token_is_kept(shared):
         if shared:
             sampler.restart(i)
         draft = sampler.draw(Q[None], 0)
-        kept += int(sampler.judge(draft, Q[None], P.expand(2, -1), 0)[0].sum())
+        kept += int(sampler.accept(draft, Q[None], P.expand(2, -1), 0)[0].sum())
     rate = kept / DRAWS
     if shared:
         assert overlap / (2 - overlap) - 0.01 < rate < overlap + 0.01
@@ -262,20 +265,20 @@ def test_how_often_a_draft_token_is_kept(shared):
 
 def test_plain_sampling_has_the_law(target, law):
     sampler = Sampler(TEMPERATURE, seed=2)
-    counts = Counter(tuple(plain(target, prompt_of(*PROMPT), LENGTH, sampler).token_ids) for _ in range(500))
+    counts = Counter(tuple(decode_plainly(target, prompt_of(*PROMPT), LENGTH, sampler).token_ids) for _ in range(500))
     assert p_value(counts, law) > ERROR
 
 
 class KeepsTooMuch(Sampler):
-    def judge(self, draft_ids, draft_probs, target_probs, position=0):
-        return super().judge(draft_ids, draft_probs, torch.cat([target_probs[:-1].sqrt(), target_probs[-1:]]), position)
+    def accept(self, draft_ids, draft_probs, target_probs, position=0):
+        return super().accept(draft_ids, draft_probs, torch.cat([target_probs[:-1].sqrt(), target_probs[-1:]]), position)
 
 
 class ReplacesFromP(Sampler):
     """Not from what is left of p."""
 
-    def judge(self, draft_ids, draft_probs, target_probs, position=0):
-        kept, _ = super().judge(draft_ids, draft_probs, target_probs, position)
+    def accept(self, draft_ids, draft_probs, target_probs, position=0):
+        kept, _ = super().accept(draft_ids, draft_probs, target_probs, position)
         return kept, self.draw(target_probs[int(kept.sum())][None])[0]
 
 
@@ -290,7 +293,7 @@ def test_judging_drafts(kind, drawn):
     counts: Counter = Counter()
     for _ in range(n):
         drafts = sampler.draw(q) if drawn else q.argmax(-1)
-        kept, behind = sampler.judge(drafts, q if drawn else None, p)
+        kept, behind = sampler.accept(drafts, q if drawn else None, p)
         text = [*drafts[: int(kept.sum())].tolist(), int(behind)]
         text += [int(sampler.draw(p[i][None])) for i in range(len(text), g + 1)]
         counts[tuple(text)] += 1
@@ -311,7 +314,7 @@ def test_hardly_any_temperature_is_greedy():
     target = as_decoder(tiny_llama(0))
     sampler, prompt = Sampler(1e-4), prompt_of(*PROMPT)
     proposer = ModelProposer(as_decoder(noisy_copy(tiny_llama(0), 0.05)), None, None)
-    greedy = plain(target, prompt, 30).token_ids
+    greedy = decode_plainly(target, prompt, 30).token_ids
     assert speculate(target, proposer, prompt, prompt, max_new_tokens=30, sampler=sampler).token_ids == greedy
     assert any(a != b for a, b in pairwise(greedy))
 
@@ -328,9 +331,9 @@ def test_how_likely_a_token_was_is_told_where_it_is_asked_for():
     logits = torch.tensor([[0.0, 2.0, 1.0]])
     for sampler, temperature in ((None, 1.0), (Sampler(2.0), 2.0)):
         first = float((logits[0] / temperature).softmax(-1)[1])
-        law = Law(sampler=sampler)
-        assert law.pick(logits, []).confidence == 1.0
-        asked = law.pick(logits, [], confidence=True)
+        law = TokenSelector(sampler=sampler)
+        assert law.select(logits, []).confidence == 1.0
+        asked = law.select(logits, [], confidence=True)
         assert asked.confidence == pytest.approx(first)
         if sampler is None:
             assert asked.token.tolist() == [1] and asked.probs is None
@@ -343,7 +346,7 @@ def test_where_nothing_is_left_of_the_targets_law_it_is_drawn_from_as_it_is():
     p, q = torch.tensor([[0.25, 0.75, 0.0]] * 2), torch.tensor([[250.0, 750.0, 0.0]])
     sampler, counts = Sampler(1.0, 5), Counter()
     for _ in range(300):
-        kept, after = sampler.judge(torch.tensor([0]), q, p)
+        kept, after = sampler.accept(torch.tensor([0]), q, p)
         counts[bool(kept[0]), int(after)] += 1
     assert counts[False, 1] > counts[False, 0] > 0 and not any(token == 2 for _, token in counts)
     assert sum(n for (kept, _), n in counts.items() if kept) < 10

@@ -14,7 +14,7 @@ from feature_alignment.benchmark import timing as measure
 from feature_alignment.benchmark.timing import Timed
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError
-from feature_alignment.decoding.engine import Generation, Round
+from feature_alignment.decoding.generation import Generation, Round
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.demo import captions
 from feature_alignment.demo.world import HIDDEN_FROM_EVENTS, WORDS

@@ -12,8 +12,10 @@ from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.decoding.baseline_drafters import NGram, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
-from feature_alignment.decoding.draft_length import Pace
-from feature_alignment.decoding.engine import Generation, Round, greedy, speculate
+from feature_alignment.decoding.draft_length import DraftLengthController
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.generation import Generation, Round
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 
@@ -37,21 +39,21 @@ def test_a_round_tells_what_the_target_would_have_said_to_each_draft(accept, see
     assert got.token_ids[0] == says(model, list(PROMPT))
     for r in got.rounds:
         text = [*PROMPT, *got.token_ids[:at]]
-        assert r.target_says == [says(model, [*text, *r.proposed[:i]]) for i in range(len(r.proposed))]
-        assert (r.cosine is None) is False and len(r.cosine) == len(r.kept) == len(r.proposed)
+        assert r.target_tokens == [says(model, [*text, *r.proposed[:i]]) for i in range(len(r.proposed))]
+        assert (r.cosine is None) is False and len(r.cosine) == len(r.accepted) == len(r.proposed)
         if accept == "token":
-            wanted = [r.proposed[: i + 1] == r.target_says[: i + 1] for i in range(len(r.proposed))]
+            wanted = [r.proposed[: i + 1] == r.target_tokens[: i + 1] for i in range(len(r.proposed))]
         else:
             wanted = [c > 0.95 for c in r.cosine]
             if accept == "feature":
                 wanted = [all(wanted[: i + 1]) for i in range(len(wanted))]
-        new = [d if k or accept != "relaxed" else w for d, k, w in zip(r.proposed, wanted, r.target_says, strict=True)]
+        new = [d if k or accept != "relaxed" else w for d, k, w in zip(r.proposed, wanted, r.target_tokens, strict=True)]
         new = new if accept == "relaxed" else new[: sum(wanted)]
-        assert r.kept == wanted and r.num_accepted == sum(wanted) and r.extra_token == says(model, [*text, *new])
+        assert r.accepted == wanted and r.num_accepted == sum(wanted) and r.extra_token == says(model, [*text, *new])
         assert got.token_ids[at : at + len(new) + 1] == [*new, r.extra_token]
         assert r.recomputed is (accept == "relaxed" and not all(wanted))
         assert set(r.ms) <= {"draft_prefill", "draft", "adapter", "head", "verify", "accept", "rollback", "recompute"}
-        assert ("recompute" in r.ms) is r.recomputed and r.ms["verify"] > 0 and r.stopped == "length"
+        assert ("recompute" in r.ms) is r.recomputed and r.ms["verify"] > 0 and r.stop_reason == "length"
         at, passes, rejected = at + len(new) + 1, passes + 1 + r.recomputed, rejected + wanted.count(False)
     assert rejected and at <= len(got.token_ids) == 21
     assert got.passes == passes + (len(got.token_ids) - at)  # what is left has no room for a draft
@@ -66,28 +68,28 @@ def test_what_is_saved_of_a_generation():
     kept = Round([5, 6], [5, 7], [True, False], None, 7, False, {"verify": 1.5}, "length")
     some = Generation([4, 5, 7, 2], 2, 9.0, {"target_prefill": 2.0, "draft_prefill": 1.0, "verify": 1.5}, [kept])
     assert some.decode_ms == 6.0 and some.tokens_per_pass == 1.5 and kept.num_accepted == 1
-    saved = some.as_dict()
+    saved = some.to_json()
     assert saved == {
         "token_ids": [4, 5, 7, 2],
         "passes": 2,
         "tokens_per_pass": 1.5,
         "total_ms": 9.0,
         "ms": some.ms,
-        "rounds": [vars(kept)],
+        "rounds": [kept.to_json()],
     }
     assert math.isnan(Generation([2], 0, 1.0, {}).tokens_per_pass)
 
 
-class OffAndOn(Pace):
+class OffAndOn(DraftLengthController):
     """Two passes without drafts, then two rounds with drafts, again and again."""
 
-    rest = 2
+    plain_steps = 2
 
     def __init__(self):
         super().__init__(1.0)
         self.asked = -1
 
-    def next_floor(self):
+    def next_confidence_floor(self):
         self.asked += 1
         return None if self.asked % 3 == 0 else 0.0
 
@@ -99,21 +101,21 @@ def test_passes_without_drafts_are_part_of_the_text_and_of_what_drafts_are_made_
     target, draft = as_decoder(model), as_decoder(noisy_copy(model, 0.1))
     torch.manual_seed(seed)
     adapter = ChainedAdapter(32, 32, 1, 16).eval()
-    make = lambda: ChainedProposer(draft, adapter, target.lm_head, target.embeddings)  # noqa: E731
+    make = lambda: ChainedProposer(draft, adapter, target.head_weight, target.embeddings)  # noqa: E731
     prompt = prompt_of(*PROMPT)
-    got = speculate(target, make(), prompt, prompt, num_draft_tokens=3, max_new_tokens=22, pace=OffAndOn())
+    got = speculate(target, make(), prompt, prompt, num_draft_tokens=3, max_new_tokens=22, controller=OffAndOn())
     assert got.token_ids == greedy(target, prompt, 22).token_ids
     states = model.model(input_ids=torch.tensor([[*PROMPT, *got.token_ids]])).last_hidden_state[0, len(PROMPT) - 1 :]
     at, kinds = 1, []
     for r in got.rounds:
-        kinds.append(r.stopped == "off")
+        kinds.append(r.stop_reason == "off")
         if r.proposed:
             fresh, watch = make(), Stopwatch()
             fresh.start(prompt, watch)
             wanted = fresh.propose(got.token_ids[:at], states[:at], len(r.proposed), watch).token_ids.tolist()
             assert r.proposed == wanted
         else:
-            assert (r.target_says, r.kept, r.extra_token, set(r.ms)) == ([], [], got.token_ids[at], {"verify"})
+            assert (r.target_tokens, r.accepted, r.extra_token, set(r.ms)) == ([], [], got.token_ids[at], {"verify"})
         at += r.num_accepted + 1
     assert kinds[:6] == [True, True, False, False, True, True] and len(got.token_ids) - at in (0, 1)
 
@@ -137,7 +139,7 @@ def test_a_batch_is_each_of_its_prompts_alone(gamma, limit):
         rounds.append(alone.passes)
         assert len(found.accepted[i]) == alone.passes
     assert (found.passes == max(rounds) and found.total_ms > 0 and "verify" in found.ms) or limit == 1
-    with pytest.raises(ValueError, match="wanted as many of each"):
+    with pytest.raises(ValueError, match="expected as many of each"):
         speculate_batch(target, [make(0)], prompts, prompts)
     with pytest.raises(ValueError, match="0 prompts"):
         speculate_batch(target, [], [], [])

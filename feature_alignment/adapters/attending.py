@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from feature_alignment.adapters import tables
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage.artifacts import layers_read, load_trained
+from feature_alignment.storage.files import load_trained, trained_layers
 
 HEADS = 4
 EVENT_RANK = 64
@@ -273,7 +273,7 @@ def load_attending_adapter(path: Path, draft_layers: Sequence[int] | None = None
     """An attending adapter and its meta. Refuses (UserError) one trained on states of another layer of EventGPT."""
     make_it = command_for("train_hidden_adapter", adapter="attending")
     adapter, meta = load_trained(path, "an attending adapter", AttendingAdapter, "num_entries", make_it)
-    layers = layers_read(path, meta, make_it)
+    layers = trained_layers(path, meta, make_it)
     if draft_layers is not None and layers[-1] != draft_layers[-1]:
         raise UserError(
             f"{path} was trained on event states of EventGPT's layer {layers[-1]}, this run ends at {draft_layers[-1]}. "

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from feature_alignment.adapters import tables
 from feature_alignment.adapters.attending import AttendingAdapter, Keys
-from feature_alignment.adapters.fitting import Batch, Checkpoint, History, Part, fit, mean_over_positions, shuffled
+from feature_alignment.adapters.fitting import Batch, Checkpoint, History, ProcessShare, fit, mean_over_positions, shuffled
 from feature_alignment.adapters.training import mean_variance, mixed_precision
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage.artifacts import HiddenStates
+from feature_alignment.storage.hidden_states import HiddenStates
 
 MOST_IDS = 8192  # that may be drafted
 FADING = 0.9  # weight of a draft step's loss, relative to the step before
@@ -228,10 +228,10 @@ def train_attending(
     embeddings: Tensor,
     cfg: Any,
     checkpoint: Checkpoint | None = None,
-    part: Part | None = None,
+    share: ProcessShare | None = None,
 ) -> tuple[AttendingAdapter, History]:
     """The attending adapter, on its own roll-outs from some places of each text."""
-    part = part or Part()
+    share = share or ProcessShare()
     torch.manual_seed(cfg.seed)
     head, embeddings = head.float().to(cfg.device), embeddings.float().to(cfg.device)
     if int(states.lengths.max()) < 2 or int(validation.lengths.max()) < 2:
@@ -244,11 +244,11 @@ def train_attending(
     reader = Reader(adapter, head, embeddings)
 
     def score(texts: PromptedTexts, origins: Tensor) -> Batch:
-        with mixed_precision(cfg):
+        with mixed_precision(str(cfg.device)):
             return Batch(*losses(reader, texts, origins, variance, cfg))
 
     def epoch(number: int) -> Iterator[Batch]:
-        batches = tuple(map(part.rows, shuffled(len(states.target), cfg.batch_size, cfg.seed, number)))
+        batches = tuple(map(share.rows, shuffled(len(states.target), cfg.batch_size, cfg.seed, number)))
         chance = torch.Generator().manual_seed(cfg.seed + 1_000_003 * number + 1)
         torch.manual_seed(cfg.seed + number)  # of dropout, also where training resumes
         for rows, texts in zip(batches, prompted_texts(states, found[0], batches, cfg.device), strict=True):
@@ -262,7 +262,7 @@ def train_attending(
         return mean_over_positions((b.n, b.parts) for b in (score(t, every_place(t)) for t in every))
 
     steps = math.ceil(len(states.target) / cfg.batch_size)
-    return fit(adapter, epoch, steps, evaluate, adapter.folded, cfg, states.names, checkpoint, part)
+    return fit(adapter, epoch, steps, evaluate, adapter.folded, cfg, states.names, checkpoint, share)
 
 
 def begun(

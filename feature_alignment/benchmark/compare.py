@@ -7,7 +7,7 @@ from typing import Any
 
 from feature_alignment.benchmark.rows import row_name
 from feature_alignment.cli.console import UserError, log, print_json_line, print_table, rate_text
-from feature_alignment.storage.artifacts import read_sealed
+from feature_alignment.storage.files import read_hashed_json
 
 RUN = "python feature_alignment/benchmark_feature_sd.py --config CONFIG"  # `compare` reads no config
 MUST = ("max_new_tokens", "split", "limit", "questions")  # of the config: other texts, or other prompts
@@ -21,7 +21,7 @@ def compare(paths: list[str]) -> dict[str, Any]:
     """
     if len(paths) != 2:
         raise UserError(f"compare wants two files, got {len(paths)}: benchmark_feature_sd.py compare A.json B.json")
-    a, b = (read_sealed(Path(path), RUN) for path in paths)
+    a, b = (read_hashed_json(Path(path), RUN) for path in paths)
     for path, found in zip(paths, (a, b), strict=True):
         if not {"meta", "rows", "baselines"} <= found.keys():
             raise UserError(f"{path} is not a benchmark.json (wanted meta, baselines and rows). Make one:\n  {RUN}")

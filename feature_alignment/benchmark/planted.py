@@ -19,12 +19,16 @@ from feature_alignment.benchmark.rows import Mode, answering, speeds
 from feature_alignment.benchmark.timing import Timed
 from feature_alignment.cli.config import Common, Steps
 from feature_alignment.cli.console import markdown_table, print_table, progress, rate_text
-from feature_alignment.decoding.engine import Generation, greedy, speculate
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.generation import Generation
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models import fixed
 from feature_alignment.models.pair import load_pair
-from feature_alignment.storage import artifacts
+from feature_alignment.storage.artifacts import provenance
+from feature_alignment.storage.files import write_hashed_json, write_text
+from feature_alignment.storage.identity import RunIdentity
 
 Table = tuple[str, list[str], list[list[str]]]
 
@@ -47,7 +51,7 @@ def run(
     repeats: int,
     warmup: int,
     made_from: dict[str, Any],
-    identity: artifacts.RunIdentity | None = None,
+    identity: RunIdentity | None = None,
 ) -> dict[str, Any]:
     """One row for each draft source, length and rate, beside plain greedy decoding in turn; adapters that were never trained will do."""
     pair = load_pair(cfg)
@@ -93,7 +97,7 @@ def run(
         "total_ms": float(plain.per_prompt(lambda g: g.total_ms).sum()),
         "decode_ms": float(plain.per_prompt(lambda g: g.decode_ms).sum()),
     }
-    meta = artifacts.provenance("benchmark_feature_sd", cfg, made_from, identity, device=cfg.device, dtype=cfg.dtype, planted=True)
+    meta = provenance("benchmark_feature_sd", cfg, made_from, identity, device=cfg.device, dtype=cfg.dtype, planted=True)
     meta["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else None
     meta["unrecorded"] = fixed.eager_fallbacks
     return {"meta": meta, "planted": True, "baselines": [baseline], "rows": rows, "cost": cost, "best": best_lengths(planted, timed, clips)}
@@ -178,8 +182,8 @@ def write(result: dict[str, Any], out: Path) -> None:
     lines = [f"# Planted acceptance: {meta['device']}, {meta['dtype']}, {meta['created']}", "", (__doc__ or "").strip()]
     for title, header, rows in tables(result):
         lines += ["", f"## {title}", "", markdown_table(header, rows)]
-    artifacts.write_text(out / "planted.md", "\n".join(lines) + "\n")
-    artifacts.write_sealed(out / "planted.json", result, ("planted.md",))
+    write_text(out / "planted.md", "\n".join(lines) + "\n")
+    write_hashed_json(out / "planted.json", result, ("planted.md",))
 
 
 def show(result: dict[str, Any]) -> None:

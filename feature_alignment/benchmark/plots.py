@@ -9,7 +9,7 @@ import numpy as np
 
 from feature_alignment.benchmark import speed_model
 from feature_alignment.benchmark.rows import row_name
-from feature_alignment.decoding.engine import Generation
+from feature_alignment.decoding.generation import Generation
 from feature_alignment.measurement.plots import BLUE, GREEN, GREY, ORANGE, VERMILION, plt, save
 
 STAGE_COLOURS = {

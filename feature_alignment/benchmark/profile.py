@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from feature_alignment.benchmark.timing import Timed
-from feature_alignment.decoding.engine import Round
+from feature_alignment.decoding.generation import Round
 from feature_alignment.measurement.metrics import Counts, auc
 
 NUM_BINS = 10
@@ -170,7 +170,7 @@ def calibration_of(rounds: Sequence[Round]) -> ConfidenceCalibration | None:
         (confidence, accepted)
         for r in rounds
         if r.confidence is not None
-        for confidence, accepted in zip(r.confidence[: r.num_accepted + 1], r.kept[: r.num_accepted + 1], strict=False)
+        for confidence, accepted in zip(r.confidence[: r.num_accepted + 1], r.accepted[: r.num_accepted + 1], strict=False)
     ]
     if not pairs:
         return None

@@ -14,9 +14,9 @@ from feature_alignment.benchmark.planted import machine_rows
 from feature_alignment.benchmark.plots import PICTURES
 from feature_alignment.benchmark.rows import row_name
 from feature_alignment.cli.console import markdown_table, print_table, rate_text
-from feature_alignment.decoding.engine import Generation
+from feature_alignment.decoding.generation import Generation
 from feature_alignment.decoding.trace import trace_lines
-from feature_alignment.storage.artifacts import write_text
+from feature_alignment.storage.files import write_text
 
 Table = tuple[str, list[str], list[list[str]]]
 
@@ -178,7 +178,7 @@ def write_benchmark_report(result: dict[str, Any], shown: dict[str, Generation],
         f"{result['fastest_lossless']['how']}, so its interval is not that of a maximum."
     )
     name, example = list(shown.items())[-1]
-    trace = trace_lines(example, decode, colour=False)
+    trace = trace_lines(example, decode, color=False)
     made_from = [[key, str(value), str(meta["inputs"].get(key, ""))[:120]] for key, value in meta["made_from"].items()]
     provenance = ("What this was made from", ["input", "hash", "where it lay"], made_from)
     lines = ["# Feature-level speculative decoding: benchmark", "", note]

@@ -12,8 +12,8 @@ import numpy as np
 from feature_alignment.benchmark import speed_model, timing
 from feature_alignment.benchmark.timing import Timed
 from feature_alignment.decoding.acceptance import Rule
-from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS
-from feature_alignment.decoding.engine import Generation
+from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS
+from feature_alignment.decoding.generation import Generation
 from feature_alignment.measurement.metrics import Counts
 
 
@@ -90,7 +90,7 @@ def speeds(mode: Any, runs: Timed, plain: Timed, clips: Sequence[str], costs: sp
 
 def layers_of(mode: Mode, taps: Sequence[int]) -> list[int] | str | None:
     """EventGPT's layers behind a row's drafts; taps: those that the run's own adapters read"""
-    if mode.draft in NULL_DRAFTERS:
+    if mode.draft in BASELINE_DRAFTERS:
         return None
     return "all" if mode.draft == "own" else list(taps) if mode.exit_layer is None else [mode.exit_layer]
 

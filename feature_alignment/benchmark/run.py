@@ -14,8 +14,9 @@ from feature_alignment.benchmark import speed_model, targets, timing
 from feature_alignment.benchmark.rows import Mode, answering, layers_of, speeds
 from feature_alignment.benchmark.timing import Timed
 from feature_alignment.cli.console import progress
-from feature_alignment.decoding.draft_length import Pace
-from feature_alignment.decoding.engine import PREFILL_STAGES, Generation, speculate
+from feature_alignment.decoding.draft_length import DraftLengthController
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.generation import PREFILL_STAGES, Generation
 from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample
@@ -143,7 +144,7 @@ def part_costs(setup: Setup) -> dict[str, Any]:
 
 def speculative(setup: Setup, mode: Mode, max_new_tokens: int) -> Callable[[int], Generation]:
     """Speculative decoding of the i-th prompt in one mode; an adaptive draft length keeps its state from prompt to prompt."""
-    pace = Pace(setup.sources.known_acceptance(mode.draft)) if mode.adaptive else None
+    controller = DraftLengthController(setup.sources.known_acceptance(mode.draft)) if mode.adaptive else None
 
     def answer(i: int) -> Generation:
         prompt, draft_prompt = setup.prompts[i]
@@ -156,7 +157,7 @@ def speculative(setup: Setup, mode: Mode, max_new_tokens: int) -> Callable[[int]
             threshold=mode.threshold or 0.0,
             num_draft_tokens=mode.num_draft_tokens,
             max_new_tokens=max_new_tokens,
-            pace=pace,
+            controller=controller,
             overlap=mode.overlap,
         )
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from feature_alignment.benchmark.timing import Timed
-from feature_alignment.decoding.engine import DRAFT_STAGES, Generation, Round
+from feature_alignment.decoding.generation import DRAFT_STAGES, Generation, Round
 from feature_alignment.measurement import metrics
 
 LONGEST = 32  # draft tokens per round, up to which the best number is looked for
@@ -146,12 +146,12 @@ class StageCosts:
 
 def drafted_rounds(g: Generation) -> list[Round]:
     """The rounds in which the drafter was asked, whether or not it proposed anything."""
-    return [r for r in g.rounds if r.stopped != "off"]
+    return [r for r in g.rounds if r.stop_reason != "off"]
 
 
 def reread_tokens(r: Round) -> int:
     """How many tokens the target read again in a `relaxed` round: all from the first replaced one on."""
-    return len(r.proposed) - (r.kept.index(False) if False in r.kept else 0)
+    return len(r.proposed) - (r.accepted.index(False) if False in r.accepted else 0)
 
 
 class Costs(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 from feature_alignment.benchmark.rows import row_name
 from feature_alignment.cli.console import UserError, log, print_json_line, print_table, rate_text
-from feature_alignment.storage.artifacts import read_sealed
+from feature_alignment.storage.files import read_hashed_json
 
 RUN = "python feature_alignment/benchmark_feature_sd.py --config CONFIG"  # `summary` reads no config
 
@@ -75,7 +75,7 @@ def _of_benchmark(file: Path) -> dict[str, Any]:
     Args:
         file: a benchmark.json
     """
-    result = read_sealed(file, RUN)
+    result = read_hashed_json(file, RUN)
     if not {"meta", "rows", "baselines", "fastest_lossless"} <= result.keys() or result.get("planted"):
         raise UserError(f"{file} is not a benchmark.json with measured acceptance. Make one:\n  {RUN}")
     best = result["fastest_lossless"]

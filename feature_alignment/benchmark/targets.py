@@ -15,7 +15,7 @@ from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.benchmark.rows import row_name
 from feature_alignment.benchmark.timing import Fastest, attending_ms, chained_ms, hidden_ms
 from feature_alignment.cli.config import Steps
-from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS
+from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS
 
 GOAL = 1.3
 CHOSEN = "chosen on one half of the clips and measured on the other, both ways"
@@ -41,7 +41,7 @@ class InUse:
 def read(adapter: InUse, rows: list[dict[str, Any]], fastest: dict[str, Any]) -> list[dict[str, Any]]:
     """The six targets, each met only if its whole interval is on the right side. fastest: `report_fastest` of the lossless rows"""
     at = adapter.measured["thresholds"]["0.90"]
-    null = max((r["speedup"]["value"] for r in rows if r["draft"] in NULL_DRAFTERS), default=float("nan"))
+    null = max((r["speedup"]["value"] for r in rows if r["draft"] in BASELINE_DRAFTERS), default=float("nan"))
 
     def over(name: str, goal: float, rate: dict[str, Any], note: str) -> dict[str, Any]:
         lo = rate["ci95"][0]
@@ -87,7 +87,7 @@ def read(adapter: InUse, rows: list[dict[str, Any]], fastest: dict[str, Any]) ->
 
 def lossless(mode: Any) -> bool:
     """Whether a row may be the fastest lossless one: EventGPT takes part in it, with the run's own adapters. mode: `rows.Mode`"""
-    return mode.draft not in NULL_DRAFTERS and mode.accept == "token" and mode.exit_layer is None
+    return mode.draft not in BASELINE_DRAFTERS and mode.accept == "token" and mode.exit_layer is None
 
 
 def report_fastest(fastest: Fastest, rows: Sequence[dict[str, Any]], speedups: dict[str, dict[str, Any]]) -> dict[str, Any]:

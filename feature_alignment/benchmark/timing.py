@@ -20,7 +20,7 @@ from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter, call_ms
 from feature_alignment.adapters.tables import NOTHING, SOURCES
 from feature_alignment.cli.config import Steps
-from feature_alignment.decoding.engine import Generation
+from feature_alignment.decoding.generation import Generation
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.measurement.lexicon import Lexicon
@@ -307,7 +307,7 @@ def _judged_by(lexicon: Lexicon, target: Decoder, samples: Sequence[Sample], tex
                 told[kind][i] += 1
                 true[kind][i] += (sample.facts or {}).get(slot) == value
         for r in (r for g in texts.generations[i] for r in g.rounds):
-            for drafted, said, kept in zip(r.proposed, r.target_says, r.kept, strict=True):
+            for drafted, said, kept in zip(r.proposed, r.target_tokens, r.accepted, strict=True):
                 if kept:
                     kinds["kept"] += 1
                     fact = lexicon.fact_of(decode([drafted]))

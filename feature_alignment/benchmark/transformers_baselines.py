@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from feature_alignment.decoding.engine import Generation
+from feature_alignment.decoding.generation import Generation
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.models.decoder import Decoder, Prompt
 

@@ -1,4 +1,4 @@
-"""Which drafts of a round are kept. Pure functions on one round's tensors; they never learn who drafted."""
+"""Acceptance rules: which draft tokens of a round are accepted. Pure functions of one round's tensors."""
 
 from __future__ import annotations
 
@@ -8,28 +8,44 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-Keep = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]  # a rule of one's own: what it would keep, [g] bool
-Rule = Literal["token", "feature", "relaxed"] | Keep
+AcceptanceFunction = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]  # a custom rule: what it would accept, [g] bool
+Rule = Literal["token", "feature", "relaxed"] | AcceptanceFunction
 
 
-def kept_drafts(rule: Rule, draft_ids: Tensor, target_ids: Tensor, cosine: Tensor | None, threshold: float) -> Tensor:
-    """The drafts a rule keeps.
+def accepted_drafts(rule: Rule, draft_ids: Tensor, target_ids: Tensor, cosine: Tensor | None, threshold: float) -> Tensor:
+    """Apply an acceptance rule to one round.
 
-    draft_ids:  [g] int64  proposed tokens
-    target_ids: [g] int64  what the target would have said in the same places
-    cosine:     [g]        cos(A(g_t), v_t) of each draft; only `token` can do without
-    returns:    [g] bool   all but `relaxed` stop at the first rejection
+    Args:
+        rule: name of a rule, or a function with the other four arguments
+        draft_ids: [g] int64, the draft tokens
+        target_ids: [g] int64, the target's own tokens at the same positions
+        cosine: [g] float, cosine of predicted and real target states; only `token` and functions work without
+        threshold: `feature` and `relaxed` accept above this cosine
+
+    Returns:
+        [g] bool. All rules except `relaxed` stop at the first rejection.
+
+    Raises:
+        ValueError: the rule needs cosines and there are none
     """
     if callable(rule):
         return rule(draft_ids, target_ids, cosine, threshold).cumprod(0).bool()
     if rule == "token":
         return (draft_ids == target_ids).cumprod(0).bool()
     if cosine is None:
-        raise ValueError(f"the rule {rule!r} compares hidden states, but this proposer gives none")
+        raise ValueError(f"the rule {rule!r} compares hidden states, and this drafter predicts none")
     above = cosine > threshold
     return above.cumprod(0).bool() if rule == "feature" else above
 
 
 def cosine_per_position(aligned: Tensor, target: Tensor) -> Tensor:
-    """cos(A(g), v) over the last axis, float32: [.., d] x [.., d] -> [..]."""
+    """Cosine over the last axis in float32.
+
+    Args:
+        aligned: [.., d], predicted target states
+        target: [.., d], real target states
+
+    Returns:
+        [..] float32
+    """
     return F.cosine_similarity(aligned.float(), target.float(), dim=-1)

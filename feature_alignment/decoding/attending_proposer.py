@@ -10,9 +10,9 @@ from torch import Tensor
 from feature_alignment.adapters.attending import AttendingAdapter
 from feature_alignment.adapters.attending_drafts import FoldedAttending
 from feature_alignment.adapters.tables import question_number
-from feature_alignment.decoding.law import Pick
 from feature_alignment.decoding.proposers import Draft, Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.decoding.token_selection import Selected
 from feature_alignment.models.decoder import Decoder, Prompt
 
 Proposed = list[tuple[int, int]]
@@ -52,24 +52,23 @@ class AttendingProposer(Proposer):
             self._folded.read_prompt(states[:-1][-most:] if most else states[:0], self._prompt)
 
     @torch.inference_mode()
-    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
+    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:
         with watch("adapter"):
             self._catch_up(emitted, states)
         text: list[int] = []
-        picks: list[Pick] = []
+        selected: list[Selected] = []
         expected: list[Tensor] = []
         chance = 1.0
-        while not text or (len(text) < num_tokens and chance >= floor and text[-1] not in self.law.eos_ids):
-            if picks:
+        while not text or (len(text) < num_tokens and chance >= confidence_floor and text[-1] not in self.selector.eos_ids):
+            if selected:
                 with watch("adapter"):
                     self._read_draft([*emitted, *text])
             expected.append(self._outputs[-1])
             with watch("head"):
-                picks.append(self._pick([*emitted, *text], floor > 0))
-                text.append(int(picks[-1].token))
-            chance *= picks[-1].confidence
-        with watch("adapter"):
-            return Draft.of(picks, [*self._folded.states(expected).split(1)])
+                selected.append(self._select([*emitted, *text], confidence_floor > 0))
+                text.append(int(selected[-1].token))
+            chance *= selected[-1].confidence
+        return Draft.of(selected, lambda: self._folded.states(expected))
 
     def _catch_up(self, emitted: Sequence[int], states: Tensor) -> None:
         """Read what has been verified since the last call; then the tokens behind it, for which there are no true states."""
@@ -99,10 +98,10 @@ class AttendingProposer(Proposer):
     def _look(self, text: Sequence[int]) -> Proposed:
         return self._folded.candidates(self._question, self._prompt, text)
 
-    def _pick(self, text: Sequence[int], confidence: bool) -> Pick:
-        """The next draft token, as the law says; from its own logits, over the ids that it knows."""
+    def _select(self, text: Sequence[int], confidence: bool) -> Selected:
+        """Select the next draft token, from logits over the ids that may be drafted."""
         logits = self._folded.logits(self._outputs[-1], self._proposed[-1])
-        if self.law.sampler is not None or self.law.rules.processors:
-            return self.law.pick(self._folded.over_all_ids(logits), text, confidence)
+        if not self.selector.is_plain_argmax:
+            return self.selector.select(self._folded.over_all_ids(logits), text, confidence)
         best = logits.argmax(-1)
-        return Pick(self._folded.ids[best], None, float(logits[0].float().softmax(-1).max()) if confidence else 1.0)
+        return Selected(self._folded.ids[best], None, float(logits[0].float().softmax(-1).max()) if confidence else 1.0)

@@ -1,10 +1,10 @@
-"""Speculative decoding of several prompts at once, each row advancing by what was kept of its own drafts.
+"""Speculative decoding of several prompts at once. Each row advances by its own accepted draft tokens.
 
-One pass verifies all rows' drafts. Rejected ones stay in the cache as holes that the mask hides for good; what is behind the last token
-of every row is cropped. Positions are each row's own, so a hole changes nothing but the work:
+One pass verifies the draft tokens of all rows. Rejected ones stay in the cache as holes that the mask hides; entries after the last token
+of every row are cropped. Each row has its own positions, so a hole costs work and changes nothing:
 
-    row 1 | prompt   | x d1 d2 d3 | x d1 ·  · |      kept 3, then 1
-    row 2 | prompt _ | x ·  ·  ·  | x d1 d2 · |      kept 0, then 2; _ pads the shorter prompt, · is a hole
+    row 1 | prompt   | x d1 d2 d3 | x d1 ·  · |      accepted 3, then 1
+    row 2 | prompt _ | x ·  ·  ·  | x d1 d2 · |      accepted 0, then 2; _ pads the shorter prompt, · is a hole
 """
 
 from __future__ import annotations
@@ -16,30 +16,47 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from feature_alignment.decoding.law import Law
 from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.decoding.token_selection import TokenSelector
 from feature_alignment.models.decoder import Decoder, Prompt, State
 
 
 @dataclass
 class Row:
-    """One prompt's text, the target's states that emitted it [n, d], and how many drafts were kept in each round."""
+    """One prompt.
+
+    Args:
+        proposer: its drafter
+        selector: its token selector
+        emitted: token ids of its text
+        states: [n, d_target], the target's hidden states that emitted them
+        accepted: number of accepted draft tokens in each round
+    """
 
     proposer: Proposer
-    law: Law
+    selector: TokenSelector
     emitted: list[int]
     states: Tensor
     accepted: list[int]
 
     @property
-    def ended(self) -> bool:
-        return self.law.rules.end_of(self.emitted[:-1], self.emitted[-1:]) is not None
+    def has_ended(self) -> bool:
+        """Whether the last token ends the text."""
+        return self.selector.rules.end_of(self.emitted[:-1], self.emitted[-1:]) is not None
 
 
 @dataclass
 class BatchGeneration:
-    """Finished texts in the order of the prompts. `passes` counts the target's forward passes over the batch after its prefill."""
+    """Finished texts in the order of the prompts.
+
+    Args:
+        token_ids: of each answer
+        accepted: number of accepted draft tokens in each round, for each prompt
+        passes: forward passes of the target over the batch, after its prefill
+        total_ms: prefill and decoding
+        ms: milliseconds per stage
+    """
 
     token_ids: list[list[int]]
     accepted: list[list[int]]
@@ -58,30 +75,39 @@ def speculate_batch(
     num_draft_tokens: int = 5,
     max_new_tokens: int = 64,
 ) -> BatchGeneration:
-    """Token acceptance for every prompt; each text is what greedy decoding of its prompt alone gives. Finished rows leave the batch.
+    """Decode several prompts under the token rule; each text equals greedy decoding of its prompt alone. Finished rows leave the batch.
 
-    proposers: one per prompt, not shared; with num_draft_tokens=0 none is asked, which is plain decoding of a batch
+    Args:
+        target: the model whose text is reproduced
+        proposers: one drafter per prompt, not shared
+        prompts: the target's
+        draft_prompts: the drafters', of the same samples
+        num_draft_tokens: draft length; 0 is plain decoding of a batch
+        max_new_tokens: longest answer, EOS included
+
+    Raises:
+        ValueError: unequal numbers of prompts and drafters
     """
     if not len(proposers) == len(prompts) == len(draft_prompts) > 0:
         raise ValueError(
-            f"{len(prompts)} prompts, {len(draft_prompts)} draft prompts and {len(proposers)} proposers; wanted as many of each"
+            f"{len(prompts)} prompts, {len(draft_prompts)} draft prompts and {len(proposers)} proposers; expected as many of each"
         )
     watch = Stopwatch(target.device)
     start = watch.now()
     with watch("target_prefill"):
-        state, seen, place = _prefill(target, prompts)
-        laws = [Law.of(target, prompt) for prompt in prompts]
-        first = [int(law.pick(logits, []).token) for law, logits in zip(laws, target.lm_head(state.last)[:, None], strict=True)]
-    everyone = [Row(p, law, [token], h[None], []) for p, law, token, h in zip(proposers, laws, first, state.last, strict=True)]
+        state, valid, position = _prefill(target, prompts)
+        selectors = [TokenSelector.of(target, prompt) for prompt in prompts]
+        first = [int(s.select(logits, []).token) for s, logits in zip(selectors, target.lm_head(state.last)[:, None], strict=True)]
+    everyone = [Row(p, s, [token], h[None], []) for p, s, token, h in zip(proposers, selectors, first, state.last, strict=True)]
     if num_draft_tokens:
         assert state.prompt is not None  # the target reads its last layer only
         for row, prompt, draft_prompt, states in zip(everyone, prompts, draft_prompts, state.prompt, strict=True):
-            row.proposer.law = row.law
+            row.proposer.selector = row.selector
             row.proposer.start(draft_prompt, watch)
             row.proposer.target_read(prompt, states[: len(prompt.ids)], watch)
     rows, passes = everyone, 0
     while True:
-        going = [i for i, row in enumerate(rows) if not row.ended and len(row.emitted) < max_new_tokens]
+        going = [i for i, row in enumerate(rows) if not row.has_ended and len(row.emitted) < max_new_tokens]
         if not going:
             break
         if len(going) < len(rows):
@@ -89,21 +115,21 @@ def speculate_batch(
                 rows, index = [rows[i] for i in going], torch.tensor(going, device=target.device)
                 assert isinstance(state.cache, DynamicCache)  # no step over fixed buffers takes a batch
                 state.cache.batch_select_indices(index)
-                seen, place = seen[index], place[index]
+                valid, position = valid[index], position[index]
         drafts = []
         for row in rows:
             room = min(num_draft_tokens, max_new_tokens - len(row.emitted) - 1)
             drafts.append(row.proposer.propose(row.emitted, row.states, room, watch).token_ids.tolist() if room > 0 else [])
         with watch("verify"):
-            hidden, choices = _verify(target, state, rows, drafts, seen, place)
+            hidden, choices = _verify(target, state, rows, drafts, valid, position)
             passes += 1
         with watch("accept"):
             kept = [_accept(*of_row) for of_row in zip(rows, drafts, choices, hidden, strict=True)]
         with watch("rollback"):
             kept_here = torch.tensor(kept, device=target.device)[:, None]
             target.rollback(state, hidden.shape[1] - max(kept))
-            seen = torch.cat([seen, (torch.arange(max(kept), device=target.device) < kept_here).long()], 1)
-            place = place + kept_here
+            valid = torch.cat([valid, (torch.arange(max(kept), device=target.device) < kept_here).long()], 1)
+            position = position + kept_here
     if num_draft_tokens:
         for row in everyone:
             row.proposer.finish(row.emitted)
@@ -111,7 +137,7 @@ def speculate_batch(
 
 
 def _verify(
-    target: Decoder, state: State, rows: Sequence[Row], drafts: Sequence[list[int]], seen: Tensor, place: Tensor
+    target: Decoder, state: State, rows: Sequence[Row], drafts: Sequence[list[int]], valid: Tensor, position: Tensor
 ) -> tuple[Tensor, list[list[int]]]:
     """Read the last token and the draft tokens of every row in one pass of the target.
 
@@ -120,8 +146,8 @@ def _verify(
         state: its cache, which gains one entry for each position of the block
         rows: the unfinished rows, b of them
         drafts: draft tokens of each row; shorter drafts are padded, and the mask hides the padding
-        seen: [b, s] int64, 1 where a cache entry is valid
-        place: [b, 1] int64, position of each row's last token
+        valid: [b, s] int64, 1 where a cache entry is valid
+        position: [b, 1] int64, position of each row's last token
 
     Returns:
         the target's hidden states [b, w, d] with w = 1 + the longest draft, and of each row the target's own token after its last token
@@ -130,15 +156,15 @@ def _verify(
     width = 1 + max(map(len, drafts))
     blocks = [[row.emitted[-1], *d] for row, d in zip(rows, drafts, strict=True)]
     block = torch.tensor([[*b, *[0] * (width - len(b))] for b in blocks], device=target.device)
-    valid = torch.arange(width, device=target.device) < torch.tensor([[len(b)] for b in blocks], device=target.device)
+    in_block = torch.arange(width, device=target.device) < torch.tensor([[len(b)] for b in blocks], device=target.device)
     where = {
-        "position_ids": place + torch.arange(width, device=target.device),
-        "attention_mask": torch.cat([seen, valid.long()], 1),
+        "position_ids": position + torch.arange(width, device=target.device),
+        "attention_mask": torch.cat([valid, in_block.long()], 1),
     }
     hidden = target.step(state, block, **where)
     logits = target.lm_head(hidden)
     choices = [
-        row.law.rules.scores(scores[: len(drafted) + 1], row.emitted, drafted).argmax(-1).tolist()
+        row.selector.rules.scores(scores[: len(drafted) + 1], row.emitted, drafted).argmax(-1).tolist()
         for row, drafted, scores in zip(rows, drafts, logits, strict=True)
     ]
     return hidden, choices
@@ -148,7 +174,7 @@ def _accept(row: Row, drafted: list[int], choices: list[int], hidden: Tensor) ->
     """Append the accepted draft tokens and the target's token after them to the row, up to the end of its text.
 
     Args:
-        row: extended in place
+        row: extended in position
         drafted: its draft tokens
         choices: the target's own token at each position, one more than draft tokens
         hidden: [w, d], the target's hidden states that gave `choices`
@@ -158,7 +184,7 @@ def _accept(row: Row, drafted: list[int], choices: list[int], hidden: Tensor) ->
     """
     n = next((i for i, (d, c) in enumerate(zip(drafted, choices, strict=False)) if d != c), len(drafted))
     new = [*drafted[:n], choices[n]]
-    new = new[: row.law.rules.end_of(row.emitted, new)]
+    new = new[: row.selector.rules.end_of(row.emitted, new)]
     row.emitted += new
     row.states = torch.cat([row.states, hidden[: len(new)]])
     row.accepted.append(min(n, len(new)))
@@ -166,8 +192,11 @@ def _accept(row: Row, drafted: list[int], choices: list[int], hidden: Tensor) ->
 
 
 def _prefill(target: Decoder, prompts: Sequence[Prompt]) -> tuple[State, Tensor, Tensor]:
-    """Read prompts of unequal lengths, padded behind their ends, where nothing real looks. Returns the state with `last` on each
-    prompt's end, what of the cache is real [b, s], and each row's next position [b, 1]."""
+    """Read prompts of unequal lengths, padded after their ends, which no real token attends to.
+
+    Returns:
+        the state, whose `last` is at the end of each prompt; which cache entries are valid [b, s]; each row's next position [b, 1]
+    """
     ends = torch.tensor([[len(p.ids)] for p in prompts], device=target.device)
     longest, shared = int(ends.max()), int(ends.min()) - 1
     ids = torch.stack([torch.cat([p.ids, p.ids.new_zeros(longest - len(p.ids))]) for p in prompts]).to(target.device)

@@ -1,108 +1,33 @@
-"""Plain decoding and speculative decoding of one prompt, over the same target and the same token counter.
+"""Speculative decoding of one prompt, a round at a time.
 
-One round, with g drafts d1..dg after the last emitted token x:
+One round, with g draft tokens d1..dg after the last emitted token x:
 
-    target reads     x    d1   d2   …   dg          one forward pass
-    it would say     p1   p2   p3   …   p(g+1)      p(i) judges d(i); after n kept drafts, p(n+1) is the extra token
+    target reads     x    d1   d2   ...  dg         one forward pass
+    its own tokens   t1   t2   t3   ...  t(g+1)     t(i) judges d(i); after n accepted draft tokens, t(n+1) is emitted as well
 
 Before each round the target's cache holds the prompt and all emitted tokens but the last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from feature_alignment.decoding.acceptance import Rule, cosine_per_position, kept_drafts
-from feature_alignment.decoding.draft_length import Pace
-from feature_alignment.decoding.law import Law
+from feature_alignment.decoding.acceptance import Rule, accepted_drafts, cosine_per_position
+from feature_alignment.decoding.draft_length import DraftLengthController
+from feature_alignment.decoding.generation import DRAFT_STAGES, Generation, Round, relative_spans
+from feature_alignment.decoding.overlap import drafter_reading
 from feature_alignment.decoding.proposers import Draft, Proposer
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.decoding.token_selection import TokenSelector
 from feature_alignment.models.decoder import Decoder, Prompt, State
 
-PREFILL_STAGES = ("target_prefill", "draft_prefill")
-DRAFT_STAGES = ("draft", "adapter", "head")
 
-
-@dataclass
-class Round:
-    """One verification: what was proposed, what the target would have said there, what was kept (and at which cosine), and the
-    target's own token after it."""
-
-    proposed: list[int]
-    target_says: list[int]
-    kept: list[bool]
-    cosine: list[float] | None
-    extra_token: int | None
-    recomputed: bool
-    ms: dict[str, float]
-    stopped: str  # why no more was drafted: "length", "EOS", "unsure", "no idea", or "off" where drafting does not pay
-    confidence: list[float] | None = None  # chance of each draft token to be accepted if all before it are, where the drafter computed it
-
-    @property
-    def num_accepted(self) -> int:
-        return sum(self.kept)
-
-
-@dataclass
-class Generation:
-    """A finished text. `passes` counts the target's forward passes after its prefill, which already yields the first token."""
-
-    token_ids: list[int]
-    passes: int
-    total_ms: float
-    ms: dict[str, float]
-    rounds: list[Round] = field(default_factory=list)
-    spans: list[tuple[str, float, float]] = field(default_factory=list)  # (stage, begin, end), in ms from the start on
-
-    @property
-    def decode_ms(self) -> float:
-        return self.total_ms - sum(self.ms.get(stage, 0.0) for stage in PREFILL_STAGES)
-
-    @property
-    def tokens_per_pass(self) -> float:
-        return (len(self.token_ids) - 1) / self.passes if self.passes else float("nan")
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "token_ids": self.token_ids,
-            "passes": self.passes,
-            "tokens_per_pass": self.tokens_per_pass,
-            "total_ms": self.total_ms,
-            "ms": dict(self.ms),
-            "rounds": [vars(r) for r in self.rounds],
-        }
-
-
-@torch.inference_mode()
-def plain(target: Decoder, prompt: Prompt, max_new_tokens: int, sampler: Sampler | None = None) -> Generation:
-    """The baseline: the target alone, one token per pass, up to and including the first EOS; greedy without a sampler."""
-    watch = Stopwatch(target.device)
-    start = watch.now()
-    law = Law.of(target, prompt, sampler)
-    with watch("target_prefill"):
-        state = target.prefill([prompt])
-        token = law.pick(target.lm_head(state.last), []).token
-    emitted = [int(token)]
-    with watch("verify"):
-        while law.rules.end_of(emitted[:-1], emitted[-1:]) is None and len(emitted) < max_new_tokens:
-            token = law.pick(target.lm_head(target.step(state, token[None])[:, -1]), emitted).token
-            emitted.append(int(token))
-    return Generation(emitted, len(emitted) - 1, watch.now() - start, watch.ms, spans=_since(start, watch.spans))
-
-
-def greedy(target: Decoder, prompt: Prompt, max_new_tokens: int) -> Generation:
-    return plain(target, prompt, max_new_tokens)
-
-
-@torch.inference_mode()
 def speculate(
     target: Decoder,
     proposer: Proposer,
@@ -114,223 +39,316 @@ def speculate(
     num_draft_tokens: int = 5,
     max_new_tokens: int = 64,
     sampler: Sampler | None = None,
-    pace: Pace | None = None,
+    controller: DraftLengthController | None = None,
     overlap: bool = False,
+    cosines: bool = True,
 ) -> Generation:
-    """Draft, verify, accept, roll back, until EOS or exactly `max_new_tokens`.
+    """Decode one prompt speculatively, until the text ends or has exactly `max_new_tokens` tokens.
 
-    accept="token" emits exactly what `greedy` emits; with a sampler it has the law of `plain` with one, and with a sampler of shared
-    noise it emits exactly what `plain` does. The other rules are lossy: `feature` keeps drafts whose expected state has a cosine above
-    `threshold`, up to the first rejection; `relaxed` keeps any such draft, puts the target's own token in the other places, and lets
-    the target read the corrected block again (its time is the stage "recompute", the rejection cost). With a pace, `num_draft_tokens`
-    is the most that are drafted; how many are depends on time, and so does a sampled text unless the noise is shared.
-
-    overlap: the drafter reads its prompt in a thread of its own while the target reads its own (for a second core); the stage
-             "draft_prefill" is then what is waited for it
+    Args:
+        target: the model whose text is reproduced
+        proposer: the drafter
+        prompt: the target's
+        draft_prompt: the drafter's, of the same sample
+        accept: `token` is lossless: it emits exactly what `greedy` emits; with a sampler the text has the distribution of plain sampling,
+            with a sampler of shared noise it is the same text. `feature` accepts draft tokens whose predicted state has a cosine above
+            `threshold`, up to the first rejection. `relaxed` accepts each such draft token, replaces the others by the target's own, and
+            the target reads the corrected block again (stage "recompute", the rejection cost)
+        threshold: of the cosine rules
+        num_draft_tokens: draft length; with a controller the maximum
+        max_new_tokens: longest answer, EOS included
+        sampler: draws tokens; `token` rule only
+        controller: chooses draft lengths from measured time. A sampled text then depends on timing, unless the noise is shared
+        overlap: the drafter reads its prompt in a second thread while the target reads its own; the stage "draft_prefill" is then the
+            time spent waiting for it
+        cosines: record the cosine of each draft token under the `token` rule too
     """
-    if sampler is not None and accept != "token":
-        raise ValueError(f"sampling is lossless under the token rule only, got {accept!r}")
-    proposer.law = law = Law.of(target, prompt, sampler)
-    watch, beside = Stopwatch(target.device), Stopwatch(target.device)
-    start = watch.now()
-    started = pace is None or not proposer.reads_prompt or pace.drafting
-    with _reading(proposer, draft_prompt, beside, target.device, overlap and started) as reading:
-        with watch("target_prefill"):
-            state = target.prefill([prompt])
-            token = law.pick(target.lm_head(state.last), []).token
-        if pace is not None:
-            pace.prompted(watch.ms["target_prefill"])
-        if started:
-            _start(proposer, draft_prompt, watch, pace, reading)
-            _hand_over(proposer, prompt, state, watch)
-    states = state.last.new_empty(max_new_tokens, target.hidden_size)  # states[i] emitted emitted[i]
-    states[0] = state.last[0]
-    text = _Text(target, law, watch, state, states, [int(token)])
-    since = 0.0 if pace is None else watch.now()  # the pace is told of all time, that of keeping its books included
-    while not text.ended and len(text.emitted) < max_new_tokens:
-        before = dict(watch.ms)
-        room = min(num_draft_tokens, max_new_tokens - len(text.emitted) - 1)  # the round also emits a token of the target's own
-        floor = None if room <= 0 else 0.0 if pace is None else pace.next_floor()
-        if floor is None:  # room for the last token only, or drafts do not pay: as in plain decoding
-            first = len(text.emitted)
-            text.step(min(1 if pace is None else pace.rest, max_new_tokens - first))
-            g, new = 0, text.emitted[first:]
-            spent = _spent(watch, before)
-            if room > 0:
-                ms = {"verify": spent["verify"] / len(new)}
-                text.rounds += [Round([], [], [], None, token, False, ms, "off") for token in new]
-        else:
-            if not started:
-                _start(proposer, draft_prompt, watch, pace)
-                _hand_over(proposer, prompt, state, watch)
-                started = True
-            room = room if pace is None else min(room, pace.most(floor, proposer.knows_chance))
-            draft = proposer.propose(text.emitted, states[: len(text.emitted)], room, watch, floor)
-            stopped = _why(draft.token_ids.tolist(), room, law, floor > 0 and proposer.knows_chance)
-            g, new = text.verify(draft, accept, threshold, stopped)
-            spent = _spent(watch, before)
-            text.rounds[-1].ms = spent
-            if floor > 0 and draft.confidence is not None:
-                text.rounds[-1].confidence = list(draft.confidence)
-        if pace is not None:
-            since = _tell(pace, g, len(new), spent, since, watch.now())
-    if started:
-        proposer.finish(text.emitted)
-    spans = [*watch.spans, *((f"{stage}, beside", begin, end) for stage, begin, end in beside.spans)]
-    return Generation(text.emitted, text.passes, watch.now() - start, watch.ms, text.rounds, _since(start, spans))
+    speculation = Speculation(target, proposer, prompt, max_new_tokens, accept, threshold, num_draft_tokens, sampler, controller, cosines)
+    speculation.prefill(draft_prompt, overlap)
+    while not speculation.is_finished:
+        speculation.advance()
+    return speculation.finish()
 
 
-@dataclass
-class _Text:
-    """The text of one prompt as it grows.
+class Verification(NamedTuple):
+    """What the target computed over the last emitted token and g draft tokens.
 
-    states: [max_new_tokens, d], of which states[i] emitted emitted[i]
+    Args:
+        hidden: [g + 1, d_target], its hidden states
+        scores: [g + 1, v], its processed logits
+        proposed: [g] draft token ids, up to and including the first that ends the text
+        target_tokens: [g + 1] its own greedy token ids
+        cosine: [g] of predicted and real states, or None
     """
 
-    target: Decoder
-    law: Law
-    watch: Stopwatch
-    state: State
-    states: Tensor
-    emitted: list[int]
-    rounds: list[Round] = field(default_factory=list)
-    passes: int = 0
+    hidden: Tensor
+    scores: Tensor
+    proposed: list[int]
+    target_tokens: list[int]
+    cosine: Tensor | None
+
+
+class Acceptance(NamedTuple):
+    """What a round emits.
+
+    Args:
+        accepted: [g] whether each draft token was accepted
+        tokens: token ids to emit: accepted draft tokens, or the corrected block (`relaxed`), then the target's own token
+        hidden: the target's hidden states that emitted them, one row each at least
+        recomputed: the target read the corrected block again
+    """
+
+    accepted: list[bool]
+    tokens: list[int]
+    hidden: Tensor
+    recomputed: bool
+
+
+class Speculation:
+    """Speculative decoding of one prompt, one round at a time: propose, verify, accept, commit. Arguments as in `speculate`.
+
+    After each `advance`, `emitted` is the text so far.
+    """
+
+    def __init__(
+        self,
+        target: Decoder,
+        proposer: Proposer,
+        prompt: Prompt,
+        max_new_tokens: int,
+        accept: Rule = "token",
+        threshold: float = 0.9,
+        num_draft_tokens: int = 5,
+        sampler: Sampler | None = None,
+        controller: DraftLengthController | None = None,
+        cosines: bool = True,
+    ) -> None:
+        if sampler is not None and accept != "token":
+            raise ValueError(f"sampling is lossless under the token rule only, got {accept!r}")
+        self._target, self._proposer, self._prompt, self._max_new_tokens = target, proposer, prompt, max_new_tokens
+        self._rule, self._threshold, self._num_draft_tokens, self._controller = accept, threshold, num_draft_tokens, controller
+        self._cosines = cosines or accept != "token"
+        self._selector = proposer.selector = TokenSelector.of(target, prompt, sampler)
+        self._watch, self._overlapped = Stopwatch(target.device), Stopwatch(target.device)
+        self._start_ms = self._last_ms = self._watch.now()
+        self._draft_prompt: Prompt | None = None  # not read yet
+        self.emitted: list[int] = []
+        self.rounds: list[Round] = []
+        self.passes = 0
+
+    @torch.inference_mode()
+    def prefill(self, draft_prompt: Prompt, overlap: bool = False) -> None:
+        """Read both prompts and emit the first token. The drafter's prompt may wait until drafting is expected to pay."""
+        target, watch, controller = self._target, self._watch, self._controller
+        reads_now = controller is None or not self._proposer.reads_prompt or controller.needs_prefill
+        self._draft_prompt = draft_prompt
+        with drafter_reading(self._proposer, draft_prompt, self._overlapped, target.device, overlap and reads_now) as reading:
+            with watch("target_prefill"):
+                self._state: State = target.prefill([self._prompt])
+                token = int(self._selector.select(target.lm_head(self._state.last), []).token)
+            if controller is not None:
+                controller.record_prefill(watch.ms["target_prefill"])
+            if reads_now:
+                self._start_drafter(reading)
+        self._states = self._state.last.new_empty(self._max_new_tokens, target.hidden_size)  # row i emitted token i
+        self._states[0] = self._state.last[0]
+        self.emitted = [token]
+        if controller is not None:
+            self._last_ms = watch.now()  # from here on all time is reported to the controller, its own included
 
     @property
-    def ended(self) -> bool:
-        return self.law.rules.end_of(self.emitted[:-1], self.emitted[-1:]) is not None
+    def is_finished(self) -> bool:
+        """Whether the text has ended or is as long as allowed."""
+        return self._has_ended() or len(self.emitted) >= self._max_new_tokens
 
-    def step(self, num_tokens: int) -> None:
-        """At most num_tokens tokens of plain decoding."""
-        first, read = len(self.emitted), []
-        last = torch.tensor([self.emitted[-1]], device=self.target.device)
-        with self.watch("verify"):
-            for _ in range(num_tokens):
-                read.append(self.target.step(self.state, last[None])[:, -1])
-                last = self.law.pick(self.target.lm_head(read[-1]), self.emitted).token
-                self.emitted.append(int(last))
-                if self.ended:
-                    break
-        self.states[first : len(self.emitted)] = torch.cat(read)
-        self.passes += len(read)
-
-    def verify(self, draft: Draft, accept: Rule, threshold: float, stopped: str) -> tuple[int, list[int]]:
-        """One round over these draft tokens; returns how many they are and the tokens it emits."""
-        drafts = draft.token_ids.to(self.target.device)
-        g, last = len(drafts), torch.tensor([self.emitted[-1]], device=self.target.device)
-        with self.watch("verify"):
-            hidden = self.target.step(self.state, torch.cat([last, drafts])[None])[0]  # [g + 1, d]
-            scores = self.law.rules.scores(self.target.lm_head(hidden), self.emitted, draft.token_ids.tolist())
-            says = scores.argmax(-1)  # [g + 1]
-            self.passes += 1
-        with self.watch("accept"):
-            cosine = None if draft.aligned is None else cosine_per_position(draft.aligned, hidden[:g])
-            if accept == "token":
-                kept, after = self.law.kept_of(drafts, draft.probs, scores, self.emitted)
-                n, extra = int(kept.sum()), int(after)
-            else:
-                kept = kept_drafts(accept, drafts, says[:g], cosine, threshold) if g else drafts.bool()
-                n = int(kept.sum())
-                extra = int(says[n if accept != "relaxed" else g])
-        tokens, recomputed = drafts[:n], False
-        if accept == "relaxed":
-            tokens = torch.where(kept, drafts, says[:g])
-            recomputed = not bool(kept.all())
-            if recomputed:
-                with self.watch("recompute"):
-                    n = g - int(kept.int().argmin())
-                    reread = _reread(self.target, self.state, tokens, n)
-                    hidden = torch.cat([hidden[: g + 1 - n], reread])
-                    extra = int(self.law.pick(self.target.lm_head(reread[-1:]), [*self.emitted, *tokens.tolist()]).token)
-                    self.passes += 1
+    @torch.inference_mode()
+    def advance(self) -> list[int]:
+        """One round, or steps of plain decoding where drafting does not pay; returns the new token ids."""
+        before, first, num_rounds = dict(self._watch.ms), len(self.emitted), len(self.rounds)
+        room = min(self._num_draft_tokens, self._max_new_tokens - first - 1)  # a round also emits a token of the target
+        floor = None if room <= 0 else 0.0 if self._controller is None else self._controller.next_confidence_floor()
+        if floor is None:
+            self._step_plainly(record=room > 0)
         else:
-            with self.watch("rollback"):
-                self.target.rollback(self.state, g - n)
-        new = [*tokens.tolist(), extra]
-        end = self.law.rules.end_of(self.emitted, new) or len(new)
-        self.states[len(self.emitted) : len(self.emitted) + end] = hidden[:end]
+            self._run_round(room, floor)
+        spent = {stage: ms - before.get(stage, 0.0) for stage, ms in self._watch.ms.items() if ms > before.get(stage, 0.0)}
+        new, rounds = self.emitted[first:], self.rounds[num_rounds:]
+        for r in rounds:
+            r.ms = spent if floor is not None else {"verify": spent["verify"] / len(new)}
+        if self._controller is not None:
+            self._report(sum(len(r.proposed) for r in rounds), len(new), spent)
+        return new
+
+    def finish(self) -> Generation:
+        """The finished text and its measurements."""
+        if self._draft_prompt is None:
+            self._proposer.finish(self.emitted)
+        watch = self._watch
+        spans = [*watch.spans, *((f"{stage}, overlapped", begin, end) for stage, begin, end in self._overlapped.spans)]
+        total_ms = watch.now() - self._start_ms
+        return Generation(self.emitted, self.passes, total_ms, watch.ms, self.rounds, relative_spans(spans, self._start_ms))
+
+    # ---- one round
+
+    def _run_round(self, room: int, floor: float) -> None:
+        if self._draft_prompt is not None:
+            self._start_drafter(None)
+        if self._controller is not None:
+            room = min(room, self._controller.max_draft_tokens(floor, self._proposer.has_confidence))
+        draft = self._proposer.propose(self.emitted, self._states[: len(self.emitted)], room, self._watch, floor)
+        verification = self._verify(draft)
+        stop_reason = self._stop_reason(verification.proposed, room, floor > 0 and self._proposer.has_confidence)
+        acceptance = self._accept(draft, verification)
+        self._commit(verification, acceptance, stop_reason, draft.confidence if floor > 0 else None)
+
+    def _verify(self, draft: Draft) -> Verification:
+        """Read the last emitted token and all draft tokens in one pass. Greedy decoding reads one small tensor from the device."""
+        target, selector = self._target, self._selector
+        drafts = draft.token_ids.to(target.device)
+        g = len(drafts)
+        with self._watch("verify"):
+            last = torch.tensor([self.emitted[-1]], device=target.device)
+            hidden = target.step(self._state, torch.cat([last, drafts])[None])[0]
+            logits = target.lm_head(hidden)
+            scores = logits if not selector.rules.processors else selector.rules.scores(logits, self.emitted, drafts.tolist())
+            read = torch.cat([drafts, scores.argmax(-1)]).tolist()
+            self.passes += 1
+        with self._watch("accept"):
+            cosine = None
+            if self._cosines and draft.predicted is not None:
+                cosine = cosine_per_position(draft.predicted(), hidden[:g])
+        proposed, target_tokens = read[:g], read[g:]
+        end = next((i + 1 for i, token in enumerate(proposed) if token in selector.eos_ids), g)
+        return Verification(hidden, scores, proposed[:end], target_tokens[: end + 1], None if cosine is None else cosine[:end])
+
+    def _accept(self, draft: Draft, verification: Verification) -> Acceptance:
+        """Apply the acceptance rule, and roll the target's cache back to the accepted tokens."""
+        proposed, target_tokens = verification.proposed, verification.target_tokens
+        g, num_read = len(proposed), len(draft.token_ids)
+        with self._watch("accept"):
+            accepted, following = self._judge(draft, verification)
+        if self._rule == "relaxed":
+            if num_read > g:
+                with self._watch("rollback"):
+                    self._target.rollback(self._state, num_read - g)
+            return self._corrected(verification, accepted)
+        n = sum(accepted)
+        with self._watch("rollback"):
+            self._target.rollback(self._state, num_read - n)
+        following = target_tokens[n] if following is None else following
+        return Acceptance(accepted, [*proposed[:n], following], verification.hidden, False)
+
+    def _judge(self, draft: Draft, verification: Verification) -> tuple[list[bool], int | None]:
+        """Which draft tokens are accepted; with a sampler also the token drawn after them."""
+        proposed, target_tokens, g = verification.proposed, verification.target_tokens, len(verification.proposed)
+        if self._rule == "token" and self._selector.sampler is None:
+            n = next((i for i, (d, t) in enumerate(zip(proposed, target_tokens, strict=False)) if d != t), g)
+            return [i < n for i in range(g)], None
+        drafts = draft.token_ids[:g].to(verification.hidden.device)
+        if self._rule == "token":
+            probs = None if draft.probs is None else draft.probs[:g]
+            accepted, token = self._selector.accept(drafts, probs, verification.scores[: g + 1], self.emitted)
+            return accepted.tolist(), int(token)
+        if not g:
+            return [], None
+        own = torch.tensor(target_tokens[:g], device=drafts.device)
+        return accepted_drafts(self._rule, drafts, own, verification.cosine, self._threshold).tolist(), None
+
+    def _corrected(self, verification: Verification, accepted: list[bool]) -> Acceptance:
+        """The `relaxed` rule's block: rejected draft tokens are replaced by the target's own, which the target then reads again."""
+        g = len(accepted)
+        tokens = [d if a else t for a, d, t in zip(accepted, verification.proposed, verification.target_tokens, strict=False)]
+        if all(accepted):
+            return Acceptance(accepted, [*tokens, verification.target_tokens[g]], verification.hidden, False)
+        with self._watch("recompute"):
+            n = g - accepted.index(False)
+            self._target.rollback(self._state, n)
+            block = torch.tensor([tokens[-n:]], device=self._target.device)
+            hidden = torch.cat([verification.hidden[: g + 1 - n], self._target.step(self._state, block)[0]])
+            token = self._selector.select(self._target.lm_head(hidden[-1:]), [*self.emitted, *tokens]).token
+            self.passes += 1
+            return Acceptance(accepted, [*tokens, int(token)], hidden, True)
+
+    def _commit(self, verification: Verification, acceptance: Acceptance, stop_reason: str, confidence: Sequence[float] | None) -> None:
+        """Emit the tokens of a round up to the end of the text, keep the states that emitted them, record the round."""
+        new, g = acceptance.tokens, len(acceptance.accepted)
+        end = self._selector.rules.end_of(self.emitted, new) or len(new)
+        self._states[len(self.emitted) : len(self.emitted) + end] = acceptance.hidden[:end]
         self.emitted += new[:end]
-        kept_here = [k and i < end for i, k in enumerate(kept.tolist())]  # nothing after EOS counts
-        cosines = None if cosine is None else cosine.tolist()
-        extra_token = extra if end == len(new) else None
-        self.rounds.append(Round(drafts.tolist(), says[:g].tolist(), kept_here, cosines, extra_token, recomputed, {}, stopped))
-        return g, new[:end]
+        self.rounds.append(
+            Round(
+                proposed=verification.proposed,
+                target_tokens=verification.target_tokens[:g],
+                accepted=[a and i < end for i, a in enumerate(acceptance.accepted)],  # nothing after the end of the text counts
+                cosine=None if verification.cosine is None else verification.cosine.tolist(),
+                extra_token=new[-1] if end == len(new) else None,
+                recomputed=acceptance.recomputed,
+                ms={},
+                stop_reason=stop_reason,
+                confidence=None if confidence is None else list(confidence),
+            )
+        )
 
+    def _step_plainly(self, record: bool) -> None:
+        """Steps of plain decoding: room for the last token only, or drafting does not pay.
 
-def _spent(watch: Stopwatch, before: dict[str, float]) -> dict[str, float]:
-    """Milliseconds of each stage since `before`."""
-    return {stage: ms - before.get(stage, 0.0) for stage, ms in watch.ms.items() if ms > before.get(stage, 0.0)}
+        Args:
+            record: add a round without draft tokens for each step
+        """
+        first, hidden = len(self.emitted), []
+        num_tokens = min(1 if self._controller is None else self._controller.plain_steps, self._max_new_tokens - first)
+        last = torch.tensor([self.emitted[-1]], device=self._target.device)
+        with self._watch("verify"):
+            for _ in range(num_tokens):
+                hidden.append(self._target.step(self._state, last[None])[:, -1])
+                last = self._selector.select(self._target.lm_head(hidden[-1]), self.emitted).token
+                self.emitted.append(int(last))
+                if self._has_ended():
+                    break
+        self._states[first : len(self.emitted)] = torch.cat(hidden)
+        self.passes += len(hidden)
+        if record:
+            self.rounds += [Round([], [], [], None, token, False, {}, "off") for token in self.emitted[first:]]
 
+    # ---- bookkeeping
 
-def _tell(pace: Pace, drafts: int, tokens: int, spent: dict[str, float], since: float, now: float) -> float:
-    """Tell the pace of a round, or of steps of plain decoding, that took from `since` to `now`; returns `now`."""
-    elapsed = now - since - spent.get("draft_prefill", 0.0)
-    alone = spent["verify"] + spent.get("accept", 0.0)  # without drafts this is what the target does anyway
-    drafting = sum(spent.get(stage, 0.0) for stage in DRAFT_STAGES) if drafts else elapsed - alone
-    pace.passed(drafts, tokens, drafting, elapsed - drafting)
-    return now
+    def _has_ended(self) -> bool:
+        return self._selector.rules.end_of(self.emitted[:-1], self.emitted[-1:]) is not None
 
+    def _start_drafter(self, reading: Future[None] | None) -> None:
+        """Let the drafter read its prompt, or wait until the second thread has read it."""
+        assert self._draft_prompt is not None
+        if reading is None:
+            self._proposer.start(self._draft_prompt, self._watch)
+        else:
+            with self._watch("draft_prefill"):
+                reading.result()
+        self._draft_prompt = None
+        assert self._state.prompt is not None  # the target reads its last layer only
+        self._proposer.target_read(self._prompt, self._state.prompt[0], self._watch)
+        if self._controller is not None:
+            self._controller.record_draft_prefill(self._watch.ms.get("draft_prefill", 0.0))
 
-def _since(start: float, spans: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
-    return sorted(((stage, begin - start, end - start) for stage, begin, end in spans), key=lambda span: span[1])
+    def _report(self, num_drafts: int, num_tokens: int, spent: dict[str, float]) -> None:
+        """Report a round, or steps of plain decoding, to the controller; time between rounds counts as well."""
+        assert self._controller is not None
+        now = self._watch.now()
+        elapsed = now - self._last_ms - spent.get("draft_prefill", 0.0)
+        plain_ms = spent["verify"] + spent.get("accept", 0.0)  # what the target takes without draft tokens
+        draft_ms = sum(spent.get(stage, 0.0) for stage in DRAFT_STAGES) if num_drafts else elapsed - plain_ms
+        self._controller.record_round(num_drafts, num_tokens, draft_ms, elapsed - draft_ms)
+        self._last_ms = now
 
+    def _stop_reason(self, drafts: Sequence[int], room: int, stops_at_floor: bool) -> str:
+        """Why no more was drafted.
 
-def _start(proposer: Proposer, prompt: Prompt, watch: Stopwatch, pace: Pace | None, reading: Future | None = None) -> None:
-    if reading is None:
-        proposer.start(prompt, watch)
-    else:
-        with watch("draft_prefill"):
-            reading.result()
-    if pace is not None:
-        pace.started(watch.ms.get("draft_prefill", 0.0))
-
-
-def _hand_over(proposer: Proposer, prompt: Prompt, state: State, watch: Stopwatch) -> None:
-    """Give a drafter that was started the target's states of its prompt."""
-    assert state.prompt is not None  # the target reads its last layer only
-    proposer.target_read(prompt, state.prompt[0], watch)
-
-
-@contextmanager
-def _reading(proposer: Proposer, prompt: Prompt, watch: Stopwatch, device: torch.device, overlap: bool) -> Iterator[Future | None]:
-    """With `overlap`, the drafter reads its prompt in a thread meanwhile. The thread has ended afterwards, however the block ends: what
-    fails in the block is raised once the thread is done, with a note where the drafter failed too."""
-    reading = _in_a_thread(device, proposer.start, prompt, watch) if overlap else None
-    try:
-        yield reading
-    except BaseException as error:
-        if reading is not None and (also := reading.exception()) is not None and also is not error:
-            error.add_note(f"the drafter failed meanwhile, as it read its own prompt: {type(also).__name__}: {also}")
-        raise
-
-
-def _in_a_thread(device: torch.device, call: Callable, *args: Any) -> Future:
-    """A call begun beside this one, on a GPU on a stream of its own; torch lets go of Python's lock while it multiplies. No more torch
-    threads than there were."""
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # behind nothing: all that it reads is there
-
-    def run() -> None:
-        with torch.cuda.stream(stream):  # none: nothing changes
-            call(*args)
-            if stream is not None:
-                stream.synchronize()
-
-    pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
-    future = pool.submit(run)
-    pool.shutdown(wait=False)
-    return future
-
-
-def _why(drafts: Sequence[int], room: int, law: Law, heeds_floor: bool) -> str:
-    """Why no more was drafted. heeds_floor: the drafter stops where the chance of its draft tokens is below a floor above 0"""
-    if drafts and drafts[-1] in law.eos_ids:
-        return "EOS"
-    if len(drafts) == room:
-        return "length"
-    return "unsure" if drafts and heeds_floor else "no idea"
-
-
-def _reread(target: Decoder, state: State, tokens: Tensor, n: int) -> Tensor:
-    """Forget the last n positions, read the corrected tokens there, return the states behind them: [n, d]."""
-    target.rollback(state, n)
-    return target.step(state, tokens[None, -n:])[0]
+        Args:
+            drafts: the draft tokens
+            room: maximum number of draft tokens
+            stops_at_floor: the drafter stops where the chance of its draft tokens is below a floor above 0
+        """
+        if drafts and drafts[-1] in self._selector.eos_ids:
+            return "EOS"
+        if len(drafts) == room:
+            return "length"
+        return "low confidence" if drafts and stops_at_floor else "no candidate"

@@ -1,62 +1,74 @@
-"""Who drafts. A proposer reads what has been emitted and proposes the next tokens; it may say which target states it expects."""
+"""Drafters that use a model. A proposer reads the text so far and proposes draft tokens; it may predict the target's hidden states."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from feature_alignment.adapters.chained import ChainedAdapter, Seen
-from feature_alignment.decoding.law import Law, Pick
+from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.adapters.folded import EventContext, FoldedChain
 from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.decoding.token_selection import Selected, TokenSelector
 from feature_alignment.models.decoder import Decoder, Prompt, State
 from feature_alignment.models.fixed import captured
+
+BLOCK_LENGTHS = (4, 8, 16, 24, 32)  # of a whole block at a confidence floor; few, because each is one CUDA graph
 
 
 @dataclass(frozen=True)
 class Draft:
-    """Proposed tokens, possibly none.
+    """The draft tokens of one round, possibly none.
 
-    token_ids:  [g] int64
-    aligned:    [g, d_target] = A(g_t), the target states expected to emit them, or None
-    probs:      [g, v], what each token was drawn from; None: none was drawn
-    confidence: the chance of each to be kept once all before it are, as far as it was asked for; None: it was not
+    Args:
+        token_ids: [g] int64, on any device
+        predicted: computes [g, d_target], the predicted target states; None if the drafter predicts none. A function, because only
+            the cosine rules and traces need them
+        probs: [g, v], the distribution each token was drawn from; None if none was drawn
+        confidence: for each token, its chance to be accepted if all before it are; None if it was not computed
     """
 
     token_ids: Tensor
-    aligned: Tensor | None = None
+    predicted: Callable[[], Tensor] | None = None
     probs: Tensor | None = None
     confidence: Sequence[float] | None = None
 
     @classmethod
-    def of(cls, picks: Sequence[Pick], aligned: Sequence[Tensor | None]) -> Draft:
-        """From one token after the other, at least one: a pick of one row and [1, d_target] each; all expected and drawn, or none."""
-        states, probs = ([x for x in found if x is not None] for found in (aligned, [p.probs for p in picks]))
-        token_ids = torch.cat([p.token for p in picks])
-        return cls(token_ids, torch.cat(states) if states else None, torch.cat(probs) if probs else None, [p.confidence for p in picks])
+    def of(cls, selected: Sequence[Selected], predicted: Callable[[], Tensor] | None) -> Draft:
+        """A draft of at least one selected token; either all or none were drawn."""
+        probs = [s.probs for s in selected if s.probs is not None]
+        token_ids = torch.cat([s.token for s in selected])
+        return cls(token_ids, predicted, torch.cat(probs) if probs else None, [s.confidence for s in selected])
 
 
 class Proposer(Protocol):
-    reads_prompt: bool = True  # which takes time
-    knows_chance: bool = True  # of its drafts, and stops where that is below the floor
-    law: Law = Law()  # of the text that is being written; the decoding loop sets it before `start`
+    """A drafter. Subclasses implement `start` and `propose`."""
+
+    reads_prompt: bool = True  # `start` takes time
+    has_confidence: bool = True  # computes the chance of its draft tokens and stops at the confidence floor
+    selector: TokenSelector = TokenSelector()  # of the current text; the decoding loop sets it before `start`
 
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """Read a new prompt."""
 
     def target_read(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
-        """The target has read its own prompt: its states there [s, d_target]. Called once a text, after `start`."""
+        """Receive the target's prompt and its hidden states [s, d_target] there; called once for each text, after `start`."""
         return None
 
-    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
-        """Draft at most num_tokens tokens after `emitted` (the text so far; what the target has said of it never changes), none
-        after one of `law.eos_ids`.
+    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:
+        """Propose at most `num_tokens` draft tokens, none after a token that ends the text.
 
-        states: [n, d_target], the target's own states that emitted the first n tokens; the others are drafts themselves
-        floor:  the draft whose chance to be kept, with all before it, is below this is the last; ignored by who does not know it
+        Args:
+            emitted: token ids of the text so far; tokens that the target has verified never change
+            states: [n, d_target], the target's hidden states that emitted the first n tokens; later tokens are draft tokens themselves
+            num_tokens: at least 1
+            watch: books the time
+            confidence_floor: drafting ends with the token whose chance to be accepted, with all before it, is below this; ignored
+                without `has_confidence`
         """
 
     def finish(self, emitted: Sequence[int]) -> None:
@@ -65,11 +77,13 @@ class Proposer(Protocol):
 
 
 class ModelProposer(Proposer):
-    """EventGPT drafts, token by token, and is fed what it drafted.
+    """EventGPT drafts token by token and reads each of its draft tokens.
 
-    target_head: W, target states -> logits. Given, the drafts are `aligned`, from W A(g); without it they are the drafter's `own`,
-                 from its own head.
-    adapter:     A; without it (own drafts) no state is expected, and only the `token` rule can judge the drafts
+    Args:
+        draft: EventGPT
+        adapter: maps its hidden states to predicted target states; without it only the `token` rule can judge the draft tokens
+        target_head: target states -> logits. With it, draft tokens are read from the predicted states (`aligned`); without it, from
+            EventGPT's own head (`own`)
     """
 
     def __init__(
@@ -79,42 +93,44 @@ class ModelProposer(Proposer):
         target_head: Callable[[Tensor], Tensor] | None,
     ) -> None:
         if target_head is not None and adapter is None:
-            raise ValueError("aligned drafts need an adapter")
+            raise ValueError("aligned draft tokens need an adapter")
         self._draft, self._target_head = draft, target_head
         self._adapter = None if adapter is None else captured(adapter, draft.steps)
-        self._state: State  # of the prompt that was started
-        self._read: list[int] = []  # tokens in the drafter's cache behind the prompt
+        self._state: State  # of the current prompt
+        self._read: list[int] = []  # tokens in EventGPT's cache after the prompt
 
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
+        """See `Proposer`."""
         with watch("draft_prefill"):
             self._state = self._draft.prefill([prompt])
         self._read = []
 
     @torch.inference_mode()
-    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
+    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:
+        """See `Proposer`."""
         with watch("draft"):
             hidden = self._catch_up(emitted)
         text: list[int] = []
-        picks: list[Pick] = []
-        aligned: list[Tensor | None] = []
+        selected: list[Selected] = []
+        predicted: list[Tensor] = []
         chance = 1.0
-        while not text or (len(text) < num_tokens and chance >= floor and text[-1] not in self.law.eos_ids):
-            if picks:
+        while not text or (len(text) < num_tokens and chance >= confidence_floor and text[-1] not in self.selector.eos_ids):
+            if selected:
                 with watch("draft"):
-                    hidden = self._draft.step(self._state, picks[-1].token[None])[:, -1]
-            with watch("adapter"):
-                expected = None if self._adapter is None else self._adapter(hidden)
-                aligned.append(expected)
+                    hidden = self._draft.step(self._state, selected[-1].token[None])[:, -1]
+            if self._adapter is not None:
+                with watch("adapter"):
+                    predicted.append(self._adapter(hidden))
             with watch("head"):
-                logits = self._draft.lm_head(hidden) if self._target_head is None or expected is None else self._target_head(expected)
-                picks.append(self.law.pick(logits, [*emitted, *text], confidence=floor > 0))
-                text.append(int(picks[-1].token))
-            chance *= picks[-1].confidence
-        self._read += text[:-1]  # the last draft has not been read
-        return Draft.of(picks, aligned)
+                logits = self._draft.lm_head(hidden) if self._target_head is None else self._target_head(predicted[-1])
+                selected.append(self.selector.select(logits, [*emitted, *text], confidence=confidence_floor > 0))
+                text.append(int(selected[-1].token))
+            chance *= selected[-1].confidence
+        self._read += text[:-1]  # the last draft token has not been read
+        return Draft.of(selected, (lambda: torch.cat(predicted)) if predicted else None)
 
     def _catch_up(self, emitted: Sequence[int]) -> Tensor:
-        """Roll back what was not kept, read what was emitted instead; returns the state behind the last emitted token."""
+        """Roll back rejected tokens and read the emitted ones; returns the state [1, d_draft] after the last emitted token."""
         same = 0
         while same < min(len(self._read), len(emitted) - 1) and self._read[same] == emitted[same]:
             same += 1
@@ -125,85 +141,153 @@ class ModelProposer(Proposer):
 
 
 class ChainedProposer(Proposer):
-    """The chained adapter drafts from the target's last verified state; EventGPT is asked once, for what it sees.
+    """The chained adapter drafts from the target's last verified state; EventGPT runs once, for its view of the clip.
 
-    target_head: W, target states -> logits
-    embeddings:  [v, d_target], the target's input embeddings of the shared ids
+    Between two draft tokens only the adapter's own width is touched (`FoldedChain`). At a fixed draft length, greedy decoding drafts a
+    whole round without reading any value from the device. With a confidence floor, a GPU also drafts a whole block and reads its tokens
+    and confidences once; a CPU, where reading is free, stops at the floor instead of drafting on.
+
+    Args:
+        draft: EventGPT
+        adapter: the trained chained adapter
+        head: [v, d_target], the target's LM head
+        embeddings: [v, d_target], the target's input embeddings
+        draft_ids: [n] int64, ascending: the only token ids that may be drafted; None for all
     """
 
-    def __init__(
-        self,
-        draft: Decoder,
-        adapter: ChainedAdapter,
-        target_head: Callable[[Tensor], Tensor],
-        embeddings: Tensor,
-    ) -> None:
-        self._draft, self._adapter, self._target_head = draft, adapter, target_head
-        with torch.inference_mode():
-            self._tokens = adapter.tokens(embeddings)
-        self._seen: Seen | None = None
-        self._expect, self._go_on = captured(self._expect_next, draft.steps), captured(self._read_and_expect, draft.steps)
+    def __init__(self, draft: Decoder, adapter: ChainedAdapter, head: Tensor, embeddings: Tensor, draft_ids: Tensor | None = None) -> None:
+        self._draft, self._adapter, self._vocab_size = draft, adapter, len(head)
+        self._ids = None if draft_ids is None else draft_ids.to(head.device)
+        self._chain = FoldedChain(adapter, head if self._ids is None else head[self._ids], embeddings)
+        self._context: EventContext | None = None
+        self._drafts_blocks = head.device.type != "cpu"  # at a confidence floor
+        self._last_length = 8  # draft length at the last confidence floor
+        self._block = captured(self._draft_block, draft.steps)
+        self._confident_block = captured(partial(self._draft_block, with_confidence=True), draft.steps)
+        self._first, self._next = captured(self._expect, draft.steps), captured(self._read_and_expect, draft.steps)
 
     @torch.inference_mode()
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
+        """See `Proposer`."""
         with watch("draft_prefill"):
-            seen = self._adapter.see(self._draft.vision_states(prompt.ids[None], self._draft.encode_vision(prompt.pixels[None])))
-            self._seen = self._seen or seen
-            for place, new in zip(self._seen, seen, strict=True):
-                place.copy_(new)  # a recorded step finds it where the last prompt's was
-        self._memory: Tensor | None = None  # [1, w] of the verified text
-        self._read = 0  # how many tokens that is
-        self._ahead: list[int] = []  # drafts read behind it,
-        self._chain: Tensor  # and the memory [1, 1, w] with them
+            vision = self._draft.encode_vision(prompt.pixels[None])
+            context = self._chain.context(self._adapter.see(self._draft.vision_states(prompt.ids[None], vision)))
+            self._context = self._context or context
+            for buffer, new in zip(self._context, context, strict=True):
+                buffer.copy_(new)  # a CUDA graph reads the buffers of the first prompt
+        self._memory: Tensor | None = None  # [1, w], of the verified text
+        self._num_read = 0  # tokens of that text
+        self._ahead: list[int] | Tensor = []  # draft tokens read after it
+        self._tip: Tensor  # [1, w], the memory after them
 
     @torch.inference_mode()
-    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, floor: float = 0.0) -> Draft:
+    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:
+        """See `Proposer`. With a fixed length, tokens after one that ends the text are proposed too; the loop drops them unread."""
         with watch("adapter"):
             self._catch_up(emitted, states)
+            if self.selector.is_plain_argmax and confidence_floor == 0:
+                token_ids, hidden, self._tip, _ = self._block(self._tip, self._zeros(num_tokens))
+                self._ahead = token_ids[:-1]
+                return Draft(token_ids, lambda: self._chain.states(hidden))
+            if self.selector.is_plain_argmax and self._drafts_blocks:
+                return self._propose_block(num_tokens, confidence_floor)
+        return self._propose_one_by_one(emitted, num_tokens, watch, confidence_floor)
+
+    def _propose_block(self, num_tokens: int, confidence_floor: float) -> Draft:
+        """Draft up to twice the last length at once, read all tokens and confidences, and cut at the confidence floor."""
+        length = min(num_tokens, next(n for n in BLOCK_LENGTHS if n >= min(2 * self._last_length, BLOCK_LENGTHS[-1])))
+        token_ids, hidden, _, confidence = self._confident_block(self._tip, self._zeros(length))
+        read = torch.cat([token_ids.double(), confidence.double()]).tolist()
+        tokens, confidences = [int(token) for token in read[:length]], read[length:]
+        chance, n = 1.0, 0
+        while n == 0 or (n < length and chance >= confidence_floor and tokens[n - 1] not in self.selector.eos_ids):
+            chance *= confidences[n]
+            n += 1
+        self._last_length = n  # the chain goes on from the verified text, or reads these tokens again
+        return Draft(token_ids[:n], lambda: self._chain.states(hidden[:n]), confidence=confidences[:n])
+
+    def _propose_one_by_one(self, emitted: Sequence[int], num_tokens: int, watch: Stopwatch, confidence_floor: float) -> Draft:
+        """Draft tokens whose selection depends on the text, on random numbers or on the confidence so far."""
+        assert isinstance(self._ahead, list)
         text: list[int] = []
-        picks: list[Pick] = []
-        expected: list[Tensor] = []
+        selected: list[Selected] = []
+        hidden: list[Tensor] = []
         chance = 1.0
-        while not text or (len(text) < num_tokens and chance >= floor and text[-1] not in self.law.eos_ids):
+        while not text or (len(text) < num_tokens and chance >= confidence_floor and text[-1] not in self.selector.eos_ids):
             with watch("adapter"):
-                if picks:
-                    self._chain, state = self._go_on(expected[-1], picks[-1].token, self._chain)
+                if selected:
+                    self._tip, z = self._next(hidden[-1], selected[-1].token, self._tip)
                 else:
-                    state = self._expect(self._chain)
-                expected.append(state)
+                    z = self._first(self._tip)
+                hidden.append(z)
             with watch("head"):
-                picks.append(self.law.pick(self._target_head(expected[-1]), [*emitted, *text], confidence=floor > 0))
-                text.append(int(picks[-1].token))
-            chance *= picks[-1].confidence
+                selected.append(self.selector.select(self._logits(z), [*emitted, *text], confidence=confidence_floor > 0))
+                text.append(int(selected[-1].token))
+            chance *= selected[-1].confidence
         self._ahead += text[:-1]
-        return Draft.of(picks, expected)
+        return Draft.of(selected, lambda: self._chain.states(torch.cat(hidden)))
 
     def _catch_up(self, emitted: Sequence[int], states: Tensor) -> None:
-        """Read what has been verified since the last call; then the tokens behind it, for which only expected states are there."""
+        """Read the newly verified tokens with the target's states, then the tokens after them with predicted states."""
         n = len(states)
-        if n > self._read:
-            new = torch.tensor([emitted[self._read : n]], device=states.device)
-            memories = self._adapter.read(states[None, self._read :], self._tokens[new], self._memory)
-            self._memory, self._read = memories[:, -1], n
-            self._ahead, self._chain = [], memories[:, -1:]
-        behind = list(emitted[n:])
-        if behind[: len(self._ahead)] != self._ahead:
+        if n > self._num_read:
+            new = torch.tensor([emitted[self._num_read : n]], device=states.device)
+            memories = self._adapter.read(states[None, self._num_read :], self._chain.tokens[new], self._memory)
+            self._memory, self._num_read = memories[:, -1], n
+            self._ahead, self._tip = [], memories[:, -1]
+        following = list(emitted[n:])
+        ahead = self._ahead if isinstance(self._ahead, list) else self._ahead.tolist()
+        if following[: len(ahead)] != ahead:
             assert self._memory is not None  # the target's prefill has emitted a token
-            self._ahead, self._chain = [], self._memory[:, None]
-        for token in behind[len(self._ahead) :]:
+            ahead, self._tip = [], self._memory
+        for token in following[len(ahead) :]:
             ids = torch.tensor([token], device=states.device)
-            self._chain = self._read_draft(self._expect(self._chain), ids, self._chain)
-        self._ahead = behind
+            self._tip = self._chain.go_on(self._first(self._tip), ids, self._tip)
+        self._ahead = following
 
-    def _expect_next(self, chain: Tensor) -> Tensor:
-        """The target's next state [1, d_target], for the memory [1, 1, w] of all before it."""
-        assert self._seen is not None  # a prompt was started
-        return self._adapter.expect(chain, self._seen)[:, 0]
+    def _zeros(self, num_tokens: int) -> Tensor:
+        """A tensor whose shape tells the captured block its draft length."""
+        return torch.zeros(num_tokens, dtype=torch.bool, device=self._tip.device)
 
-    def _read_draft(self, state: Tensor, token: Tensor, chain: Tensor) -> Tensor:
-        """The memory [1, 1, w] behind one more draft: its expected state [1, d_target] and token [1]."""
-        return self._adapter.read(state[:, None], self._tokens[token][:, None], chain[:, -1])
+    def _draft_block(self, memory: Tensor, length: Tensor, with_confidence: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Greedy draft tokens without a read from the device.
 
-    def _read_and_expect(self, state: Tensor, token: Tensor, chain: Tensor) -> tuple[Tensor, Tensor]:
-        chain = self._read_draft(state, token, chain)
-        return chain, self._expect_next(chain)
+        Args:
+            memory: [1, w], of the text so far
+            length: [g], any values
+            with_confidence: also compute the probability of each token
+
+        Returns:
+            token ids [g] int64, hidden layers [g, w] that `FoldedChain.states` turns into predicted states, the memory [1, w] after all
+            tokens but the last, and the probabilities [g] float32, or [0] if they were not requested
+        """
+        tokens: list[Tensor] = []
+        hidden: list[Tensor] = []
+        confidence: list[Tensor] = [self._tip.new_empty(0, dtype=torch.float32)]
+        for i in range(len(length)):
+            if i:
+                memory = self._chain.go_on(hidden[-1], tokens[-1], memory)
+            hidden.append(self._expect(memory))
+            logits = self._chain.logits(hidden[-1])
+            best = logits.argmax(-1)
+            tokens.append(best if self._ids is None else self._ids[best])
+            if with_confidence:
+                confidence.append(logits.float().softmax(-1).amax(-1))
+        return torch.cat(tokens), torch.cat(hidden), memory, torch.cat(confidence)
+
+    def _expect(self, memory: Tensor) -> Tensor:
+        """The hidden layer [1, w] of the next predicted state, for the memory [1, w] of all tokens before it."""
+        assert self._context is not None  # a prompt was started
+        return self._chain.expect(memory, self._context)
+
+    def _read_and_expect(self, z: Tensor, token: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Read one draft token [1] with its hidden layer z [1, w]; returns the memory [1, w] and the next hidden layer [1, w]."""
+        memory = self._chain.go_on(z, token, memory)
+        return memory, self._expect(memory)
+
+    def _logits(self, z: Tensor) -> Tensor:
+        """Draft logits [1, v] of a hidden layer [1, w]; ids that may not be drafted have minus infinity."""
+        logits = self._chain.logits(z)
+        if self._ids is None:
+            return logits
+        return logits.new_full((1, self._vocab_size), -torch.inf).index_copy_(1, self._ids, logits)

@@ -1,4 +1,4 @@
-"""Time per named stage, as the device spent it. A GPU is not made to wait for the watch: it notes the moments itself, as events."""
+"""Milliseconds per named stage. On a GPU, stages are marked by CUDA events, so that measuring does not synchronize the device."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 
 
 class Stopwatch:
-    """`with watch("verify"): …` adds to `watch.ms["verify"]`. Stages must not nest, so that their sum is time that really ran."""
+    """`with watch("verify"): …` adds to `watch.ms["verify"]`. Stages must not nest, so that their sum is elapsed time."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._ms: dict[str, float] = defaultdict(float)
         self._spans: list[tuple[str, float, float]] = []
-        self._noted: list[tuple[str, Any, Any]] = []  # stage and the events at its ends, not read off yet
+        self._pending: list[tuple[str, Any, Any]] = []  # stage, and its begin and end that have not been read yet
         self._cuda = torch.device(device).type == "cuda"
         if self._cuda:
-            self._began = self.now(), self._event()
+            self._origin = self.now(), self._event()
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -29,18 +29,18 @@ class Stopwatch:
         try:
             yield
         finally:
-            self._noted.append((stage, begin, mark()))
+            self._pending.append((stage, begin, mark()))
 
     @property
     def ms(self) -> dict[str, float]:
         """Milliseconds of each stage so far."""
-        self._read_off()
+        self._read_pending()
         return self._ms
 
     @property
     def spans(self) -> list[tuple[str, float, float]]:
-        """(stage, begin, end) of everything that was measured, in `now`'s milliseconds."""
-        self._read_off()
+        """(stage, begin, end) of every measured interval, in milliseconds on the clock of `now`."""
+        self._read_pending()
         return self._spans
 
     def now(self) -> float:
@@ -49,15 +49,15 @@ class Stopwatch:
             torch.cuda.synchronize()
         return time.perf_counter() * 1e3
 
-    def _read_off(self) -> None:
-        for stage, begin, end in self._noted:
+    def _read_pending(self) -> None:
+        for stage, begin, end in self._pending:
             if self._cuda:
                 end.synchronize()
-                zero_ms, zero = self._began
-                begin, end = zero_ms + zero.elapsed_time(begin), zero_ms + zero.elapsed_time(end)
+                origin_ms, origin = self._origin
+                begin, end = origin_ms + origin.elapsed_time(begin), origin_ms + origin.elapsed_time(end)
             self._ms[stage] += end - begin
             self._spans.append((stage, begin, end))
-        self._noted = []
+        self._pending = []
 
     def _event(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)

@@ -1,4 +1,4 @@
-"""A finished text round by round, for people: where each token came from, why drafting stopped, where the milliseconds went."""
+"""A readable trace of a generation, round by round: origin of each token, why drafting stopped, milliseconds per stage."""
 
 from __future__ import annotations
 
@@ -6,47 +6,59 @@ from collections.abc import Callable
 
 from feature_alignment.decoding.engine import Generation, Round
 
-# kind of token: (colour for terminals, marks for plain text)
-STYLES = {"kept": ("\033[32m", ("", "")), "rejected": ("\033[31;9m", ("(", ")")), "own": ("\033[1;34m", ("[", "]"))}
-STOPPED = {
-    "length": "as many as asked for",
+# kind of token -> (terminal color, marks in plain text)
+STYLES = {"accepted": ("\033[32m", ("", "")), "rejected": ("\033[31;9m", ("(", ")")), "own": ("\033[1;34m", ("[", "]"))}
+STOP_REASONS = {
+    "length": "draft length reached",
     "EOS": "the draft ended the text",
-    "unsure": "the next draft was not worth it",
-    "no idea": "the drafter had no more",
-    "off": "drafting does not pay",
+    "low confidence": "one more draft token was not worth its cost",
+    "no candidate": "the drafter had no more candidates",
+    "off": "plain decoding: drafting does not pay here",
 }
 
 
-def shown(text: str, kind: str, colour: bool) -> str:
-    """A token as the draft it was: kept, rejected, or the target's own."""
+def styled(text: str, kind: str, color: bool) -> str:
+    """A token with the style of its kind: accepted, rejected, or the target's own."""
     code, (before, after) = STYLES[kind]
-    return f"{code}{text}\033[0m" if colour else f"{before}{text}{after}"
+    return f"{code}{text}\033[0m" if color else f"{before}{text}{after}"
 
 
-def legend(colour: bool) -> str:
-    return ", ".join(shown(name, kind, colour) for kind, name in (("kept", "kept"), ("rejected", "rejected"), ("own", "target's own")))
+def legend(color: bool) -> str:
+    """The styles, explained."""
+    names = (("accepted", "accepted"), ("rejected", "rejected"), ("own", "target's own"))
+    return ", ".join(styled(name, kind, color) for kind, name in names)
 
 
-def tokens_of(r: Round, decode: Callable[[list[int]], str], colour: bool) -> str:
-    """One round's drafts and the token behind them."""
-    words = [shown(decode([t]), "kept" if k else "rejected", colour) for t, k in zip(r.proposed, r.kept, strict=True)]
+def styled_tokens(r: Round, decode: Callable[[list[int]], str], color: bool) -> str:
+    """The draft tokens of a round and the target's token after them.
+
+    Args:
+        r: the round
+        decode: token ids -> text
+        color: use terminal colors instead of marks
+    """
+    words = [styled(decode([t]), "accepted" if a else "rejected", color) for t, a in zip(r.proposed, r.accepted, strict=True)]
     if r.extra_token is not None:
-        words.append(shown(decode([r.extra_token]), "own", colour))
+        words.append(styled(decode([r.extra_token]), "own", color))
     return " ".join(words)
 
 
-def trace_lines(generation: Generation, decode: Callable[[list[int]], str], colour: bool) -> list[str]:
-    """Two lines a round: its tokens; what was kept, why no more was drafted, milliseconds per stage.
+def trace_lines(generation: Generation, decode: Callable[[list[int]], str], color: bool) -> list[str]:
+    """Two lines for each round: its tokens; then accepted tokens, the reason drafting stopped, milliseconds per stage.
 
-    decode: token ids -> text
+    Args:
+        generation: a finished text
+        decode: token ids -> text
+        color: use terminal colors instead of marks
     """
-    lines = [f"  0  {shown(decode(generation.token_ids[:1]), 'own', colour)}"]
-    before = {stage: ms for stage in ("target_prefill", "draft_prefill") if (ms := generation.ms.get(stage))}
-    lines.append(f"     both prompts read; {_stages(before)}")
+    lines = [f"  0  {styled(decode(generation.token_ids[:1]), 'own', color)}"]
+    prefill = {stage: ms for stage in ("target_prefill", "draft_prefill") if (ms := generation.ms.get(stage))}
+    lines.append(f"     prefill of both prompts; {_stages(prefill)}")
     for i, r in enumerate(generation.rounds):
-        lines.append(f"{i + 1:3d}  {tokens_of(r, decode, colour)}")
-        what = f"kept {r.num_accepted} of {len(r.proposed)}; {STOPPED[r.stopped]}" if r.proposed else STOPPED[r.stopped]
-        lines.append(f"     {what}{'; read again' if r.recomputed else ''}; {_stages(r.ms)}")
+        lines.append(f"{i + 1:3d}  {styled_tokens(r, decode, color)}")
+        reason = STOP_REASONS[r.stop_reason]
+        what = f"accepted {r.num_accepted} of {len(r.proposed)}; {reason}" if r.proposed else reason
+        lines.append(f"     {what}{'; recomputed' if r.recomputed else ''}; {_stages(r.ms)}")
     return lines
 
 

@@ -13,7 +13,7 @@ from feature_alignment.adapters.attending import AttendingAdapter
 from feature_alignment.adapters.attending_training import Reader, every_place, prompted_texts, proposals
 from feature_alignment.decoding.acceptance import cosine_per_position
 from feature_alignment.measurement.scoring import Scores
-from feature_alignment.storage.artifacts import HiddenStates
+from feature_alignment.storage.hidden_states import HiddenStates
 
 
 @torch.inference_mode()

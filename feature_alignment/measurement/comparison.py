@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS, Lookup
+from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, Lookup
 from feature_alignment.measurement import metrics
 from feature_alignment.measurement.lexicon import Lexicon
 
@@ -87,7 +87,7 @@ def null_drafter_reports(
     encode: question -> token ids, which `lookup` reads as it does while decoding; without it, it reads the answer only
     """
     reports = {}
-    for name, fit in NULL_DRAFTERS.items():
+    for name, fit in BASELINE_DRAFTERS.items():
         table = Lookup(encode=cache(encode)) if encode and name == "lookup" else fit([(r["query"], r["vl_tokens"]) for r in train])
         drafts = []
         for row in rows:
@@ -106,7 +106,7 @@ def halves(rows: Sequence[dict]) -> tuple[list[dict], list[dict]]:
     return [r for r, c in zip(rows, clips, strict=True) if c in first], [r for r, c in zip(rows, clips, strict=True) if c not in first]
 
 
-def kept_drafts(
+def accepted_drafts(
     sources: Mapping[str, Mapping[str, Tensor]],
     token_ids: Tensor,
     word: Callable[[int], str],

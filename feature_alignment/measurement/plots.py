@@ -12,7 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from feature_alignment.measurement.scoring import Scores
-from feature_alignment.storage.artifacts import HiddenStates, replacing
+from feature_alignment.storage.files import atomic_write
+from feature_alignment.storage.hidden_states import HiddenStates
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"  # Okabe and Ito
 
@@ -22,7 +23,7 @@ ACCEPTANCE = ("cosine_histogram", "reliability", "accepted_lengths", "acceptance
 
 def save(figure: Any, path: Path) -> None:
     """At 150 dpi, whole or not at all."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150)
     plt.close(figure)
 

@@ -24,8 +24,10 @@ from feature_alignment.benchmark_feature_sd import BenchmarkConfig
 from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import print_json_line, print_table, rate_text, run
 from feature_alignment.decoding.batch import speculate_batch
-from feature_alignment.decoding.draft_length import Pace
-from feature_alignment.decoding.engine import Generation, greedy, speculate
+from feature_alignment.decoding.draft_length import DraftLengthController
+from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.generation import Generation
+from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample, read_samples
 from feature_alignment.measurement.metrics import Counts
@@ -51,8 +53,8 @@ class Bench:
         return greedy(self.pair.target, self.prompts[sample.id][0], self.cfg.max_new_tokens)
 
     def adaptive(self, source: str, overlap: bool = False) -> Callable[[Sample], Generation]:
-        """Answers with a drafter of its own and a new pace, which knows at most what training found."""
-        proposer, pace = self.sources.open(source), Pace(self.sources.known_acceptance(source))
+        """Answers with a drafter of its own and a new controller, which knows at most what training found."""
+        proposer, controller = self.sources.open(source), DraftLengthController(self.sources.known_acceptance(source))
 
         def answer(sample: Sample) -> Generation:
             prompt, draft_prompt = self.prompts[sample.id]
@@ -63,7 +65,7 @@ class Bench:
                 draft_prompt,
                 num_draft_tokens=MOST,
                 max_new_tokens=self.cfg.max_new_tokens,
-                pace=pace,
+                controller=controller,
                 overlap=overlap,
             )
 

@@ -23,7 +23,7 @@ from typing import Any
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.benchmark.rows import row_name
 from feature_alignment.cli.console import rate_text
-from feature_alignment.decoding.baseline_drafters import NULL_DRAFTERS
+from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS
 
 ROOT = Path(__file__).parents[2]
 MEASURED_7B = "data/results/h100_random_7b"
@@ -224,7 +224,7 @@ def gpu_tables() -> list[str]:
 
 def headline(run: Run) -> str:
     fastest, best, best_baseline = run.benchmark["fastest_lossless"], _fastest_row(run), _best_baseline(run)
-    most = max(r["tokens_per_pass"] for r in run.benchmark["rows"] if r["draft"] in NULL_DRAFTERS)
+    most = max(r["tokens_per_pass"] for r in run.benchmark["rows"] if r["draft"] in BASELINE_DRAFTERS)
     met = [t["metric"] for t in run.benchmark["targets"] if t["met"]]
     missed = [t["metric"] for t in run.benchmark["targets"] if not t["met"]]
     return _lines(
@@ -283,7 +283,7 @@ def _fastest_row(run: Run) -> dict[str, Any]:
 
 
 def _best_baseline(run: Run) -> dict[str, Any]:
-    return max((r for r in run.benchmark["rows"] if r["draft"] in NULL_DRAFTERS), key=lambda r: r["speedup"]["value"])
+    return max((r for r in run.benchmark["rows"] if r["draft"] in BASELINE_DRAFTERS), key=lambda r: r["speedup"]["value"])
 
 
 def _against(row: dict[str, Any], other: dict[str, Any]) -> str:
