@@ -121,7 +121,7 @@ def print_trace(generation: Generation, decode: Callable[[list[int]], str], verb
         (styled_tokens(r, decode, color=False), f"{i + 1}", f"{r.num_accepted}/{len(r.proposed)}", round(sum(r.ms.values()), 2))
         for i, r in enumerate(generation.rounds)
     ]
-    print_table(f"rounds: {legend(color=False)}", ("drafts", "round", "kept", "ms"), rows)
+    print_table(f"rounds: {legend(color=False)}", ("draft tokens", "round", "accepted", "ms"), rows)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -272,8 +272,8 @@ def test_what_is_learnt_does_not_depend_on_the_scale_of_what_is_read(learnt):
 
 @torch.inference_mode()
 def test_tokens_without_a_state_are_read_as_drafts():
-    """What a table has put after the verified text: kept, longer, shorter, another, and forgotten when more is verified. Tokens and expected
-    states against the definition without any memory."""
+    """What a table has put after the verified text: kept, longer, shorter, another, and forgotten when more is verified. Tokens and
+    expected states against the definition without any memory."""
     model, adapter = tiny_llama(0), an_adapter()
     target, draft, prompt = as_decoder(model), as_decoder(noisy_copy(model, 0.1)), PROMPTS[0]
     proposer, watch = ChainedProposer(draft, adapter, target.head_weight, target.embeddings), Stopwatch()

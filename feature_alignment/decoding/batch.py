@@ -100,11 +100,10 @@ def speculate_batch(
         first = [int(s.select(logits, []).token) for s, logits in zip(selectors, target.lm_head(state.last)[:, None], strict=True)]
     everyone = [Row(p, s, [token], h[None], []) for p, s, token, h in zip(proposers, selectors, first, state.last, strict=True)]
     if num_draft_tokens:
-        assert state.prompt is not None  # the target reads its last layer only
-        for row, prompt, draft_prompt, states in zip(everyone, prompts, draft_prompts, state.prompt, strict=True):
+        for i, (row, prompt, draft_prompt) in enumerate(zip(everyone, prompts, draft_prompts, strict=True)):
             row.proposer.selector = row.selector
             row.proposer.start(draft_prompt, watch)
-            row.proposer.target_read(prompt, states[: len(prompt.ids)], watch)
+            row.proposer.target_read(prompt, state.prompt_states(i)[: len(prompt.ids)], watch)
     rows, passes = everyone, 0
     while True:
         going = [i for i, row in enumerate(rows) if not row.has_ended and len(row.emitted) < max_new_tokens]

@@ -48,12 +48,19 @@ class State:
         last: [b, d], hidden state on the last token read.
         length: Number of positions read.
         ids: [b, s] int64, prompt tokens.
+        prompt: [b, s, d], hidden states on the prompt, of a decoder that reads one layer.
     """
 
     cache: DynamicCache | FixedCache
     last: Tensor
     length: int
     ids: Tensor | None = None
+    prompt: Tensor | None = None
+
+    def prompt_states(self, row: int = 0) -> Tensor:
+        """[s, d], the hidden states on the prompt of one row."""
+        assert self.prompt is not None  # the target reads its last layer only
+        return self.prompt[row]
 
 
 class Decoder:
