@@ -31,8 +31,6 @@ from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, print_table, progress, run
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
     from feature_alignment.inputs.samples import Sample
     from feature_alignment.models.decoder import Decoder
@@ -114,6 +112,7 @@ def extract(
     """
     from feature_alignment.cli.console import repairs_of
     from feature_alignment.models.batches import ClipBatch
+    from feature_alignment.models.stored_states import draft_files
     from feature_alignment.storage.hidden_states import EVENT_STATES, PROMPT_STATES
 
     todo = [rows for rows in own_batches if any(file_row[row] not in writer.done for row in rows)]
@@ -144,7 +143,7 @@ def extract(
                 for model, decoder, tokens in (("vl", pair.target, vl_tokens), ("egpt", pair.draft, egpt_tokens)):
                     about |= {f"{model}_tokens": tokens, f"{model}_text": decoder.tokenizer.decode(tokens, skip_special_tokens=True)}
                 about["cut"] = cuts(vl_tokens, egpt_tokens, read, cfg, pair)
-                stored = {**draft_files(pair.draft, g[:length], cfg), "vl_hidden_states.pt": v[:length]}
+                stored = {**draft_files(pair.draft, g[:length], cfg.separate_layers), "vl_hidden_states.pt": v[:length]}
                 if events is not None:
                     stored[EVENT_STATES] = events
                 if p:
@@ -167,15 +166,6 @@ def cuts(vl_tokens: list[int], egpt_tokens: list[int], read: list[int], cfg: Ext
     found = [f"{name}'s answer reached max_new_tokens" for name, tokens in named.items() if tokens[-1] not in ends[name]]
     is_complete = read[-1] in ends["EventGPT" if cfg.prefix == "drafter" else "Video-LLaVA"]
     return [*found, "states beyond max_positions not kept"] if len(read) == cfg.max_positions and not is_complete else found
-
-
-def draft_files(draft: Decoder, hidden: Tensor, cfg: ExtractConfig) -> dict[str, Tensor]:
-    """File name -> the drafter's states [s, d] in it, from the states [s, taps * d] of its tapped layers."""
-    from feature_alignment.storage.hidden_states import layer_file
-
-    if not cfg.separate_layers:
-        return {"egpt_hidden_states.pt": hidden}
-    return {layer_file(k): part for k, part in zip(draft.taps, hidden.chunk(len(draft.taps), dim=-1), strict=True)}
 
 
 def identity_of(cfg: ExtractConfig) -> RunIdentity:
@@ -245,7 +235,10 @@ def fill(
         out: folder of the split
         process: this process
     """
+    import torch
+
     from feature_alignment.models.pair import load_pair
+    from feature_alignment.models.stored_states import shapes_of
     from feature_alignment.storage import earlier_rows
     from feature_alignment.storage import hidden_states_writer as files
     from feature_alignment.storage.answers import known_answers, refuse_foreign_ids
@@ -260,7 +253,8 @@ def fill(
     if (cfg.own_drafts or len(answers) < len(rows)) and not pair.draft.has_own_head:
         full_depth_draft = pair.draft_with(None, dataclasses.replace(cfg, device=device))
     file_row = {row: i for i, row in enumerate(row for part in parts for row in part)}
-    shapes, dtype = shapes_of(pair, cfg)
+    width, dtype = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens), getattr(torch, cfg.store_dtype)
+    shapes = shapes_of(pair, width, cfg.separate_layers, cfg.event_states, cfg.prompt_states)
     if cfg.resume:
         earlier_rows.refuse_changes(out, identity, rows, cfg.limit is not None, cfg.ignore_code)
         identity = earlier_rows.with_recorded_code(out, identity) if cfg.ignore_code else identity
@@ -288,22 +282,6 @@ def fill(
     finally:
         writer.close()
     wait()
-
-
-def shapes_of(pair: Pair, cfg: ExtractConfig) -> tuple[dict[str, tuple[int, int]], torch.dtype]:
-    """File name -> (positions, size) of one row in it, and the number format of the files."""
-    import torch
-
-    from feature_alignment.storage.hidden_states import EVENT_STATES, PROMPT_STATES
-
-    width = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens)
-    nothing = draft_files(pair.draft, torch.empty(0, pair.draft.hidden_size), cfg)
-    shapes = {name: (width, states.shape[-1]) for name, states in nothing.items()} | {
-        "vl_hidden_states.pt": (width, pair.target.hidden_size)
-    }
-    shapes |= {EVENT_STATES: (pair.draft.vision_tokens, pair.draft.width)} if cfg.event_states else {}
-    shapes |= {PROMPT_STATES: (cfg.prompt_states, pair.target.hidden_size)} if cfg.prompt_states else {}
-    return shapes, getattr(torch, cfg.store_dtype)
 
 
 def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -> dict[str, Any]:
