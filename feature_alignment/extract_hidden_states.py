@@ -31,7 +31,6 @@ from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, print_table, progress, run
 
 if TYPE_CHECKING:
-
     from feature_alignment.inputs.samples import Sample
     from feature_alignment.models.decoder import Decoder
     from feature_alignment.models.pair import Pair

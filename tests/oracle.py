@@ -96,7 +96,7 @@ def by_attending(draft: Decoder, draft_prompt, adapter, target: Decoder, prompt:
         states = states_behind(target.llama, [*prompt, *emitted])
         before, own = states[: len(prompt) - 1][-p:], states[len(prompt) - 1 : -1]
         room = own.new_zeros(len(drafts) + 1, own.shape[1])  # what stands there must not matter
-        found = torch.tensor([[*tables.candidates_along(table, question, known, text), [(tables.NOTHING, 0)] * tables.SOURCES]])
+        found = torch.tensor([[*tables.candidates_along(table, question, known, text), [(tables.NO_TOKEN, 0)] * tables.SOURCES]])
         texts = PromptedTexts(
             torch.cat([own, room])[None],
             torch.tensor([[*text, 0]]),

@@ -20,7 +20,7 @@ from feature_alignment.adapters.attending_training import (
     answers_of,
     prompted_texts,
     proposals,
-    some_places,
+    random_origins,
     train_attending,
 )
 from feature_alignment.cli.config import parse_config
@@ -111,13 +111,13 @@ def test_an_n_gram_proposes_what_followed_most_often_without_the_clip_that_is_le
     saved = tables.NGramTable(counts.entries())
     differ = 0
     for left_out in (None, "clip 0", "clip 3"):
-        table = saved if left_out is None else tables.Without(counts, [a for a in answers if a.clip == left_out])
+        table = saved if left_out is None else tables.LeaveOneOut(counts, [a for a in answers if a.clip == left_out])
         for _, question, text in answers:
             for t in range(len(text)):
                 found = tables.candidates(table, question, (), text[:t])
                 for (token, _), who in zip(found, (question, 0), strict=False):
                     wanted = by_definition(answers, who, list(text[:t]), left_out)
-                    assert token == (tables.NOTHING if wanted is None else wanted[0])
+                    assert token == (tables.NO_TOKEN if wanted is None else wanted[0])
                 differ += found[:2] != tables.candidates(saved, question, (), text[:t])[:2]
     assert differ > 10  # leaving a clip out changes something
 
@@ -126,7 +126,7 @@ def test_what_a_clip_alone_has_said_is_not_proposed_for_it():
     """A training text's own words must not reach it through the tables, nor those of its clip's other answers."""
     secret = [50, 51, 52, 53, 54]
     answers = [tables.Answer("a", 5, [3, *secret]), tables.Answer("a", 5, [4, *secret]), tables.Answer("b", 5, [3, 4, 6, 7])]
-    table = tables.Without(tables.Counts(answers), answers[:2])
+    table = tables.LeaveOneOut(tables.Counts(answers), answers[:2])
     along = tables.candidates_along(table, 5, [1], [3, *secret])
     assert not {token for found in along for token, _ in found} & set(secret)
     assert 51 in {
@@ -140,14 +140,14 @@ def test_what_a_clip_alone_has_said_is_not_proposed_for_it():
 def test_lookup_goes_on_behind_the_longest_latest_match(seed):
     r = random.Random(seed)
     text = [r.choice([-1, 3, 4, 5]) for _ in range(r.randint(0, 30))]
-    best = (0, 0, tables.NOTHING)
+    best = (0, 0, tables.NO_TOKEN)
     for end in range(len(text) - 1):
         size = 0
         while size < min(tables.LONGEST_MATCH, end + 1) and text[end - size] == text[len(text) - 1 - size] >= 0:
             size += 1
         if size and text[end + 1] >= 0 and (size, end) > best[:2]:
             best = (size, end, text[end + 1])
-    assert tables.looked_up(text) == (best[2], best[0])
+    assert tables.prompt_lookup(text) == (best[2], best[0])
 
 
 def test_every_bucket_has_its_own_number():
@@ -218,7 +218,7 @@ def test_without_a_part_it_does_not_depend_on_it(part):
 @torch.inference_mode()
 def test_scales_fold_into_the_weights():
     adapter, (text, head, embeddings) = an_adapter(scale=1.0), a_text()
-    adapter.begin(torch.randn(50, D) * 3 + 1, embeddings * 0.1 - 2, embeddings[3:9], torch.randn(5, EVENTS, D) * 7 + 4)
+    adapter.initialize(torch.randn(50, D) * 3 + 1, embeddings * 0.1 - 2, embeddings[3:9], torch.randn(5, EVENTS, D) * 7 + 4)
     plain = adapter.folded()
     assert plain.scale is None and adapter.scale is not None
     for x, y in zip(rolled_out(adapter, text, head, embeddings), rolled_out(plain, text, head, embeddings), strict=True):
@@ -231,7 +231,7 @@ def test_it_begins_along_principal_directions():
     torch.manual_seed(0)
     states = torch.randn(200, 16) @ torch.randn(16, D)
     adapter = AttendingAdapter(D, D, EVENTS, VOCAB, 0, PROMPT, 16)
-    adapter.begin(states, torch.randn(VOCAB, D), torch.randn(9, D), torch.randn(5, EVENTS, D))
+    adapter.initialize(states, torch.randn(VOCAB, D), torch.randn(9, D), torch.randn(5, EVENTS, D))
     x = (states - states.mean(0)) / states.std(0, correction=0)
     read = adapter.read_states(states)
     again = read @ torch.linalg.lstsq(read, x).solution
@@ -292,7 +292,7 @@ def test_live_drafts_are_what_a_fresh_start_would_draft(accept, seed):
         states = states_behind(target.llama, [*prompt, *text])
         fresh = target_and_proposer(model, adapter)[1]
         fresh.start(prompt_of(*prompt), Stopwatch())
-        fresh.target_read(prompt_of(*prompt), states[: len(prompt)], Stopwatch())
+        fresh.read_target_prompt(prompt_of(*prompt), states[: len(prompt)], Stopwatch())
         again = fresh.propose(text, states[len(prompt) - 1 : -1], len(r.proposed), Stopwatch())
         assert again.token_ids.tolist() == r.proposed
         at += (len(r.accepted) if accept == "relaxed" else r.num_accepted) + (r.extra_token is not None)
@@ -309,7 +309,7 @@ def test_a_proposer_may_be_asked_anything_behind_the_verified_text(seed):
 
     def begun(new):
         new.start(prompt_of(*prompt), watch)
-        new.target_read(prompt_of(*prompt), states[: len(prompt)], watch)
+        new.read_target_prompt(prompt_of(*prompt), states[: len(prompt)], watch)
         return new
 
     begun(proposer)
@@ -416,7 +416,7 @@ def test_training_leaves_the_clip_out_and_validation_does_not(learnt):
 
 def test_places_are_chosen_with_a_token_behind_them():
     lengths = torch.tensor([2, 9, 30])
-    places = some_places(lengths, 500, torch.Generator().manual_seed(0))
+    places = random_origins(lengths, 500, torch.Generator().manual_seed(0))
     assert (places >= 0).all() and (places < lengths[:, None] - 1).all() and [len(set(row.tolist())) for row in places] == [1, 8, 29]
 
 
@@ -444,7 +444,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
 def test_a_proposal_of_nothing_adds_nothing():
     text, head, embeddings = a_text()
-    nothing = changed(text, proposed=torch.full_like(text.proposed, tables.NOTHING))
+    nothing = changed(text, proposed=torch.full_like(text.proposed, tables.NO_TOKEN))
     adapter = an_adapter()
     with torch.inference_mode():
         (step,) = Reader(adapter, head, embeddings).roll_out(nothing, torch.arange(9)[None], 1)

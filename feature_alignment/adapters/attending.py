@@ -1,13 +1,13 @@
-"""The attending adapter: one transformer layer drafts from the target's last states, token by token, with a cache of its own.
+"""The attending adapter: one transformer layer that drafts from the target's hidden states, with a key-value cache of its own.
 
-    at place t it reads    the state v[t], the token x[t] it emitted, the token before, and what tables propose for x[t+1]
-    it attends to          EventGPT's event states · the target's own states of its prompt · its own inputs so far
-    it gives               v̂[t+1], and the draft x̂[t+1] through the target's head, with a gated bonus for what the tables propose
+    input at position t    state v[t], token x[t] that it emitted, the token before it, and table candidates for x[t+1]
+    attention over         EventGPT's event states · the target's hidden states on its prompt · all inputs so far
+    output                 v̂[t+1]; draft token x̂[t+1] = argmax of W v̂[t+1] plus a gated bonus for the candidates
 
-Where a state is not verified yet, a [w, w] map of this adapter's own last output stands for it. The target's states of its prompt are
-there once it has read the prompt, and cost nothing. EventGPT reads its events once per clip. Inputs are low-rank maps that begin as
-principal directions, so that all inside is of width w. Drafting from one's own states over a trained roll-out is EAGLE-3's idea
-(Li et al. 2503.01840); here the drafter also reads another model's eyes, the prompt and n-gram tables (see `tables`).
+For a draft token there is no target state yet: a [w, w] map of the adapter's own last output replaces it. The target's prompt states are a
+by-product of its prefill. EventGPT reads its events once per clip. State and token inputs are low-rank maps, initialized with principal
+directions, so that everything inside has width w. Training on one's own roll-out follows EAGLE-3 (Li et al. 2503.01840); event states,
+prompt states and table candidates (`tables`) are added here.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ ROPE_BASE = 10_000.0
 Part = Literal["events", "prompt", "candidates"]
 
 
-class Keys(NamedTuple):
-    """Keys and values [b, heads, n, width / heads]."""
+class KeysValues(NamedTuple):
+    """Keys and values of attention, [b, heads, n, w / heads] each."""
 
     keys: Tensor
     values: Tensor
 
 
 class Chain(NamedTuple):
-    """The adapter's output at some places [b, m, w], and the keys and values of its inputs there."""
+    """Output of the adapter at m positions [b, m, w], and the keys and values of its inputs there."""
 
     output: Tensor
-    own: Keys
+    own: KeysValues
 
 
 class _Scale(NamedTuple):
-    """Mean and standard deviation per channel of what is read."""
+    """Mean and standard deviation of each input channel."""
 
     target: tuple[Tensor, Tensor]
     token: tuple[Tensor, Tensor]
@@ -60,24 +60,25 @@ def _mean_and_std(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _principal(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The `width` strongest principal directions of standardized rows x [p, d], as rows [k, d], and the spread along each [k]."""
+    """The strongest principal directions of standardized rows x [p, d], at most `width`: [k, d], and the standard deviations [k]."""
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     k = min(width, x.shape[1])
     return vectors.T.flip(0)[:k], values.flip(0)[:k].clamp(min=1e-8).sqrt()
 
 
 class AttendingAdapter(nn.Module):
-    """
+    """A transformer layer over the target's hidden states.
+
     Args:
         d_target: width of the target's states
         d_event: width of EventGPT's states
         num_events: event tokens of a clip
         num_ids: token ids that may be drafted
         num_entries: rows of the n-gram table
-        num_prompt: how many of the prompt's last states are read
-        width: of everything inside
-        without: parts that are left out, to see what they add
-        dropout: while it learns
+        num_prompt: number of prompt positions it attends to
+        width: w, of all hidden layers
+        without: inputs that are left out, to measure what they add
+        dropout: dropout rate in training
     """
 
     ids: Tensor
@@ -108,31 +109,30 @@ class AttendingAdapter(nn.Module):
         self.previous, self.own = nn.Linear(width, width, bias=False), nn.Linear(width, width)
         self.candidate, self.bucket = nn.Linear(tables.SOURCES * width, width, bias=False), nn.Embedding(tables.BUCKETS, width)
         self.event = nn.Linear(d_event, EVENT_RANK)
-        self.event_place = nn.Parameter(torch.randn(num_events, EVENT_RANK) * 0.02)  # which event token is which
+        self.event_place = nn.Parameter(torch.randn(num_events, EVENT_RANK) * 0.02)  # distinguishes the event tokens
         self.event_keys = nn.Linear(EVENT_RANK, 2 * width, bias=False)
-        self.read_norm, self.think_norm, self.said_norm = (nn.RMSNorm(width, eps=1e-6) for _ in range(3))
+        self.attention_norm, self.mlp_norm, self.output_norm = (nn.RMSNorm(width, eps=1e-6) for _ in range(3))
         self.attention, self.mix = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.out, self.gate = nn.Linear(width, d_target), nn.Linear(width, tables.SOURCES)
         nn.init.normal_(self.bucket.weight, std=0.02)
         self.register_buffer("ids", torch.zeros(num_ids, dtype=torch.int64))
         self.register_buffer("table", torch.zeros(num_entries, tables.COLUMNS, dtype=torch.int32))
-        self.scale: _Scale | None = None  # only while it learns
+        self.scale: _Scale | None = None  # in training only
 
     @property
     def num_parameters(self) -> int:
+        """Number of trained parameters; the table is not one."""
         return sum(p.numel() for p in self.parameters())
 
-    # ------------------------------------------------------------------------------------------------- what it begins with
-
     @torch.no_grad()
-    def begin(self, target: Tensor, embeddings: Tensor, seen: Tensor, events: Tensor) -> None:
-        """Learn on standardized inputs from now on, which are read along their principal directions.
+    def initialize(self, target: Tensor, embeddings: Tensor, seen: Tensor, events: Tensor) -> None:
+        """Standardize inputs from now on, and initialize input and output maps with the principal directions of states and embeddings.
 
         Args:
             target: [p, d_target], states
             embeddings: [v, d_target], the target's input embeddings
-            seen: [q, d_target], those of them that are read
+            seen: [q, d_target], those of the token ids in the training texts
             events: [.., d_event], event states
         """
         self.scale = _Scale(*(_mean_and_std(x.float()) for x in (target, embeddings, events.flatten(0, -2))))
@@ -147,7 +147,7 @@ class AttendingAdapter(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> AttendingAdapter:
-        """A copy that gives the same and has the scales in its weights: what is saved."""
+        """A copy with the same outputs whose weights include the scales; this is what is saved."""
         plain = copy.deepcopy(self)
         plain.dropout = 0.0
         if self.scale is None:
@@ -162,62 +162,64 @@ class AttendingAdapter(nn.Module):
         plain.out.bias.mul_(std).add_(mean)
         return plain
 
-    # ------------------------------------------------------------------------------------------------------- what it reads
+    # ---- inputs
 
     def read_states(self, states: Tensor) -> Tensor:
-        """[.., d_target] -> [.., w]"""
+        """The state input [.., w] of states [.., d_target]."""
         return self.state(states if self.scale is None else (states - self.scale.target[0]) / self.scale.target[1])
 
     def read_tokens(self, embeddings: Tensor) -> Tensor:
-        """The target's input embeddings [.., d_target] as this adapter reads them [.., w]."""
+        """The token input [.., w] of the target's input embeddings [.., d_target]."""
         return self.token(embeddings if self.scale is None else (embeddings - self.scale.token[0]) / self.scale.token[1])
 
-    def read_events(self, events: Tensor) -> Keys:
-        """EventGPT's states over its event tokens [b, e, d_event] as keys and values; none of them where events are left out."""
+    def read_events(self, events: Tensor) -> KeysValues:
+        """Keys and values of EventGPT's event states [b, e, d_event]; e = 0 if the adapter is trained without events."""
         if "events" in self.without:
-            events, place = events[:, :0], self.event_place[:0]
+            events, position = events[:, :0], self.event_place[:0]
         else:
-            place = self.event_place
+            position = self.event_place
         x = self.event(events if self.scale is None else (events - self.scale.event[0]) / self.scale.event[1])
-        keys, values = self.event_keys(x + place).chunk(2, -1)
-        return Keys(_by_head(keys), _by_head(values))
+        keys, values = self.event_keys(x + position).chunk(2, -1)
+        return KeysValues(_split_heads(keys), _split_heads(values))
 
     def read_candidates(self, proposed: Tensor, buckets: Tensor) -> Tensor | float:
-        """What the tables propose, as a part of the input.
+        """The candidate input [.., w]; 0 if the adapter is trained without candidates.
 
         Args:
-            proposed: [.., SOURCES, w], from `read_tokens`, zeros where a source proposes nothing
-            buckets: [.., SOURCES]
+            proposed: [.., SOURCES, w], token inputs of the candidates, zeros for a source without one
+            buckets: [.., SOURCES] int64, their confidence buckets
         """
         if "candidates" in self.without:
             return 0.0
         return self.candidate(proposed.flatten(-2)) + self.bucket(buckets).sum(-2)
 
     def inputs(self, states: Tensor, tokens: Tensor, before: Tensor, proposals: Tensor | float = 0.0) -> Tensor:
-        """The inputs [.., w] of places, from their states and tokens and the tokens before [.., w] each."""
+        """The input [.., w] at each position: the sum of state, token, previous token and candidate inputs [.., w]."""
         return self._dropped(states + tokens + self.previous(before) + proposals)
 
-    # ------------------------------------------------------------------------------------------------------- what it thinks
+    # ---- the layer
 
-    def keys(self, inputs: Tensor, places: Tensor) -> Keys:
-        """Keys and values of inputs [b, n, w] at places [n] or [b, n]."""
-        _, keys, values = self.attention(self.read_norm(inputs)).chunk(3, -1)
-        return Keys(rotated(_by_head(keys), places), _by_head(values))
+    def keys(self, inputs: Tensor, positions: Tensor) -> KeysValues:
+        """Keys and values of inputs [b, n, w] at positions [n] or [b, n]."""
+        _, keys, values = self.attention(self.attention_norm(inputs)).chunk(3, -1)
+        return KeysValues(rotated(_split_heads(keys), positions), _split_heads(values))
 
-    def forward(self, inputs: Tensor, places: Tensor, events: Keys, text: Keys, hidden: Tensor | None, chain: Sequence[Keys]) -> Chain:
-        """The outputs at places whose inputs [b, m, w] are given.
+    def forward(
+        self, inputs: Tensor, positions: Tensor, events: KeysValues, text: KeysValues, hidden: Tensor | None, chain: Sequence[KeysValues]
+    ) -> Chain:
+        """Output at m positions.
 
         Args:
-            inputs: of these places
-            places: [m] or [b, m]
+            inputs: [b, m, w]
+            positions: [m] or [b, m] int64, their positions
             events: keys and values of the event states
-            text: of places before and, where the input itself is not in `chain`, of these
-            hidden: [b, m, n], True where a place does not see one of `text`; None where all is seen
-            chain: of other inputs, one for each place, with m entries each; the places' own are added to them
+            text: keys and values of n earlier positions
+            hidden: [b, m, n] bool, True where a position must not attend to one of `text`; None if it attends to all
+            chain: further keys and values, one for each of the m positions: its earlier draft tokens. Its own are added
         """
-        queries, keys, values = map(_by_head, self.attention(self.read_norm(inputs)).chunk(3, -1))
-        turned = rotated(queries, places)
-        own = Keys(rotated(keys, places), values)
+        queries, keys, values = map(_split_heads, self.attention(self.attention_norm(inputs)).chunk(3, -1))
+        turned = rotated(queries, positions)
+        own = KeysValues(rotated(keys, positions), values)
         chain = [*chain, own]
         scores = turned @ text.keys.transpose(-1, -2)
         if hidden is not None:
@@ -229,43 +231,43 @@ class AttendingAdapter(nn.Module):
         for i, k in enumerate(chain):
             found = found + weights[..., e + n + i, None] * k.values
         x = inputs + self._dropped(self.mix(found.transpose(1, 2).flatten(2)))
-        x = x + self._dropped(self.down(F.gelu(self.up(self.think_norm(x)))))
-        return Chain(self.said_norm(x), own)
+        x = x + self._dropped(self.down(F.gelu(self.up(self.mlp_norm(x)))))
+        return Chain(self.output_norm(x), own)
 
     def expect(self, output: Tensor) -> Tensor:
-        """The target states [.., d_target] that outputs [.., w] expect next."""
+        """The predicted target states [.., d_target] of outputs [.., w]."""
         expected = self.out(output)
         return expected if self.scale is None else expected * self.scale.target[1] + self.scale.target[0]
 
     def bonus(self, output: Tensor) -> Tensor:
-        """What is added to the logit of each source's proposal: [.., SOURCES]"""
+        """The gated bonus [.., SOURCES] on the logit of each source's candidate, of outputs [.., w]."""
         return self.gate(output)
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.dropout > 0 and torch.is_grad_enabled())
 
 
-def _by_head(x: Tensor) -> Tensor:
+def _split_heads(x: Tensor) -> Tensor:
     """[b, n, w] -> [b, heads, n, w / heads]"""
     return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
 
-def rotated(x: Tensor, places: Tensor) -> Tensor:
-    """Rotary positions: x [b, heads, n, d] at places [n] or [b, n], from 0 on."""
-    cos, sin = _rotations(x.shape[-1] // 2, x.device, x.dtype, 64 * (int(places.max()) // 64 + 1) if places.numel() else 64)
-    cos, sin = cos[places], sin[places]
-    if places.ndim == 2:
+def rotated(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary position embedding of x [b, heads, n, d] at positions [n] or [b, n], at least 0."""
+    cos, sin = _rotations(x.shape[-1] // 2, x.device, x.dtype, 64 * (int(positions.max()) // 64 + 1) if positions.numel() else 64)
+    cos, sin = cos[positions], sin[positions]
+    if positions.ndim == 2:
         cos, sin = cos[:, None], sin[:, None]
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 @lru_cache(maxsize=64)
-def _rotations(half: int, device: torch.device, dtype: torch.dtype, places: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine at each place, [places, half]."""
+def _rotations(half: int, device: torch.device, dtype: torch.dtype, positions: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine at each position, [positions, half]."""
     with torch.inference_mode(False):
         speeds = ROPE_BASE ** (-torch.arange(half, device=device, dtype=torch.float64) / half)
-        angles = torch.arange(places, device=device)[:, None] * speeds
+        angles = torch.arange(positions, device=device)[:, None] * speeds
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

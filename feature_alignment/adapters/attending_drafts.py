@@ -1,10 +1,10 @@
-"""The attending adapter at drafting: one text at a time, over a cache of its own that goes back for free.
+"""Drafting with the attending adapter, one text at a time: folded products and a key-value cache with free rollback.
 
-once per adapter    T = the token map of all embeddings [v, w];  L = W W_out [ids, w], draft logits straight from an output
+once per adapter    T = token inputs of all embeddings [v, w];  L = W W_out [ids, w], draft logits straight from the output
 once per prompt     keys and values of EventGPT's event states and of the target's prompt states
-every draft         one layer over [1, w], then L
+every draft token   one layer over [1, w], then L
 
-places in the cache | prompt, ending at num_prompt - 1 | verified tokens | drafts …     going back: the next draft overwrites
+cache entries       | prompt | verified tokens | draft tokens ...     rollback: the next draft token overwrites the rejected ones
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from feature_alignment.adapters import tables
-from feature_alignment.adapters.attending import HEADS, AttendingAdapter, Keys, rotated
+from feature_alignment.adapters.attending import HEADS, AttendingAdapter, KeysValues, rotated
 
-ROOM = 64  # places that a cache grows by
+ROOM = 64  # entries by which the cache grows
 
 
 class FoldedAttending:
-    """
+    """The adapter with its products folded, and the cache of the current text.
+
     Args:
-        adapter: trained, with its scales in its weights, on the device drafts are made on
+        adapter: trained, with its scales folded, on the device of drafting
         head: [v, d_target], W
         embeddings: [v, d_target], the target's
     """
@@ -42,14 +43,19 @@ class FoldedAttending:
         self.ids, self.vocab_size = adapter.ids, len(head)
         self.columns = {token: column for column, token in enumerate(adapter.ids.tolist())}
         self.table = tables.NGramTable(adapter.table)
-        self._cache = Keys(*(self.head.new_empty(1, HEADS, ROOM, adapter.width // HEADS) for _ in range(2)))
+        self._cache = KeysValues(*(self.head.new_empty(1, HEADS, ROOM, adapter.width // HEADS) for _ in range(2)))
 
     def start(self, events: Tensor) -> None:
-        """Forget all, and read EventGPT's event states [1, e, d_event]."""
+        """Start a new text with EventGPT's event states [1, e, d_event]."""
         self._events, self._begin = self.adapter.read_events(events), 0
 
     def read_prompt(self, states: Tensor, ids: Sequence[int]) -> None:
-        """Read the target's states [p, d_target] on the prompt's end without its last position; ids: p + 1, the last one included."""
+        """Cache the target's prompt states.
+
+        Args:
+            states: [p, d_target], on the last prompt positions except the very last
+            ids: p + 1 token ids, the last one included
+        """
         if "prompt" in self.adapter.without or not len(states):
             self._begin = 0
             return
@@ -58,29 +64,33 @@ class FoldedAttending:
         self._begin = len(states)
         self._put(0, self.adapter.keys(inputs, self._places(-len(states), len(states))))
 
-    def read(self, place: int, states: Tensor, text: Tensor, proposed: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
-        """Read verified tokens; returns the output [1, 1, w] at the last of them.
+    def read(self, position: int, states: Tensor, text: Tensor, proposed: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+        """Cache n verified tokens; returns the output [1, 1, w] at the last one.
 
         Args:
-            place: of the first in the text
-            states: [n, d_target], the target's that emitted them
-            text: [n + 1] int64, the token before them (-1: none) and they themselves
-            proposed: n times, what the tables propose for the token after
+            position: position of the first in the answer
+            states: [n, d_target], the target states that emitted them
+            text: [n + 1] int64, the token before them (-1 for none) and the tokens
+            proposed: n lists of candidates for the next token
         """
         inputs = self._inputs(self.adapter.read_states(states), text, proposed)
         if len(states) > 1:
-            self._put(self._begin + place, self.adapter.keys(inputs[:, :-1], self._places(place, len(states) - 1)))
-        return self._think(place + len(states) - 1, inputs[:, -1:])
+            self._put(self._begin + position, self.adapter.keys(inputs[:, :-1], self._places(position, len(states) - 1)))
+        return self._forward_one(position + len(states) - 1, inputs[:, -1:])
 
-    def go_on(self, place: int, output: Tensor, text: Tensor, proposed: Sequence[tuple[int, int]]) -> Tensor:
-        """The output [1, 1, w] behind one more draft: it stands at `place`, and `output` is what drafted it.
+    def go_on(self, position: int, output: Tensor, text: Tensor, proposed: Sequence[tuple[int, int]]) -> Tensor:
+        """Cache one more draft token; returns the output [1, 1, w] after it.
 
-        text: [2], the token before it and the draft token
+        Args:
+            position: its position in the answer
+            output: [1, 1, w], the output that drafted it
+            text: [2] int64, the token before it and the draft token
+            proposed: candidates for the next token
         """
-        return self._think(place, self._inputs(self.adapter.own(output[0]), text, [proposed]))
+        return self._forward_one(position, self._inputs(self.adapter.own(output[0]), text, [proposed]))
 
     def logits(self, output: Tensor, proposed: Sequence[tuple[int, int]]) -> Tensor:
-        """Logits [1, ids] over the ids that may be drafted, of an output [1, 1, w] whose input knew `proposed`."""
+        """Draft logits [1, ids] of an output [1, 1, w] whose input included the candidates `proposed`."""
         logits = F.linear(output[0], self.head, self.head_bias)
         if "candidates" not in self.adapter.without:
             columns = [self.columns.get(token, -1) for token, _ in proposed]
@@ -92,14 +102,15 @@ class FoldedAttending:
         return logits
 
     def over_all_ids(self, logits: Tensor) -> Tensor:
-        """Logits [1, ids] as logits over the target's shared ids [1, v]: the others are never drafted."""
+        """Draft logits [1, ids] as logits over all shared token ids [1, v]; the others get probability 0."""
         return logits.new_full((1, self.vocab_size), torch.finfo(logits.dtype).min / 4).index_copy(1, self.ids, logits)
 
     def states(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The target states [g, d_target] that g outputs expect."""
+        """The predicted target states [g, d_target] of g outputs."""
         return self.adapter.expect(torch.cat(list(outputs))[:, 0])
 
     def candidates(self, question: int, prompt: Sequence[int], answer: Sequence[int]) -> list[tuple[int, int]]:
+        """Candidates for the next token; see `tables.candidates`."""
         return tables.candidates(self.table, question, prompt, answer)
 
     def _places(self, first: int, n: int) -> Tensor:
@@ -113,24 +124,24 @@ class FoldedAttending:
             given = self.adapter.read_candidates(self.tokens[ids], buckets)
         return self.adapter.inputs(states, tokens[1:], tokens[:-1], given)[None]
 
-    def _think(self, place: int, inputs: Tensor) -> Tensor:
-        """`AttendingAdapter.forward` for one place behind all of the cache, in few small products."""
-        a, end = self.adapter, self._begin + place + 1
-        queries, keys, values = F.linear(a.read_norm(inputs[0]), a.attention.weight).view(3, HEADS, 1, -1)
-        places = self._places(place, 1)
-        self._put(self._begin + place, Keys(rotated(keys[None], places), values[None]))
-        scores = rotated(queries[None], places)[0] @ self._cache.keys[0, :, :end].transpose(1, 2)
+    def _forward_one(self, position: int, inputs: Tensor) -> Tensor:
+        """`AttendingAdapter.forward` for one position after all cached ones, in few small products."""
+        a, end = self.adapter, self._begin + position + 1
+        queries, keys, values = F.linear(a.attention_norm(inputs[0]), a.attention.weight).view(3, HEADS, 1, -1)
+        positions = self._places(position, 1)
+        self._put(self._begin + position, KeysValues(rotated(keys[None], positions), values[None]))
+        scores = rotated(queries[None], positions)[0] @ self._cache.keys[0, :, :end].transpose(1, 2)
         of_events = queries @ self._events.keys[0].transpose(1, 2)
         weights = (torch.cat([of_events, scores], -1) * queries.shape[-1] ** -0.5).softmax(-1)
         e = of_events.shape[-1]
         found = torch.baddbmm(weights[..., :e] @ self._events.values[0], weights[..., e:], self._cache.values[0, :, :end])
         x = torch.addmm(inputs[0], found.view(1, -1), a.mix.weight.T)
-        return a.said_norm(x + a.down(F.gelu(a.up(a.think_norm(x)))))[None]
+        return a.output_norm(x + a.down(F.gelu(a.up(a.mlp_norm(x)))))[None]
 
-    def _put(self, first: int, new: Keys) -> None:
-        """Keys and values into the cache, from entry `first` on; what stood there or behind is forgotten."""
+    def _put(self, first: int, new: KeysValues) -> None:
+        """Write keys and values to the cache from entry `first` on, over whatever it holds there."""
         n, room = new.keys.shape[2], self._cache.keys.shape[2]
         if first + n > room:
-            self._cache = Keys(*(F.pad(x, (0, 0, 0, first + n + ROOM - room)) for x in self._cache))
-        for place, x in zip(self._cache, new, strict=True):
-            place[:, :, first : first + n] = x
+            self._cache = KeysValues(*(F.pad(x, (0, 0, 0, first + n + ROOM - room)) for x in self._cache))
+        for position, x in zip(self._cache, new, strict=True):
+            position[:, :, first : first + n] = x

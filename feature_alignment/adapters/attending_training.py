@@ -1,7 +1,7 @@
-"""Training of the attending adapter: texts with what the tables propose, roll-outs from some places of each, and the loss.
+"""Training of the attending adapter: texts with table candidates, roll-outs from random positions, and the loss.
 
-At training the adapter meets what it meets when it drafts: its own outputs instead of states, and tables that do not know the clip.
-`cfg` is the TrainConfig of train_hidden_adapter; its device is this process's own.
+Training inputs look like those of drafting: own outputs instead of target states, and tables without the text's own clip.
+`cfg` is the TrainConfig of train_hidden_adapter; its device is that of this process.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from feature_alignment.adapters import tables
-from feature_alignment.adapters.attending import AttendingAdapter, Keys
+from feature_alignment.adapters.attending import AttendingAdapter, KeysValues
 from feature_alignment.adapters.fitting import Batch, Checkpoint, History, ProcessShare, fit, mean_over_positions, shuffled
 from feature_alignment.adapters.training import mean_variance, mixed_precision
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage.hidden_states import HiddenStates
 
-MOST_IDS = 8192  # that may be drafted
-FADING = 0.9  # weight of a draft step's loss, relative to the step before
-EXACT = 1 << 30  # origins: every place
+MOST_IDS = 8192  # largest draft vocabulary
+STEP_DECAY = 0.9  # weight of a draft step in the loss, relative to the step before
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """What the tables propose after each token of each row's text: tokens [n, s, SOURCES] (`tables.NOTHING` where nothing), buckets."""
+    """Table candidates after each token of each row's text: tokens [n, s, SOURCES] int64 (`tables.NO_TOKEN` for none) and buckets."""
 
     tokens: Tensor
     buckets: Tensor
@@ -38,18 +37,18 @@ class Proposals:
 
 @dataclass(frozen=True)
 class PromptedTexts:
-    """Some rows, cut to the longest text.
+    """A batch of texts, cut to the longest.
 
     Args:
-        states: [b, s, d_target], the target's
+        states: [b, s, d_target], target states
         token_ids: [b, s]
         mask: [b, s]
         events: [b, e, d_event]
-        prompt: [b, p, d_target], the target's on the prompt's end without its last position
-        prompt_ids: [b, p + 1], of these positions and the last; negative ones are vision, or in front of the prompt
-        prompt_mask: [b, p], where there is a prompt
-        proposed: [b, s, SOURCES], ids that the tables propose for the next token
-        buckets: [b, s, SOURCES]
+        prompt: [b, p, d_target], target states on the last prompt positions except the very last
+        prompt_ids: [b, p + 1] int64, of these positions and the very last; negative for vision and for padding
+        prompt_mask: [b, p] bool, False for padding
+        proposed: [b, s, SOURCES] int64, candidates for the next token
+        buckets: [b, s, SOURCES] int64
     """
 
     states: Tensor
@@ -64,23 +63,23 @@ class PromptedTexts:
 
 
 class Step(NamedTuple):
-    """One draft step from m places of each text.
+    """One draft step from m positions of each text.
 
     Args:
-        expected: [b, m, d_target], the target states expected
+        expected: [b, m, d_target], predicted target states
         logits: [b, m, ids]
-        place: [b, m], of what is drafted
-        real: [b, m], whether it is in the text
+        position: [b, m] int64, position of the draft token
+        real: [b, m] bool, whether the text is long enough
     """
 
     expected: Tensor
     logits: Tensor
-    place: Tensor
+    position: Tensor
     real: Tensor
 
 
 def answers_of(states: HiddenStates) -> list[tables.Answer]:
-    """The texts of a split, as tables count them."""
+    """The texts of a split."""
     return [
         tables.Answer(row["sequence"], tables.question_number(row["question"]), states.token_ids[i, : int(states.lengths[i])].tolist())
         for i, row in enumerate(states.rows)
@@ -88,29 +87,35 @@ def answers_of(states: HiddenStates) -> list[tables.Answer]:
 
 
 def drafted_ids(answers: Iterable[tables.Answer]) -> Tensor:
-    """[ids] int64, ascending: the most frequent ids of the answers, at most `MOST_IDS`."""
+    """The draft vocabulary [ids] int64, ascending: the most frequent ids of the answers, at most `MOST_IDS`."""
     counts = Counter(token for answer in answers for token in answer.tokens)
     return torch.tensor(sorted(token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_IDS]))
 
 
 def proposals(states: HiddenStates, counts: tables.Counts | tables.NGramTable, leave_out: bool) -> Proposals:
-    """What the tables propose along each row's text. leave_out: the rows are among those counted, and each leaves its own clip out"""
+    """Table candidates along the text of each row.
+
+    Args:
+        states: rows with their questions and prompt ids
+        counts: the table
+        leave_out: subtract the counts of each row's own clip; for rows that were counted
+    """
     answers, clips = answers_of(states), defaultdict(list)
     for answer in answers:
         clips[answer.clip].append(answer)
-    tokens = torch.full((*states.token_ids.shape, tables.SOURCES), tables.NOTHING)
+    tokens = torch.full((*states.token_ids.shape, tables.SOURCES), tables.NO_TOKEN)
     buckets = torch.zeros_like(tokens)
     known: dict[str, Any] = {}
     for i, answer in enumerate(answers):
         if answer.clip not in known:
-            known = {answer.clip: tables.Without(counts, clips[answer.clip]) if leave_out else counts}
+            known = {answer.clip: tables.LeaveOneOut(counts, clips[answer.clip]) if leave_out else counts}
         found = tables.candidates_along(known[answer.clip], answer.question, states.rows[i]["prompt_ids"], answer.tokens)
         tokens[i, : len(found)], buckets[i, : len(found)] = torch.tensor(found).unbind(-1)
     return Proposals(tokens, buckets)
 
 
 def prompted_texts(states: HiddenStates, found: Proposals, batches: Iterable[Tensor], device: str) -> Iterator[PromptedTexts]:
-    """The rows of each batch."""
+    """The texts of each batch of rows."""
     assert states.events is not None and states.prompt is not None  # asked for when they were loaded
     p = states.prompt.shape[1]
     for rows in batches:
@@ -127,10 +132,10 @@ def prompted_texts(states: HiddenStates, found: Proposals, batches: Iterable[Ten
 
 
 class Reader:
-    """Reads texts by an adapter, with the target's embeddings and head at hand.
+    """Teacher-forced roll-outs of an adapter, for training and for scores.
 
     Args:
-        adapter: it may still learn
+        adapter: trained or in training
         head: [v, d_target], W
         embeddings: [v, d_target]
     """
@@ -138,44 +143,51 @@ class Reader:
     def __init__(self, adapter: AttendingAdapter, head: Tensor, embeddings: Tensor) -> None:
         self.adapter, self.embeddings = adapter, embeddings
         self.head = head[adapter.ids]
-        self.place_of = torch.full((len(head) + 1,), -1, device=head.device)  # id -> its row of `head`; the last is for NOTHING
-        self.place_of[adapter.ids] = torch.arange(len(adapter.ids), device=head.device)
+        self.column_of = torch.full(
+            (len(head) + 1,), -1, device=head.device
+        )  # token id -> its row of `head`; the last entry is for NO_TOKEN
+        self.column_of[adapter.ids] = torch.arange(len(adapter.ids), device=head.device)
 
     def tokens(self, ids: Tensor) -> Tensor:
-        """[..] -> [.., w]; zeros for negative ids."""
+        """Token inputs [.., w] of token ids [..] int64; zeros for negative ids."""
         known, where = ids.clamp(min=0).unique(return_inverse=True)
         read = self.adapter.read_tokens(self.embeddings[known])[where]
         return read * (ids >= 0)[..., None]
 
     def roll_out(self, texts: PromptedTexts, origins: Tensor, steps: int) -> Iterator[Step]:
-        """Drafts from places `origins` [b, m], with the text known: step k drafts the token at origin + 1 + k, from k outputs of its own.
+        """Draft from given positions with the text known: step k drafts position origin + 1 + k after k draft tokens.
 
-        Causal: what is drafted from a place knows the states up to there, and the tokens up to the one before it.
+        A step reads the target states up to its origin and the tokens before the one it drafts.
+
+        Args:
+            texts: the batch
+            origins: [b, m] int64
+            steps: number of draft tokens
         """
         a, s, p = self.adapter, texts.states.shape[1], texts.prompt.shape[1]
         before = torch.cat([texts.prompt_ids[:, -1:], texts.token_ids[:, :-1]], 1)
         tokens, tokens_before = self.tokens(texts.token_ids), self.tokens(before)
         proposed = a.read_candidates(self.tokens(texts.proposed), texts.buckets)
         events, text, hidden = a.read_events(texts.events), *self._seen(texts, tokens, tokens_before, proposed)
-        at = lambda x, place: x.gather(1, place[..., None].expand(-1, -1, x.shape[-1]))  # noqa: E731
-        late = torch.arange(s, device=origins.device) >= origins[..., None]  # the origin's own input is in its chain
+        at = lambda x, position: x.gather(1, position[..., None].expand(-1, -1, x.shape[-1]))  # noqa: E731
+        late = torch.arange(s, device=origins.device) >= origins[..., None]  # the origin itself is in `chain`
         hidden = torch.cat([hidden[:, None].expand(-1, origins.shape[1], -1), late], -1)
-        output, chain = None, list[Keys]()
+        output, chain = None, list[KeysValues]()
         for k in range(steps):
-            place = origins + k
-            real = (place + 1 < s) & (place >= 0)
-            here = place.clamp(max=s - 1)
+            position = origins + k
+            real = (position + 1 < s) & (position >= 0)
+            here = position.clamp(max=s - 1)
             state = a.read_states(at(texts.states, here)) if output is None else a.own(output)
             given = at(proposed, here) if isinstance(proposed, Tensor) else 0.0
-            output, own = a(a.inputs(state, at(tokens, here), at(tokens_before, here), given), p + place, events, text, hidden, chain)
+            output, own = a(a.inputs(state, at(tokens, here), at(tokens_before, here), given), p + position, events, text, hidden, chain)
             chain.append(own)
-            wanted = (place + 1).clamp(max=s - 1)
+            wanted = (position + 1).clamp(max=s - 1)
             real = real & texts.mask.gather(1, wanted)
             expected = a.expect(output)
             yield Step(expected, self._logits(expected, output, texts.proposed, here), wanted, real)
 
-    def _seen(self, texts: PromptedTexts, tokens: Tensor, before: Tensor, proposed: Tensor | float) -> tuple[Keys, Tensor]:
-        """Keys and values of prompt and text, and which of the prompt's [b, p] are hidden."""
+    def _seen(self, texts: PromptedTexts, tokens: Tensor, before: Tensor, proposed: Tensor | float) -> tuple[KeysValues, Tensor]:
+        """Keys and values of prompt and text, and which prompt positions [b, p] are masked."""
         a, p, s = self.adapter, texts.prompt.shape[1], texts.states.shape[1]
         hidden = ~texts.prompt_mask if "prompt" not in a.without else torch.ones_like(texts.prompt_mask)
         prompt_tokens = self.tokens(texts.prompt_ids)
@@ -187,24 +199,29 @@ class Reader:
         logits = expected @ self.head.T
         if "candidates" in self.adapter.without:
             return logits
-        column = self.place_of[proposed].gather(1, here[..., None].expand(-1, -1, tables.SOURCES))  # [b, m, SOURCES]
+        column = self.column_of[proposed].gather(1, here[..., None].expand(-1, -1, tables.SOURCES))  # [b, m, SOURCES]
         return logits.scatter_add(-1, column.clamp(min=0), self.adapter.bonus(output) * (column >= 0))
 
 
 def losses(reader: Reader, texts: PromptedTexts, origins: Tensor, variance: float, cfg: Any) -> tuple[Tensor, dict[str, Tensor], int]:
-    """The training loss, what goes into the history, and over how many drafts these are means (a later step weighs less).
+    """The training loss, the scores for the history, and the number of draft tokens they are means of (later steps weigh less).
 
-    variance: mean over channels, of the target's states
+    Args:
+        reader: of the adapter in training
+        texts: the batch
+        origins: [b, m] int64, positions to draft from
+        variance: mean variance of the channels of the target states
+        cfg: settings
     """
     says = (texts.states @ reader.head.T).log_softmax(-1)
-    wanted_column = reader.place_of[texts.token_ids]
+    wanted_column = reader.column_of[texts.token_ids]
     total: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=says.device))
     weights, count, weight = 0.0, 0, 1.0
     for step in reader.roll_out(texts, origins, cfg.roll_out_steps):
         row, column = step.real.nonzero(as_tuple=True)
-        place = step.place[row, column]
+        position = step.position[row, column]
         logits, expected = step.logits[row, column].log_softmax(-1), step.expected[row, column]
-        wanted, label, soft = texts.states[row, place], wanted_column[row, place], says[row, place]
+        wanted, label, soft = texts.states[row, position], wanted_column[row, position], says[row, position]
         kl = (soft.exp() * (soft - logits)).sum(-1)
         parts = {
             "mse": (expected - wanted).square().mean(-1) / variance,
@@ -215,7 +232,7 @@ def losses(reader: Reader, texts: PromptedTexts, origins: Tensor, variance: floa
         }
         for name, values in parts.items():
             total[name] = total[name] + weight * values.sum()
-        weights, count, weight = weights + weight * len(row), count + len(row), weight * FADING
+        weights, count, weight = weights + weight * len(row), count + len(row), weight * STEP_DECAY
     means = {name: value / max(weights, 1e-9) for name, value in total.items()}
     loss = (1 - cfg.soft_targets) * means["ce"] + cfg.soft_targets * means["kl"] + cfg.cosine_weight * (1 - means["cosine"])
     return loss, {"loss": loss, **means}, count
@@ -230,7 +247,20 @@ def train_attending(
     checkpoint: Checkpoint | None = None,
     share: ProcessShare | None = None,
 ) -> tuple[AttendingAdapter, History]:
-    """The attending adapter, on its own roll-outs from some places of each text."""
+    """Train the attending adapter on its own roll-outs from random positions of each text.
+
+    Args:
+        states: to train on, with event states and prompt states
+        validation: to choose the best epoch by
+        head: [v, d_target], the target's LM head
+        embeddings: [v, d_target], the target's input embeddings
+        cfg: settings
+        checkpoint: to resume from and to write; None for neither
+        share: this process's part of each batch
+
+    Returns:
+        the adapter of the best epoch and the scores of all epochs
+    """
     share = share or ProcessShare()
     torch.manual_seed(cfg.seed)
     head, embeddings = head.float().to(cfg.device), embeddings.float().to(cfg.device)
@@ -240,7 +270,7 @@ def train_attending(
     counts = tables.Counts(answers)
     entries, ids = counts.entries(), drafted_ids(answers)
     found = proposals(states, counts, leave_out=True), proposals(validation, tables.NGramTable(entries), leave_out=False)
-    adapter, variance = begun(states, found[0], embeddings, entries, ids, cfg)
+    adapter, variance = initialized_adapter(states, found[0], embeddings, entries, ids, cfg)
     reader = Reader(adapter, head, embeddings)
 
     def score(texts: PromptedTexts, origins: Tensor) -> Batch:
@@ -250,25 +280,25 @@ def train_attending(
     def epoch(number: int) -> Iterator[Batch]:
         batches = tuple(map(share.rows, shuffled(len(states.target), cfg.batch_size, cfg.seed, number)))
         chance = torch.Generator().manual_seed(cfg.seed + 1_000_003 * number + 1)
-        torch.manual_seed(cfg.seed + number)  # of dropout, also where training resumes
+        torch.manual_seed(cfg.seed + number)  # dropout is the same after a resume
         for rows, texts in zip(batches, prompted_texts(states, found[0], batches, cfg.device), strict=True):
-            origins = some_places(states.lengths[rows], cfg.origins, chance).to(cfg.device)
+            origins = random_origins(states.lengths[rows], cfg.origins, chance).to(cfg.device)
             yield score(texts, origins)._replace(rows=tuple(rows.tolist()))
 
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
         batches = torch.arange(len(validation.target)).split(16)
         every = prompted_texts(validation, found[1], batches, cfg.device)
-        return mean_over_positions((b.n, b.parts) for b in (score(t, every_place(t)) for t in every))
+        return mean_over_positions((b.n, b.parts) for b in (score(t, all_origins(t)) for t in every))
 
     steps = math.ceil(len(states.target) / cfg.batch_size)
     return fit(adapter, epoch, steps, evaluate, adapter.folded, cfg, states.names, checkpoint, share)
 
 
-def begun(
+def initialized_adapter(
     states: HiddenStates, found: Proposals, embeddings: Tensor, entries: Tensor, ids: Tensor, cfg: Any
 ) -> tuple[AttendingAdapter, float]:
-    """An adapter that has learned nothing, with its tables and scales, and the mean variance of the target's states."""
+    """A new adapter with its table, draft vocabulary and scales, and the mean variance of the target states."""
     (sample,) = prompted_texts(states, found, shuffled(len(states.target), 512, 0, 0)[:1], cfg.device)
     real = sample.states[sample.mask]
     num_events, d_event = sample.events.shape[1:]
@@ -285,15 +315,15 @@ def begun(
     )
     adapter.ids.copy_(ids)
     adapter.table.copy_(entries)
-    adapter.to(cfg.device).begin(real, embeddings, embeddings[ids.to(cfg.device)], sample.events)
+    adapter.to(cfg.device).initialize(real, embeddings, embeddings[ids.to(cfg.device)], sample.events)
     return adapter, mean_variance(real)
 
 
-def some_places(lengths: Tensor, count: int, chance: torch.Generator) -> Tensor:
-    """[b, count] int64: places to draft from, by chance, each with at least one token after it."""
+def random_origins(lengths: Tensor, count: int, chance: torch.Generator) -> Tensor:
+    """Random positions [b, count] int64, each with at least one token after it."""
     return (torch.rand(len(lengths), count, generator=chance) * (lengths[:, None] - 1).clamp(min=1)).long()
 
 
-def every_place(texts: PromptedTexts) -> Tensor:
-    """[b, s] int64"""
+def all_origins(texts: PromptedTexts) -> Tensor:
+    """All positions [b, s] int64."""
     return torch.arange(texts.states.shape[1], device=texts.states.device).expand(len(texts.states), -1)

@@ -18,7 +18,7 @@ from feature_alignment.adapters.attending import AttendingAdapter
 from feature_alignment.adapters.attending_drafts import FoldedAttending
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter, call_ms
-from feature_alignment.adapters.tables import NOTHING, SOURCES
+from feature_alignment.adapters.tables import NO_TOKEN, SOURCES
 from feature_alignment.cli.config import Steps
 from feature_alignment.decoding.generation import Generation
 from feature_alignment.decoding.stopwatch import Stopwatch
@@ -162,7 +162,7 @@ def attending_ms(adapter: AttendingAdapter, repeats: int = 200) -> float:
     folded = FoldedAttending(adapter, new(int(adapter.ids.max()) + 1, size["d_target"]), new(16, size["d_target"]))
     folded.start(new(1, size["num_events"], size["d_event"]))
     folded.read_prompt(new(n, size["d_target"]), [3] * (n + 1))
-    none, two = [(NOTHING, 0)] * SOURCES, torch.tensor([3, 4], device=like.device)
+    none, two = [(NO_TOKEN, 0)] * SOURCES, torch.tensor([3, 4], device=like.device)
     output = folded.read(0, new(1, size["d_target"]), two, [none])
     return call_ms(lambda: folded.go_on(1, output, two, none), repeats, like.device.type)
 

@@ -1,4 +1,4 @@
-"""The attending adapter as a proposer: it drafts from the target's last verified states, over its own cache."""
+"""The attending adapter as a drafter: it drafts from the target's verified states and keeps a key-value cache of its own."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ Proposed = list[tuple[int, int]]
 
 
 class AttendingProposer(Proposer):
-    """
+    """The attending adapter drafts; EventGPT runs once for its event states.
+
     Args:
-        draft: EventGPT, asked once a clip for its event states; not at all by an adapter without events
-        adapter: trained
-        target: whose text is drafted
+        draft: EventGPT; it does not run for an adapter without events
+        adapter: the trained attending adapter
+        target: for its LM head and embeddings
     """
 
     def __init__(self, draft: Decoder, adapter: AttendingAdapter, target: Decoder) -> None:
@@ -34,18 +35,20 @@ class AttendingProposer(Proposer):
 
     @torch.inference_mode()
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
+        """See `Proposer`."""
         if self._blind:
             self._folded.start(self._folded.head.new_empty(1, 0, self._d_event))
         else:
             with watch("draft_prefill"):
                 self._folded.start(self._draft.vision_states(prompt.ids[None], self._draft.encode_vision(prompt.pixels[None])))
-        self._verified = 0  # tokens whose true states are in the cache,
-        self._ahead: list[int] = []  # drafts read behind them,
-        self._outputs: list[Tensor] = []  # and the outputs behind the last verified token and behind each of the drafts
-        self._proposed: list[Proposed] = []  # what the tables proposed after each of all these tokens
+        self._verified = 0  # tokens cached with target states
+        self._ahead: list[int] = []  # draft tokens cached after them
+        self._outputs: list[Tensor] = []  # outputs after the last verified token and after each of these draft tokens
+        self._proposed: list[Proposed] = []  # table candidates after each token
 
     @torch.inference_mode()
-    def target_read(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
+    def read_target_prompt(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
+        """See `Proposer`."""
         with watch("adapter"):
             most = self._num_prompt
             self._prompt, self._question = self._target.text_ids(prompt.ids[-most - 1 :].tolist()), question_number(prompt.question)
@@ -53,6 +56,7 @@ class AttendingProposer(Proposer):
 
     @torch.inference_mode()
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:
+        """See `Proposer`."""
         with watch("adapter"):
             self._catch_up(emitted, states)
         text: list[int] = []
@@ -71,31 +75,31 @@ class AttendingProposer(Proposer):
         return Draft.of(selected, lambda: self._folded.states(expected))
 
     def _catch_up(self, emitted: Sequence[int], states: Tensor) -> None:
-        """Read what has been verified since the last call; then the tokens behind it, for which there are no true states."""
+        """Cache newly verified tokens with the target's states, then the tokens after them with predicted states."""
         n, known = len(states), self._verified
         if n > known:
             del self._proposed[known:]
-            self._proposed += [self._look(emitted[: t + 1]) for t in range(known, n)]
+            self._proposed += [self._candidates(emitted[: t + 1]) for t in range(known, n)]
             before = emitted[known - 1] if known else self._prompt[-1]
             text = torch.tensor([before, *emitted[known:n]], device=states.device)
             self._outputs = [self._folded.read(known, states[known:], text, self._proposed[known:])]
             self._verified, self._ahead = n, []
-        behind = list(emitted[n:])
+        following = list(emitted[n:])
         same = 0
-        while same < min(len(behind), len(self._ahead)) and behind[same] == self._ahead[same]:
+        while same < min(len(following), len(self._ahead)) and following[same] == self._ahead[same]:
             same += 1
         del self._ahead[same:], self._outputs[same + 1 :], self._proposed[n + same :]
         for end in range(n + same + 1, len(emitted) + 1):
             self._read_draft(emitted[:end])
 
     def _read_draft(self, text: Sequence[int]) -> None:
-        """Read the last token of `text`, which is not verified."""
-        self._proposed.append(self._look(text))
+        """Cache the last token of `text`, which is not verified."""
+        self._proposed.append(self._candidates(text))
         last = torch.tensor([text[-2], text[-1]], device=self._outputs[-1].device)
         self._outputs.append(self._folded.go_on(len(text) - 1, self._outputs[-1], last, self._proposed[-1]))
         self._ahead.append(text[-1])
 
-    def _look(self, text: Sequence[int]) -> Proposed:
+    def _candidates(self, text: Sequence[int]) -> Proposed:
         return self._folded.candidates(self._question, self._prompt, text)
 
     def _select(self, text: Sequence[int], confidence: bool) -> Selected:

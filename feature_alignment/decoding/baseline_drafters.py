@@ -198,9 +198,9 @@ class HybridProposer(Proposer):
         self._question = prompt.question
         self._model.start(prompt, watch)
 
-    def target_read(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
+    def read_target_prompt(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
         """See `Proposer`."""
-        self._model.target_read(prompt, states, watch)
+        self._model.read_target_prompt(prompt, states, watch)
 
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:
         """See `Proposer`."""

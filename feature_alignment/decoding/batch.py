@@ -103,7 +103,7 @@ def speculate_batch(
         for i, (row, prompt, draft_prompt) in enumerate(zip(everyone, prompts, draft_prompts, strict=True)):
             row.proposer.selector = row.selector
             row.proposer.start(draft_prompt, watch)
-            row.proposer.target_read(prompt, state.prompt_states(i)[: len(prompt.ids)], watch)
+            row.proposer.read_target_prompt(prompt, state.prompt_states(i)[: len(prompt.ids)], watch)
     rows, passes = everyone, 0
     while True:
         going = [i for i, row in enumerate(rows) if not row.has_ended and len(row.emitted) < max_new_tokens]

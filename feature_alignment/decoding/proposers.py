@@ -55,7 +55,7 @@ class Proposer(Protocol):
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """Read a new prompt."""
 
-    def target_read(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
+    def read_target_prompt(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
         """Receive the target's prompt and its hidden states [s, d_target] there; called once for each text, after `start`."""
         return None
 

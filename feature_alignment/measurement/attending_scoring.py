@@ -10,7 +10,7 @@ from torch import Tensor
 
 from feature_alignment.adapters import tables
 from feature_alignment.adapters.attending import AttendingAdapter
-from feature_alignment.adapters.attending_training import Reader, every_place, prompted_texts, proposals
+from feature_alignment.adapters.attending_training import Reader, all_origins, prompted_texts, proposals
 from feature_alignment.decoding.acceptance import cosine_per_position
 from feature_alignment.measurement.scoring import Scores
 from feature_alignment.storage.hidden_states import HiddenStates
@@ -20,10 +20,19 @@ from feature_alignment.storage.hidden_states import HiddenStates
 def attending_scores(
     adapter: AttendingAdapter, states: HiddenStates, head: Tensor, embeddings: Tensor, steps: int, events: Sequence[int] | None = None
 ) -> tuple[Scores, Tensor]:
-    """`[row, t, k]` is draft k of a round at t, for position t + k, all earlier drafts of the round being the target's own tokens. Second,
-    where there is such a position: [n, s, steps] bool.
+    """Scores of the attending adapter for rounds that begin anywhere.
 
-    events: row -> the row whose events it is shown instead of its own
+    Args:
+        adapter: trained
+        states: rows to score, with event states and prompt states
+        head: [v, d_target]
+        embeddings: [v, d_target]
+        steps: draft length
+        events: for each row the row whose event states replace its own; None for its own
+
+    Returns:
+        scores [n, s, steps], where [row, t, k] is draft token k of a round at t, all earlier ones of the round being the target's own
+        tokens; and which of these positions exist, [n, s, steps] bool
     """
     found = proposals(states, tables.NGramTable(adapter.table), leave_out=False)
     if events is not None and states.events is not None:
@@ -35,13 +44,13 @@ def attending_scores(
         rows, s = slice(first, first + len(texts.states)), texts.states.shape[1]
         first = rows.stop
         emitted = (texts.states @ head.T).argmax(-1)
-        for k, step in enumerate(reader.roll_out(texts, every_place(texts), steps)):
+        for k, step in enumerate(reader.roll_out(texts, all_origins(texts), steps)):
             row = torch.arange(len(texts.states), device=head.device)[:, None]
             said, real = adapter.ids[step.logits.argmax(-1)], step.real[:, : s - 1]
-            wanted = cosine_per_position(step.expected.flatten(0, 1), texts.states[row, step.place].flatten(0, 1)).view_as(said)
+            wanted = cosine_per_position(step.expected.flatten(0, 1), texts.states[row, step.position].flatten(0, 1)).view_as(said)
             starts = slice(1, s)  # position 0 comes from the target's prefill
             cosine[rows, starts, k] = (wanted[:, : s - 1] * real).cpu()
             says[rows, starts, k] = (said[:, : s - 1] * real).cpu()
-            match[rows, starts, k] = ((said == emitted.gather(1, step.place))[:, : s - 1] & real).cpu()
+            match[rows, starts, k] = ((said == emitted.gather(1, step.position))[:, : s - 1] & real).cpu()
             there[rows, starts, k] = real.cpu()
     return Scores(cosine, says, match), there

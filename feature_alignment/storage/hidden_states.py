@@ -23,7 +23,7 @@ DEFAULT_EOS_IDS = [2]  # files written before their meta recorded the ids
 log = logging.getLogger(__name__)
 
 EVENT_STATES, PROMPT_STATES = "egpt_event_states.pt", "vl_prompt_states.pt"
-WHOLE = (EVENT_STATES, PROMPT_STATES)  # files whose rows are all equally long
+FIXED_LENGTH_FILES = (EVENT_STATES, PROMPT_STATES)  # files whose rows are all equally long
 MAX_BYTES_CHECKED_ON_LOAD = 1 << 30  # larger files are compared with their hashes by `verification` only
 
 
