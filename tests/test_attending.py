@@ -3,6 +3,7 @@ drafting stays lossless."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -23,6 +24,8 @@ from feature_alignment.adapters.attending_training import (
     random_origins,
     train_attending,
 )
+from feature_alignment.adapters.hidden import HiddenAdapter
+from feature_alignment.benchmark import targets
 from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.attending_proposer import AttendingProposer
@@ -32,6 +35,8 @@ from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.extract_hidden_states import ExtractConfig
 from feature_alignment.inputs.samples import read_samples
+from feature_alignment.measurement import metrics
+from feature_alignment.measurement.attending_scoring import attending_scores
 from feature_alignment.models.pair import load_pair
 from feature_alignment.storage.files import read_json, save_pt
 from feature_alignment.storage.hidden_states import HiddenStates, load_hidden_states
@@ -386,24 +391,37 @@ def test_a_learned_one_drafts_well_and_loses_nothing(learnt, gamma):
     assert kept > 15
 
 
-def test_the_trace_identity(learnt):
-    """Rounds read off one teacher-forced roll-out are the live rounds, exactly."""
+@pytest.mark.parametrize("gamma", [1, 3, 5])
+def test_the_trace_identity(learnt, gamma):
+    """Rounds computed from one teacher-forced roll-out are the live rounds, exactly."""
     target, draft, states, adapter = learnt
-    found = proposals(states, tables.NGramTable(adapter.table), leave_out=False)
-    (texts,) = prompted_texts(states, found, [torch.arange(len(states.target))], "cpu")
-    reader, every = Reader(adapter, target.head_weight, target.embeddings), torch.arange(texts.states.shape[1]).expand(3, -1)
-    with torch.inference_mode():
-        said = [(adapter.ids[step.logits.argmax(-1)], step.real) for step in reader.roll_out(texts, every, 3)]
+    scores, there = attending_scores(adapter, states, target.head_weight.detach(), target.embeddings, gamma)
+    assert there[:, 1:, 0].equal(states.mask[:, 1:]) and not there[:, 0].any()
+    blocks = metrics.decoding_blocks(scores.match, states.mask, gamma, states.ended)
+    assert blocks.accepted.sum() > 5  # the identity is not about zeros
     for row, prompt in enumerate(PROMPTS):
-        live = speculate(
-            target, AttendingProposer(draft, adapter, target), *[prompt_of(*prompt)] * 2, num_draft_tokens=3, max_new_tokens=24
-        )
-        at = 1
-        for r in live.rounds:
-            for k, drafted in enumerate(r.proposed[: r.num_accepted + 1]):
-                if bool(said[k][1][row, at - 1]):
-                    assert int(said[k][0][row, at - 1]) == drafted
-            at += r.num_accepted + 1
+        proposer = AttendingProposer(draft, adapter, target)
+        live = speculate(target, proposer, *[prompt_of(*prompt)] * 2, num_draft_tokens=gamma, max_new_tokens=24)
+        assert [r.num_accepted for r in live.rounds] == blocks.accepted[(blocks.rows == row) & (blocks.offered > 0)].tolist()
+
+
+def test_event_states_of_another_row_change_the_scores(learnt):
+    target, _, states, adapter = learnt
+    states = dataclasses.replace(states, events=states.events + torch.tensor([0.0, 1.0, 2.0])[:, None, None])
+    given = adapter, states, target.head_weight.detach(), target.embeddings, 2
+    own, same, other = (attending_scores(*given, events)[0].cosine for events in (None, [0, 1, 2], [1, 2, 0]))
+    assert torch.equal(own, same) and not torch.allclose(own, other)
+
+
+def test_the_targets_report_the_attending_adapter_of_the_fastest_row(monkeypatch):
+    monkeypatch.setattr(targets, "WIDTH", 16)
+    adapter, row = an_adapter(), {"adapter_ms_per_draft": 0.1, "draft": "attending"}
+    acceptance, cost = {"chains": {"attending": {"num_draft_tokens": 5}}}, {"t_adapter_ms": 0.2}
+    hidden = HiddenAdapter(8, 8, 4), None
+    found = targets.adapter_in_use(row, *hidden, acceptance, cost, "cpu", torch.float32, "eager", adapter)
+    wide = AttendingAdapter(16, 16, targets.EVENT_TOKENS, targets.MOST_IDS, width=16)
+    assert (found.name, found.parameters, found.parameters_wide) == ("attending", adapter.num_parameters, wide.num_parameters)
+    assert found.measured is acceptance["chains"]["attending"] and found.overhead_ms[0] == 0.1 and min(found.overhead_ms) > 0
 
 
 def test_training_leaves_the_clip_out_and_validation_does_not(learnt):
