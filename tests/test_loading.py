@@ -22,7 +22,7 @@ from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models import eventgpt, loading, pair, preprocessing, video_llava
-from feature_alignment.models.decoder import position_limit
+from feature_alignment.models.state import position_limit
 
 MODELS = {"eventgpt": eventgpt.EventGPTForCausalLM, "video_llava": VideoLlavaForConditionalGeneration}
 

@@ -71,7 +71,7 @@ def test_a_shared_adapter_of_another_pair_is_refused(finished, tmp_path):
 def test_wrong_settings_and_files_are_refused_by_name(pair, clip, finished):
     with pytest.raises(UserError, match="threshhold"):
         SpeculativePair.from_config(finished / "tiny.yaml", threshhold=0.5)
-    with pytest.raises(UserError, match="nothing at absent.mp4"):
+    with pytest.raises(UserError, match=r"nothing at absent\.mp4"):
         pair.answer(**{**clip, "video": "absent.mp4"})
 
 
