@@ -81,10 +81,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
         return summarize(argv[1:])
     cfg = parse_config(BenchmarkConfig, argv, "benchmark_feature_sd")
-    from feature_alignment.storage.processes import check_device, claimed
+    from feature_alignment.storage.processes import check_device, exclusive_lock
 
     check_device(cfg.device)
-    with claimed(cfg.out / "benchmark"):
+    with exclusive_lock(cfg.out / "benchmark"):
         return benchmark(cfg)
 
 
@@ -94,11 +94,13 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     from feature_alignment.benchmark.results import BenchmarkReport
     from feature_alignment.benchmark.run import Measurements, part_costs, take_turns
     from feature_alignment.decoding.plain import greedy
-    from feature_alignment.models import fixed
     from feature_alignment.measurement.records import read_record
     from feature_alignment.measurement.reports import AcceptanceReport
+    from feature_alignment.models import fixed
     from feature_alignment.models.loading import fetch_checkpoints
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.artifacts import cached_result, provenance
+    from feature_alignment.storage.files import write_hashed_json
+    from feature_alignment.storage.identity import identity_of
 
     samples = spread_samples(cfg)
     fetch_checkpoints(cfg)
@@ -107,8 +109,8 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     made_from = inputs_of(cfg, samples)
     acceptance = read_record(acceptance_path(cfg), AcceptanceReport, command_for("measure_feature_acceptance"))
     out = cfg.out / "benchmark"
-    identity = artifacts.identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
-    cached = artifacts.reusable(out / "benchmark.json", cfg, identity)
+    identity = identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
+    cached = cached_result(out / "benchmark.json", cfg, identity)
     if cached is not None:
         _show(BenchmarkReport.from_json(cached), out, reused=True)
         return cached
@@ -119,11 +121,11 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     ways |= transformers_baselines.ways(target, cfg.max_new_tokens, cfg.num_draft_tokens[0], cfg.assistant_layers)
     timed = take_turns(setup, ways, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
     about = {"device": cfg.device, "dtype": cfg.dtype, "unrecorded": fixed.eager_fallbacks}
-    meta = artifacts.provenance("benchmark_feature_sd", cfg, made_from, identity, **about)
+    meta = provenance("benchmark_feature_sd", cfg, made_from, identity, **about)
     result, shown = results_of(cfg, Measurements.of(setup, timed, part_cost), acceptance, list(ways)[1:], meta)
     report.write_benchmark_report(result, shown, target.tokenizer.decode, out)
     files = ("report.md", "report.html", *(f"{name}.png" for name in report.PICTURES))
-    artifacts.write_sealed(out / "benchmark.json", result.to_json(), files)  # Last: its presence means that the report is complete.
+    write_hashed_json(out / "benchmark.json", result.to_json(), files)  # Last: its presence means that the report is complete.
     _show(result, out, reused=False)
     return result.to_json()
 
@@ -231,9 +233,7 @@ def results_of(
         generate=[generate_baseline(measurements, fastest, name) for name in names],
         rows=rows,
         cost=cost,
-        break_even={
-            str(g): {str(goal): break_even(g * cost.c, g, goal) for goal in (1.0, targets.GOAL)} for g in cfg.num_draft_tokens
-        },
+        break_even={str(g): {str(goal): break_even(g * cost.c, g, goal) for goal in (1.0, targets.GOAL)} for g in cfg.num_draft_tokens},
         fastest_lossless=fastest.report,
         targets=targets.targets_of(in_use, rows, fastest.report),
     )
@@ -250,21 +250,22 @@ def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, 
     """Measure wall clock at planted acceptances; returns the content of planted.json. Other results are left as they are."""
     from feature_alignment.benchmark import planted
     from feature_alignment.benchmark.results import PlantedReport
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.artifacts import cached_result, provenance
+    from feature_alignment.storage.identity import identity_of
 
     out, clips = cfg.out / "benchmark", clips_of(samples)
     files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
     adapters = {name: cfg.out / f"{name}/adapter.pt" for name in ("adapter", "chained_adapter")}
     made_from = files | {"clips": clips} | {name: path for name, path in adapters.items() if path.is_file()}
-    identity = artifacts.identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
-    cached = artifacts.reusable(out / "planted.json", cfg, identity)
+    identity = identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
+    cached = cached_result(out / "planted.json", cfg, identity)
     if cached is not None:
         result = PlantedReport.from_json(cached)
     else:
         facts = {"device": cfg.device, "dtype": cfg.dtype, "planted": True}
         lengths, rates = cfg.num_draft_tokens, cfg.planted_acceptance
         settings = planted.PlantedSettings(cfg.steps, lengths, rates, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
-        meta = artifacts.provenance("benchmark_feature_sd", cfg, made_from, identity, **facts)
+        meta = provenance("benchmark_feature_sd", cfg, made_from, identity, **facts)
         result = planted.measure(cfg, settings, samples, meta)
         planted.write(result, out)
     planted.show(result)

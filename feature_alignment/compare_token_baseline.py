@@ -82,20 +82,20 @@ def train_token_adapter(cfg: ComparisonConfig, rows: Sequence[Row]) -> None:
         rows: answers that are compared; the adapter must accept texts of their length
     """
     from feature_alignment.adapters import token as token_adapter
-    from feature_alignment.storage import artifacts
     from feature_alignment.storage.answers import read_token_pairs
+    from feature_alignment.storage.files import load_pt, save_pt
 
     path, identity = token_adapter_path(cfg), token_adapter_identity(cfg)
     if _is_trained(path, cfg, identity):
         return
     train, validation = (read_token_pairs(cfg.out / "token_pairs" / f"{split}.json") for split in (cfg.train_split, cfg.validation_split))
     extract = command_for("extract_hidden_states", split=cfg.train_split)
-    vocabulary = len(artifacts.load_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", extract))
+    vocabulary = len(load_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", extract))
     longest = max(len(r[k]) for r in (*train, *validation, *rows) for k in ("egpt_tokens", "vl_tokens"))
     began = time.time()
     model, accuracies = token_adapter.train_token_adapter(train, validation, vocabulary, longest, cfg.num_epochs, cfg.device, cfg.seed)
     meta = {"geometry": model.geometry, "seconds": time.time() - began, "validation_accuracy": accuracies, **identity.as_dict()}
-    artifacts.save_pt(path, {"meta": meta, "state_dict": {k: v.cpu() for k, v in model.state_dict().items()}})
+    save_pt(path, {"meta": meta, "state_dict": {k: v.cpu() for k, v in model.state_dict().items()}})
 
 
 def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[Row], eos_ids: Sequence[int]) -> DraftReport | None:
@@ -111,13 +111,13 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[Row], eos_ids: Se
     from feature_alignment.adapters import token as token_adapter
     from feature_alignment.adapters.hidden import call_ms
     from feature_alignment.measurement.comparison import verified
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.files import load_trained
 
     path = token_adapter_path(cfg)
     if not path.is_file():
         return None
     train_it = command_for("compare_token_baseline", "--train_token_adapter")
-    model, meta = artifacts.load_trained(path, "a token-level adapter", token_adapter.TokenAdapter, "vocabulary", train_it)
+    model, meta = load_trained(path, "a token-level adapter", token_adapter.TokenAdapter, "vocabulary", train_it)
     texts = replace(token_adapter_identity(cfg), settings=meta.get("settings", {}))  # Any length of training will do.
     if changes := texts.changes(meta, ignore_code=True):
         log.warning(
@@ -140,27 +140,29 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[Row], eos_ids: Se
 
 def token_adapter_identity(cfg: ComparisonConfig) -> RunIdentity:
     """Identity of the token-level adapter: both models' texts of two splits, and the settings of its training."""
-    from feature_alignment.storage import artifacts, identity
+    from feature_alignment.storage import identity
+    from feature_alignment.storage.identity import identity_of
 
     texts = {split: cfg.out / "token_pairs" / f"{split}.json" for split in (cfg.train_split, cfg.validation_split)}
-    whole = artifacts.identity_of("adapters.token", cfg, texts)
+    whole = identity_of("adapters.token", cfg, texts)
     return identity.RunIdentity({k: whole.settings[k] for k in ("num_epochs", "seed", "device")}, whole.made_from, whole.code)
 
 
 def _is_trained(path: Path, cfg: ComparisonConfig, identity: RunIdentity) -> bool:
     """Whether there is a cached token-level adapter of this identity that may be reused."""
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.artifacts import log_reuse
+    from feature_alignment.storage.files import load_pt
 
     if not (cfg.resume and path.is_file()):
         return False
     try:
-        meta = artifacts.load_pt(path, "")["meta"]
+        meta = load_pt(path, "")["meta"]
     except (UserError, KeyError, TypeError):
         return False
     if changes := identity.changes(meta, cfg.ignore_code):
         log.warning("%s is trained again (then → now): %s", path, "; ".join(changes))
         return False
-    artifacts.log_reuse(path, identity, meta)
+    log_reuse(path, identity, meta)
     return True
 
 
@@ -176,9 +178,9 @@ def judge_accepted(
         lexicon: which words state which facts
     """
     from feature_alignment.measurement.comparison import CosineDrafts, accepted_by_cosine
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.files import load_pt
 
-    scores = artifacts.load_pt(cfg.out / "acceptance" / "scores.pt", command_for("measure_feature_acceptance"))
+    scores = load_pt(cfg.out / "acceptance" / "scores.pt", command_for("measure_feature_acceptance"))
     names = {"aligned": "adapter", "chained": "chained"}
     sources = {name: CosineDrafts(s["cosine"], s["says"], s["there"]) for name, key in names.items() if (s := scores.get(key))}
     if "egpt_drafts" in states.rows[0]:
@@ -196,10 +198,10 @@ def judge_accepted(
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the script; returns the content of comparison.json."""
     cfg = parse_config(ComparisonConfig, argv, "compare_token_baseline")
-    from feature_alignment.storage.processes import check_device, claimed
+    from feature_alignment.storage.processes import check_device, exclusive_lock
 
     check_device(cfg.device)
-    with claimed(cfg.out / "token_baseline"):
+    with exclusive_lock(cfg.out / "token_baseline"):
         return compare(cfg)
 
 
@@ -209,8 +211,10 @@ def compare(cfg: ComparisonConfig) -> dict[str, Any]:
 
     from feature_alignment.measurement.comparison_tables import tables
     from feature_alignment.measurement.reports import ComparisonReport
-    from feature_alignment.storage import artifacts
     from feature_alignment.storage.answers import read_token_pairs
+    from feature_alignment.storage.artifacts import cached_result, provenance
+    from feature_alignment.storage.files import write_hashed_json, write_text
+    from feature_alignment.storage.identity import identity_of
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -218,20 +222,20 @@ def compare(cfg: ComparisonConfig) -> dict[str, Any]:
     rows = read_token_pairs(made_from["token_pairs"])
     if cfg.train_token_adapter and not cfg.token_pairs:
         train_token_adapter(cfg, rows)
-    identity = artifacts.identity_of("compare_token_baseline", cfg, made_from, timed=True, without=("train_token_adapter",))
-    cached = artifacts.reusable(path, cfg, identity)
+    identity = identity_of("compare_token_baseline", cfg, made_from, timed=True, without=("train_token_adapter",))
+    cached = cached_result(path, cfg, identity)
     if cached:
         report = ComparisonReport.from_json(cached)
     else:
         report = comparison_report(cfg, rows, path.parent)
         printed = tables(report, cfg.num_draft_tokens)
         lines = [{"table": title, **dict(zip(header, row, strict=True))} for title, header, rows_of in printed for row in rows_of]
-        meta = artifacts.provenance("compare_token_baseline", cfg, made_from, identity)
+        meta = provenance("compare_token_baseline", cfg, made_from, identity)
         report = replace(report, meta=meta, rows=lines)
         markdown = [f"**{title}**\n\n{markdown_table(header, lines)}\n" for title, header, lines in printed]
-        artifacts.write_text(path.parent / "comparison.md", "\n".join(markdown))
+        write_text(path.parent / "comparison.md", "\n".join(markdown))
         files = ("comparison.md", *(("threshold_sweep.png",) if report.kept_by_cosine else ()))
-        artifacts.write_sealed(path, report.to_json(), files)
+        write_hashed_json(path, report.to_json(), files)
     for title, header, lines in tables(report, cfg.num_draft_tokens):
         print_table(title, header, lines)
     if report.examples:
@@ -272,9 +276,10 @@ def comparison_report(cfg: ComparisonConfig, rows: Sequence[Row], out: Path) -> 
     from feature_alignment.measurement.lexicon import Lexicon
     from feature_alignment.measurement.records import read_record
     from feature_alignment.measurement.reports import AcceptanceReport, ComparisonReport, FeatureLevel
-    from feature_alignment.models.loading import find_checkpoint, load_tokenizer
-    from feature_alignment.storage import artifacts
+    from feature_alignment.models.loading import find_checkpoint
+    from feature_alignment.models.preprocessing import load_tokenizer
     from feature_alignment.storage.answers import eos_ids, read_token_pairs
+    from feature_alignment.storage.hidden_states import load_hidden_states
 
     g, ends = cfg.num_draft_tokens, eos_ids(cfg.token_pairs or cfg.out / "token_pairs" / f"{cfg.split}.json")
     report = ComparisonReport(meta={}, token_level=comparison.free_running_agreement(rows, g))
@@ -285,7 +290,7 @@ def comparison_report(cfg: ComparisonConfig, rows: Sequence[Row], out: Path) -> 
     acceptance = read_record(path, AcceptanceReport, command_for("measure_feature_acceptance"))
     chained = acceptance.chained
     at = acceptance.thresholds["0.90"]
-    states = artifacts.load_hidden_states(cfg.out / "hidden_states" / cfg.split, cfg.draft_layers)
+    states = load_hidden_states(cfg.out / "hidden_states" / cfg.split, cfg.draft_layers)
     own = None
     if "egpt_drafts" in states.rows[0]:
         correct = comparison.correct_drafts([r["egpt_drafts"] for r in states.rows], states.rows)

@@ -101,7 +101,7 @@ def extract(
     """
     from feature_alignment.cli.console import repairs_of
     from feature_alignment.models.batches import ClipBatch
-    from feature_alignment.storage.artifacts import EVENT_STATES
+    from feature_alignment.storage.hidden_states import EVENT_STATES
 
     todo = [rows for rows in mine if any(place[row] not in writer.done for row in rows)]
     total, began = sum(map(len, todo)), time.perf_counter()
@@ -153,7 +153,7 @@ def cuts(vl_tokens: list[int], egpt_tokens: list[int], read: list[int], cfg: Ext
 
 def draft_files(draft: Decoder, hidden: Tensor, cfg: ExtractConfig) -> dict[str, Tensor]:
     """File name -> the drafter's states [s, d] that go into it, from its tapped layers side by side [s, d * taps]."""
-    from feature_alignment.storage.artifacts import layer_file
+    from feature_alignment.storage.hidden_states import layer_file
 
     if not cfg.separate_layers:
         return {"egpt_hidden_states.pt": hidden}
@@ -162,12 +162,12 @@ def draft_files(draft: Decoder, hidden: Tensor, cfg: ExtractConfig) -> dict[str,
 
 def identity_of(cfg: ExtractConfig) -> RunIdentity:
     """What decides the bytes of a run, besides its rows: files count by their content, the manifest row by row."""
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.identity import identity_of
 
     sources = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
     sources |= {name: path for name, path in {"answers": cfg.answers, "questions": cfg.questions}.items() if path}
     without = ["threads", "limit", "merge", *(() if cfg.random_weights else ("seed",))]
-    identity = artifacts.identity_of("extract_hidden_states", cfg, sources, without=without)
+    identity = identity_of("extract_hidden_states", cfg, sources, without=without)
     return dataclasses.replace(identity, not_compared=frozenset({"manifest"}))
 
 
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.models.batches import plan_batches
     from feature_alignment.models.loading import fetch_checkpoints
     from feature_alignment.storage import earlier_rows, shards
-    from feature_alignment.storage.processes import check_device, check_writable, claimed, processes
+    from feature_alignment.storage.processes import check_device, check_writable, exclusive_lock, process_group
 
     shard, of = shards.parse_shard(cfg.shard, cfg.merge)
     check_device(cfg.device)
@@ -193,11 +193,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     else:
         rows = identify(samples, parts, cfg.manifests[cfg.split], cfg.event_start_ms)
     out = cfg.out / "hidden_states" / (shards.shard_name(cfg.split, shard, of) if cfg.shard else cfg.split)
-    rank, world, device, wait = processes(cfg.device)
-    if cfg.resume and earlier_rows.complete(out, identity, rows, cfg.ignore_code):
+    rank, world, device, wait = process_group(cfg.device)
+    if cfg.resume and earlier_rows.find_complete_run(out, identity, rows, cfg.ignore_code):
         return report(cfg, out, reused=True, first=rank == 0)
     check_writable(cfg.out / "token_pairs" / f"{cfg.split}.json")
-    with claimed(out) if rank == 0 else nullcontext():
+    with exclusive_lock(out) if rank == 0 else nullcontext():
         if cfg.merge:
             shards.merge_shards(out, identity, rows, cfg.out / "token_pairs" / f"{cfg.split}.json", cfg.resume, cfg.ignore_code)
         else:
@@ -226,9 +226,10 @@ def fill(
         process: number, how many, device, wait, as `processes` says
     """
     from feature_alignment.models.pair import load_pair
-    from feature_alignment.storage import artifacts, earlier_rows
+    from feature_alignment.storage import earlier_rows
     from feature_alignment.storage import hidden_states_writer as files
     from feature_alignment.storage.answers import known_answers, refuse_foreign_ids
+    from feature_alignment.storage.files import save_pt
 
     rank, world, device, wait = process
     token_pairs = cfg.out / "token_pairs" / f"{cfg.split}.json"
@@ -247,11 +248,11 @@ def fill(
     if rank == 0:
         begun = files.rows_done(out) if cfg.resume else set()
         at_most = (len(place) - len(begun)) * files.row_bytes(shapes.values(), dtype) + pair.target.head_weight.nbytes
-        files.check_room(cfg.out, at_most + (pair.target.embeddings.nbytes if cfg.event_states else 0))
-        may_keep = files.begin(out, identity, files.plan_hash(rows), cfg.resume)
+        files.check_disk_space(cfg.out, at_most + (pair.target.embeddings.nbytes if cfg.event_states else 0))
+        may_keep = files.begin_run(out, identity, files.plan_hash(rows), cfg.resume)
         writer = files.HiddenStatesWriter(out, len(place), shapes, dtype)
         if may_keep:
-            earlier_rows.keep_rows(writer, identity, rows, cfg.ignore_code)
+            earlier_rows.copy_unchanged_rows(writer, identity, rows, cfg.ignore_code)
         log.info("extract  %s: %d of %d rows to do", cfg.split, len(place) - len(writer.done), len(place))
     wait()
     if rank:
@@ -260,9 +261,9 @@ def fill(
         extract(pair, full_depth_draft, samples, parts[rank::world], cfg, writer, answers, place, rows, first=rank == 0)
         wait()
         if rank == 0:
-            artifacts.save_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", pair.target.head_weight.detach().cpu().clone())
+            save_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", pair.target.head_weight.detach().cpu().clone())
             if cfg.event_states:
-                artifacts.save_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", pair.target.embeddings.cpu().clone())
+                save_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", pair.target.embeddings.cpu().clone())
             writer.finish(describe(pair, cfg, identity, len(place)), None if cfg.shard else token_pairs)
     finally:
         writer.close()
@@ -273,7 +274,7 @@ def shapes_of(pair: Pair, cfg: ExtractConfig) -> tuple[dict[str, tuple[int, int]
     """File name -> (positions, size) of one row in it, and what the files hold."""
     import torch
 
-    from feature_alignment.storage.artifacts import EVENT_STATES
+    from feature_alignment.storage.hidden_states import EVENT_STATES
 
     width = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens)
     nothing = draft_files(pair.draft, torch.empty(0, pair.draft.hidden_size), cfg)
@@ -312,7 +313,7 @@ def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -
 
 def report(cfg: ExtractConfig, out: Path, reused: bool, first: bool = True) -> dict[str, Any]:
     """Print what a complete run holds, by one process; returns its meta."""
-    from feature_alignment.storage.artifacts import read_json
+    from feature_alignment.storage.files import read_json
 
     meta = read_json(out / "meta.json", "the same command with --no_resume")
     if not first:

@@ -1,8 +1,8 @@
 """Task 3.1. Answer one question: EventGPT drafts from the events, Video-LLaVA verifies on the frames.
 
-reads   both checkpoints, what the drafts need (adapter/adapter.pt, chained_adapter/adapter.pt, token_pairs/<train split>.json),
+reads   both checkpoints, files of the drafter (adapter/adapter.pt, chained_adapter/adapter.pt, token_pairs/<train split>.json),
         one sample of a manifest or --events, --video and --question
-writes  sd/<sample id>.json: text, token ids, every round with its drafts, what was kept, cosine, extra token, milliseconds
+writes  sd/<sample id>.json: text, token ids, every round with its drafts, accepted tokens, cosine, extra token, milliseconds
 
     python feature_alignment/feature_sd_inference.py --config configs/demo.yaml
     python feature_alignment/feature_sd_inference.py --config configs/demo.yaml --events e.npy --video v.mp4 --question "…"
@@ -30,37 +30,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InferenceConfig(Common):
-    """Decode one answer speculatively, show every round, and compare it with plain decoding. Reads both checkpoints, what the drafts
-    need and one sample; writes sd/<sample id>.json.
+    """Decode one answer speculatively, show every round, and compare it with plain decoding.
+
+    Reads both checkpoints, files of the drafter and one sample; writes sd/<sample id>.json.
 
     Args:
-        split: manifest the sample is taken from
-        sample: id of the sample; default the first one
-        events: an EventGPT .npy instead of a sample's events
-        video: a video file or a folder of frames instead of a sample's video
-        question: the question about them
-        draft: own = the drafter's own tokens; aligned = its adapted states through the target's head; chained = the chained adapter
-            from the target's last state; ngram, template, lookup and previous look at no picture; hybrid = ngram where it is sure,
+        split: manifest that holds the sample
+        sample: id of the sample (default: the first)
+        events: event file to use instead of a sample's, together with --video and --question
+        video: video file or folder of frames to use instead of a sample's
+        question: question about them
+        draft: drafter: own = EventGPT's own tokens; aligned = its adapted states through the target's head; chained = the chained adapter
+            from the target's last state; ngram, template, lookup and previous read no image; hybrid = ngram where it is confident,
             else chained (aligned where no chained adapter has been trained)
-        train_split: whose answers ngram, template and previous know
-        accept: token is lossless; feature and relaxed keep drafts by cosine
-        threshold: cosine above which feature and relaxed keep a draft
-        num_draft_tokens: drafts per verification; with --adaptive the most
-        adaptive: draft on while one more token is expected to gain more than it costs, and not at all where nothing pays
-        overlap: EventGPT reads its prompt in a thread of its own while Video-LLaVA reads its own; for a second core
+        train_split: split whose answers ngram, template and previous are built from
+        accept: token is lossless; feature and relaxed accept draft tokens by cosine
+        threshold: cosine above which feature and relaxed accept a draft token
+        num_draft_tokens: draft tokens per round; with --adaptive the maximum
+        adaptive: choose the draft length of each round by expected gain and cost, down to no drafting at all
+        overlap: prefill EventGPT in a thread of its own while Video-LLaVA prefills; needs a second core
         max_new_tokens: longest answer, EOS included
-        temperature: above 0 the answer is sampled, with the law of sampling from Video-LLaVA alone; --accept token only. The same
-            --seed gives the same answer; with --adaptive that of Video-LLaVA alone, at a somewhat lower acceptance
-        top_p: of the sampled law, keep the most likely tokens that have this probability together; default as the checkpoint's
-            generation_config.json, which decides about the next five as well
-        top_k: of the sampled law, keep so many of the most likely tokens
-        min_p: of the sampled law, keep tokens with at least this share of the most likely one's probability
+        temperature: above 0 the answer is sampled from the same distribution as from Video-LLaVA alone; --accept token only. The same
+            --seed gives the same answer; with --adaptive it is the answer of Video-LLaVA alone, at a somewhat lower acceptance
+        top_p: sample from the most likely tokens with this total probability; this flag and the next five default to the checkpoint's
+            generation_config.json
+        top_k: sample from this many of the most likely tokens
+        min_p: sample from tokens with at least this fraction of the most likely token's probability
         min_new_tokens: shortest answer
         repetition_penalty: above 1, tokens of prompt and answer become less likely
         stop: the answer also ends with the first of these strings
-        steps: how models step: eager; graphs = over caches of a fixed size, recorded once and replayed (CUDA graphs; on
-            other devices only the fixed size); compiled = recorded steps that torch.compile has fused, after a minute of compiling
-        verbose: every round with its milliseconds per stage and why it drafted no more, in colour on a terminal
+        steps: how models step: eager; graphs = CUDA graphs over a cache of fixed size (on other devices the fixed cache alone);
+            compiled = also fused by torch.compile, which takes a minute
+        verbose: print every round with its milliseconds per stage and the reason why drafting stopped, in color on a terminal
     """
 
     split: str = "test"
@@ -88,7 +89,7 @@ class InferenceConfig(Common):
 
 
 def choose_sample(cfg: InferenceConfig) -> Sample:
-    """The sample to answer: from the three flags if any is given, else from the manifest."""
+    """The sample to answer: from --events, --video and --question if all are given, else from the manifest."""
     from feature_alignment.inputs.samples import Sample, read_samples
 
     if cfg.events and cfg.video and cfg.question:
@@ -103,7 +104,13 @@ def choose_sample(cfg: InferenceConfig) -> Sample:
 
 
 def print_trace(generation: Generation, decode: Callable[[list[int]], str], verbose: bool) -> None:
-    """The rounds as a table, or one by one with their stages; in colour on a terminal that wants it (no-color.org)."""
+    """Print the rounds of a generation; in color on a terminal, unless NO_COLOR is set (no-color.org).
+
+    Args:
+        generation: Speculative generation.
+        decode: Token ids -> text.
+        verbose: Print each round with its stages instead of a table.
+    """
     from feature_alignment.decoding.trace import legend, styled_tokens, trace_lines
 
     if verbose:
@@ -118,6 +125,7 @@ def print_trace(generation: Generation, decode: Callable[[list[int]], str], verb
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the script with these arguments, default those of the command line; returns the written JSON."""
     cfg = parse_config(InferenceConfig, argv, "feature_sd_inference")
     from feature_alignment.storage.processes import check_device, check_writable
 
@@ -128,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.decoding.sources import Sources
     from feature_alignment.models.generation import with_flags
     from feature_alignment.models.pair import load_pair
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.artifacts import provenance
+    from feature_alignment.storage.files import write_hashed_json
 
     pair = load_pair(cfg)
     pair.use_steps(cfg.steps)
@@ -139,16 +148,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, **sources.files(cfg.draft)}
     made_from = files | {"clip": [sample.events, sample.video]}
     result = {
-        "meta": artifacts.provenance("feature_sd_inference", cfg, made_from),
+        "meta": provenance("feature_sd_inference", cfg, made_from),
         "sample": {"id": sample.id, "question": sample.question, "events": str(sample.events), "video": str(sample.video)},
         "text": _text(pair.target, generation.token_ids),
         **generation.to_json(),
         "plain_text": _text(pair.target, alone.token_ids),
         "plain_ms": alone.total_ms,
-        # Two samples are comparable only if they share their noise.
+        # Two sampled answers can only be compared if they share their noise.
         "exact_match": generation.token_ids == alone.token_ids if not cfg.temperature or cfg.adaptive else None,
     }
-    artifacts.write_sealed(out, result)
+    write_hashed_json(out, result)
     print(f"question  {sample.question}\nanswer    {result['text']}")
     if not result["exact_match"]:
         print(f"plain     {result['plain_text']}")
@@ -161,13 +170,13 @@ def decode_both_ways(cfg: InferenceConfig, pair: Pair, sources: Sources, sample:
     """Decode the answer speculatively and by the target alone, each twice: the first run warms up and trains the adaptive draft length.
 
     Args:
-        cfg: settings
-        pair: both models
-        sources: the drafters by name
-        sample: clip and question
+        cfg: Settings.
+        pair: Both models.
+        sources: Drafters by name.
+        sample: Clip and question.
 
     Returns:
-        the speculative generation and the plain one, both of the second run
+        The speculative generation and the plain one, both of the second run.
     """
     from feature_alignment.decoding.draft_length import DraftLengthController
     from feature_alignment.decoding.engine import speculate
@@ -201,7 +210,14 @@ def decode_both_ways(cfg: InferenceConfig, pair: Pair, sources: Sources, sample:
 
 
 def print_summary(result: dict[str, Any], generation: Generation, alone: Generation, out: Path) -> None:
-    """Print text, speed and the path of the result as one line of JSON."""
+    """Print text, speed and the path of the result as one line of JSON.
+
+    Args:
+        result: Written JSON.
+        generation: Speculative generation.
+        alone: Generation of the target alone.
+        out: Written file.
+    """
     print_json_line(
         {
             "text": result["text"],
@@ -216,7 +232,8 @@ def print_summary(result: dict[str, Any], generation: Generation, alone: Generat
 
 
 def _text(target: Decoder, token_ids: list[int]) -> str:
-    return target.tokenizer.decode(token_ids, skip_special_tokens=True)
+    text: str = target.tokenizer.decode(token_ids, skip_special_tokens=True)
+    return text
 
 
 if __name__ == "__main__":

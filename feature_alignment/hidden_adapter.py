@@ -1,4 +1,4 @@
-"""Task 1.2. The hidden-state adapter: EventGPT's hidden states into Video-LLaVA's space.
+"""Task 1.2. The hidden-state adapter, which maps EventGPT's hidden states into Video-LLaVA's space.
 
     A(g) = g + up(gelu(down(g)))         4096 -> 256 -> 4096 with biases: 2,101,504 parameters
 
@@ -27,7 +27,7 @@ __all__ = ["HiddenAdapter", "load_adapter"]
 
 
 def __getattr__(name: str) -> Any:
-    """The adapter's own names, imported when they are asked for: `--help` then needs no torch."""
+    """Import `HiddenAdapter` and `load_adapter` on first use, so that `--help` needs no torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from feature_alignment.adapters import hidden
@@ -37,13 +37,14 @@ def __getattr__(name: str) -> Any:
 
 @dataclass(frozen=True)
 class AdapterConfig(Common):
-    """Print the parameters, FLOPs, bytes and measured time of an adapter, beside one decoder layer of its width and one step of the
-    configured Video-LLaVA. Reads that checkpoint, writes nothing.
+    """Print the parameters, FLOPs, bytes and measured time of an adapter, next to those of the models.
+
+    It is compared with one decoder layer of its width and one step of the configured Video-LLaVA. Reads that checkpoint, writes nothing.
 
     Args:
         hidden_size: width of the target's hidden states
-        num_taps: how many of the drafter's layers the adapter reads side by side
-        bottleneck: width in the middle
+        num_taps: how many of the drafter's layers the adapter reads, concatenated
+        bottleneck: width of the adapter's hidden layer
         tokens: numbers of tokens to time
         repeats: timed forward passes per number of tokens
     """
@@ -56,7 +57,18 @@ class AdapterConfig(Common):
 
 
 def decoder_layer_ms(width: int, tokens: Sequence[int], repeats: int, device: str, dtype: torch.dtype) -> list[float]:
-    """Median milliseconds of one LLaMA decoder layer, per number of tokens, without a cache: what stepping a drafter costs per layer."""
+    """Median milliseconds of one LLaMA decoder layer without a cache: the cost of a drafter's step per layer.
+
+    Args:
+        width: Hidden size.
+        tokens: Numbers of tokens to time.
+        repeats: Timed forward passes per number of tokens.
+        device: Device to run on.
+        dtype: Of weights and states.
+
+    Returns:
+        Milliseconds per entry of `tokens`.
+    """
     import torch
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -68,15 +80,16 @@ def decoder_layer_ms(width: int, tokens: Sequence[int], repeats: int, device: st
     config._attn_implementation = "sdpa"
     with torch.device(device):
         layer, rotary = LlamaDecoderLayer(config, 0).to(dtype).eval(), LlamaRotaryEmbedding(config)
-    found = []
+    times = []
     for n in tokens:
         x = torch.randn(1, n, width, device=device, dtype=dtype)
-        places = rotary(x, torch.arange(n, device=device)[None])
-        found.append(call_ms(partial(layer, x, position_embeddings=places), repeats, device, warmup=2))
-    return found
+        angles = rotary(x, torch.arange(n, device=device)[None])
+        times.append(call_ms(partial(layer, x, position_embeddings=angles), repeats, device, warmup=2))
+    return times
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the script with these arguments, default those of the command line; returns the printed summary."""
     cfg = parse_config(AdapterConfig, argv, "hidden_adapter")
     import torch
 
@@ -84,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.storage.processes import check_device
 
     check_device(cfg.device)
-    torch.set_num_threads(cfg.threads or 1)  # spinning threads on a busy machine cost far more than they give here
+    torch.set_num_threads(cfg.threads or 1)  # for passes this small, several threads only wait for each other
     adapter = HiddenAdapter(cfg.hidden_size * cfg.num_taps, cfg.hidden_size, cfg.bottleneck)
     dtype, width = getattr(torch, cfg.dtype), adapter.d_draft
     ms = [forward_ms(adapter, n, width, cfg.repeats, cfg.device, dtype) for n in cfg.tokens]
@@ -102,14 +115,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ],
     )
     print(f"  one step of {cfg.target_id}: {step:.3f} ms; the adapter above takes {ms[0] / step:.3f} of it for {cfg.tokens[0]} token(s)")
-    by_tokens = lambda values: {str(n): v for n, v in zip(cfg.tokens, values, strict=True)}  # noqa: E731
-    summary = {"parameters": adapter.num_parameters, "bytes": weight_bytes, "ms": by_tokens(ms), "decoder_layer_ms": by_tokens(layer)}
+    adapter_ms, layer_ms = ({str(n): t for n, t in zip(cfg.tokens, times, strict=True)} for times in (ms, layer))
+    summary = {"parameters": adapter.num_parameters, "bytes": weight_bytes, "ms": adapter_ms, "decoder_layer_ms": layer_ms}
     print_json_line({**summary, "target_step_ms": step, "device": cfg.device})
     return summary
 
 
 def target_step_ms(cfg: AdapterConfig) -> float:
-    """Median milliseconds of one decoding step of the configured target after a prompt of its usual length, frames blank."""
+    """Median milliseconds of one decoding step of the configured target after a prompt of usual length with blank frames."""
     import torch
 
     from feature_alignment.adapters.hidden import call_ms

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from feature_alignment.measurement.calibration import Certificate, ScoredPositions
     from feature_alignment.measurement.reports import AcceptanceReport
     from feature_alignment.measurement.scoring import Fitted, Predictor, Scores
-    from feature_alignment.storage.artifacts import HiddenStates, RunIdentity
+    from feature_alignment.storage.hidden_states import HiddenStates
+    from feature_alignment.storage.identity import RunIdentity
 
 CHAINED = {"chained": "chained_adapter", "chained, without events": "chained_adapter_blind"}
 
@@ -93,14 +94,15 @@ def score_chains(cfg: AcceptanceConfig, split: str, head: Tensor, with_controls:
     from feature_alignment.adapters.chained import load_chained_adapter
     from feature_alignment.measurement import scoring
     from feature_alignment.measurement.acceptance import ChainScores
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.files import load_pt
+    from feature_alignment.storage.hidden_states import load_hidden_states
 
     found: dict[str, ChainScores] = {}
     paths = {name: path for name, path in adapter_paths(cfg).items() if name in CHAINED and (with_controls or name == "chained")}
     if not paths:
         return found
-    states = artifacts.load_hidden_states(cfg.out / "hidden_states" / split, cfg.draft_layers, events=True)
-    embeddings = artifacts.load_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", command_for("extract_hidden_states", split=split))
+    states = load_hidden_states(cfg.out / "hidden_states" / split, cfg.draft_layers, events=True)
+    embeddings = load_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", command_for("extract_hidden_states", split=split))
     embeddings = embeddings.float().to(head.device)
     for name, path in paths.items():
         adapter, meta = load_chained_adapter(path, states.meta["draft_layers"])
@@ -162,10 +164,10 @@ def calibrations(
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the script; returns the content of acceptance.json."""
     cfg = parse_config(AcceptanceConfig, argv, "measure_feature_acceptance")
-    from feature_alignment.storage.processes import check_device, claimed
+    from feature_alignment.storage.processes import check_device, exclusive_lock
 
     check_device(cfg.device)
-    with claimed(cfg.out / "acceptance"):
+    with exclusive_lock(cfg.out / "acceptance"):
         return measure(cfg)
 
 
@@ -175,22 +177,24 @@ def measure(cfg: AcceptanceConfig) -> dict[str, Any]:
 
     from feature_alignment.measurement.acceptance import tables
     from feature_alignment.measurement.reports import AcceptanceReport
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.artifacts import cached_result
+    from feature_alignment.storage.hidden_states import load_hidden_states
+    from feature_alignment.storage.identity import identity_of
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     folder, path = cfg.out / "hidden_states", cfg.out / "acceptance" / "acceptance.json"
     splits = {"test": cfg.split, "train": cfg.train_split, "validation": cfg.validation_split}
     splits |= {"calibration": cfg.calibration_split} if cfg.calibrate else {}
-    states = {name: artifacts.load_hidden_states(folder / split, cfg.draft_layers) for name, split in splits.items()}
+    states = {name: load_hidden_states(folder / split, cfg.draft_layers) for name, split in splits.items()}
     for a, b in itertools.combinations(splits, 2):
         if set(states[a].clips) & set(states[b].clips):
             raise UserError(
                 f"splits {splits[a]!r} and {splits[b]!r} share clips; a split that is measured or certified on must hold unseen clips."
             )
     made_from = adapter_paths(cfg) | {name: folder / split / "meta.json" for name, split in splits.items()}
-    identity = artifacts.identity_of("measure_feature_acceptance", cfg, made_from, timed=True)
-    cached = artifacts.reusable(path, cfg, identity)
+    identity = identity_of("measure_feature_acceptance", cfg, made_from, timed=True)
+    cached = cached_result(path, cfg, identity)
     report = AcceptanceReport.from_json(cached) if cached else measure_now(cfg, states, made_from, identity)
     for title, header, rows in tables(report):
         print_table(title, header, rows)
@@ -212,11 +216,12 @@ def measure_now(
     """
     from feature_alignment.measurement import plots, scoring
     from feature_alignment.measurement.acceptance import acceptance_report, chain_report, position_csv, summary
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.artifacts import provenance
+    from feature_alignment.storage.files import load_pt, save_pt, write_hashed_json, write_text
 
     out, test = cfg.out / "acceptance", states["test"]
     extract = command_for("extract_hidden_states", split=cfg.split)
-    head = artifacts.load_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", extract).float().to(cfg.device)
+    head = load_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", extract).float().to(cfg.device)
     fitted = predictors_of(cfg, states, head)
     scores = scoring.score({name: f.predict for name, f in fitted.items()}, test, head)
     chains = score_chains(cfg, cfg.split, head, True)
@@ -226,14 +231,14 @@ def measure_now(
     certificates = calibrations(cfg, states, head, fitted["adapter"].predict, measured) if cfg.calibrate else {}
     chain_reports = {n: chain_report(c, test, certificates.get("chained") if n == "chained" else None) for n, c in chains.items()}
     facts = {"prefix": test.meta["prefix"], "split": cfg.split}
-    meta = artifacts.provenance("measure_feature_acceptance", cfg, made_from, identity, **facts)
+    meta = provenance("measure_feature_acceptance", cfg, made_from, identity, **facts)
     report = acceptance_report(scores, fitted, test, cfg.num_draft_tokens, chain_reports, certificates, meta)
-    artifacts.save_pt(out / "scores.pt", {name: {"cosine": s.cosine, "says": s.says, "there": v} for name, (s, v) in measured.items()})
-    artifacts.write_text(out / "per_position.csv", position_csv(report))
+    save_pt(out / "scores.pt", {name: {"cosine": s.cosine, "says": s.says, "there": v} for name, (s, v) in measured.items()})
+    write_text(out / "per_position.csv", position_csv(report))
     plots.acceptance(report, scores, test, out)
-    artifacts.write_text(out / "summary.md", summary(report))
+    write_text(out / "summary.md", summary(report))
     files = ("scores.pt", "per_position.csv", "summary.md", *(f"{name}.png" for name in plots.ACCEPTANCE))
-    artifacts.write_sealed(out / "acceptance.json", report.to_json(), files)  # Last: its presence means that the others are complete.
+    write_hashed_json(out / "acceptance.json", report.to_json(), files)  # Last: its presence means that the others are complete.
     return report
 
 

@@ -1,15 +1,16 @@
-"""Task 1.3. Train an adapter so that it predicts v[t], and its argmax through W the token that v[t] emits.
+"""Task 1.3. Train an adapter to predict the target's hidden state v[t], and through the LM head W the token that v[t] emits.
 
     hidden    A(g[t]) = v̂[t]                              from EventGPT's state on the same text: the bottleneck of task 1.2,
-                                                          begun as a low-rank linear map, taught through the target's head too
-    plain     the same adapter by TASKS.md's recipe       begun as the identity, squared error and cosine only
-    chained   f(v[t-1], x[t-1], memory, events) = v̂[t]    from the target's own last state and what EventGPT saw of the clip
+                                                          initialized as a low-rank linear map; the loss includes the target's head
+    plain     the same adapter by TASKS.md's recipe       initialized as the identity; squared error and cosine only
+    chained   f(v[t-1], x[t-1], memory, events) = v̂[t]    from the target's previous state and EventGPT's event states
 
 reads   hidden_states/<train and validation split>, vl_lm_head.pt; for `chained` also egpt_event_states.pt, vl_embeddings.pt
 writes  adapter/adapter.pt (the best epoch on validation), adapter/history.jsonl, adapter/training_curves.png;
         for `plain` and `chained` the same under plain_adapter/ and chained_adapter/
 
-A killed run goes on at its last whole epoch. Several GPUs: `torchrun --nproc_per_node 2 feature_alignment/train_hidden_adapter.py …`
+An interrupted run resumes after its last epoch. Several GPUs:
+    `torchrun --nproc_per_node 2 feature_alignment/train_hidden_adapter.py …`
 
     python feature_alignment/train_hidden_adapter.py --config configs/demo.yaml
     python feature_alignment/train_hidden_adapter.py --config configs/demo.yaml --adapter chained
@@ -23,35 +24,40 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, print_table, run
 
+if TYPE_CHECKING:
+    from feature_alignment.storage.hidden_states import HiddenStates
+
 
 @dataclass(frozen=True)
 class TrainConfig(Common):
-    """Train an adapter on paired hidden states and keep its best epoch. Reads hidden_states/ of two splits; writes adapter.pt,
-    history.jsonl and training_curves.png under adapter/, plain_adapter/ or chained_adapter/. A killed run goes on at its last epoch.
+    """Train an adapter on paired hidden states and keep its best epoch.
+
+    Reads hidden_states/ of two splits; writes adapter.pt, history.jsonl and training_curves.png under adapter/, plain_adapter/ or
+    chained_adapter/. An interrupted run resumes after its last epoch.
 
     Args:
-        adapter: hidden maps EventGPT's state on the same text; plain is the same by TASKS.md's recipe, for comparison; chained goes on
-            from the target's own last state
-        blind: chained only: without EventGPT's event states, to see what they add; kept apart under chained_adapter_blind/
-        train_split: hidden states to learn from
-        validation_split: hidden states that choose the best epoch; other clips than the training's
-        bottleneck: width in the middle of the adapter
-        linear_units: hidden only: how many units of the bottleneck begin as the best linear map of that rank; 0 begins as the identity
-        roll_out_steps: chained only: how many of its own drafts in a row it is trained on
+        adapter: hidden maps EventGPT's state on the same text; plain is the same by TASKS.md's recipe, for comparison; chained predicts
+            from the target's previous state
+        blind: chained only: train without EventGPT's event states, to measure what they add; written to chained_adapter_blind/
+        train_split: split to train on
+        validation_split: split that chooses the best epoch; it must not share clips with the training split
+        bottleneck: width of the adapter's hidden layer
+        linear_units: hidden only: number of bottleneck units initialized as the best linear map of that rank; 0 = start as the identity
+        roll_out_steps: chained only: number of consecutive own drafts it is trained on
         num_epochs: passes over the training rows
-        patience: stop after so many epochs without a lower validation loss
+        patience: stop after this many epochs without a lower validation loss
         batch_size: rows (texts) per step
         lr: peak learning rate of AdamW, after a warm-up over the first 5 % of the steps, then cosine decay
         weight_decay: of AdamW
         mse_weight: weight of the squared error, relative to the variance of the target's states
         cosine_weight: weight of 1 - cos(A(g), v)
-        tensorboard: show every epoch in TensorBoard too, from tensorboard/ beside the adapter; history.jsonl is always written
+        tensorboard: also log every epoch to tensorboard/ next to the adapter; history.jsonl is always written
         kl_weight: weight of KL(softmax W v || softmax W A(g)) through the target's frozen head; plain has none
     """
 
@@ -74,53 +80,87 @@ class TrainConfig(Common):
 
 
 def plot_curves(history: list[dict[str, float]], path: Path) -> None:
-    """Loss, cosine and token match per epoch, training and validation."""
+    """Plot loss, cosine and token match per epoch, on training and validation rows.
+
+    Args:
+        history: Scores of each epoch.
+        path: PNG file to write.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from feature_alignment.storage.artifacts import replacing
+    from feature_alignment.storage.files import atomic_write
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for axis, name in zip(axes, ("loss", "cosine", "token_match"), strict=True):
         for part, style in (("train", "--"), ("validation", "-")):
             points = [(h["epoch"], h[f"{part}_{name}"]) for h in history if f"{part}_{name}" in h]
-            if points:  # the plain recipe does not look at tokens while training
+            if points:  # the plain recipe computes no token match in training
                 axis.plot(*zip(*points, strict=True), style, label=part)
         axis.set(xlabel="epoch", title=name.replace("_", " "))
         axis.grid(alpha=0.3)
     axes[0].legend()
     axes[0].set_yscale("log")
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150)
     plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the script with these arguments, default those of the command line; returns the adapter's meta."""
     cfg = parse_config(TrainConfig, argv, "train_hidden_adapter", variant="adapter")
     from contextlib import nullcontext
 
-    from feature_alignment.storage.processes import claimed, processes
+    from feature_alignment.storage.processes import exclusive_lock, process_group
 
-    rank, world, device, wait = processes(cfg.device)
-    with claimed(adapter_folder(cfg)) if rank == 0 else nullcontext():
+    rank, world, device, wait = process_group(cfg.device)
+    with exclusive_lock(adapter_folder(cfg)) if rank == 0 else nullcontext():
         meta = train(cfg, rank, world, device, wait)
-        wait()  # nobody leaves before all is written
+        wait()  # no process exits before everything is written
     return meta
 
 
 def adapter_folder(cfg: TrainConfig) -> Path:
+    """Folder of the adapter, its history and its curves."""
     names = {"hidden": "adapter", "plain": "plain_adapter", "chained": "chained_adapter_blind" if cfg.blind else "chained_adapter"}
     return cfg.out / names[cfg.adapter]
 
 
+def _check_splits(cfg: TrainConfig, states: dict[str, HiddenStates]) -> None:
+    """Raise UserError if training and validation states were extracted differently or share clips."""
+    a, b = states["train"].meta, states["validation"].meta
+    for key in ("prefix", "draft_layers", "hidden_size_draft", "hidden_size_target"):
+        if a[key] != b[key]:
+            raise UserError(f"training and validation states differ in {key}: {a[key]} and {b[key]}. Extract both with the same settings.")
+    if set(states["train"].clips) & set(states["validation"].clips):
+        raise UserError(f"splits {cfg.train_split!r} and {cfg.validation_split!r} share clips; validation must not be trained on.")
+
+
 def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[], None]) -> dict[str, Any]:
-    """Train, or reuse what is there, as process `rank` of `world`; returns the adapter's meta."""
+    """Train an adapter, or reuse a trained one of the same identity.
+
+    Args:
+        cfg: Settings.
+        rank: Of this process.
+        world: Number of processes.
+        device: Device of this process.
+        wait: Blocks until all processes have called it.
+
+    Returns:
+        The adapter's meta.
+
+    Raises:
+        UserError: If the two splits share clips or were extracted with different settings.
+    """
     import torch
 
     from feature_alignment.adapters import fitting, training
-    from feature_alignment.storage import artifacts
+    from feature_alignment.storage.artifacts import cached_result, provenance
+    from feature_alignment.storage.files import load_pt, save_pt, weights_hash, write_hashed_json, write_text
+    from feature_alignment.storage.hidden_states import load_hidden_states
+    from feature_alignment.storage.identity import identity_of
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -128,54 +168,53 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
     if cfg.adapter == "plain":
         cfg = dataclasses.replace(cfg, kl_weight=0.0, linear_units=0)
     splits = {"train": folder / cfg.train_split, "validation": folder / cfg.validation_split}
-    states = {name: artifacts.load_hidden_states(split, cfg.draft_layers, events=chained) for name, split in splits.items()}
-    a, b = states["train"].meta, states["validation"].meta
-    for key in ("prefix", "draft_layers", "hidden_size_draft", "hidden_size_target"):
-        if a[key] != b[key]:
-            raise UserError(f"training and validation states differ in {key}: {a[key]} and {b[key]}. Extract both with the same settings.")
-    if set(states["train"].clips) & set(states["validation"].clips):
-        raise UserError(f"splits {cfg.train_split!r} and {cfg.validation_split!r} share clips; validation must not be trained on.")
+    states = {name: load_hidden_states(split, cfg.draft_layers, events=chained) for name, split in splits.items()}
+    _check_splits(cfg, states)
     weights = {name: folder / f"{name}.pt" for name in (("vl_lm_head", "vl_embeddings") if chained else ("vl_lm_head",))}
 
     out = adapter_folder(cfg)
     made_from = {k: split / "meta.json" for k, split in splits.items()} | weights
-    identity = artifacts.identity_of("train_hidden_adapter", cfg, made_from)
-    meta = artifacts.reusable(out / "meta.json", cfg, identity, cfg.ignore_code) if (out / "adapter.pt").is_file() else None
+    identity = identity_of("train_hidden_adapter", cfg, made_from)
+    meta = cached_result(out / "meta.json", cfg, identity, cfg.ignore_code) if (out / "adapter.pt").is_file() else None
     if meta is not None:
         return _show(meta, out, reused=True) if rank == 0 else meta
-    wait()  # everyone has looked before anything changes
+    wait()  # all processes have checked before anything is overwritten
     start = time.time()
-    matrices = [artifacts.load_pt(path, command_for("extract_hidden_states", split=cfg.train_split)) for path in weights.values()]
+    matrices = [load_pt(path, command_for("extract_hidden_states", split=cfg.train_split)) for path in weights.values()]
     learn: Callable[..., tuple[Any, fitting.History]] = training.train_chained if chained else training.train_hidden
     unfinished = fitting.Checkpoint(out / "unfinished.pt", identity.hash, cfg.resume)
-    here = dataclasses.replace(cfg, device=device)
-    adapter, history = learn(states["train"], states["validation"], *matrices, here, unfinished, fitting.Part(rank, world))
+    own_cfg = dataclasses.replace(cfg, device=device)
+    adapter, history = learn(states["train"], states["validation"], *matrices, own_cfg, unfinished, fitting.ProcessShare(rank, world))
     best = min(history, key=lambda h: h["validation_loss"])
-    on_validation = lambda h: {k.removeprefix("validation_"): v for k, v in h.items() if k.startswith("validation_")}  # noqa: E731
-    meta = artifacts.provenance(
+    meta = provenance(
         "train_hidden_adapter",
         cfg,
         made_from,
         identity,
         geometry=adapter.geometry,
         parameters=adapter.num_parameters,
-        weights_hash=artifacts.weights_hash(adapter.state_dict()),
-        draft_layers=a["draft_layers"],
-        prefix=a["prefix"],
+        weights_hash=weights_hash(adapter.state_dict()),
+        draft_layers=states["train"].meta["draft_layers"],
+        prefix=states["train"].meta["prefix"],
         best_epoch=best["epoch"],
         epochs=history[-1]["epoch"],
-        validation=on_validation(best),
-        untrained=on_validation(history[0]),
+        validation=validation_scores(best),
+        untrained=validation_scores(history[0]),
         seconds=time.time() - start,
     )
     if rank == 0:
-        artifacts.write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in history))
+        write_text(out / "history.jsonl", "".join(json.dumps(h) + "\n" for h in history))
         plot_curves(history, out / "training_curves.png")
-        artifacts.save_pt(out / "adapter.pt", {"meta": meta, "state_dict": {k: v.cpu() for k, v in adapter.state_dict().items()}})
-        artifacts.write_sealed(out / "meta.json", meta, ("adapter.pt", "history.jsonl", "training_curves.png"))
+        save_pt(out / "adapter.pt", {"meta": meta, "state_dict": {k: v.cpu() for k, v in adapter.state_dict().items()}})
+        write_hashed_json(out / "meta.json", meta, ("adapter.pt", "history.jsonl", "training_curves.png"))
         unfinished.path.unlink(missing_ok=True)
         _show(meta, out, reused=False)
     return meta
+
+
+def validation_scores(epoch: dict[str, float]) -> dict[str, float]:
+    """The validation scores of one epoch of the history, without their prefix."""
+    return {k.removeprefix("validation_"): v for k, v in epoch.items() if k.startswith("validation_")}
 
 
 def _show(meta: dict[str, Any], out: Path, reused: bool) -> dict[str, Any]:
@@ -186,7 +225,7 @@ def _show(meta: dict[str, Any], out: Path, reused: bool) -> dict[str, Any]:
         [f"epoch {meta['best_epoch']} of {meta['epochs']}", *[meta["validation"][c] for c in columns]],
     ]
     if meta["best_epoch"] == 0:
-        rows[1][0] = "training did not help: the start is kept"
+        rows[1][0] = "no epoch improved on the untrained adapter"
     print_table(f"{meta['config']['adapter']} adapter of {meta['parameters']:,} parameters, on validation", ("", *columns), rows)
     scores = {k: round(v, 5) for k, v in meta["validation"].items()}
     print_json_line({"parameters": meta["parameters"], **scores, "reused": reused, "written": str(out / "adapter.pt")})

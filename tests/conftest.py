@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from feature_alignment.cli.config import SCRIPTS
 from feature_alignment.models.decoder import Decoder, Prompt
-from feature_alignment.models.loading import load_tokenizer
+from feature_alignment.models.preprocessing import load_tokenizer
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,9 +9,10 @@ import torch
 
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage import artifacts
-from feature_alignment.storage.earlier_rows import complete, refuse_changes
-from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin, check_room, plan_hash, rows_done
+from feature_alignment.storage.earlier_rows import find_complete_run, refuse_changes
+from feature_alignment.storage.files import load_pt, write_json
+from feature_alignment.storage.hidden_states import layer_file, load_hidden_states
+from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin_run, check_disk_space, plan_hash, rows_done
 from feature_alignment.storage.identity import RunIdentity
 
 DRAFT, TARGET = "egpt_hidden_states.pt", "vl_hidden_states.pt"
@@ -44,7 +45,7 @@ def open_writer(path, settings=None, rows=5, resume=True, rank=0):
     identity = made_with(**(settings or {"a": 1}))
     if resume:
         refuse_changes(path, identity, entries(rows), False)
-    begin(path, identity, plan_hash(entries(rows)), resume)
+    begin_run(path, identity, plan_hash(entries(rows)), resume)
     return HiddenStatesWriter(path, rows, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32, rank)
 
 
@@ -53,7 +54,7 @@ def test_round_trip(tmp_path):
     fill(writer, range(5))
     assert not (tmp_path / "train" / "egpt_hidden_states.pt").exists()  # a final name means a complete file
     writer.finish(META)
-    states = artifacts.load_hidden_states(tmp_path / "train")
+    states = load_hidden_states(tmp_path / "train")
     assert states.draft.shape == (5, 5, 6) and states.target.shape == (5, 5, 4)
     assert states.lengths.tolist() == [2, 3, 4, 2, 3] and states.mask.sum(1).tolist() == [2, 3, 4, 2, 3]
     torch.manual_seed(1)
@@ -100,7 +101,7 @@ def test_a_row_that_was_half_noted_is_done_again(tmp_path):
     assert again.done == {0}
     fill(again, range(1, 5))
     again.finish(META)
-    assert [r["id"] for r in artifacts.load_hidden_states(tmp_path / "a").rows] == [f"s{i}" for i in range(5)]
+    assert [r["id"] for r in load_hidden_states(tmp_path / "a").rows] == [f"s{i}" for i in range(5)]
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -112,9 +113,9 @@ def test_a_run_somebody_else_is_writing_is_left_alone(tmp_path, resume):
 
 
 def test_what_no_resume_began_takes_no_earlier_rows(tmp_path):
-    assert begin(tmp_path / "a", made_with(), "plan", resume=True)
-    assert not begin(tmp_path / "a", made_with(), "plan", resume=False)
-    assert not begin(tmp_path / "a", made_with(), "plan", resume=True)  # it was killed, and goes on
+    assert begin_run(tmp_path / "a", made_with(), "plan", resume=True)
+    assert not begin_run(tmp_path / "a", made_with(), "plan", resume=False)
+    assert not begin_run(tmp_path / "a", made_with(), "plan", resume=True)  # it was killed, and goes on
 
 
 @pytest.mark.parametrize("is_complete", [False, True])
@@ -132,8 +133,8 @@ def test_other_settings_are_refused_by_name(tmp_path, is_complete):
     assert again.done == set() and (tmp_path / "a").is_dir() == is_complete  # the old one stays until the new one is there
     fill(again, range(5))
     again.finish(META | made_with(a=2).as_dict())
-    assert complete(tmp_path / "a", made_with(a=2), entries())["settings"] == {"a": 2}
-    assert not complete(tmp_path / "a", made_with(a=1), entries())
+    assert find_complete_run(tmp_path / "a", made_with(a=2), entries())["settings"] == {"a": 2}
+    assert not find_complete_run(tmp_path / "a", made_with(a=1), entries())
 
 
 def test_a_run_killed_between_its_last_two_steps_is_complete(tmp_path):
@@ -141,7 +142,7 @@ def test_a_run_killed_between_its_last_two_steps_is_complete(tmp_path):
     fill(writer, range(5))
     writer.finish(META | made_with(a=1).as_dict())
     (tmp_path / "a" / "progress-0.txt").write_text("")
-    assert complete(tmp_path / "a", made_with(a=1), entries()) and not (tmp_path / "a" / "progress-0.txt").exists()
+    assert find_complete_run(tmp_path / "a", made_with(a=1), entries()) and not (tmp_path / "a" / "progress-0.txt").exists()
 
 
 def test_states_that_are_not_finite_stop_the_run(tmp_path):
@@ -151,23 +152,23 @@ def test_states_that_are_not_finite_stop_the_run(tmp_path):
 
 def test_a_full_disk_is_seen_before_the_work(tmp_path):
     with pytest.raises(UserError, match=r"may need 1,000,000,000,000,000,000 bytes.*free"):
-        check_room(tmp_path, 10**18)
+        check_disk_space(tmp_path, 10**18)
 
 
 def test_one_of_several_layers_is_read(tmp_path):
-    begin(tmp_path / "a", made_with(), "", resume=True)
-    names = {artifacts.layer_file(k): (5, 6) for k in (2, 4)}
+    begin_run(tmp_path / "a", made_with(), "", resume=True)
+    names = {layer_file(k): (5, 6) for k in (2, 4)}
     writer = HiddenStatesWriter(tmp_path / "a", 1, names | {TARGET: (5, 4)}, torch.float32)
-    states = {artifacts.layer_file(k): torch.full((2, 6), float(k)) for k in (2, 4)}
+    states = {layer_file(k): torch.full((2, 6), float(k)) for k in (2, 4)}
     writer.write(0, states | {TARGET: torch.ones(2, 4)}, [5, 2], {"id": "x"})
     writer.commit()
     norms = {2: "pre", 4: "post"}
     writer.finish(META | {"draft_layers": [2, 4], "separate_layers": True, "draft_norms": norms, "hidden_size_draft": 12})
-    read = artifacts.load_hidden_states(tmp_path / "a", [4])
+    read = load_hidden_states(tmp_path / "a", [4])
     assert (read.draft[0, :2] == 4).all() and read.meta["draft_layers"] == [4] and read.meta["draft_norm"] == "post"
     for layers in (None, [3], [2, 4]):
         with pytest.raises(UserError, match=r"layers \[2, 4\] apart"):
-            artifacts.load_hidden_states(tmp_path / "a", layers)
+            load_hidden_states(tmp_path / "a", layers)
 
 
 @pytest.mark.parametrize("layers", [[2], [1], [2, 1], [1, 2, 3], []])
@@ -176,9 +177,9 @@ def test_layers_stored_side_by_side_are_read_together_or_not_at_all(tmp_path, la
     fill(writer, range(5))
     writer.finish(META | {"draft_layers": [1, 2]})
     for wanted in (None, [1, 2]):
-        assert artifacts.load_hidden_states(tmp_path / "a", wanted).meta["draft_layers"] == [1, 2]
+        assert load_hidden_states(tmp_path / "a", wanted).meta["draft_layers"] == [1, 2]
     with pytest.raises(UserError, match=r"holds EventGPT's layers \[1, 2\] as one state, not .*--separate_layers"):
-        artifacts.load_hidden_states(tmp_path / "a", layers)
+        load_hidden_states(tmp_path / "a", layers)
 
 
 def test_swapped_and_damaged_files_are_refused(tmp_path):
@@ -190,25 +191,25 @@ def test_swapped_and_damaged_files_are_refused(tmp_path):
     kept_a, kept_b = a.read_bytes(), b.read_bytes()
     a.write_bytes(kept_b), b.write_bytes(kept_a)
     with pytest.raises(UserError, match="swapped"):
-        artifacts.load_hidden_states(folder)
+        load_hidden_states(folder)
     a.write_bytes(kept_a[:200])
     with pytest.raises(UserError, match=r"egpt_hidden_states\.pt could not be read"):
-        artifacts.load_hidden_states(folder)
+        load_hidden_states(folder)
     a.unlink()
     with pytest.raises(UserError, match=r"extract_hidden_states\.py"):
-        artifacts.load_hidden_states(folder)
+        load_hidden_states(folder)
 
 
 def test_a_pickled_class_is_never_loaded(tmp_path):
     torch.save({"state_dict": {}, "meta": Common()}, tmp_path / "x.pt")
     with pytest.raises(UserError, match="could not be read"):
-        artifacts.load_pt(tmp_path / "x.pt", "make it")
+        load_pt(tmp_path / "x.pt", "make it")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "r.json"
-    artifacts.write_json(path, {"a": float("nan"), "b": [float("inf"), 1.5]})
+    write_json(path, {"a": float("nan"), "b": [float("inf"), 1.5]})
     assert json.loads(path.read_text()) == {"a": None, "b": [None, 1.5]}
     with pytest.raises(TypeError):
-        artifacts.write_json(path, {"a": object()})
+        write_json(path, {"a": object()})
     assert json.loads(path.read_text())["b"] == [None, 1.5] and [p.name for p in tmp_path.iterdir()] == ["r.json"]

@@ -26,7 +26,7 @@ from feature_alignment.decoding.generation import Generation, Round
 from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.inputs.samples import Sample
-from feature_alignment.storage.artifacts import content_hash
+from feature_alignment.storage.files import content_hash
 
 COST = {"v": {"1": 1.0, "6": 1.25, "32": 2.0}}
 LOOP = {"t_target_ms": 4.0, "c": 0.2, "c_chained": 0.05, **COST}

@@ -20,8 +20,8 @@ from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.measure_feature_acceptance import chain_report
 from feature_alignment.measurement import metrics
 from feature_alignment.measurement.scoring import chain_scores
-from feature_alignment.storage import artifacts
-from feature_alignment.storage.artifacts import HiddenStates
+from feature_alignment.storage.files import save_pt
+from feature_alignment.storage.hidden_states import HiddenStates
 from feature_alignment.train_hidden_adapter import TrainConfig
 
 D, EVENTS, VOCAB = 32, 1, 64
@@ -96,7 +96,7 @@ def test_scales_fold_into_the_weights(blind):
 
 def proposer_of(model, adapter):
     target = as_decoder(model)
-    return target, ChainedProposer(as_decoder(noisy_copy(model, 0.1)), adapter, target.lm_head, target.embeddings)
+    return target, ChainedProposer(as_decoder(noisy_copy(model, 0.1)), adapter, target.head_weight, target.embeddings)
 
 
 @pytest.mark.parametrize("gamma", [1, 2, 4, 7])
@@ -219,12 +219,12 @@ def test_a_shift_by_one_is_seen(learnt):
 
 def test_what_does_not_fit_is_refused(tiny_run, tmp_path):
     for content in ({"state_dict": {}}, {"meta": {"geometry": {"d_draft": 3}}, "state_dict": {}}):
-        artifacts.save_pt(tmp_path / "a.pt", content)
+        save_pt(tmp_path / "a.pt", content)
         with pytest.raises(UserError, match=r"(?s)not a chained adapter.*--adapter chained"):
             load_chained_adapter(tmp_path / "a.pt")
     adapter = an_adapter()
     meta = {"geometry": adapter.geometry, "draft_layers": [1, 2]}
-    artifacts.save_pt(tmp_path / "b.pt", {"meta": meta, "state_dict": adapter.state_dict()})
+    save_pt(tmp_path / "b.pt", {"meta": meta, "state_dict": adapter.state_dict()})
     assert load_chained_adapter(tmp_path / "b.pt", [2])[0].geometry == adapter.geometry  # only the last layer's states are read
     with pytest.raises(UserError, match=r"layer 2, this run ends at 3"):
         load_chained_adapter(tmp_path / "b.pt", [3])

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, main_of
 
 from feature_alignment.cli.config import SCRIPTS, Common, parse_config
-from feature_alignment.cli.console import CONSOLE, UserError, print_table
+from feature_alignment.cli.console import TABLE_WIDTH, UserError, print_table
 from feature_alignment.cli.ranges import INPUT_FILES, RANGES, SPLITS
 
 
@@ -138,7 +138,7 @@ def test_tables_are_readable_at_100_columns(capsys, width):
     )
     print_table("title", header, rows)
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= CONSOLE
+    assert max(map(len, lines)) <= TABLE_WIDTH
     said = " ".join(lines).split()
     for word in (w for row in (header, *rows) for cell in row[1:] for w in cell.split()):
         assert word in said

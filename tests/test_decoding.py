@@ -167,7 +167,7 @@ def test_a_hybrid_goes_on_where_the_model_stops():
     plain = greedy(target, prompt, 20)
     proposer = HybridProposer(NGram([("", plain.token_ids)] * 30), ModelProposer(as_decoder(model), None, None))
     proposer.start(prompt, watch := Stopwatch())
-    draft = proposer.propose(plain.token_ids[:1], torch.zeros(1, 1), 10, watch, floor=1.0)  # the model is never that sure
+    draft = proposer.propose(plain.token_ids[:1], torch.zeros(1, 1), 10, watch, confidence_floor=1.0)  # the model is never that sure
     assert draft.token_ids.tolist() == plain.token_ids[1:11]
 
 
@@ -218,18 +218,20 @@ def test_tables_offline_are_tables_in_the_loop(source, gamma):
     assert kept > 0
 
 
-@pytest.mark.parametrize("colour", [False, True])
-def test_a_trace_shows_every_token_for_what_it_was(colour):
+@pytest.mark.parametrize("color", [False, True])
+def test_a_trace_shows_every_token_for_what_it_was(color):
     model = tiny_llama(0)
     target, prompt = as_decoder(model), prompt_of(*PROMPTS[0])
     got = speculate(target, ModelProposer(as_decoder(noisy_copy(model, 0.02)), None, None), prompt, prompt, max_new_tokens=30)
-    text = "\n".join(trace_lines(got, lambda ids: f"<{ids[0]}>", colour))
-    kinds = {"kept": "\033[32m", "rejected": "\033[31;9m", "own": "\033[1;34m"} if colour else {"kept": "", "rejected": "(", "own": "["}
+    text = "\n".join(trace_lines(got, lambda ids: f"<{ids[0]}>", color))
+    kinds = (
+        {"accepted": "\033[32m", "rejected": "\033[31;9m", "own": "\033[1;34m"} if color else {"accepted": "", "rejected": "(", "own": "["}
+    )
     own = [got.token_ids[0], *[r.extra_token for r in got.rounds if r.extra_token is not None]]
     assert text.count(kinds["own"] + "<") == len(own)
     assert text.count(kinds["rejected"] + "<") == sum(len(r.proposed) - r.num_accepted for r in got.rounds) > 0
     assert text.count("<") == len(own) + sum(len(r.proposed) for r in got.rounds)
-    assert ("\033" in text) is colour and text.count("kept ") == len(got.rounds) and "verify" in text
+    assert ("\033" in text) is color and text.count("accepted ") == len(got.rounds) and "verify" in text
 
 
 @pytest.mark.parametrize("source", ["aligned", "hybrid", "ngram"])
@@ -261,14 +263,14 @@ def test_a_trace_line_by_line():
     got = Generation([4, 5, 7, 8, 4, 3, 2], 4, 9.0, {"target_prefill": 2.0, "verify": 6.5}, rounds)
     assert trace_lines(got, lambda ids: f"w{ids[0]}", False) == [
         "  0  [w4]",
-        "     both prompts read; 2.00 ms",
+        "     prefill of both prompts; 2.00 ms",
         "  1  w5 (w6) [w7]",
-        "     kept 1 of 2; as many as asked for; 3.75 ms = draft 1.50 + verify 2.25",
+        "     accepted 1 of 2; draft length reached; 3.75 ms = draft 1.50 + verify 2.25",
         "  2  w8 (w9) [w4]",
-        "     kept 1 of 2; the next draft was not worth it; read again; 3.75 ms = draft 1.50 + verify 2.25",
+        "     accepted 1 of 2; one more draft token was not worth its cost; recomputed; 3.75 ms = draft 1.50 + verify 2.25",
         "  3  [w3]",
-        "     drafting does not pay; 2.00 ms",
+        "     plain decoding: drafting does not pay here; 2.00 ms",
         "  4  w2",
-        "     kept 1 of 1; the draft ended the text; 0.00 ms",
+        "     accepted 1 of 1; the draft ended the text; 0.00 ms",
     ]
-    assert legend(False) == "kept, (rejected), [target's own]" and "\033[1;34mtarget's own\033[0m" in legend(True)
+    assert legend(False) == "accepted, (rejected), [target's own]" and "\033[1;34mtarget's own\033[0m" in legend(True)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from feature_alignment.cli.console import UserError
+from feature_alignment.inputs.clip_pixels import clip_pixels
 from feature_alignment.inputs.events import event_images, load_events
-from feature_alignment.inputs.video import clip_pixels
 from feature_alignment.models.eventgpt import EventGPTConfig, load_eventgpt
 
 REFERENCE = SHARED / "eventgpt_reference"

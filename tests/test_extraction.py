@@ -24,7 +24,7 @@ from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models.batches import ClipBatch, plan_batches
 from feature_alignment.models.pair import load_pair
-from feature_alignment.storage import artifacts
+from feature_alignment.storage.hidden_states import load_hidden_states
 
 FILES = ("egpt_hidden_states.pt", "vl_hidden_states.pt", "positions.pt", "samples.jsonl")
 
@@ -203,15 +203,15 @@ def test_layers_apart_are_the_layers_together(tiny_run, whole, tmp_path):
     meta = extract_hidden_states.main(flags(tiny_run, tmp_path / "apart", *known, "--separate_layers"))
     assert meta["draft_norms"] == {"1": "pre", "3": "post"}
     folder = tmp_path / "apart" / "hidden_states" / "train"
-    parts = [artifacts.load_hidden_states(folder, [k]).draft for k in (1, 3)]
-    assert torch.equal(torch.cat(parts, -1), artifacts.load_hidden_states(tmp_path / "together" / "hidden_states" / "train").draft)
-    last = artifacts.load_hidden_states(whole / "hidden_states" / "train")
+    parts = [load_hidden_states(folder, [k]).draft for k in (1, 3)]
+    assert torch.equal(torch.cat(parts, -1), load_hidden_states(tmp_path / "together" / "hidden_states" / "train").draft)
+    last = load_hidden_states(whole / "hidden_states" / "train")
     torch.testing.assert_close(parts[1], last.draft)
 
 
 def test_fewer_positions_are_the_first_ones(tiny_run, whole, tmp_path):
     extract_hidden_states.main(flags(tiny_run, tmp_path, "--max_positions", "4"))
-    few, all_ = (artifacts.load_hidden_states(out / "hidden_states" / "train") for out in (tmp_path, whole))
+    few, all_ = (load_hidden_states(out / "hidden_states" / "train") for out in (tmp_path, whole))
     assert few.draft.shape[1] == 4 and few.lengths.tolist() == all_.lengths.clamp(max=4).tolist()
     torch.testing.assert_close(few.target[few.mask], all_.target[:, :4][few.mask])
     assert [r["vl_tokens"] for r in few.rows] == [r["vl_tokens"] for r in all_.rows]

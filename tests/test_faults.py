@@ -25,9 +25,11 @@ from test_mutations import numbers, tree
 from feature_alignment.cli import console
 from feature_alignment.cli.config import SCRIPTS
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage import artifacts, hidden_states, verification
+from feature_alignment.storage import files, hidden_states, verification
+from feature_alignment.storage.files import atomic_write
+from feature_alignment.storage.hidden_states import load_hidden_states
 from feature_alignment.storage.identity import RunIdentity
-from feature_alignment.storage.processes import claimed
+from feature_alignment.storage.processes import exclusive_lock
 from feature_alignment.storage.verification import WRONG, verify
 
 QUICK = ["--limit", "2", "--max_new_tokens", "6", "--repeats", "1", "--warmup", "0", "--num_draft_tokens", "2"]
@@ -141,7 +143,7 @@ def test_a_kill_between_an_adapter_and_its_meta_is_seen(run, tmp_path, finished)
     other = [*run, "--lr", "0.05"]
     pid = fork()
     if pid == 0:
-        artifacts.write_sealed = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # the last thing a training writes
+        files.write_hashed_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # the last thing a training writes
         main_of("train_hidden_adapter")(other)
     assert ended(pid) == -signal.SIGKILL
     assert (folder / "adapter.pt").read_bytes() != (finished / "out" / "adapter" / "adapter.pt").read_bytes()
@@ -242,7 +244,7 @@ def test_a_file_where_the_folder_should_be(run, tmp_path, name):
 
 
 def test_the_second_run_is_told_whose_the_first_is(run, tmp_path):
-    with claimed(tmp_path / "out" / "adapter"):
+    with exclusive_lock(tmp_path / "out" / "adapter"):
         lock = json.loads((tmp_path / "out" / "adapter.lock").read_text())
         assert (lock["pid"], lock["host"]) == (os.getpid(), socket.gethostname())
         code, said = said_by("train_hidden_adapter", run)
@@ -268,13 +270,13 @@ def test_two_at_once_are_one_after_all(run, tmp_path, name):
 def test_a_lock_of_the_dead_is_taken_over(tmp_path, caplog):
     pid = fork()
     if pid == 0:
-        with claimed(tmp_path / "adapter"):
+        with exclusive_lock(tmp_path / "adapter"):
             os.kill(os.getpid(), signal.SIGKILL)
     assert ended(pid) == -signal.SIGKILL and (tmp_path / "adapter.lock").is_file()
     (tmp_path / "adapter").mkdir()
     for leftover in (tmp_path / ".adapter.77.tmp", tmp_path / "adapter" / ".adapter.77.tmp.pt"):
         leftover.touch()
-    with claimed(tmp_path / "adapter"):
+    with exclusive_lock(tmp_path / "adapter"):
         assert f"process {pid} on {socket.gethostname()}" in caplog.text and "which died; going on" in caplog.text
         assert json.loads((tmp_path / "adapter.lock").read_text())["pid"] == os.getpid()
     assert [p.name for p in tmp_path.rglob("*")] == ["adapter"]
@@ -284,10 +286,10 @@ def test_a_lock_of_the_dead_is_taken_over(tmp_path, caplog):
 def test_a_lock_that_says_nothing(tmp_path, content):
     (tmp_path / "a.lock").write_text(content)
     if content.startswith('{"'):  # whose it is cannot be told, and it may be another machine's
-        with pytest.raises(UserError, match=r"claimed by another process\.(.|\n)*rm "), claimed(tmp_path / "a"):
+        with pytest.raises(UserError, match=r"locked by another process\.(.|\n)*rm "), exclusive_lock(tmp_path / "a"):
             pass
     else:
-        with claimed(tmp_path / "a"):
+        with exclusive_lock(tmp_path / "a"):
             pass
 
 
@@ -295,8 +297,8 @@ def test_a_lock_of_another_machine_is_left_alone(tmp_path):
     content = json.dumps({"pid": 7, "host": "elsewhere", "since": time.time() - 600})
     (tmp_path / "adapter.lock").write_text(content)
     with (
-        pytest.raises(UserError, match=r"claimed by process 7 on elsewhere, since .* \(10\.0 minutes\)(.|\n)*rm "),
-        claimed(tmp_path / "adapter"),
+        pytest.raises(UserError, match=r"locked by process 7 on elsewhere, since .* \(10\.0 minutes\)(.|\n)*rm "),
+        exclusive_lock(tmp_path / "adapter"),
     ):
         pass
     assert (tmp_path / "adapter.lock").read_text() == content
@@ -336,7 +338,7 @@ def test_two_threads_give_nearly_the_same(finished, tmp_path):
         assert main_of("extract_hidden_states")(run)["machine"]["threads"] == 2
     finally:
         torch.set_num_threads(1)
-    got, wanted = (artifacts.load_hidden_states(out / "hidden_states" / "test") for out in (tmp_path, finished / "out"))
+    got, wanted = (load_hidden_states(out / "hidden_states" / "test") for out in (tmp_path, finished / "out"))
     assert wanted.meta["machine"]["threads"] == 1 and torch.equal(got.token_ids, wanted.token_ids)
     for a, b in ((got.draft, wanted.draft), (got.target, wanted.target)):
         assert float((a - b).abs().max()) <= 1e-4 * float(b.abs().max())
@@ -348,10 +350,10 @@ def test_two_threads_give_nearly_the_same(finished, tmp_path):
 @pytest.mark.parametrize("name", ["training", "chained training", "acceptance"])
 def test_states_that_are_not_finite_name_their_sample(run, tmp_path, monkeypatch, name):
     """As if the files were too large to be compared with their hashes when they are loaded."""
-    monkeypatch.setattr(hidden_states, "CHECKED_AT_ONCE", 0)
+    monkeypatch.setattr(hidden_states, "MAX_BYTES_CHECKED_ON_LOAD", 0)
     split = "test" if name == "acceptance" else "train"
     folder = tmp_path / "out" / "hidden_states" / split
-    states = artifacts.load_hidden_states(folder)
+    states = load_hidden_states(folder)
     from feature_alignment.storage.state_files import storage_offset
 
     path, row = folder / "vl_hidden_states.pt", 5
@@ -475,7 +477,7 @@ def test_the_room_check_counts_the_files_of_the_head(run, tmp_path, monkeypatch)
     from feature_alignment.storage import hidden_states_writer
 
     asked = []
-    monkeypatch.setattr(hidden_states_writer, "check_room", lambda _, needed: asked.append(needed))
+    monkeypatch.setattr(hidden_states_writer, "check_disk_space", lambda _, needed: asked.append(needed))
     argv = [*run[:-1], str(tmp_path / "new"), "--split", "test", "--limit", "1"]
     main_of("extract_hidden_states")(argv)
     folder = tmp_path / "new" / "hidden_states"
@@ -485,19 +487,19 @@ def test_the_room_check_counts_the_files_of_the_head(run, tmp_path, monkeypatch)
 
 
 def test_too_little_room_names_the_disk(tmp_path, monkeypatch):
-    from feature_alignment.storage.hidden_states_writer import check_room
+    from feature_alignment.storage.hidden_states_writer import check_disk_space
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
-    check_room(tmp_path / "a" / "b", 10)
+    check_disk_space(tmp_path / "a" / "b", 10)
     with pytest.raises(UserError, match=r"b may need 11 bytes, its disk has 10 free \(mounted at /"):
-        check_room(tmp_path / "a" / "b", 11)
+        check_disk_space(tmp_path / "a" / "b", 11)
 
 
 def test_a_write_to_a_full_disk_names_file_and_disk(tmp_path, capsys):
     """/dev/full takes no byte, as a full disk does."""
 
     def main():
-        with artifacts.replacing(tmp_path / "report.json") as temporary:
+        with atomic_write(tmp_path / "report.json") as temporary:
             temporary.symlink_to("/dev/full")
             temporary.write_text("x")
 
@@ -509,9 +511,9 @@ def test_a_write_to_a_full_disk_names_file_and_disk(tmp_path, capsys):
 
 
 def test_a_states_file_that_cannot_grow_is_named(tmp_path):
-    from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin
+    from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin_run
 
-    begin(tmp_path / "train", RunIdentity({}, {}, {}), "plan", True)
+    begin_run(tmp_path / "train", RunIdentity({}, {}, {}), "plan", True)
     writer = HiddenStatesWriter(tmp_path / "train", 2, {"vl_hidden_states.pt": (3, 4)}, torch.float32)
     usual, name = writer._files["vl_hidden_states.pt"], "vl_hidden_states.pt"
     writer._files[name] = os.open("/dev/full", os.O_WRONLY)

@@ -350,10 +350,10 @@ NOTHING = {
 @pytest.mark.parametrize("name", NOTHING)
 def test_a_setting_that_states_what_does_nothing_is_accepted(tiny, tmp_path, name):
     """And makes no processor: logits go through as they are, sampled or not."""
-    config, tokenizer = tiny.target.whole.config, tiny.target.tokenizer
+    config, tokenizer = tiny.target.full_model.config, tiny.target.tokenizer
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, name: NOTHING[name]}))
     rules = GenerationRules.of(read_settings(tmp_path, config, tokenizer), {2}, [1, 5], 300, tokenizer, "cpu")
-    assert not rules.changes and not rules.narrows and rules.stop is None
+    assert not rules.processors and not rules.warpers and rules.stop is None
     logits = torch.randn(2, 40)
     assert rules.scores(logits, [7], [8]) is logits
 

@@ -33,7 +33,7 @@ from feature_alignment.inputs.samples import read_samples
 from feature_alignment.inputs.video import read_frames
 from feature_alignment.models import pair
 from feature_alignment.storage.answers import read_token_pairs
-from feature_alignment.storage.artifacts import load_pt, read_json
+from feature_alignment.storage.files import load_pt, read_json
 
 CANARY = "hacked"  # every payload would make a file of this name
 MEMORY = 192 << 20  # bytes that opening a refused file may touch
@@ -142,8 +142,8 @@ NPY = {
     "bytes that are not there": (pickled_npy(b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"abc."), "cut off"),
     "an integer of a million digits": (pickled_npy(pickle.dumps(columns(x=[1 << 3_000_000] * 9))), "numbers"),
     "other objects in an array": (pickled_npy(pickle.dumps(columns(x=np.array([{}] * 9, dtype=object)))), "must be numbers"),
-    "a shape of 10^12": (plain_npy("(1000000000000,)"), "promises"),
-    "a shape below zero": (plain_npy("(-1,)"), "promises"),
+    "a shape of 10^12": (plain_npy("(1000000000000,)"), "describes"),
+    "a shape below zero": (plain_npy("(-1,)"), "describes"),
     "a field of 10^10 numbers": (
         plain_npy("(1,)", descr="[('x', '<i8', (10000000000,)), ('y', 'u1'), ('t', 'u1'), ('p', 'u1')]"),
         "could not",
@@ -190,7 +190,7 @@ def npz(path: Path, data: bytes, **changed: int) -> None:
 
 NPZ = {
     "four gigabytes by its own word": (plain_npy("(9,)", bytes(288)), {"size": 0xFFFFFF00}, "unpacked it takes 4,294,967,040"),
-    "a shape its member does not hold": (plain_npy("(1000000000000,)", bytes(64)), {}, "promises"),
+    "a shape its member does not hold": (plain_npy("(1000000000000,)", bytes(64)), {}, "describes"),
     "a pickle inside": (pickled_npy(pickle.dumps(Payload())), {}, "Python objects"),
     "locked with a password": (plain_npy("(9,)", bytes(288)), {"flags": 1}, "could not be read"),
     "packed in an unknown way": (plain_npy("(9,)", bytes(288)), {"method": 77}, "could not be read"),
@@ -607,15 +607,15 @@ CHECKPOINTS = {
     old_weights_that_run: "could not be loaded",
     a_header_of_2_to_the_60: "could not be loaded",
     a_tokenizer_without_an_end: "tokenizer could not be loaded",
-    lambda folder: edit(folder / "config.json", attn_implementation="evil/kernel"): "attention code from elsewhere",
+    lambda folder: edit(folder / "config.json", attn_implementation="evil/kernel"): "attention code from another source",
     lambda folder: edit(folder / "adapter_config.json", base_model_name_or_path="/elsewhere"): "PEFT",
-    lambda folder: edit(folder / "config.json", num_hidden_layers=10**9): "wanted a number from 1 to 512",
-    lambda folder: edit(folder / "config.json", hidden_size=1 << 16): "config.json promises",
-    lambda folder: edit(folder / "config.json", vocab_size=1 << 22): "config.json promises",
-    lambda folder: edit(folder / "config.json", vocab_size="1024"): "wanted a number",
-    lambda folder: edit(folder / "preprocessor_config.json", size={"shortest_edge": 10**6}): "wanted a number from 1 to 4,096",
+    lambda folder: edit(folder / "config.json", num_hidden_layers=10**9): "expected a number from 1 to 512",
+    lambda folder: edit(folder / "config.json", hidden_size=1 << 16): "config.json describes",
+    lambda folder: edit(folder / "config.json", vocab_size=1 << 22): "config.json describes",
+    lambda folder: edit(folder / "config.json", vocab_size="1024"): "expected a number",
+    lambda folder: edit(folder / "preprocessor_config.json", size={"shortest_edge": 10**6}): "expected a number from 1 to 4,096",
     lambda folder: edit(folder / "preprocessor_config.json", rescale_factor=float("nan")): "not finite",
-    lambda folder: edit(folder / "preprocessor_config.json", resample=99): "makes no pixels",
+    lambda folder: edit(folder / "preprocessor_config.json", resample=99): "gives no pixels",
     lambda folder: (folder / "config.json").write_text("[" * 10**5): "not valid JSON",
     lambda folder: (folder / "config.json").write_text("[]"): "could not be loaded",
 }

@@ -23,7 +23,7 @@ from feature_alignment.inputs.row_identity import identify
 from feature_alignment.inputs.samples import Sample, read_samples
 from feature_alignment.models.batches import ClipBatch, plan_batches
 from feature_alignment.storage import identity
-from feature_alignment.storage.files import altered, file_hash, read_json, write_sealed
+from feature_alignment.storage.files import altered_files, file_hash, read_json, write_hashed_json
 from feature_alignment.storage.hidden_states import load_hidden_states
 from feature_alignment.storage.identity import RunIdentity, code_of, hub_revision, identity_of
 
@@ -520,13 +520,13 @@ def test_one_damaged_row_costs_its_batch_alone(scene, generated):
 def test_a_deleted_file_is_altered(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name)
-    write_sealed(tmp_path / "r.json", {"x": 1}, ("a.txt", "b.txt"))
+    write_hashed_json(tmp_path / "r.json", {"x": 1}, ("a.txt", "b.txt"))
     content = read_json(tmp_path / "r.json", "")
-    assert altered(tmp_path / "r.json", content) == []
+    assert altered_files(tmp_path / "r.json", content) == []
     (tmp_path / "b.txt").unlink()
-    assert altered(tmp_path / "r.json", content) == ["b.txt"] == altered(tmp_path / "r.json", content, ["b.txt"])
+    assert altered_files(tmp_path / "r.json", content) == ["b.txt"] == altered_files(tmp_path / "r.json", content, ["b.txt"])
     (tmp_path / "a.txt").write_text("A.txt")
-    assert altered(tmp_path / "r.json", content) == ["a.txt", "b.txt"]
+    assert altered_files(tmp_path / "r.json", content) == ["a.txt", "b.txt"]
 
 
 # ---- other code

@@ -58,7 +58,7 @@ def test_numbered_frames_come_in_the_order_of_their_numbers(names):
 def test_names_without_one_pattern_are_sorted_by_text_and_number_and_said(caplog):
     wanted = [Path(f"{n}.png") for n in ("-3", "1", "2a", "3", "10.30.2", "10.30.15", "frame_2", "frame_2.5", "frame_10", "thumbnail")]
     assert sorted_by_number(wanted[::-1], Path("folder")) == wanted
-    assert "names follow no one pattern" in caplog.text
+    assert "names do not share one pattern" in caplog.text
 
 
 # ---- pixels

@@ -17,7 +17,7 @@ from feature_alignment.demo import cameras, language_grounding, language_models,
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.measurement.lexicon import Lexicon
 from feature_alignment.models import eventgpt, video_llava
-from feature_alignment.models.loading import load_tokenizer
+from feature_alignment.models.preprocessing import load_tokenizer
 
 SCENES = [language_world.scene(seed) for seed in range(300)]
 LEXICON = Lexicon.from_json(language_world.lexicon())

@@ -20,7 +20,8 @@ from feature_alignment.measurement import comparison, metrics, scoring
 from feature_alignment.measurement.calibration import Judged, certify, p_value
 from feature_alignment.measurement.lexicon import Lexicon
 from feature_alignment.measurement.scoring import Fitted, Scores
-from feature_alignment.storage.artifacts import HiddenStates, save_pt
+from feature_alignment.storage.files import save_pt
+from feature_alignment.storage.hidden_states import HiddenStates
 from feature_alignment.storage.identity import SCHEMA
 
 N, S, D, V, G = 9, 11, 6, 12, 3
@@ -482,7 +483,7 @@ def test_the_token_adapter_is_timed_on_the_device_that_is_asked_for(tmp_path, mo
     )
     asked = []
     monkeypatch.setattr(hidden, "call_ms", lambda call, repeats, device="cpu": asked.append((call().device.type, device)) or 3.0)
-    monkeypatch.setattr(token_adapter, "matches", lambda model, rows: torch.ones(1, 4, dtype=torch.bool))
+    monkeypatch.setattr(token_adapter, "token_matches", lambda model, rows, eos_id: torch.ones(1, 4, dtype=torch.bool))
     cfg = ComparisonConfig(target_id="t", draft_id="d", output_dir=tmp_path, device="meta")
     report = token_adapter_report(cfg, [{"vl_tokens": [4, 5, 6, 2], "egpt_tokens": [4], "sequence": "s"}], [2])
     assert asked == [("meta", "meta")] and report["overhead_ms"] == 3.0

@@ -13,8 +13,8 @@ from conftest import as_decoder, prompt_of, tiny_llama
 from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import read_samples
-from feature_alignment.models import loading, pair
-from feature_alignment.models.batches import _common_prefix, _keep, _Texts, _up_to, _with_room
+from feature_alignment.models import loading, pair, preprocessing
+from feature_alignment.models.batches import _common_prefix, _keep_rows, _Texts, _truncated_to, _with_room
 from feature_alignment.models.eventgpt import EventGPTConfig, EventGPTForCausalLM, load_eventgpt
 
 PROMPTS = [(1, 5, 9, 13), (1, 40, 3, 8), (1, 7, 7, 20), (1, 9, 33, 4)]
@@ -59,14 +59,14 @@ def test_a_cache_with_room_holds_what_was_read_and_leaves_the_original_alone():
     for layer, old, new in zip(state.cache.layers, before, roomy.cache.layers, strict=True):
         assert torch.equal(layer.keys, old) and torch.equal(new.keys[:, :, :4], old)
         assert new._buffers[0].shape[2] == new._buffers[1].shape[2] == 4 + 5
-    assert _keep(roomy, [1, 3]) == [3, 1]
+    assert _keep_rows(roomy, [1, 3]) == [3, 1]
     assert all(torch.equal(layer._buffers[0][:, :, :4], old[[3, 1]]) for layer, old in zip(roomy.cache.layers, before, strict=True))
 
 
 def test_a_shallower_model_goes_on_from_what_the_deeper_one_has_read():
     deep, shallow = as_decoder(tiny_llama(0, layers=3)), as_decoder(tiny_llama(0, layers=3), taps=[2])
     prompt = prompt_of(*PROMPTS[0])
-    state = _up_to(deep.prefill([prompt]), 2)
+    state = _truncated_to(deep.prefill([prompt]), 2)
     assert state.length == 4 and len(state.cache.layers) == 2
     torch.testing.assert_close(shallow.step(state, torch.tensor([[5, 6]])), shallow.step(shallow.prefill([prompt]), torch.tensor([[5, 6]])))
 
@@ -156,7 +156,7 @@ def test_sizes_have_a_largest_one(tmp_path, key, most):
     for fine in (1, most, None, [1, most]):
         loading.refuse_executable_code(folder_with(tmp_path, **{key: fine}))
     for wrong in (0, most + 1, -1, True, "5", 2.0, [1, most + 1]):
-        with pytest.raises(UserError, match=f"{key} is .*wanted a number from 1 to {most:,}"):
+        with pytest.raises(UserError, match=f"{key} is .*expected a number from 1 to {most:,}"):
             loading.refuse_executable_code(folder_with(tmp_path, text_config=[{"deep": {key: wrong}}]))
 
 
@@ -165,7 +165,7 @@ def test_sizes_have_a_largest_one(tmp_path, key, most):
     [
         ({"auto_map": {"AutoModel": "x.py"}}, "run code of its own"),
         ({"a": [{"trust_remote_code": True}]}, "run code of its own"),
-        ({"_attn_implementation": "kernels/flash"}, "attention code from elsewhere"),
+        ({"_attn_implementation": "kernels/flash"}, "attention code from another source"),
         ({"weight_map": {"a": "../b.safetensors"}}, "weights outside its directory"),
         ({"weight_map": ["a"]}, "weights outside its directory"),
     ],
@@ -185,12 +185,12 @@ def test_what_reaches_outside_a_checkpoint_is_refused(tmp_path, content, message
 @pytest.mark.parametrize(("size", "known"), [(31_999, False), (32_000, True), (32_063, True), (32_064, False)])
 def test_prompt_lengths_are_known_for_one_size_of_vocabulary(tmp_path, size, known):
     tokenizer = range(size)
-    loading.check_prompt(tmp_path, tokenizer, 21, (20, 21))
+    preprocessing.check_prompt(tmp_path, tokenizer, 21, (20, 21))
     if not known:
-        loading.check_prompt(tmp_path, tokenizer, 22, (20, 21))
+        preprocessing.check_prompt(tmp_path, tokenizer, 22, (20, 21))
     else:
         with pytest.raises(UserError, match="has 22 text tokens"):
-            loading.check_prompt(tmp_path, tokenizer, 22, (20, 21))
+            preprocessing.check_prompt(tmp_path, tokenizer, 22, (20, 21))
 
 
 def test_weights_in_four_bits_are_counted_where_they_are_in_four_bits():
@@ -204,7 +204,7 @@ def test_weights_in_four_bits_are_counted_where_they_are_in_four_bits():
     assert loading.weight_bytes(model, torch.bfloat16, "nf4", ["body.linear"]) == round(2 * (packed + 3 * 64 * 2) + per_part * 2)
 
 
-def test_a_config_may_not_promise_many_more_parameters_than_there_are_bytes(tmp_path):
+def test_a_config_may_not_describe_far_more_parameters_than_the_weights_hold(tmp_path):
     """A parameter takes half a byte at least, so four a byte is too many; weights of either format count."""
     from transformers import LlamaForCausalLM
 
@@ -214,10 +214,10 @@ def test_a_config_may_not_promise_many_more_parameters_than_there_are_bytes(tmp_
     size = -(-number // 4)
     for name in ("model.safetensors", "pytorch_model.bin"):
         (tmp_path / name).write_bytes(bytes(size))
-        loading._refuse_promises(LlamaForCausalLM, tmp_path, "LLaMA", None)
+        loading._refuse_missing_weights(LlamaForCausalLM, tmp_path, "LLaMA", None)
         (tmp_path / name).write_bytes(bytes(size - 1))
-        with pytest.raises(UserError, match=f"promises {number:,} parameters, its weights are {size - 1:,} bytes"):
-            loading._refuse_promises(LlamaForCausalLM, tmp_path, "LLaMA", None)
+        with pytest.raises(UserError, match=f"describes {number:,} parameters, but the weight files have {size - 1:,} bytes"):
+            loading._refuse_missing_weights(LlamaForCausalLM, tmp_path, "LLaMA", None)
         (tmp_path / name).rename(tmp_path / "weights.txt")  # of no format that is read
 
 
@@ -243,21 +243,21 @@ def test_only_a_sentencepiece_model_needs_its_own_reader_and_libraries(tmp_path,
         def from_pretrained(self, path):
             return [self.name] * 7
 
-    monkeypatch.setattr(loading, "LlamaTokenizer", Reader("LLaMA's"))
-    monkeypatch.setattr(loading, "AutoTokenizer", Reader("any"))
-    monkeypatch.setattr(loading, "prepare_for_prompts", lambda *_: None)
-    monkeypatch.setattr(loading, "_installed", lambda name: True)
+    monkeypatch.setattr(preprocessing, "LlamaTokenizer", Reader("LLaMA's"))
+    monkeypatch.setattr(preprocessing, "AutoTokenizer", Reader("any"))
+    monkeypatch.setattr(preprocessing, "prepare_for_prompts", lambda *_: None)
+    monkeypatch.setattr(preprocessing, "_installed", lambda name: True)
     for name in files:
         (tmp_path / name).touch()
-    assert set(loading.load_tokenizer(tmp_path)) == {kind} and loading.load_tokenizer(tmp_path, 7)
+    assert set(preprocessing.load_tokenizer(tmp_path)) == {kind} and preprocessing.load_tokenizer(tmp_path, 7)
     with pytest.raises(UserError, match="has 7 ids, the model 6 embedding rows"):
-        loading.load_tokenizer(tmp_path, 6)
-    monkeypatch.setattr(loading, "_installed", lambda name: False)
+        preprocessing.load_tokenizer(tmp_path, 6)
+    monkeypatch.setattr(preprocessing, "_installed", lambda name: False)
     if kind == "any":
-        loading.load_tokenizer(tmp_path)
+        preprocessing.load_tokenizer(tmp_path)
     else:
         with pytest.raises(UserError, match=r"needs sentencepiece and google\.protobuf"):
-            loading.load_tokenizer(tmp_path)
+            preprocessing.load_tokenizer(tmp_path)
 
 
 class Pieces:
@@ -279,14 +279,14 @@ class Pieces:
 
 
 def test_one_id_that_means_another_piece_is_named(tmp_path):
-    loading.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abcd"))  # what only one of them has is no matter
-    loading.check_shared_ids(tmp_path, Pieces("abcd"), tmp_path, Pieces("abc"))
-    with pytest.raises(UserError, match=r"1 of 3 differ, e\.g\. 2 is 'c' in the one and 'x' in the other"):
-        loading.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abx"))
-    with pytest.raises(UserError, match=r"2 of 3 differ, e\.g\. 0 is 'a' in the one and 'b' in the other"):
-        loading.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("bac"))
-    with pytest.raises(UserError, match="tokenise text differently"):
-        loading.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abc", lambda text: [1, 3]))
+    preprocessing.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abcd"))  # what only one of them has is no matter
+    preprocessing.check_shared_ids(tmp_path, Pieces("abcd"), tmp_path, Pieces("abc"))
+    with pytest.raises(UserError, match=r"1 of 3 differ, e\.g\. 2 is 'c' in the former and 'x' in the latter"):
+        preprocessing.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abx"))
+    with pytest.raises(UserError, match=r"2 of 3 differ, e\.g\. 0 is 'a' in the former and 'b' in the latter"):
+        preprocessing.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("bac"))
+    with pytest.raises(UserError, match="tokenize text differently"):
+        preprocessing.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abc", lambda text: [1, 3]))
 
 
 def test_memory_that_is_free_is_that_of_the_gpus_in_use(monkeypatch):
@@ -324,8 +324,8 @@ def test_a_pair_says_only_what_both_know_and_runs_on_the_gpu_it_is_told(monkeypa
 
 def test_the_check_knows_how_long_a_prompt_is_and_what_it_costs(tiny_run):
     cfg = parse_config(Common, ["--config", str(tiny_run / "tiny.yaml"), "--device", "cpu"], "models/pair")
-    report, both = pair.check_pair(cfg), pair.load_pair(cfg)
-    sample = dataclasses.replace(read_samples(cfg.manifests, "test")[0], question=loading.PROBE_QUESTION)
+    report, both = pair.check_pair(cfg).to_json(), pair.load_pair(cfg)
+    sample = dataclasses.replace(read_samples(cfg.manifests, "test")[0], question=preprocessing.PROBE_QUESTION)
     needed = 0
     for name, model in (("EventGPT", both.draft), ("Video-LLaVA", both.target)):
         found, text = report["models"][name], model.llama.config
@@ -340,7 +340,7 @@ def test_the_check_knows_how_long_a_prompt_is_and_what_it_costs(tiny_run):
 
 
 def test_a_checkpoint_is_looked_through_where_it_is_found(tmp_path):
-    with pytest.raises(UserError, match=r"no checkpoint at .*no config\.json there"):
+    with pytest.raises(UserError, match=r"no checkpoint at .*config\.json is missing"):
         loading.find_checkpoint(tmp_path, "--target_id")
     assert loading.find_checkpoint(folder_with(tmp_path), "--target_id") == tmp_path
     with pytest.raises(UserError, match="run code of its own"):

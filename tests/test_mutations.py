@@ -34,7 +34,8 @@ from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli import console
 from feature_alignment.inputs.event_files import save_events
-from feature_alignment.storage.artifacts import content_hash, source_hash
+from feature_alignment.storage.files import content_hash
+from feature_alignment.storage.identity import source_hash
 from feature_alignment.storage.verification import WRONG, verify
 
 MUTATIONS = 1000
@@ -263,7 +264,7 @@ class Scene:
 
     def undo(self, folder: Path) -> None:
         """Make a complete split look as if it had been killed after its first rows."""
-        from feature_alignment.storage.hidden_states_writer import _note, unfinished
+        from feature_alignment.storage.hidden_states_writer import _note, unfinished_folder
 
         meta = json.loads((folder / "meta.json").read_text())
         positions = torch.load(folder / "positions.pt", weights_only=True)
@@ -273,7 +274,7 @@ class Scene:
         (folder / "settings.json").write_text(json.dumps({k: meta[k] for k in ("schema", "settings", "made_from", "code", "plan")}))
         for name in ("meta.json", "positions.pt", "samples.jsonl"):
             (folder / name).unlink()
-        folder.rename(unfinished(folder))
+        folder.rename(unfinished_folder(folder))
         (folder.parents[1] / "token_pairs" / "half.json").unlink()
 
     def restore(self) -> None:
@@ -317,8 +318,8 @@ def scene(finished, tmp_path_factory):
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file under a final name. What is unfinished says so by its name."""
-    unfinished = lambda p: any(part.endswith(".unfinished") for part in p.relative_to(folder).parts)  # noqa: E731
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and not unfinished(p)}
+    unfinished_folder = lambda p: any(part.endswith(".unfinished") for part in p.relative_to(folder).parts)  # noqa: E731
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and not unfinished_folder(p)}
 
 
 def numbers(folder: Path, but: str) -> dict[str, object]:

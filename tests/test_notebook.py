@@ -14,7 +14,7 @@ from conftest import ROOT, main_of
 from nbclient import NotebookClient
 from PIL import Image
 
-from feature_alignment.models.loading import load_tokenizer
+from feature_alignment.models.preprocessing import load_tokenizer
 
 PATH = ROOT / "notebooks" / "inspect_tensors.ipynb"
 

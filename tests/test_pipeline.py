@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, main_of
 
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage import artifacts
+from feature_alignment.storage.hidden_states import load_hidden_states
 
 
 def read(path):
@@ -20,7 +20,7 @@ def read(path):
 
 
 def test_hidden_states_fit_their_tokens(finished):
-    states = artifacts.load_hidden_states(finished / "out" / "hidden_states" / "test")
+    states = load_hidden_states(finished / "out" / "hidden_states" / "test")
     head = torch.load(finished / "out" / "hidden_states" / "vl_lm_head.pt", weights_only=True)
     assert states.draft.shape[:2] == states.target.shape[:2] == (16, 12) and states.meta["prefix"] == "verifier"
     said = (states.target.float() @ head.float().T).argmax(-1)
@@ -110,7 +110,7 @@ def test_own_drafts_are_what_the_drafter_would_have_said(finished):
     from feature_alignment.models.pair import load_pair
 
     cfg = parse_config(ExtractConfig, ["--config", str(finished / "tiny.yaml")], "extract_hidden_states")
-    draft, states = load_pair(cfg).draft, artifacts.load_hidden_states(finished / "out" / "hidden_states" / "test")
+    draft, states = load_pair(cfg).draft, load_hidden_states(finished / "out" / "hidden_states" / "test")
     sample = read_samples(cfg.manifests, "test")[3]
     assert states.rows[3]["id"] == sample.id
     read, said = states.token_ids[3, : states.lengths[3]].tolist(), []
@@ -172,7 +172,7 @@ def test_inference_in_every_mode(finished, extra):
 def test_other_prefixes_say_so(finished, tmp_path, prefix):
     config = ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path), "--split", "test", "--prefix", prefix]
     assert main_of("extract_hidden_states")(config)["prefix"] == prefix
-    states = artifacts.load_hidden_states(tmp_path / "hidden_states" / "test")
+    states = load_hidden_states(tmp_path / "hidden_states" / "test")
     if prefix == "drafter":
         assert states.token_ids[0, : states.lengths[0]].tolist() == states.rows[0]["egpt_tokens"]
 

@@ -14,7 +14,7 @@ from feature_alignment.benchmark.planted import kept_by_chance
 from feature_alignment.benchmark.rows import row_name
 from feature_alignment.cli.console import UserError
 from feature_alignment.measurement.metrics import tokens_per_pass_iid
-from feature_alignment.storage.artifacts import read_sealed, save_pt
+from feature_alignment.storage.files import read_hashed_json, save_pt
 
 
 def test_drafts_are_kept_at_the_planted_rate_whatever_they_say():
@@ -31,7 +31,7 @@ def test_planted_rows_say_so_and_need_no_trained_adapter(tiny_run, tmp_path, cap
         "planted.json",
         "planted.md",
     ]
-    result = read_sealed(tmp_path / "benchmark" / "planted.json", "")
+    result = read_hashed_json(tmp_path / "benchmark" / "planted.json", "")
     assert result["planted"] and result["meta"]["planted"] and "targets" not in result
     assert "PLANTED" in (tmp_path / "benchmark" / "planted.md").read_text()
     assert result["baselines"][0]["tokens"] == 3 * 12, "no text ends early"
@@ -51,7 +51,7 @@ def test_planted_rows_say_so_and_need_no_trained_adapter(tiny_run, tmp_path, cap
 
 
 def test_costs_name_every_exit_and_the_bandwidth(finished):
-    cost = read_sealed(finished / "out" / "benchmark" / "benchmark.json", "")["cost"]
+    cost = read_hashed_json(finished / "out" / "benchmark" / "benchmark.json", "")["cost"]
     assert list(cost["exit_layers"]) == ["1", "2", "3"] and all(e["c"] > 0 for e in cost["exit_layers"].values())
     per_layer = 4 * 32 * 32 + 3 * 32 * 48 + 2 * 32  # attention, MLP, two norms
     head = torch.load(finished / "out" / "hidden_states" / "vl_lm_head.pt", weights_only=True)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError
 from feature_alignment.models import eventgpt, pair, video_llava
-from feature_alignment.models.loading import check_shared_ids, load_tokenizer
+from feature_alignment.models.preprocessing import check_shared_ids, load_tokenizer
 
 MODELS = ("eventgpt", "video_llava")
 QUESTION = "What is this scene about?"
@@ -95,7 +95,7 @@ def test_a_begin_token_that_nobody_adds_stays_away(altered):
 def test_the_log_says_that_a_tokenizer_adds_no_begin_token(altered, caplog):
     caplog.set_level("INFO")
     load_tokenizer(altered("eventgpt", "none"))
-    assert "adds no <s>; prompts begin with it all the same" in caplog.text
+    assert "does not add <s>; it is added to prompts" in caplog.text
 
 
 def test_two_tokenizers_share_ids_whatever_they_add(altered):
@@ -175,7 +175,7 @@ def test_a_template_that_makes_no_prompt_is_refused(altered, name, template, why
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
 def test_a_damaged_template_file_is_named(altered, content):
-    with pytest.raises(UserError, match=r"chat_template\.json: .*wanted an object with chat_template"):
+    with pytest.raises(UserError, match=r"chat_template\.json: .*expected an object with chat_template"):
         load_tokenizer(altered("eventgpt", template={"chat_template.json": content}))
 
 

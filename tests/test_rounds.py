@@ -98,6 +98,7 @@ def test_two_drafts_of_confidence_point_6_are_below_a_floor_of_point_5(floor, le
         assert len(proposer.propose([7], torch.zeros(1, 32), 5, watch, floor).token_ids) == length
 
 
+@torch.inference_mode()
 def test_the_chain_goes_on_after_an_override_as_one_begun_anew():
     """A stale chain: what was drafted after the overridden token is forgotten, and what the chain read of it too."""
     torch.manual_seed(0)
@@ -208,7 +209,7 @@ def test_no_token_follows_a_drafted_end():
         class All(Scripted):
             def propose(self, *args, **kwargs):
                 draft = super().propose(*args, **kwargs)
-                return replace(draft, aligned=target.head_weight[draft.token_ids])
+                return replace(draft, predicted=lambda: target.head_weight[draft.token_ids])
 
         got = speculate(
             target, All([*wanted[1:], 9, 9]), prompt, prompt, accept=accept, threshold=-1.0, num_draft_tokens=40, max_new_tokens=MAX
@@ -420,7 +421,7 @@ def test_the_whole_time_is_from_before_the_prompt_to_after_the_last_token(clock)
 class Late(Floor):
     """Does not want the drafter to read its prompt; one pass without drafts, then drafts."""
 
-    drafting, rest = False, 1
+    needs_prefill, plain_steps = False, 1
 
     def __init__(self) -> None:
         super().__init__(0.1)
@@ -455,7 +456,7 @@ def test_passes_without_drafts_share_their_time(clock):
     """Three passes at once: a round for each, of a third of the milliseconds; fewer where the text ends before."""
 
     class Off(Late):
-        rest = 3
+        plain_steps = 3
 
         def next_confidence_floor(self):
             return None

@@ -21,6 +21,7 @@ from feature_alignment.decoding import sampling
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, HybridProposer, NGram, TableProposer
 from feature_alignment.decoding.draft_length import DraftLengthController
 from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.plain import decode_plainly
 from feature_alignment.decoding.proposers import ChainedProposer, Draft, ModelProposer, Proposer
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.stopwatch import Stopwatch
@@ -259,14 +260,14 @@ def test_plain_sampling_has_the_law(target, law):
 
 
 class KeepsTooMuch(Sampler):
-    def judge(self, draft_ids, draft_probs, target_probs, position=0):
+    def accept(self, draft_ids, draft_probs, target_probs, position=0):
         return super().accept(draft_ids, draft_probs, torch.cat([target_probs[:-1].sqrt(), target_probs[-1:]]), position)
 
 
 class ReplacesFromP(Sampler):
     """Not from what is left of p."""
 
-    def judge(self, draft_ids, draft_probs, target_probs, position=0):
+    def accept(self, draft_ids, draft_probs, target_probs, position=0):
         kept, _ = super().accept(draft_ids, draft_probs, target_probs, position)
         return kept, self.draw(target_probs[int(kept.sum())][None])[0]
 

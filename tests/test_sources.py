@@ -18,7 +18,7 @@ from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.models import pair
 from feature_alignment.models.pair import Pair
-from feature_alignment.storage.artifacts import save_pt, write_json
+from feature_alignment.storage.files import save_pt, write_json
 
 
 def opened(out: Path, taps=(3,), **more) -> Sources:
@@ -79,7 +79,7 @@ def test_drafters_are_made_of_what_their_names_say(tmp_path):
     assert type(own) is type(aligned) is ModelProposer and own._adapter is None and own._target_head is None
     assert aligned._adapter is sources.adapter and aligned._target_head == target.lm_head and own._draft is aligned._draft is draft
     assert torch.equal(sources.adapter.up.weight, trained.up.weight)
-    compared = sources.open("own", compares=True)
+    compared = sources.open("own", predicts_states=True)
     assert compared._adapter is sources.adapter and compared._target_head is None
     hybrid = sources.open("hybrid")
     assert type(hybrid) is HybridProposer and hybrid._table is sources.ngram and hybrid._model._adapter is sources.adapter
@@ -98,9 +98,9 @@ def test_a_rule_that_compares_states_is_refused_where_there_are_none(tmp_path):
     sources = opened(tmp_path)
     for name in ("ngram", "lookup", "template", "previous", "hybrid"):
         with pytest.raises(UserError, match=f"{name} drafts have none; pass --draft chained"):
-            sources.open(name, compares=True)
+            sources.open(name, predicts_states=True)
     with pytest.raises(UserError, match=r"own drafts have none before the drafter's last layer; pass --draft_layers 3"):
-        opened(tmp_path, taps=(2,)).open("own", compares=True)
+        opened(tmp_path, taps=(2,)).open("own", predicts_states=True)
 
 
 def test_texts_of_another_vocabulary_are_refused(tmp_path):
@@ -125,7 +125,7 @@ def test_a_drafter_cut_off_early_drafts_its_own_words_at_full_depth(tmp_path, mo
     sources = opened(tmp_path, taps=(2,))
     both = sources._pair
     both.target.restrict_vocabulary(40)
-    both.record("graphs")
+    both.use_steps("graphs")
     for layers, draft_of in ((None, lambda: sources.open("own")._draft), ([1], lambda: both.draft_with([1], Common()))):
         draft = draft_of()
         assert asked.pop() == layers and draft.vocab_size == 40 and draft.steps == "graphs" and draft.taps == tuple(layers or (3,))
@@ -138,12 +138,12 @@ def test_an_exit_reads_one_layer_by_an_adapter_of_its_own(tmp_path, monkeypatch)
     monkeypatch.setattr(pair, "load_draft", lambda cfg: as_decoder(tiny_llama(1, layers=3), cfg.draft_layers))
     sources, trained = opened(tmp_path), hidden(5)
     save_adapter(tmp_path / "exit.pt", trained, [2])
-    layer, proposer = sources.open_exit(tmp_path / "exit.pt")
+    layer, proposer = sources.load_exit_drafter(tmp_path / "exit.pt")
     assert layer == 2 and proposer._draft.taps == (2,) and proposer._target_head == sources._pair.target.lm_head
     assert torch.equal(proposer._adapter.up.weight, trained.up.weight)
     save_adapter(tmp_path / "exit.pt", hidden(5, 64), [1, 2])
-    with pytest.raises(UserError, match=r"layers \[1, 2\]; --exit_adapters wants adapters of a single layer"):
-        sources.open_exit(tmp_path / "exit.pt")
+    with pytest.raises(UserError, match=r"layers \[1, 2\]; --exit_adapters expects adapters of a single layer"):
+        sources.load_exit_drafter(tmp_path / "exit.pt")
 
 
 @pytest.mark.parametrize("untrained", [False, True])

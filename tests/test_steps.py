@@ -1,4 +1,4 @@
-"""Steps over a fixed cache, as a GPU records them: the same states, texts and drafts, and nothing in them that asks the device."""
+"""Captured steps over a fixed cache: the same states, texts and drafts as eager steps, and no synchronization with the device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def both(taps=None, steps="graphs", kv_heads=2):
 @pytest.mark.parametrize(("taps", "kv_heads"), [(None, 2), ([2], 2), ([1, 3], 2), (None, 1)])
 def test_states_are_those_of_eager_steps(taps, kv_heads):
     eager, other = both(taps, kv_heads=kv_heads)
-    for prompt in (prompt_of(1, 5, 9, 3), prompt_of(1, 7, 9, 3, 4, 4)):  # the second takes the first one's place
+    for prompt in (prompt_of(1, 5, 9, 3), prompt_of(1, 7, 9, 3, 4, 4)):  # the second prompt replaces the first in the cache
         a, b = eager.prefill([prompt]), other.prefill([prompt])
         for ids, back in (([5], 0), ([5, 6, 7], 2), ([8, 3, 3, 1, 1, 9, 9], 7), (list(range(3, 40)), 30), ([3], 0)):
             found, wanted = other.step(b, torch.tensor([ids])), eager.step(a, torch.tensor([ids]))
@@ -50,7 +50,7 @@ def test_a_longer_text_gets_more_room(monkeypatch):
 
 @pytest.mark.parametrize(("length", "k"), [(57, 7), (61, 3), (40, 18), (62, 1)])
 def test_a_cache_grows_for_the_padding_alone(monkeypatch, length, k):
-    """The real tokens fit, what rounds their number up does not: it is written too."""
+    """The tokens fit and their padding does not; padding is written to the cache too."""
     monkeypatch.setattr(fixed, "ROOM", 1)
     eager, other = both()
     prompt = prompt_of(1, *range(3, length + 2))
@@ -74,15 +74,15 @@ def test_a_model_with_one_layer_on_another_device_runs_eagerly(caplog, layer):
     assert decoder.steps == "eager" and "several devices" in caplog.text
 
 
-def test_a_text_whose_place_was_taken_is_refused():
+def test_a_text_whose_prompt_was_replaced_is_refused():
     _, other = both()
     first = other.prefill([prompt_of(1, 5)])
     other.prefill([prompt_of(1, 6)])
-    with pytest.raises(ValueError, match="remembers one prompt"):
+    with pytest.raises(ValueError, match="holds one prompt at a time"):
         other.step(first, torch.tensor([[5]]))
 
 
-def test_several_prompts_at_once_are_read_as_ever():
+def test_a_batch_of_prompts_uses_eager_steps():
     eager, other = both()
     prompts = [prompt_of(1, 5), prompt_of(1, 6)]
     assert other.generate(other.prefill(prompts), 20) == eager.generate(eager.prefill(prompts), 20)
@@ -113,14 +113,14 @@ def test_drafts_and_texts_are_those_of_eager_steps():
     assert found[:half] == found[half:]
 
 
-def whole(call):
-    """The call as one graph without a break: whatever looked at a tensor's value on the way would raise, and could not be recorded."""
+def one_graph(call):
+    """The call as one graph without a break: reading a tensor's value would raise here, and would make a capture fail."""
     return torch.compile(call, fullgraph=True, dynamic=False, backend="eager")
 
 
 @pytest.mark.parametrize(("taps", "norm"), [(None, "post"), ([3], "post"), ([2], "pre"), ([1, 3], "pre")])
-def test_states_of_several_layers_are_not_called_normed(taps, norm):
-    """Of layers 1 and the last, only the part of the last is behind the final norm."""
+def test_states_of_several_layers_are_labeled_pre_norm(taps, norm):
+    """Of layers 1 and 3, only layer 3 passes the final norm."""
     model = as_decoder(tiny_llama(0, layers=3), taps)
     assert model.norm == norm
     assert model.norms == {k: "post" if k == 3 else "pre" for k in taps or [3]}
@@ -128,36 +128,36 @@ def test_states_of_several_layers_are_not_called_normed(taps, norm):
 
 @pytest.mark.parametrize("taps", [None, [1, 3]])
 @torch.inference_mode()
-def test_steps_never_ask_the_device(taps, monkeypatch):
+def test_steps_never_synchronize_with_the_device(taps, monkeypatch):
     eager, other = both(taps)
     a, b = eager.prefill([prompt_of(1, 5, 9)]), other.prefill([prompt_of(1, 5, 9)])
     assert isinstance(b.cache, FixedCache)
-    b.cache._step = whole(b.cache._forward)
+    b.cache._step = one_graph(b.cache._forward)
     for ids in ([4], [4, 5]):
         found, wanted = other.step(b, torch.tensor([ids])), eager.step(a, torch.tensor([ids]))
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()
-def test_drafting_steps_never_ask_the_device(monkeypatch):
+def test_drafting_steps_never_synchronize_with_the_device(monkeypatch):
     target = as_decoder(tiny_llama(0))
     prompt, watch = prompt_of(1, 5, 9), Stopwatch()
     states = target.teacher_force(target.prefill([prompt]), torch.tensor([[5, 6, 7]]))[0]
     proposers = [ChainedProposer(target, ChainedAdapter(32, 32, 1, width=8), target.head_weight, target.embeddings) for _ in range(2)]
     proposers[1]._adapter, proposers[1]._chain = proposers[0]._adapter, proposers[0]._chain
-    proposers[1]._block = whole(proposers[1]._draft_block)
-    proposers[1]._first, proposers[1]._next = whole(proposers[1]._expect), whole(proposers[1]._read_and_expect)
-    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)  # it is torch's own compiler that knows none; a recording does
+    proposers[1]._block = one_graph(proposers[1]._draft_block)
+    proposers[1]._first, proposers[1]._next = one_graph(proposers[1]._expect), one_graph(proposers[1]._read_and_expect)
+    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)  # a limit of torch.compile, not of CUDA graphs
     drafts = []
     for proposer in proposers:
         proposer.start(prompt, watch)
         drafts.append([proposer.propose([5, 6, 7], states, 6, watch, floor).token_ids.tolist() for floor in (0.0, 1e-9)])
     assert drafts[0] == drafts[1] and drafts[0][0] == drafts[0][1]  # a whole round at once, and one token after the other
     adapter, state = HiddenAdapter(32, 32, 8), torch.randn(1, 32)
-    torch.testing.assert_close(whole(adapter)(state), adapter(state))
+    torch.testing.assert_close(one_graph(adapter)(state), adapter(state))
 
 
-def test_a_prompt_that_fits_is_no_reason_to_record_anew():
+def test_a_prompt_that_fits_keeps_the_captured_graphs():
     _, other = both()
     steps = set()
     for length in (10, 60, 30):
@@ -167,7 +167,7 @@ def test_a_prompt_that_fits_is_no_reason_to_record_anew():
     assert len(steps) == 1
 
 
-def test_nothing_is_held_twice():
+def test_joined_weights_are_stored_once():
     _, other = both()
     before = sum(p.numel() for p in other.llama.parameters())
     state = other.prefill([prompt_of(1, 5)])
@@ -184,18 +184,18 @@ def test_nothing_is_held_twice():
         assert new.gate_up.data_ptr() == old.gate_up.data_ptr() and new.keys.data_ptr() != old.keys.data_ptr()
 
 
-def test_what_fused_steps_cannot_read_runs_eagerly(caplog):
+def test_unsupported_layers_run_eagerly(caplog):
     model = tiny_llama(0)
     model.model.layers[0].mlp.gate_proj = torch.nn.Linear(32, 64, bias=True)
     decoder = as_decoder(model)
     decoder.use_steps("graphs")
-    assert decoder.steps == "eager" and "quantised or have a bias" in caplog.text
+    assert decoder.steps == "eager" and "quantized or have a bias" in caplog.text
     assert not isinstance(decoder.prefill([prompt_of(1, 5)]).cache, FixedCache)
 
 
 @pytest.mark.slow
 def test_compiled_steps():
-    """Each length is a compiled form of its own, for each of two models of other sizes; none may be left out."""
+    """Each length is compiled once per model, for two models of different sizes; none falls back to eager."""
     before = len(fixed.eager_fallbacks)
     for kv_heads in (2, 1):
         eager, other = both(steps="compiled", kv_heads=kv_heads)
@@ -210,7 +210,7 @@ def test_compiled_steps():
     assert len(fixed.eager_fallbacks) == before
 
 
-def test_what_cannot_be_compiled_runs_as_ever(monkeypatch, caplog):
+def test_steps_that_cannot_be_compiled_fall_back_to_eager(monkeypatch, caplog):
     def compiler(call, **_):
         def fail(*inputs):
             raise RuntimeError("no C compiler here")
@@ -225,34 +225,34 @@ def test_what_cannot_be_compiled_runs_as_ever(monkeypatch, caplog):
     assert fixed.eager_fallbacks == ["steps cannot be compiled: no C compiler here"]
 
 
-class Anywhere(torch.Tensor):
-    """A tensor that says it lies on a GPU."""
+class OnFakeGpu(torch.Tensor):
+    """A tensor that reports a GPU as its device."""
 
     @property
     def device(self):
         return torch.device("cuda")
 
 
-def test_what_cannot_be_recorded_runs_as_ever(monkeypatch, caplog):
+def test_steps_that_cannot_be_captured_fall_back_to_eager(monkeypatch, caplog):
     tried = []
 
-    def record(self, inputs):
+    def capture(self, inputs):
         tried.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(fixed.CapturedStep, "_capture", record)
+    monkeypatch.setattr(fixed.CapturedStep, "_capture", capture)
     monkeypatch.setattr(fixed, "eager_fallbacks", [])
     double = fixed.CapturedStep(lambda x: x * 2)
-    assert [double(torch.full((1,), float(i)).as_subclass(Anywhere)).item() for i in range(3)] == [0, 2, 4]
+    assert [double(torch.full((1,), float(i)).as_subclass(OnFakeGpu)).item() for i in range(3)] == [0, 2, 4]
     assert len(tried) == 1 and "run eagerly: operation not permitted" in caplog.text
     assert len(fixed.eager_fallbacks) == 1
 
 
-def test_a_recording_is_made_once_a_shape_and_replayed(monkeypatch):
-    """The bookkeeping of recordings, with a recorder that notes what it is asked for."""
+def test_a_graph_is_captured_once_per_shape_and_replayed(monkeypatch):
+    """The bookkeeping of captured graphs, with a fake capture that notes its calls."""
     made, replayed = [], []
 
-    def record(self, inputs):
+    def capture(self, inputs):
         out = self._call(*inputs)
         made.append(tuple(x.shape for x in inputs))
 
@@ -266,17 +266,17 @@ def test_a_recording_is_made_once_a_shape_and_replayed(monkeypatch):
     def call(x):
         return x * 2
 
-    monkeypatch.setattr(fixed.CapturedStep, "_capture", record)
+    monkeypatch.setattr(fixed.CapturedStep, "_capture", capture)
     double = fixed.CapturedStep(call)
-    results = [double(torch.full((n,), float(i)).as_subclass(Anywhere)) for i, n in enumerate((2, 2, 3, 2))]
+    results = [double(torch.full((n,), float(i)).as_subclass(OnFakeGpu)) for i, n in enumerate((2, 2, 3, 2))]
     assert [r.tolist() for r in results] == [[0, 0], [2, 2], [4, 4, 4], [6, 6]]  # none was overwritten by a later one
     assert made == [(torch.Size([2]),), (torch.Size([3]),)] and len(replayed) == 4
 
 
-def test_no_garbage_is_collected_during_a_recording():
-    """A decoder and its recordings refer to each other; Python frees them when it likes, and must not like to then."""
+def test_no_garbage_is_collected_during_a_capture():
+    """A decoder and its graphs form a reference cycle, which the garbage collector may free at any time but during a capture."""
 
-    class Forgotten:
+    class Cycle:
         def __init__(self):
             self.itself = self
 
@@ -284,18 +284,18 @@ def test_no_garbage_is_collected_during_a_recording():
             freed.append(1)
 
     freed: list[int] = []
-    Forgotten()
+    Cycle()
     assert not freed
     with fixed.gc_paused():
         assert freed == [1]
-        Forgotten()
+        Cycle()
         list(range(10**5)), [[] for _ in range(10**5)]
         assert freed == [1]
     gc.collect()
     assert freed == [1, 1] and gc.isenabled()
 
 
-def test_a_gpu_notes_its_own_times(monkeypatch):
+def test_gpu_stages_are_timed_by_events_without_waiting(monkeypatch):
     ticks, waits = count(), []
 
     class Event:
@@ -318,13 +318,13 @@ def test_a_gpu_notes_its_own_times(monkeypatch):
     for stage in ("draft", "verify", "draft"):
         with watch(stage):
             time.sleep(0)
-    assert len(waits) == before  # nothing has waited yet
+    assert len(waits) == before  # no synchronization yet
     assert watch.ms == {"draft": 2.0, "verify": 1.0}
     assert [(stage, end - begin) for stage, begin, end in watch.spans] == [("draft", 1.0), ("verify", 1.0), ("draft", 1.0)]
-    assert watch.ms["draft"] == 2.0  # read off once
+    assert watch.ms["draft"] == 2.0  # the events are read once
 
 
-def test_inference_with_recorded_steps(finished):
+def test_inference_with_captured_steps(finished):
     config = ["--config", str(finished / "tiny.yaml"), "--draft", "chained"]
     eager = main_of("feature_sd_inference")(config)
     found = main_of("feature_sd_inference")([*config, "--steps", "graphs"])

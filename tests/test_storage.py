@@ -14,9 +14,24 @@ import pytest
 import torch
 
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage import artifacts, pickles, state_files
-from feature_alignment.storage.pickles import ArraysOnly, check_pt, look_through
-from feature_alignment.storage.processes import _name, claimed, processes, temporary_name
+from feature_alignment.storage import pickles, state_files
+from feature_alignment.storage.files import (
+    altered_files,
+    atomic_write,
+    content_hash,
+    file_hash,
+    load_pt,
+    read_hashed_json,
+    read_json,
+    save_pt,
+    weights_hash,
+    write_hashed_json,
+    write_json,
+    write_text,
+)
+from feature_alignment.storage.identity import source_hash
+from feature_alignment.storage.pickles import ArraysOnly, check_pickle, check_pt
+from feature_alignment.storage.processes import _name, exclusive_lock, process_group, temporary_name
 from feature_alignment.storage.verification import main, verify
 
 # ---- pickles
@@ -24,31 +39,31 @@ from feature_alignment.storage.verification import main, verify
 
 def test_a_pickle_may_hold_ten_thousand_tuples_and_no_more():
     of = lambda number: pickle.dumps([(i,) for i in range(number)], 2)  # noqa: E731
-    look_through(of(10_000))
+    check_pickle(of(10_000))
     with pytest.raises(pickle.UnpicklingError, match="more than 10,000 steps"):
-        look_through(of(10_001))
+        check_pickle(of(10_001))
     with pytest.raises(pickle.UnpicklingError, match="more than 10,000 steps"):
-        look_through(pickle.dumps([frozenset([i]) for i in range(10_001)], 4))
+        check_pickle(pickle.dumps([frozenset([i]) for i in range(10_001)], 4))
 
 
 def test_a_pickle_may_take_so_many_steps_and_no_more(monkeypatch):
     data = pickle.dumps(list(range(50)), 2)
     steps = sum(1 for _ in pickletools.genops(data))
     monkeypatch.setattr(pickles, "MAX_OPCODES", steps - 1)
-    look_through(data)
+    check_pickle(data)
     monkeypatch.setattr(pickles, "MAX_OPCODES", steps - 2)
     with pytest.raises(pickle.UnpicklingError, match=f"more than {steps - 1} steps"):
-        look_through(data)
+        check_pickle(data)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_a_pickle_is_refused_for_a_name_it_may_not_ask_for(protocol):
     data = pickle.dumps(os.system, protocol)
-    look_through(data)  # any name
+    check_pickle(data)  # any name
     with pytest.raises(pickle.UnpicklingError, match="it asks for"):
-        look_through(data, {"builtins print"})
+        check_pickle(data, {"builtins print"})
     if protocol < 4:  # later ones build the name from what lies on the stack: none of those is let through
-        look_through(data, {f"{os.system.__module__} system"})
+        check_pickle(data, {f"{os.system.__module__} system"})
 
 
 def torch_file(path, change=None, compression=zipfile.ZIP_STORED, more=()):
@@ -102,13 +117,13 @@ def test_arrays_survive_the_reader_that_calls_nothing(protocol, order):
 def test_a_refused_run_leaves_no_empty_folder_and_takes_none_away(tmp_path):
     old = tmp_path / "old"
     old.mkdir()
-    with pytest.raises(UserError, match="no"), claimed(old / "new" / "deep" / "adapter"):
+    with pytest.raises(UserError, match="no"), exclusive_lock(old / "new" / "deep" / "adapter"):
         raise UserError("no")
     assert old.is_dir() and list(old.iterdir()) == []
-    with claimed(old / "new" / "deep" / "adapter"):
+    with exclusive_lock(old / "new" / "deep" / "adapter"):
         (old / "new" / "deep" / "adapter").mkdir()
     assert [str(p.relative_to(old)) for p in sorted(old.rglob("*"))] == ["new", "new/deep", "new/deep/adapter"]
-    with claimed(old / "new" / "deep" / "other"):
+    with exclusive_lock(old / "new" / "deep" / "other"):
         assert (old / "new" / "deep" / "other.lock").is_file()
     assert not (old / "new" / "deep" / "other.lock").exists()
 
@@ -116,7 +131,7 @@ def test_a_refused_run_leaves_no_empty_folder_and_takes_none_away(tmp_path):
 def test_a_lock_is_let_go_of_with_its_file(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        with claimed(tmp_path / "adapter"):
+        with exclusive_lock(tmp_path / "adapter"):
             assert len(os.listdir("/proc/self/fd")) == before + 1
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -125,12 +140,12 @@ def test_what_a_killed_owner_left_half_written_is_removed(tmp_path):
     path = tmp_path / "adapter.pt"
     for name in (".adapter.123.tmp.pt", ".other.123.tmp.pt", ".adapter.123.tmp.json"):
         (tmp_path / name).touch()
-    with claimed(path):
+    with exclusive_lock(path):
         assert sorted(p.name for p in tmp_path.iterdir()) == [".adapter.123.tmp.json", ".other.123.tmp.pt", "adapter.pt.lock"]
     (tmp_path / "split").mkdir()
     for name in (".meta.5.tmp.json", "meta.json"):
         (tmp_path / "split" / name).touch()
-    with claimed(tmp_path / "split"):
+    with exclusive_lock(tmp_path / "split"):
         assert [p.name for p in (tmp_path / "split").iterdir()] == ["meta.json"]
 
 
@@ -147,7 +162,7 @@ def test_an_owner_with_a_senseless_time_is_another_process(since):
 
 def test_a_process_alone_is_the_first_of_one(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    rank, number, device, wait = processes("cpu")
+    rank, number, device, wait = process_group("cpu")
     assert (rank, number, device, wait()) == (0, 1, "cpu", None)
 
 
@@ -193,37 +208,35 @@ def test_a_hash_is_of_a_files_bytes_or_of_a_folders_names_and_files(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "README.md").write_text("for people")
     (tmp_path / "deeper").mkdir()
-    assert artifacts.file_hash(tmp_path / "b.bin") == short(big)
-    assert artifacts.file_hash(tmp_path) == short(f"a.txt:{short(b'a')}\nb.bin:{short(big)}\n".encode())
+    assert file_hash(tmp_path / "b.bin") == short(big)
+    assert file_hash(tmp_path) == short(f"a.txt:{short(b'a')}\nb.bin:{short(big)}\n".encode())
     several = [tmp_path / "b.bin", tmp_path / "a.txt"]
-    assert artifacts.source_hash(several) != artifacts.source_hash(several[::-1]) and artifacts.source_hash(
-        tmp_path
-    ) == artifacts.file_hash(tmp_path)
+    assert source_hash(several) != source_hash(several[::-1]) and source_hash(tmp_path) == file_hash(tmp_path)
 
 
 def test_a_sealed_file_tells_what_was_altered(tmp_path):
     path, beside = tmp_path / "meta.json", tmp_path / "states.pt"
     beside.write_text("states")
-    artifacts.write_sealed(path, {"value": float("nan"), "n": 1}, ["states.pt"])
-    content = artifacts.read_sealed(path, "make it")
+    write_hashed_json(path, {"value": float("nan"), "n": 1}, ["states.pt"])
+    content = read_hashed_json(path, "make it")
     assert content == {"value": None, "n": 1, "files": {"states.pt": short(b"states")}, "content_hash": content["content_hash"]}
-    assert content["content_hash"] == artifacts.content_hash(content) == artifacts.content_hash({**content, "content_hash": "other"})
-    assert artifacts.altered(path, content) == artifacts.altered(path, content, []) == []
-    assert artifacts.altered(path, content, ["states.pt", "nobody.pt"]) == ["nobody.pt"]
+    assert content["content_hash"] == content_hash(content) == content_hash({**content, "content_hash": "other"})
+    assert altered_files(path, content) == altered_files(path, content, []) == []
+    assert altered_files(path, content, ["states.pt", "nobody.pt"]) == ["nobody.pt"]
     beside.write_text("others")
-    assert artifacts.altered(path, content) == ["states.pt"]
+    assert altered_files(path, content) == ["states.pt"]
     beside.unlink()
-    assert artifacts.altered(path, content) == ["states.pt"]
-    artifacts.write_json(path, {**content, "n": 2})
+    assert altered_files(path, content) == ["states.pt"]
+    write_json(path, {**content, "n": 2})
     with pytest.raises(UserError, match=r"(?s)altered after it was written.*make it"):
-        artifacts.read_sealed(path, "make it")
+        read_hashed_json(path, "make it")
     for unsealed in ({"n": 1}, [1]):
-        artifacts.write_json(path, unsealed)
-        assert artifacts.read_json(path, "make it") == unsealed
+        write_json(path, unsealed)
+        assert read_json(path, "make it") == unsealed
         with pytest.raises(UserError, match=r"(?s)does not say its own hash.*make it"):
-            artifacts.read_sealed(path, "make it")
+            read_hashed_json(path, "make it")
     path.write_text("{")
-    for read in (artifacts.read_json, artifacts.read_sealed):
+    for read in (read_json, read_hashed_json):
         with pytest.raises(UserError, match="not valid JSON"):
             read(path, "make it")
         with pytest.raises(UserError, match=r"is not there\. Make it first:\n  make it"):
@@ -235,9 +248,9 @@ def test_a_file_gets_its_name_when_its_bytes_are_on_the_disk(tmp_path, monkeypat
     sync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda number: (done.append("sync"), sync(number))[1])
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append("replace"), replace(a, b))[1])
-    artifacts.write_text(path, "one")
+    write_text(path, "one")
     assert done == ["sync", "replace"] and path.read_text() == "one" and list(path.parent.iterdir()) == [path]
-    with pytest.raises(RuntimeError), artifacts.replacing(path) as temporary:
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
         temporary.write_text("two")
         raise RuntimeError
     assert path.read_text() == "one" and list(path.parent.iterdir()) == [path]
@@ -245,27 +258,27 @@ def test_a_file_gets_its_name_when_its_bytes_are_on_the_disk(tmp_path, monkeypat
 
 def test_equal_weights_have_equal_hashes():
     one = {"a": torch.ones(2, 3), "b": torch.tensor(2.0, dtype=torch.bfloat16)}
-    assert artifacts.weights_hash(one) == artifacts.weights_hash({k: v.clone() for k, v in one.items()})
+    assert weights_hash(one) == weights_hash({k: v.clone() for k, v in one.items()})
     others = (
         {**one, "a": torch.ones(2, 3) * 2},
         {"c": one["a"], "b": one["b"]},
         {"a": one["a"]},
         {**one, "b": torch.tensor(3.0).bfloat16()},
     )
-    assert len({artifacts.weights_hash(o) for o in (one, *others)}) == 5
+    assert len({weights_hash(o) for o in (one, *others)}) == 5
     transposed = torch.arange(6.0).view(2, 3).T
-    assert artifacts.weights_hash({"a": transposed}) == artifacts.weights_hash({"a": transposed.contiguous()})
+    assert weights_hash({"a": transposed}) == weights_hash({"a": transposed.contiguous()})
 
 
 def test_a_tensor_that_shows_more_than_its_file_holds_is_refused(tmp_path):
     path = tmp_path / "a.pt"
     for good in (torch.ones(3, 4), {"a": {"b": torch.ones(2)}, "n": 1}):
-        artifacts.save_pt(path, good)
-        assert str(artifacts.load_pt(path, "make it")) == str(good)
+        save_pt(path, good)
+        assert str(load_pt(path, "make it")) == str(good)
     for bad in (torch.ones(1).expand(1000), {"a": {"b": torch.ones(1).expand(1000)}}, torch.ones(3, 4).T):
-        artifacts.save_pt(path, bad)
+        save_pt(path, bad)
         with pytest.raises(UserError, match=r"(?s)shows more than the file holds.*make it"):
-            artifacts.load_pt(path, "make it")
+            load_pt(path, "make it")
 
 
 # ---- a whole run looked through
@@ -279,11 +292,11 @@ def a_run(out, clip):
         (out.parent / "states.pt").touch()
         (out / folder / "beside.txt").write_text(folder)
         name = "meta.json" if folder == "adapter" else "benchmark.json"
-        meta = {"made_from": {source[0]: artifacts.source_hash(source[1])}, "inputs": {source[0]: str(source[1])}}
-        artifacts.write_sealed(out / folder / name, {"meta": meta}, ["beside.txt"])
+        meta = {"made_from": {source[0]: source_hash(source[1])}, "inputs": {source[0]: str(source[1])}}
+        write_hashed_json(out / folder / name, {"meta": meta}, ["beside.txt"])
     (out / "token_baseline").mkdir()
-    meta = {"made_from": {"clips": artifacts.source_hash([clip])}, "inputs": {"clips": [str(clip)]}}
-    artifacts.write_sealed(out / "token_baseline" / "comparison.json", {"meta": meta})
+    meta = {"made_from": {"clips": source_hash([clip])}, "inputs": {"clips": [str(clip)]}}
+    write_hashed_json(out / "token_baseline" / "comparison.json", {"meta": meta})
 
 
 def found_in(out):

@@ -68,7 +68,7 @@ def test_kept_drafts_are_the_same_a_synonym_or_an_error():
     assert word in WORDS["kind"][facts["kind"]] and "colour" in facts and "colour" in HIDDEN_FROM_EVENTS
     samples = [SimpleNamespace(sequence=str(i), facts=known) for i, known in enumerate((facts, {"colour": facts["colour"]}))]
     found = measure._judged_by(lexicon, target, samples, Timed([[text], [text]]))
-    assert found["accepted_drafts"] == {"kept": 12, "same": 4, "synonym": 2, "error": 6}
+    assert found["kept_drafts"] == {"kept": 12, "same": 4, "synonym": 2, "error": 6}
     assert (found["true_facts_hidden"]["count"], found["true_facts_hidden"]["total"]) == (2, 2)
     assert (found["true_facts_visible"]["count"], found["true_facts_visible"]["total"]) == (len(facts) - 1, 2 * (len(facts) - 1))
 

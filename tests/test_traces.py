@@ -139,7 +139,7 @@ def test_a_batch_is_each_of_its_prompts_alone(gamma, limit):
         rounds.append(alone.passes)
         assert len(found.accepted[i]) == alone.passes
     assert (found.passes == max(rounds) and found.total_ms > 0 and "verify" in found.ms) or limit == 1
-    with pytest.raises(ValueError, match="wanted as many of each"):
+    with pytest.raises(ValueError, match="expected as many of each"):
         speculate_batch(target, [make(0)], prompts, prompts)
     with pytest.raises(ValueError, match="0 prompts"):
         speculate_batch(target, [], [], [])

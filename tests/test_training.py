@@ -14,11 +14,11 @@ from conftest import ROOT
 
 from feature_alignment.adapters import fitting, training
 from feature_alignment.adapters.closed_form import moments
-from feature_alignment.adapters.fitting import Batch, Checkpoint, Part
+from feature_alignment.adapters.fitting import Batch, Checkpoint, ProcessShare
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.adapters.training import Scale, start_from_linear, train_chained, train_hidden
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage.artifacts import HiddenStates
+from feature_alignment.storage.hidden_states import HiddenStates
 from feature_alignment.train_hidden_adapter import TrainConfig
 
 D = 8
@@ -27,7 +27,7 @@ TURN = torch.randn(D, 2, generator=torch.Generator().manual_seed(1)) @ torch.ran
 
 
 def bent(g):
-    """A map that is linear in two directions at most, then bent: no bottleneck of straight lines gets it all."""
+    """A nonlinear map: a linear bottleneck cannot fit all of it."""
     return g + torch.tanh((g - 3) / torch.logspace(-2, 2, D)) @ TURN
 
 
@@ -62,7 +62,7 @@ def test_scales_fold_into_the_plain_adapter():
 
 @pytest.mark.parametrize("kl", [0.0, 0.5])
 @pytest.mark.parametrize("linear_units", [0, 4])
-def test_a_known_map_is_learnt(kl, linear_units):
+def test_a_known_map_is_learned(kl, linear_units):
     cfg = config(kl_weight=kl, linear_units=linear_units)
     adapter, history = train_hidden(states(300, 1), states(60, 2), HEAD, cfg)
     identity = float(((states(60, 2).draft - states(60, 2).target)[states(60, 2).mask] ** 2).mean() / states(300, 1).target.var(0).mean())
@@ -71,8 +71,8 @@ def test_a_known_map_is_learnt(kl, linear_units):
     assert adapter.num_parameters == D * 16 + 16 + 16 * D + D
 
 
-def test_it_begins_as_the_best_linear_map_of_its_rank():
-    """Units at GELU's inflection point are straight lines, as good as the map itself up to what bends."""
+def test_the_adapter_starts_as_the_best_linear_map_of_its_rank():
+    """Units at GELU's inflection point are linear up to third order."""
     torch.manual_seed(3)
     g = torch.randn(4000, D) @ torch.randn(D, D) * 2 + 1
     low = torch.randn(D, 3) @ torch.randn(3, D)
@@ -83,18 +83,18 @@ def test_it_begins_as_the_best_linear_map_of_its_rank():
     start_from_linear(adapter, linear, found.covariance())
     left = lambda y: float((y - change).pow(2).mean() / change.var(0).mean())  # noqa: E731
     with torch.no_grad():
-        assert left(linear(g)) < 0.01 and left(adapter.change(g)) < 0.05 < left(change.mean(0).expand_as(change))
+        assert left(linear(g)) < 0.01 and left(adapter.correction(g)) < 0.05 < left(change.mean(0).expand_as(change))
         assert float((adapter.up.weight[:, 3:] != 0).sum()) == 0  # the other units are muted, and free to learn
 
 
-def test_what_does_not_help_is_not_kept():
+def test_an_epoch_that_does_not_help_is_not_returned():
     train, validation = states(40, 1), states(40, 2, change=lambda g: g)
     adapter, history = train_hidden(train, validation, HEAD, config(linear_units=0, kl_weight=0.0))
     assert best_of(history)["epoch"] == 0
     assert torch.equal(adapter(validation.draft), validation.draft)
 
 
-def test_it_stops_when_nothing_improves():
+def test_training_stops_when_nothing_improves():
     _, history = train_hidden(states(40, 1), states(40, 2, change=lambda g: g), HEAD, config(linear_units=0, patience=3))
     assert history[-1]["epoch"] == 3
 
@@ -104,7 +104,7 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("after", [1, 4])
-def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, after):
+def test_a_resumed_training_ends_with_the_same_bits(tmp_path, monkeypatch, after):
     train, validation, cfg = states(60, 1), states(20, 2), config(num_epochs=6)
     whole, history = train_hidden(train, validation, HEAD, cfg)
     checkpoint = Checkpoint(tmp_path / "unfinished.pt", "these settings")
@@ -127,9 +127,9 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, after):
 
 
 @pytest.mark.parametrize("adapter", ["hidden", "chained"])
-def test_a_loss_that_is_not_finite_stops_it(adapter):
+def test_a_loss_that_is_not_finite_is_refused(adapter):
     with pytest.raises(UserError, match=r"in epoch 1, step 0, on 16 samples \(s\d+, s\d+, s\d+, …\); try a lower --lr \(now 0.01\)"):
-        learn(adapter, Part(), mse_weight=float("inf"))
+        learn(adapter, ProcessShare(), mse_weight=float("inf"))
 
 
 @pytest.mark.parametrize("positions", [1, 2, 6])
@@ -145,8 +145,8 @@ def test_one_row_is_enough_to_train_on(positions, linear_units):
 
 
 @pytest.mark.parametrize("what", ["constant", "two channels", "copies"])
-def test_degenerate_states_are_learnt_from(what):
-    """Covariances without full rank: all states equal, channels that are the same, rows that are."""
+def test_degenerate_states_can_be_trained_on(what):
+    """Covariances without full rank: all states equal, equal channels, equal rows."""
     few = states(20, 1)
     g = few.draft.clone()
     if what == "constant":
@@ -174,7 +174,7 @@ def test_a_linear_fit_of_constant_inputs_is_the_mean():
         torch.testing.assert_close(found.ridge(1e-6, rank)(torch.full((1, 3), 4.0)), torch.tensor([[12.0, 13.0, 14.0]]))
 
 
-def test_every_epoch_has_an_order_of_its_own():
+def test_every_epoch_has_its_own_order():
     orders = [torch.cat(fitting.shuffled(40, 7, 0, epoch)).tolist() for epoch in range(4)]
     assert all(sorted(order) == list(range(40)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
@@ -182,17 +182,17 @@ def test_every_epoch_has_an_order_of_its_own():
     assert torch.cat(fitting.shuffled(40, 7, 1, 1)).tolist() != orders[1]
 
 
-class Counterpart(Part):
-    """One of two processes, the other being played by hand: what it would add to the number of positions and to the gradients."""
+class FirstOfTwo(ProcessShare):
+    """The first of two processes; `others` holds what the second would add to the number of positions and to the gradients."""
 
     others: tuple[torch.Tensor, ...] = ()
 
-    def add(self, *tensors):
+    def all_reduce(self, *tensors):
         for tensor, other in zip(tensors, self.others[:1] if tensors[0].ndim == 0 else self.others[1:], strict=True):
             tensor += other
 
 
-def test_gradients_of_uneven_parts_add_up_to_that_of_the_whole(monkeypatch):
+def test_gradients_of_uneven_shares_add_up_to_the_gradient_of_the_batch(monkeypatch):
     """One process has 3 positions, the other 9: each position counts the same, not each process."""
     torch.manual_seed(0)
     x, y = torch.randn(12, 4), torch.randn(12, 2)
@@ -208,19 +208,19 @@ def test_gradients_of_uneven_parts_add_up_to_that_of_the_whole(monkeypatch):
         )
         return layer
 
-    mine, theirs = torch.arange(3), torch.arange(3, 12)
-    run(Part(), torch.arange(12))
+    own, other = torch.arange(3), torch.arange(3, 12)
+    run(ProcessShare(), torch.arange(12))
     torch.manual_seed(1)
     fresh = torch.nn.Linear(4, 2)
-    ((fresh(x[theirs]) - y[theirs]).pow(2).mean() / 50 * 9 / 12).backward()
-    Counterpart.others = (torch.tensor(9.0), *(p.grad.clone() for p in fresh.parameters()))
-    run(Counterpart(0, 2), mine)
+    ((fresh(x[other]) - y[other]).pow(2).mean() / 50 * 9 / 12).backward()
+    FirstOfTwo.others = (torch.tensor(9.0), *(p.grad.clone() for p in fresh.parameters()))
+    run(FirstOfTwo(0, 2), own)
     for whole, added in zip(*steps, strict=True):
         torch.testing.assert_close(added, whole)
 
 
-def test_a_step_never_follows_more_than_a_gradient_of_length_one(monkeypatch):
-    """Clipping: AdamW hides its lack after one step, so the gradients themselves are looked at."""
+def test_gradients_are_clipped_to_length_one(monkeypatch):
+    """AdamW hides missing clipping after one step, so the test looks at the gradients themselves."""
     norms, real = [], torch.optim.AdamW.step
 
     def step(self):
@@ -232,11 +232,11 @@ def test_a_step_never_follows_more_than_a_gradient_of_length_one(monkeypatch):
     assert len(norms) == 8 and max(norms) == pytest.approx(1.0, abs=1e-4)
 
 
-def test_dealt_out_rows_are_all_of_them():
+def test_the_shares_of_a_batch_are_all_of_its_rows():
     batch = torch.arange(13)
-    parts = [Part(rank, 3).rows(batch) for rank in range(3)]
+    parts = [ProcessShare(rank, 3).rows(batch) for rank in range(3)]
     assert sorted(torch.cat(parts).tolist()) == list(range(13))
-    assert Part(1, 3).rows(batch[:2]).tolist() == [0, 1]  # too few to deal out: everyone takes both
+    assert ProcessShare(1, 3).rows(batch[:2]).tolist() == [0, 1]  # fewer rows than processes: each process reads both
 
 
 def learn(adapter, part, **more):
@@ -251,11 +251,11 @@ def learn(adapter, part, **more):
 TWO = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from test_training import Part, learn
-from feature_alignment.processes import processes
-rank, world, _, wait = processes("cpu")
+from test_training import ProcessShare, learn
+from feature_alignment.storage.processes import process_group
+rank, world, _, wait = process_group("cpu")
 for name in ("hidden", "chained"):
-    adapter, history = learn(name, Part(rank, world))
+    adapter, history = learn(name, ProcessShare(rank, world))
     if rank == 0:
         torch.save({"state": adapter.state_dict(), "loss": [h["validation_loss"] for h in history]}, f"{sys.argv[2]}/{name}.pt")
 wait()
@@ -263,7 +263,7 @@ wait()
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(tmp_path):
+def test_two_processes_learn_the_same_as_one(tmp_path):
     (tmp_path / "two.py").write_text(TWO)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(tmp_path / "two.py"), str(ROOT / "tests"), str(tmp_path)]
@@ -271,7 +271,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("hidden", "chained"):
         found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        alone, history = learn(name, Part())
+        alone, history = learn(name, ProcessShare())
         assert found["loss"] == pytest.approx([h["validation_loss"] for h in history], rel=1e-3)
         for key, value in alone.state_dict().items():
             torch.testing.assert_close(found["state"][key], value, atol=2e-3, rtol=2e-3)
@@ -287,7 +287,7 @@ def test_a_new_adapter_is_the_identity():
 
 @pytest.mark.parametrize("kl", [0.0, 0.5])
 def test_the_loss_is_the_sum_of_its_weighted_parts(kl):
-    """Also while learning, where the head is only used if its part counts."""
+    """Also in training, where the head is only used if it has a weight."""
     torch.manual_seed(0)
     predicted, target = torch.randn(5, D), torch.randn(5, D)
     cfg = config(mse_weight=0.7, cosine_weight=0.2, kl_weight=kl)
@@ -305,8 +305,8 @@ def test_the_loss_is_the_sum_of_its_weighted_parts(kl):
     assert float(parts["token_match"]) == float((said.argmax(1) == wanted.argmax(1)).float().mean())
 
 
-def test_the_rate_of_learning_rises_then_falls_to_nothing(monkeypatch):
-    """lr: a twentieth of the steps of warm-up, then half a cosine."""
+def test_the_learning_rate_warms_up_then_decays_to_zero(monkeypatch):
+    """lr: warm-up over 5 % of the steps, then half a cosine."""
     rates, real = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]), real(self, *a))[1])
     train_hidden(states(60, 1), states(20, 2), HEAD, config(num_epochs=15, lr=0.01, patience=99))
@@ -322,7 +322,7 @@ def test_means_over_positions_weigh_each_batch_by_its_positions():
 
 @pytest.mark.parametrize("adapter", ["hidden", "chained"])
 def test_the_scores_of_an_epoch_are_means_over_its_batches(adapter):
-    """Where nothing is learnt and all texts are as long, they are the scores of the same rows as validation."""
+    """Without learning and with texts of equal length, they equal the scores of the same rows as validation."""
     n, s = 32, 5
     g = torch.randn(n, s, D, generator=torch.Generator().manual_seed(1))
     rows = [{"id": f"s{i}", "sequence": str(i)} for i in range(n)]

@@ -13,7 +13,8 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from feature_alignment.cli.console import UserError
-from feature_alignment.inputs.video import _turn_of, clip_pixels, read_frames, sample_indices
+from feature_alignment.inputs.clip_pixels import clip_pixels
+from feature_alignment.inputs.video import _orientation_of, read_frames, sample_indices
 
 CASES = SHARED / "public_cases"
 
@@ -237,7 +238,7 @@ def test_a_video_with_side_data_that_pyav_does_not_know_is_upright_all_the_same(
         packet = next(container.demux(video=0))
     with av.open(str(tmp_path / "v.mp4")) as container:
         frame = next(container.decode(video=0))
-        assert is_upright(_turn_of(Frame(frame), packet, tmp_path / "v.mp4").apply(frame.to_ndarray(format="rgb24")))
+        assert is_upright(_orientation_of(Frame(frame), packet, tmp_path / "v.mp4").apply(frame.to_ndarray(format="rgb24")))
 
 
 @pytest.mark.parametrize("orientation", [2, 5, 6])

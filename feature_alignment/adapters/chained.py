@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage.artifacts import HiddenStates, layers_read, load_trained
+from feature_alignment.storage.files import load_trained, trained_layers
+from feature_alignment.storage.hidden_states import HiddenStates
 from feature_alignment.storage.pretrained import load_pretrained, save_pretrained
 
 HEADS = 4
@@ -198,9 +199,9 @@ def chain_over(adapter: ChainedAdapter, texts: Texts, embeddings: Tensor, steps:
 
 def load_chained_adapter(path: Path, draft_layers: Sequence[int] | None = None) -> tuple[ChainedAdapter, dict[str, Any]]:
     """A chained adapter and its meta. Refuses (UserError) one trained on states of another layer of EventGPT."""
-    make_it = command_for("train_hidden_adapter", adapter="chained")
-    adapter, meta = load_trained(path, "a chained adapter", ChainedAdapter, "num_events", make_it)
-    layers = layers_read(path, meta, make_it)
+    remake_command = command_for("train_hidden_adapter", adapter="chained")
+    adapter, meta = load_trained(path, "a chained adapter", ChainedAdapter, "num_events", remake_command)
+    layers = trained_layers(path, meta, remake_command)
     if draft_layers is not None and layers[-1] != draft_layers[-1]:
         raise UserError(
             f"{path} was trained on event states of EventGPT's layer {layers[-1]}, this run ends at {draft_layers[-1]}. "

@@ -1,4 +1,4 @@
-"""What a linear map can do: ridge regression and its best rank-r part, from streamed sufficient statistics.
+"""Linear maps in closed form: ridge regression and its best rank-r part, from streamed sufficient statistics.
 
     y ≈ mean_y + B^T (x - mean_x),   B = (C_xx + λI)^-1 C_xy
 
@@ -16,14 +16,21 @@ from torch import Tensor
 
 from feature_alignment.storage.hidden_states import HiddenStates
 
-POSITIONS = 1024  # at a time: their logits are the largest thing in memory
+POSITIONS = 1024  # per chunk: their logits are the largest tensor in memory
 RIDGE_STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-TINY = 1e-20  # a mean variance that is rounding only
+TINY = 1e-20  # mean variances below it are rounding errors
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Some real positions: draft [p, d_draft] and target [p, d_target] float32, rows [p], at [p] int64."""
+    """States of some unpadded positions.
+
+    Args:
+        draft: [p, d_draft] float32, the drafter's states.
+        target: [p, d_target] float32, the target's states.
+        rows: [p] int64, row of each position in its split.
+        at: [p] int64, position in its text.
+    """
 
     draft: Tensor
     target: Tensor
@@ -32,9 +39,15 @@ class Positions:
 
 
 def positions(states: HiddenStates, device: str = "cpu", number: int = POSITIONS) -> Iterator[Positions]:
-    """All real positions of a split, in order, about `number` at a time.
+    """All unpadded positions of a split, in order.
 
-    raises: UserError with the sample's id for states that are not finite
+    Args:
+        states: Of the split.
+        device: Device of the tensors.
+        number: Approximate number of positions per chunk.
+
+    Raises:
+        UserError: For states that are not finite; it names the sample.
     """
     width = states.mask.shape[1]
     for rows in torch.arange(len(states.mask)).split(max(1, number // width)):
@@ -46,13 +59,20 @@ def positions(states: HiddenStates, device: str = "cpu", number: int = POSITIONS
 
 @dataclass(frozen=True)
 class Affine:
-    """x [.., d_x] -> mean_y + (x - mean_x) B, float32. factors: B [d_x, d_y] itself, or of rank r: [d_x, r] and orthonormal [r, d_y]."""
+    """The map x [.., d_x] -> mean_y + (x - mean_x) B in float32.
+
+    Args:
+        mean_x: [d_x].
+        mean_y: [d_y].
+        factors: B [d_x, d_y], or for rank r its factors [d_x, r] and orthonormal [r, d_y].
+    """
 
     mean_x: Tensor
     mean_y: Tensor
     factors: tuple[Tensor, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Map x [.., d_x] to [.., d_y]."""
         x = x - self.mean_x
         for factor in self.factors:
             x = x @ factor
@@ -60,27 +80,33 @@ class Affine:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers a copy of this map needs: its factors and one offset."""
+        """Parameters needed to store this map: its factors and one offset."""
         return sum(factor.numel() for factor in self.factors) + len(self.mean_y)
 
 
 class Moments:
-    """Sums over positions: memory does not grow with their number.
+    """First and second moments of x and y, summed over positions in constant memory.
 
-    Products are taken in float32 about the first batch's mean (channels of a residual stream may sit thousands of their own
-    deviations from zero) and added up in float64.
+    Products are taken in float32 around the first batch's mean, because channels of a residual stream may lie thousands of standard
+    deviations from zero. Sums are float64.
     """
 
     def __init__(self, d_x: int, d_y: int, device: str = "cpu") -> None:
+        """Start with empty sums for x of width d_x and y of width d_y."""
         self.n = 0
-        zeros = lambda *size: torch.zeros(*size, dtype=torch.float64, device=device)  # noqa: E731
-        self.x, self.y, self.xx, self.xy = zeros(d_x), zeros(d_y), zeros(d_x, d_x), zeros(d_x, d_y)
+        sizes = (d_x,), (d_y,), (d_x, d_x), (d_x, d_y)
+        self.x, self.y, self.xx, self.xy = (torch.zeros(size, dtype=torch.float64, device=device) for size in sizes)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """x [p, d_x], y [p, d_y] float32; a few thousand positions at a time keep float32 products exact enough."""
+        """Add positions, in place.
+
+        Args:
+            x: [p, d_x] float32; a few thousand positions per call keep float32 products exact enough.
+            y: [p, d_y] float32.
+        """
         if not self.n:
-            self._about = x.mean(0), y.mean(0)
-        x, y = x - self._about[0], y - self._about[1]
+            self._origin = x.mean(0), y.mean(0)
+        x, y = x - self._origin[0], y - self._origin[1]
         self.n += len(x)
         self.x += x.sum(0)
         self.y += y.sum(0)
@@ -89,25 +115,30 @@ class Moments:
 
     @property
     def mean_y(self) -> Tensor:
-        """[d_y] float32"""
-        return (self._about[1] + self.y / self.n).float()
+        """[d_y] float32, mean of y."""
+        return (self._origin[1] + self.y / self.n).float()
 
     def covariance(self) -> Tensor:
-        """[d_x, d_x] float64, of x"""
+        """[d_x, d_x] float64, covariance of x."""
         mean = self.x / self.n
         return self.xx / self.n - torch.outer(mean, mean)
 
     def ridge(self, strength: float, rank: int | None = None) -> Affine:
-        """Ridge regression; `strength` is relative to the mean variance of x. rank: keep only the best r directions of y."""
+        """Ridge regression of y on x.
+
+        Args:
+            strength: λ, relative to the mean variance of x.
+            rank: Keep only the best r directions of y; default all.
+        """
         mean_x, mean_y, c_xx = self.x / self.n, self.y / self.n, self.covariance()
         c_xy = self.xy / self.n - torch.outer(mean_x, mean_y)
-        spread = c_xx.diagonal().mean()
-        if spread <= TINY:  # all inputs are the same: nothing can be learned from them but the mean
+        mean_variance = c_xx.diagonal().mean()
+        if mean_variance <= TINY:  # all inputs are equal: only the mean can be learned
             c_xx, c_xy = torch.eye(len(c_xx), dtype=c_xx.dtype, device=c_xx.device), torch.zeros_like(c_xy)
         else:
-            c_xx.diagonal().add_(strength * spread)
+            c_xx.diagonal().add_(strength * mean_variance)
         weight = torch.linalg.solve(c_xx, c_xy)
-        means = (self._about[0] + mean_x).float(), self.mean_y
+        means = (self._origin[0] + mean_x).float(), self.mean_y
         if rank is None:
             return Affine(*means, (weight.float(),))
         _, vectors = torch.linalg.eigh(weight.T @ (c_xx @ weight))
@@ -116,26 +147,39 @@ class Moments:
 
 
 class PositionMeans:
-    """The mean target state of each position of a text, and of all."""
+    """The mean target state at each position of a text, and over all positions."""
 
     def __init__(self, width: int, d_y: int, device: str = "cpu") -> None:
+        """Start with empty sums for `width` positions of states of width d_y."""
         self._total = torch.zeros(width, d_y, dtype=torch.float64, device=device)
         self._number = torch.zeros(width, dtype=torch.float64, device=device)
 
     def add(self, y: Tensor, at: Tensor) -> None:
-        """y [p, d_y], at [p] int64 positions"""
+        """Add states, in place.
+
+        Args:
+            y: [p, d_y] float32, states.
+            at: [p] int64, position of each in its text.
+        """
         self._total.index_add_(0, at, y.double())
         self._number.index_add_(0, at, torch.ones_like(at, dtype=torch.float64))
 
     def by_position(self) -> Tensor:
-        """[width, d_y] float32; a position no text reached gets the overall mean."""
+        """[width, d_y] float32; a position that no text reached gets the overall mean."""
         means = self._total / self._number.clamp(min=1)[:, None]
         overall = self._total.sum(0) / self._number.sum()
         return torch.where(self._number[:, None] > 0, means, overall).float()
 
 
 def moments(pairs: Iterable[tuple[Tensor, Tensor]], d_x: int, d_y: int, device: str = "cpu") -> Moments:
-    """Sufficient statistics of a stream of (x [p, d_x], y [p, d_y])."""
+    """Moments of a stream of pairs.
+
+    Args:
+        pairs: Of x [p, d_x] and y [p, d_y], float32.
+        d_x: Width of x.
+        d_y: Width of y.
+        device: Device of the sums.
+    """
     total = Moments(d_x, d_y, device)
     for x, y in pairs:
         total.add(x, y)

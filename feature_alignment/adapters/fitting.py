@@ -1,7 +1,4 @@
-"""The training loop that all adapters share: early stopping, checkpoints, several processes, and batches in a reproducible order.
-
-`cfg` is the TrainConfig of train_hidden_adapter.
-"""
+"""The training loop that all adapters share: early stopping, checkpoints, several processes, and batches in a reproducible order."""
 
 from __future__ import annotations
 
@@ -11,13 +8,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from feature_alignment.cli.console import UserError, progress
-from feature_alignment.storage import artifacts
+from feature_alignment.storage.files import load_pt, save_pt
 
 log = logging.getLogger(__name__)
 
@@ -25,25 +22,101 @@ History = list[dict[str, float]]
 Adapter = TypeVar("Adapter", bound=nn.Module)
 
 
-class Part(NamedTuple):
-    """Rank of a training process and number of processes. Each process reads its own rows of a batch; gradients are summed."""
+class TrainSettings(Protocol):
+    """Hyperparameters of a training; the TrainConfig of train_hidden_adapter has them, and describes each."""
+
+    @property
+    def device(self) -> str:
+        """Device of this process."""
+
+    @property
+    def seed(self) -> int:
+        """Of weights and batch order."""
+
+    @property
+    def num_epochs(self) -> int:
+        """Most passes over the training rows."""
+
+    @property
+    def patience(self) -> int:
+        """Epochs without improvement before training stops."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows per step."""
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+
+    @property
+    def weight_decay(self) -> float:
+        """Weight decay of AdamW."""
+
+    @property
+    def mse_weight(self) -> float:
+        """Weight of the squared error."""
+
+    @property
+    def cosine_weight(self) -> float:
+        """Weight of 1 - cosine."""
+
+    @property
+    def kl_weight(self) -> float:
+        """Weight of the KL divergence through the target's head."""
+
+    @property
+    def bottleneck(self) -> int:
+        """Width of the adapter's hidden layer."""
+
+    @property
+    def linear_units(self) -> int:
+        """Units of the hidden adapter that start as a linear map."""
+
+    @property
+    def roll_out_steps(self) -> int:
+        """Chained steps per position in training."""
+
+    @property
+    def blind(self) -> bool:
+        """Whether the chained adapter reads no event states."""
+
+    @property
+    def tensorboard(self) -> bool:
+        """Whether to log to TensorBoard."""
+
+
+class ProcessShare(NamedTuple):
+    """One process's share of a training: each process reads its own rows of a batch, and gradients are summed.
+
+    Args:
+        rank: Of the process.
+        world: Number of processes.
+    """
 
     rank: int = 0
-    of: int = 1
+    world: int = 1
 
     def rows(self, batch: Tensor) -> Tensor:
         """This process's rows of a batch; all rows if the batch has fewer rows than there are processes."""
-        return batch if len(batch) < self.of else batch[self.rank :: self.of]
+        return batch if len(batch) < self.world else batch[self.rank :: self.world]
 
-    def add(self, *tensors: Tensor) -> None:
-        """Replace every tensor by its sum over all processes, in place."""
-        if self.of > 1:
+    def all_reduce(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over all processes, in place."""
+        if self.world > 1:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
 
 class Batch(NamedTuple):
-    """The loss of a batch and its scores for the history, as means over the `n` positions of `rows`."""
+    """Loss and scores of a batch.
+
+    Args:
+        loss: Scalar, mean over positions.
+        parts: Name -> scalar score for the history, mean over positions.
+        n: Number of positions.
+        rows: Rows of the split in this batch.
+    """
 
     loss: Tensor
     parts: dict[str, Tensor]
@@ -53,23 +126,31 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The file from which an interrupted training resumes. identity: hash of the settings, source files and code that it belongs to"""
+    """The file from which an interrupted training resumes.
+
+    Args:
+        path: Of the file.
+        identity: Hash of the settings, source files and code that it belongs to.
+        resume: Whether to read an existing file.
+    """
 
     path: Path
     identity: str
     resume: bool = True
 
     def load(self) -> dict[str, Any] | None:
+        """The saved state, or None if there is none of this identity."""
         if not (self.resume and self.path.is_file()):
             return None
-        saved = artifacts.load_pt(self.path, f"rm {self.path}")
+        saved: dict[str, Any] = load_pt(self.path, f"rm {self.path}")
         if saved.get("identity") == self.identity:
             return saved
-        log.warning("%s is of other settings, sources or code; training starts over.", self.path)
+        log.warning("%s belongs to other settings, sources or code; training starts from the beginning.", self.path)
         return None
 
     def save(self, **state: Any) -> None:
-        artifacts.save_pt(self.path, {"identity": self.identity, **state})
+        """Write the state of a training atomically."""
+        save_pt(self.path, {"identity": self.identity, **state})
 
 
 def fit(
@@ -78,23 +159,37 @@ def fit(
     steps_per_epoch: int,
     evaluate: Callable[[], dict[str, float]],
     snapshot: Callable[[], Adapter],
-    cfg: Any,
+    settings: TrainSettings,
     names: Sequence[str],
     checkpoint: Checkpoint | None = None,
-    part: Part | None = None,
+    share: ProcessShare | None = None,
 ) -> tuple[Adapter, History]:
-    """AdamW with warm-up and cosine decay, until cfg.num_epochs or until cfg.patience epochs have brought no lower validation loss.
+    """Train with AdamW, warm-up and cosine decay, until `num_epochs` or until `patience` epochs bring no lower validation loss.
 
-    Returns the snapshot of the epoch with the lowest validation loss, and all epochs' scores. Epoch 0 is the adapter as it was given,
-    so what is kept is never worse than that. Stopped at any moment and started again, it ends with the same bits.
+    Epoch 0 is the untrained adapter, so the result is never worse than it. A training that is interrupted and resumed ends with the same
+    bits.
 
-    epoch: its number -> every batch, once through the training rows in that epoch's own order
-    names: sample ids of the training rows
+    Args:
+        adapter: Trained in place.
+        epoch: Epoch number -> its batches, once through the training rows in an order of its own.
+        steps_per_epoch: Number of these batches.
+        evaluate: Scores of the adapter on the validation rows.
+        snapshot: The adapter in the form in which it is saved.
+        settings: Hyperparameters.
+        names: Sample ids of the training rows, for error messages.
+        checkpoint: To resume from and to write; None for neither.
+        share: This process's part of the training.
+
+    Returns:
+        The snapshot of the epoch with the lowest validation loss, and the scores of all epochs.
+
+    Raises:
+        UserError: If the loss becomes infinite or NaN.
     """
-    part = part or Part()
-    show = curves(cfg, checkpoint if part.rank == 0 else None)
-    optimiser = torch.optim.AdamW(adapter.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    steps = cfg.num_epochs * steps_per_epoch
+    share = share or ProcessShare()
+    log_epoch = epoch_logger(settings.tensorboard, checkpoint if share.rank == 0 else None)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    steps = settings.num_epochs * steps_per_epoch
 
     def record(number: int, seen: dict[str, float]) -> dict[str, float]:
         scores = evaluate()
@@ -103,51 +198,59 @@ def fit(
     saved = checkpoint.load() if checkpoint else None
     if saved:
         adapter.load_state_dict(saved["adapter"])
-        optimiser.load_state_dict(saved["optimiser"])
+        optimizer.load_state_dict(saved["optimizer"])
         history, best = saved["history"], saved["best"]
     else:
         history, best = [record(0, {})], copy.deepcopy(adapter.state_dict())
     best_epoch = min(history, key=lambda h: h["validation_loss"])["epoch"]
-    with progress(total=steps, first=part.rank == 0, initial=(len(history) - 1) * steps_per_epoch, desc="train", unit="step") as bar:
-        for number in range(len(history), cfg.num_epochs + 1):
-            if number - 1 - best_epoch >= cfg.patience:
+    with progress(total=steps, first=share.rank == 0, initial=(len(history) - 1) * steps_per_epoch, desc="train", unit="step") as bar:
+        for number in range(len(history), settings.num_epochs + 1):
+            if number - 1 - best_epoch >= settings.patience:
                 break
             seen: dict[str, float] = {}
             for i, batch in enumerate(epoch(number)):
                 step = (number - 1) * steps_per_epoch + i
-                for group in optimiser.param_groups:
+                for group in optimizer.param_groups:
                     warm = min(1.0, (step + 1) / max(1, steps // 20))
-                    group["lr"] = cfg.lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+                    group["lr"] = settings.lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
                 if not torch.isfinite(batch.loss):
-                    among = ", ".join(str(names[row]) for row in batch.rows[:3])
+                    examples = ", ".join(str(names[row]) for row in batch.rows[:3])
                     raise UserError(
                         f"the loss became {float(batch.loss.detach())} in epoch {number}, step {step}, on {len(batch.rows)} samples "
-                        f"({among}, …); try a lower --lr (now {cfg.lr})."
+                        f"({examples}, …); try a lower --lr (now {settings.lr})."
                     )
-                everyone = torch.tensor(float(batch.n), device=batch.loss.device)
-                part.add(everyone)
-                optimiser.zero_grad()
-                (batch.loss * (batch.n / everyone)).backward()
-                part.add(*(p.grad for p in adapter.parameters() if p.grad is not None))
+                all_positions = torch.tensor(float(batch.n), device=batch.loss.device)
+                share.all_reduce(all_positions)
+                optimizer.zero_grad()
+                (batch.loss * (batch.n / all_positions)).backward()
+                share.all_reduce(*(p.grad for p in adapter.parameters() if p.grad is not None))
                 nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
-                optimiser.step()
+                optimizer.step()
                 for name, value in batch.parts.items():
                     seen[name] = seen.get(name, 0.0) + float(value.detach()) / steps_per_epoch
                 bar.update()
             history.append(record(number, seen))
-            show(history[-1])
+            log_epoch(history[-1])
             bar.set_postfix({k: f"{history[-1][f'validation_{k}']:.4f}" for k in ("loss", "cosine", "token_match")})
             if history[-1]["validation_loss"] < history[best_epoch]["validation_loss"]:
                 best, best_epoch = copy.deepcopy(adapter.state_dict()), number
-            if checkpoint and part.rank == 0:
-                checkpoint.save(adapter=adapter.state_dict(), optimiser=optimiser.state_dict(), best=best, history=history)
+            if checkpoint and share.rank == 0:
+                checkpoint.save(adapter=adapter.state_dict(), optimizer=optimizer.state_dict(), best=best, history=history)
     adapter.load_state_dict(best)
     return snapshot().eval(), history
 
 
-def curves(cfg: Any, checkpoint: Checkpoint | None) -> Callable[[dict[str, float]], None]:
-    """A function that logs the scores of an epoch to TensorBoard, in tensorboard/ next to the adapter; a no-op without cfg.tensorboard."""
-    if not cfg.tensorboard or checkpoint is None:
+def epoch_logger(enabled: bool, checkpoint: Checkpoint | None) -> Callable[[dict[str, float]], None]:
+    """A function that logs the scores of an epoch to TensorBoard.
+
+    Args:
+        enabled: Whether to log; a no-op otherwise.
+        checkpoint: The log is written to tensorboard/ next to it; None logs nothing.
+
+    Raises:
+        UserError: If the tensorboard package is missing.
+    """
+    if not enabled or checkpoint is None:
         return lambda scores: None
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -155,16 +258,16 @@ def curves(cfg: Any, checkpoint: Checkpoint | None) -> Callable[[dict[str, float
         raise UserError("--tensorboard needs the tensorboard package. Type:\n  pip install tensorboard") from None
     writer = SummaryWriter(str(checkpoint.path.parent / "tensorboard"))
 
-    def show(scores: dict[str, float]) -> None:
+    def log_scores(scores: dict[str, float]) -> None:
         for name, value in scores.items():
             writer.add_scalar(name.replace("_", "/", 1), value, int(scores["epoch"]))
         writer.flush()
 
-    return show
+    return log_scores
 
 
 def mean_over_positions(batches: Iterator[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
-    """Scores of (number of positions, parts) batches, each weighted by its positions."""
+    """Average scores over batches of (number of positions, scores), each weighted by its positions."""
     total: dict[str, float] = {}
     number = 0
     for n, parts in batches:
@@ -175,6 +278,17 @@ def mean_over_positions(batches: Iterator[tuple[int, dict[str, Tensor]]]) -> dic
 
 
 def shuffled(n: int, size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
-    """Rows in batches, in an order that depends on nothing but the seed and the epoch."""
+    """Batches of shuffled rows, in an order that depends on the seed and the epoch alone.
+
+    Args:
+        n: Number of rows.
+        size: Rows per batch; the last batch may be smaller.
+        seed: Of the run.
+        epoch: Number of the epoch.
+
+    Returns:
+        Tensors [size] int64.
+    """
     generator = torch.Generator().manual_seed(seed + 1_000_003 * epoch)
-    return torch.randperm(n, generator=generator).split(size)
+    batches: tuple[Tensor, ...] = torch.randperm(n, generator=generator).split(size)
+    return batches

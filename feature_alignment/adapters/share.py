@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 from feature_alignment.adapters.chained import load_chained_adapter
 from feature_alignment.adapters.hidden import load_adapter
-from feature_alignment.storage.files import file_hash, read_sealed
+from feature_alignment.storage.files import file_hash, read_hashed_json
 from feature_alignment.storage.pretrained import CONFIG, save_pretrained
 
 PUBLISHED = (  # of an adapter's meta; not the paths and the machine of the run
@@ -122,14 +122,14 @@ def _measured(cfg: ShareConfig, source: Path) -> list[str]:
     lines: list[str] = []
     path = cfg.out / "acceptance" / "acceptance.json"
     if path.is_file() and cfg.adapter != "plain":
-        result = read_sealed(path, command_for("measure_feature_acceptance"))
+        result = read_hashed_json(path, command_for("measure_feature_acceptance"))
         if result["meta"]["made_from"].get("adapter" if cfg.adapter == "hidden" else cfg.adapter) == file_hash(source):
             scores = result if cfg.adapter == "hidden" else result["chains"][cfg.adapter]
             lines += [f"- cosine: {rate_text(scores['cosine'], 3)}", f"- draft token correct: {rate_text(scores['token_match'], 3)}"]
             lines += [f"- tokens per pass at draft length {result['num_draft_tokens']}: {scores['tokens_per_pass']:.2f}"]
     path = cfg.out / "benchmark" / "benchmark.json"
     if path.is_file():
-        result = read_sealed(path, command_for("benchmark_feature_sd"))
+        result = read_hashed_json(path, command_for("benchmark_feature_sd"))
         made_from = result["meta"]["made_from"].get("adapter" if cfg.adapter == "hidden" else f"{cfg.adapter}_adapter")
         draft = {"hidden": "aligned", "chained": "chained"}.get(cfg.adapter)
         if made_from == file_hash(source):

@@ -1,7 +1,4 @@
-"""Training of the hidden adapter and of the chained adapter: their loss, initialization and batches. `fitting` has the loop.
-
-`cfg` is the TrainConfig of train_hidden_adapter everywhere; its device is this process's own.
-"""
+"""Training of the hidden adapter and of the chained adapter: loss, initialization and batches. The loop is in `fitting`."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,44 +14,61 @@ from torch.nn import functional as F
 
 from feature_alignment.adapters.chained import ChainedAdapter, Texts, chain_over, text_batches
 from feature_alignment.adapters.closed_form import RIDGE_STRENGTHS, Affine, moments, positions
-from feature_alignment.adapters.fitting import Batch, Checkpoint, History, Part, fit, mean_over_positions, shuffled
+from feature_alignment.adapters.fitting import (
+    Batch,
+    Checkpoint,
+    History,
+    ProcessShare,
+    TrainSettings,
+    fit,
+    mean_over_positions,
+    shuffled,
+)
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage.artifacts import HiddenStates
+from feature_alignment.storage.hidden_states import HiddenStates
 
-REACH = 1.0  # how far a unit that begins as a straight line uses GELU, in standard deviations
+REACH = 1.0  # input range, in standard deviations, of a unit that starts as a linear function
 
 
-def losses(predicted: Tensor, target: Tensor, head: Tensor, variance: float, cfg: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """The training loss and what goes into the history, means over positions.
+def losses(predicted: Tensor, target: Tensor, head: Tensor, variance: float, settings: TrainSettings) -> tuple[Tensor, dict[str, Tensor]]:
+    """The training loss and its parts for the history, as means over positions.
 
-    predicted, target: [p, d_target]; head: W [v, d_target]
+    Args:
+        predicted: [p, d_target], the adapter's states.
+        target: [p, d_target], the target's states.
+        head: [v, d_target], weight of the target's LM head.
+        variance: Mean variance of the target's states; the squared error is divided by it.
+        settings: Weights of the parts.
+
+    Returns:
+        The loss, and a dict of "loss", "mse", "cosine" and, where the head is used, "kl" and "token_match".
     """
     mse = F.mse_loss(predicted, target) / variance
     cosine = F.cosine_similarity(predicted, target, dim=-1).mean()
     parts = {"mse": mse, "cosine": cosine}
-    loss = cfg.mse_weight * mse + cfg.cosine_weight * (1 - cosine)
-    if cfg.kl_weight or not torch.is_grad_enabled():  # the head is most of the cost: only where it is learnt from or reported
-        said, wanted = predicted @ head.T, target @ head.T
-        kl = F.kl_div(F.log_softmax(said, -1), F.log_softmax(wanted, -1), log_target=True, reduction="batchmean")
-        parts |= {"kl": kl, "token_match": (said.argmax(-1) == wanted.argmax(-1)).float().mean()}
-        loss = loss + cfg.kl_weight * kl
+    loss = settings.mse_weight * mse + settings.cosine_weight * (1 - cosine)
+    if settings.kl_weight or not torch.is_grad_enabled():  # the head is most of the cost: skipped where it is neither learned nor reported
+        logits, target_logits = predicted @ head.T, target @ head.T
+        kl = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(target_logits, -1), log_target=True, reduction="batchmean")
+        parts |= {"kl": kl, "token_match": (logits.argmax(-1) == target_logits.argmax(-1)).float().mean()}
+        loss = loss + settings.kl_weight * kl
     return loss, {"loss": loss, **parts}
 
 
-def spread_of(states: Tensor) -> Tensor:
-    """Standard deviation of each channel, [d] float32, never so small that dividing by it is a risk; states: [p, d]."""
+def channel_std(states: Tensor) -> Tensor:
+    """Standard deviation [d] of each channel of states [p, d], clamped so that dividing by it is safe."""
     return states.std(0, correction=0).clamp(min=1e-4)
 
 
 def mean_variance(states: Tensor) -> float:
-    """Mean variance over channels, never zero; states: [p, d]. The squared error is reported as a share of it."""
+    """Variance of states [p, d], averaged over channels and clamped above zero. The squared error is reported relative to it."""
     return max(float(states.var(0, correction=0).mean()), 1e-8)
 
 
-def mixed_precision(cfg: Any) -> AbstractContextManager:
-    """bfloat16 products on a GPU; on a CPU they are rarely faster."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=str(cfg.device).startswith("cuda"))
+def mixed_precision(device: str) -> AbstractContextManager[None]:
+    """Autocast to bfloat16 on a GPU; a no-op on a CPU, where bfloat16 is rarely faster."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda"))
 
 
 # ------------------------------------------------------------------------------------------------------------ the hidden adapter
@@ -63,27 +76,45 @@ def mixed_precision(cfg: Any) -> AbstractContextManager:
 
 @dataclass(frozen=True)
 class Scale:
-    """The scales of both spaces. Channels of a residual stream differ in size by orders of magnitude, so the bottleneck learns on
-    standardised states; `folded` puts the scales into its weights, and what is saved is the plain adapter.
+    """Channel scales of both state spaces.
+
+    Channels of a residual stream differ in size by orders of magnitude, so the bottleneck is trained on standardized states. `folded` moves
+    the scales into its weights, and the adapter is saved in that form.
+
+    Args:
+        mean: [d_draft], mean of the drafter's states.
+        std: [d_draft], their standard deviation.
+        std_target: [d_target], standard deviation of the target's states.
     """
 
-    mean: Tensor  # [d_draft]
-    std: Tensor  # [d_draft]
-    std_target: Tensor  # [d_target]
+    mean: Tensor
+    std: Tensor
+    std_target: Tensor
 
-    def standard(self, g: Tensor) -> Tensor:
+    def standardized(self, g: Tensor) -> Tensor:
+        """The drafter's states g [.., d_draft] with mean 0 and standard deviation 1."""
         return (g - self.mean) / self.std
 
-    def missing(self, adapter: HiddenAdapter, g: Tensor, v: Tensor) -> Tensor:
-        """What the bottleneck ought to add to reach v, standardised."""
+    def wanted_correction(self, adapter: HiddenAdapter, g: Tensor, v: Tensor) -> Tensor:
+        """The standardized bottleneck output that maps g exactly to v.
+
+        Args:
+            adapter: Decides whether there is a residual path.
+            g: [.., d_draft], the drafter's states.
+            v: [.., d_target], the target's states.
+
+        Returns:
+            [.., d_target].
+        """
         return (v - g[..., -adapter.d_target :] if adapter.residual else v) / self.std_target
 
     def predict(self, adapter: HiddenAdapter, g: Tensor) -> Tensor:
-        change = adapter.change(self.standard(g)) * self.std_target
-        return g[..., -adapter.d_target :] + change if adapter.residual else change
+        """The target's states [.., d_target] from g [.., d_draft], by an adapter that reads standardized states."""
+        correction = adapter.correction(self.standardized(g)) * self.std_target
+        return g[..., -adapter.d_target :] + correction if adapter.residual else correction
 
     def folded(self, adapter: HiddenAdapter) -> HiddenAdapter:
-        """A new adapter that gives on raw states what `predict` gives."""
+        """A copy of the adapter whose output on raw states equals `predict`."""
         plain = copy.deepcopy(adapter)
         with torch.no_grad():
             plain.down.weight /= self.std
@@ -95,24 +126,26 @@ class Scale:
 
 @torch.no_grad()
 def start_from_linear(adapter: HiddenAdapter, fit: Affine, covariance: Tensor) -> None:
-    """Make units of the bottleneck compute a low-rank linear map, as far as GELU lets them; the others stay as they are, muted.
+    """Initialize bottleneck units in place so that they approximate a low-rank linear map; the other units get output weight zero.
 
-    Around its inflection point √2 GELU is a straight line of slope 1.129 up to third order, so each unit sits there and is given
-    one coordinate of the map, scaled to a standard deviation of REACH.
+    Around its inflection point √2, GELU is linear with slope 1.129 up to third order. Each unit is centered there and computes one
+    coordinate of the map, scaled to a standard deviation of REACH.
 
-    fit: standardised state -> what to add, standardised, of some rank
-    covariance: [d_draft, d_draft] of standardised states
+    Args:
+        adapter: Reads standardized states.
+        fit: Standardized state -> standardized correction, of some rank.
+        covariance: [d_draft, d_draft], of standardized states.
     """
     left, right = fit.factors
     r = min(len(right), adapter.bottleneck)
-    left, right = left[:, -r:], right[-r:]  # the last are the strongest
-    spread = ((covariance.float() @ left) * left).sum(0).clamp(min=1e-12).sqrt()  # rounding may leave a variance of zero below zero
+    left, right = left[:, -r:], right[-r:]  # the last factors explain most variance
+    std = ((covariance.float() @ left) * left).sum(0).clamp(min=1e-12).sqrt()  # rounding may make a zero variance negative
     middle = math.sqrt(2.0)
     slope = 0.5 * (1 + math.erf(1.0)) + middle * math.exp(-1.0) / math.sqrt(2 * math.pi)
-    adapter.down.weight[:r] = (left / spread).T * REACH
+    adapter.down.weight[:r] = (left / std).T * REACH
     adapter.down.bias[:r] = middle - adapter.down.weight[:r] @ fit.mean_x
     adapter.up.weight.zero_()
-    adapter.up.weight[:, :r] = (right * spread[:, None]).T / (REACH * slope)
+    adapter.up.weight[:, :r] = (right * std[:, None]).T / (REACH * slope)
     adapter.up.bias.copy_(fit.mean_y - adapter.up.weight[:, :r].sum(1) * F.gelu(torch.tensor(middle)))
 
 
@@ -120,50 +153,66 @@ def train_hidden(
     states: HiddenStates,
     validation: HiddenStates,
     head: Tensor,
-    cfg: Any,
+    settings: TrainSettings,
     checkpoint: Checkpoint | None = None,
-    part: Part | None = None,
+    share: ProcessShare | None = None,
 ) -> tuple[HiddenAdapter, History]:
-    """The bottleneck adapter, state by state. cfg.linear_units of it begin as the best linear map of that rank, the others are free
-    to find what is not linear; without any it begins as the identity."""
-    part = part or Part()
-    torch.manual_seed(cfg.seed)
-    head = head.float().to(cfg.device)
+    """Train the bottleneck adapter on single states.
+
+    `settings.linear_units` of its units start as the best linear map of that rank; with 0 the adapter starts as the identity.
+
+    Args:
+        states: To train on.
+        validation: To choose the best epoch by.
+        head: [v, d_target], weight of the target's LM head.
+        settings: Hyperparameters.
+        checkpoint: To resume from and to write; None for neither.
+        share: This process's part of the training.
+
+    Returns:
+        The best epoch's adapter and the scores of all epochs.
+    """
+    share = share or ProcessShare()
+    torch.manual_seed(settings.seed)
+    head = head.float().to(settings.device)
 
     def row_batches(some: HiddenStates, batches: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in batches:
             mask, draft, target = some.mask[rows], some.draft[rows], some.target[rows]
             some.refuse_non_finite(rows, draft, target)
-            yield draft[mask].float().to(cfg.device), target[mask].float().to(cfg.device)
+            yield draft[mask].float().to(settings.device), target[mask].float().to(settings.device)
 
     sample_g, sample_v = next(row_batches(states, shuffled(len(states.draft), 512, 0, 0)))
-    scale = Scale(sample_g.mean(0), spread_of(sample_g), spread_of(sample_v))
+    scale = Scale(sample_g.mean(0), channel_std(sample_g), channel_std(sample_v))
     variance = mean_variance(sample_v)
-    adapter = HiddenAdapter(states.draft.shape[-1], states.target.shape[-1], cfg.bottleneck).to(cfg.device)
+    adapter = HiddenAdapter(states.draft.shape[-1], states.target.shape[-1], settings.bottleneck).to(settings.device)
 
     def score(g: Tensor, v: Tensor) -> Batch:
-        with mixed_precision(cfg):
-            return Batch(*losses(scale.predict(adapter, g), v, head, variance, cfg), len(g))
+        with mixed_precision(settings.device):
+            return Batch(*losses(scale.predict(adapter, g), v, head, variance, settings), len(g))
 
     def epoch(number: int) -> Iterator[Batch]:
-        batches = tuple(map(part.rows, shuffled(len(states.draft), cfg.batch_size, cfg.seed, number)))
+        batches = tuple(map(share.rows, shuffled(len(states.draft), settings.batch_size, settings.seed, number)))
         for rows, (g, v) in zip(batches, row_batches(states, batches), strict=True):
             yield score(g, v)._replace(rows=tuple(rows.tolist()))
 
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
         plain, batches = scale.folded(adapter), torch.arange(len(validation.draft)).split(256)
-        return mean_over_positions((len(g), losses(plain(g), v, head, variance, cfg)[1]) for g, v in row_batches(validation, batches))
+        return mean_over_positions((len(g), losses(plain(g), v, head, variance, settings)[1]) for g, v in row_batches(validation, batches))
 
-    if rank := min(cfg.linear_units, cfg.bottleneck, adapter.d_target):
-        pairs = ((scale.standard(p.draft), scale.missing(adapter, p.draft, p.target)) for p in positions(states, cfg.device, 4096))
-        statistics, starts = moments(pairs, adapter.d_draft, adapter.d_target, cfg.device), {}
+    if rank := min(settings.linear_units, settings.bottleneck, adapter.d_target):
+        pairs = (
+            (scale.standardized(p.draft), scale.wanted_correction(adapter, p.draft, p.target))
+            for p in positions(states, settings.device, 4096)
+        )
+        statistics, starts = moments(pairs, adapter.d_draft, adapter.d_target, settings.device), {}
         for strength in RIDGE_STRENGTHS:
             start_from_linear(adapter, statistics.ridge(strength, rank), statistics.covariance())
             starts[evaluate()["loss"]] = copy.deepcopy(adapter.state_dict())
         adapter.load_state_dict(starts[min(starts)])
-    steps = math.ceil(len(states.draft) / cfg.batch_size)
-    return fit(adapter, epoch, steps, evaluate, lambda: scale.folded(adapter), cfg, states.names, checkpoint, part)
+    steps = math.ceil(len(states.draft) / settings.batch_size)
+    return fit(adapter, epoch, steps, evaluate, lambda: scale.folded(adapter), settings, states.names, checkpoint, share)
 
 
 # ----------------------------------------------------------------------------------------------------------- the chained adapter
@@ -174,29 +223,42 @@ def train_chained(
     validation: HiddenStates,
     head: Tensor,
     embeddings: Tensor,
-    cfg: Any,
+    settings: TrainSettings,
     checkpoint: Checkpoint | None = None,
-    part: Part | None = None,
+    share: ProcessShare | None = None,
 ) -> tuple[ChainedAdapter, History]:
-    """The chained adapter, on its own roll-outs: at training it meets what it meets when chained."""
-    part = part or Part()
-    torch.manual_seed(cfg.seed)
-    head, embeddings = head.float().to(cfg.device), embeddings.float().to(cfg.device)
+    """Train the chained adapter on its own roll-outs, so that training inputs look like those of chained drafting.
+
+    Args:
+        states: To train on, with event states.
+        validation: To choose the best epoch by.
+        head: [v, d_target], weight of the target's LM head.
+        embeddings: [v, d_target], the target's input embeddings.
+        settings: Hyperparameters.
+        checkpoint: To resume from and to write; None for neither.
+        share: This process's part of the training.
+
+    Returns:
+        The best epoch's adapter and the scores of all epochs.
+    """
+    share = share or ProcessShare()
+    torch.manual_seed(settings.seed)
+    head, embeddings = head.float().to(settings.device), embeddings.float().to(settings.device)
     if int(states.lengths.max()) < 2 or int(validation.lengths.max()) < 2:
         raise UserError("the chained adapter learns from texts of at least two tokens; these have one.")
-    sample = next(text_batches(states, shuffled(len(states.target), 512, 0, 0), cfg.device))
+    sample = next(text_batches(states, shuffled(len(states.target), 512, 0, 0), settings.device))
     real = sample.states[sample.mask]
     variance = mean_variance(real)
     num_events, d_event = sample.events.shape[1:]
-    adapter = ChainedAdapter(states.target.shape[-1], d_event, num_events, cfg.bottleneck, cfg.blind).to(cfg.device)
+    adapter = ChainedAdapter(states.target.shape[-1], d_event, num_events, settings.bottleneck, settings.blind).to(settings.device)
     adapter.standardise(real, embeddings, sample.events)
 
     def score(texts: Texts) -> Batch:
-        """Means over the positions of all steps of the roll-out."""
-        with mixed_precision(cfg):
+        """Loss and parts as means over the positions of all roll-out steps."""
+        with mixed_precision(settings.device):
             found = [
-                (int(mask.sum()), losses(expected[mask], wanted[mask], head, variance, cfg)[1])
-                for expected, wanted, mask in chain_over(adapter, texts, embeddings, cfg.roll_out_steps)
+                (int(mask.sum()), losses(expected[mask], wanted[mask], head, variance, settings)[1])
+                for expected, wanted, mask in chain_over(adapter, texts, embeddings, settings.roll_out_steps)
                 if mask.any()
             ]
         n = sum(number for number, _ in found)
@@ -204,14 +266,14 @@ def train_chained(
         return Batch(parts["loss"], parts, n)
 
     def epoch(number: int) -> Iterator[Batch]:
-        batches = tuple(map(part.rows, shuffled(len(states.target), cfg.batch_size, cfg.seed, number)))
-        for rows, texts in zip(batches, text_batches(states, batches, cfg.device), strict=True):
+        batches = tuple(map(share.rows, shuffled(len(states.target), settings.batch_size, settings.seed, number)))
+        for rows, texts in zip(batches, text_batches(states, batches, settings.device), strict=True):
             yield score(texts)._replace(rows=tuple(rows.tolist()))
 
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
         batches = torch.arange(len(validation.target)).split(64)
-        return mean_over_positions((b.n, b.parts) for b in map(score, text_batches(validation, batches, cfg.device)))
+        return mean_over_positions((b.n, b.parts) for b in map(score, text_batches(validation, batches, settings.device)))
 
-    steps = math.ceil(len(states.target) / cfg.batch_size)
-    return fit(adapter, epoch, steps, evaluate, adapter.folded, cfg, states.names, checkpoint, part)
+    steps = math.ceil(len(states.target) / settings.batch_size)
+    return fit(adapter, epoch, steps, evaluate, adapter.folded, settings, states.names, checkpoint, share)

@@ -9,7 +9,7 @@ from typing import Any
 from feature_alignment.benchmark.results import BenchmarkReport, TimedRow
 from feature_alignment.cli.console import UserError, log, print_json_line, print_table
 from feature_alignment.measurement.records import Meta
-from feature_alignment.storage.artifacts import read_sealed
+from feature_alignment.storage.files import read_hashed_json
 
 RUN = "python feature_alignment/benchmark_feature_sd.py --config CONFIG"  # `compare` reads no config.
 TEXT_SETTINGS = ("max_new_tokens", "split", "limit", "questions")  # settings that determine prompts and texts
@@ -59,7 +59,7 @@ def read_benchmark(path: Path) -> BenchmarkReport:
     Raises:
         UserError: the file is another one, or was altered
     """
-    content = read_sealed(path, RUN)
+    content = read_hashed_json(path, RUN)
     if content.get("planted"):
         raise UserError(f"{path} holds planted acceptance. Expected a benchmark.json with measured acceptance:\n  {RUN}")
     try:

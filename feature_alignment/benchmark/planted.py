@@ -29,7 +29,7 @@ from feature_alignment.inputs.samples import Sample
 from feature_alignment.measurement.records import Meta
 from feature_alignment.models import fixed
 from feature_alignment.models.pair import load_pair
-from feature_alignment.storage import artifacts
+from feature_alignment.storage.files import write_hashed_json, write_text
 
 DRAFTERS = ("chained", "aligned")
 Table = tuple[str, list[str], list[list[str]]]
@@ -129,9 +129,7 @@ def measure(cfg: Common, settings: PlantedSettings, samples: Sequence[Sample], m
     )
 
 
-def planted_row(
-    key: Planted, runs: Timed, plain: Timed, clips: Sequence[str], costs: speed_model.Costs, taps: Sequence[int]
-) -> PlantedRow:
+def planted_row(key: Planted, runs: Timed, plain: Timed, clips: Sequence[str], costs: speed_model.Costs, taps: Sequence[int]) -> PlantedRow:
     """One row of planted.json.
 
     Args:
@@ -238,8 +236,8 @@ def write(result: PlantedReport, out: Path) -> None:
     lines = [f"# Planted acceptance: {meta['device']}, {meta['dtype']}, {meta['created']}", "", (__doc__ or "").strip()]
     for title, header, rows in tables(result):
         lines += ["", f"## {title}", "", markdown_table(header, rows)]
-    artifacts.write_text(out / "planted.md", "\n".join(lines) + "\n")
-    artifacts.write_sealed(out / "planted.json", result.to_json(), ("planted.md",))
+    write_text(out / "planted.md", "\n".join(lines) + "\n")
+    write_hashed_json(out / "planted.json", result.to_json(), ("planted.md",))
 
 
 def show(result: PlantedReport) -> None:

@@ -101,7 +101,7 @@ def timeline(shown: Mapping[str, Generation], path: Path) -> None:
     for name, g in shown.items():
         for stage, begin, end in g.spans:
             kind, _, is_parallel = stage.partition(", ")
-            if kind == "draft_prefill" and not is_parallel and any(s.endswith("PARALLEL") for s, *_ in g.spans):
+            if kind == "draft_prefill" and not is_parallel and any(s.endswith("overlapped") for s, *_ in g.spans):
                 continue  # This span only waited for the parallel one.
             y = lanes.index((name, "drafter" if kind in drafting else "Video-LLaVA"))
             axis.barh(y, end - begin, left=begin, height=0.8, color=STAGE_COLORS[kind], edgecolor="white", linewidth=0.2)

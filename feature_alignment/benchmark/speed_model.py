@@ -38,7 +38,7 @@ class RoundCost(NamedTuple):
 
 
 class Drafter(NamedTuple):
-    """What determines the cost of one draft token. With an adaptive draft length it includes the confidence and the choice of the length."""
+    """What determines the cost of a draft token; an adaptive draft length adds the confidence and the choice of the length."""
 
     draft: str
     exit_layer: int | None

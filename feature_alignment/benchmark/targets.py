@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.benchmark.results import BenchmarkRow, FastestLossless, PartCosts, Speedup, Target

@@ -181,7 +181,7 @@ def hidden_ms(adapter: HiddenAdapter, repeats: int = 200, steps: Steps = "eager"
 
 @torch.inference_mode()
 def chained_ms(adapter: ChainedAdapter, repeats: int = 200, steps: Steps = "eager") -> float:
-    """Median milliseconds of one step of the chained adapter, without the LM head: read the last state and token, predict the next state."""
+    """Median milliseconds of one step of the chained adapter, without LM head: read the last state and token, predict the next state."""
     like = adapter.out.bias
     size = adapter.geometry
     events = torch.randn(1, size["num_events"], size["d_event"], device=like.device, dtype=like.dtype)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from feature_alignment.cli.advice import use_config
-from feature_alignment.cli.console import UserError, be_quiet
+from feature_alignment.cli.console import UserError, set_quiet
 from feature_alignment.cli.ranges import validate, validate_text
 from feature_alignment.cli.text_files import read_text
 
@@ -146,7 +146,7 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
     cfg = cls(**values)
     use_config(config_path, cfg.out, any(word.startswith("--output_dir=") for word in words))
     validate(cfg)
-    be_quiet(cfg.quiet)
+    set_quiet(cfg.quiet)
     if show:
         import yaml
 

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
 STDOUT = "standard output"
-CONSOLE = 100  # characters a table may be wide
+TABLE_WIDTH = 100  # characters a table may be wide
 
 
 _quiet = False
@@ -35,7 +35,7 @@ class UserError(Exception):
     """Something the user can mend. The message says what was seen, what was wanted and what to type."""
 
 
-def be_quiet(quiet: bool) -> None:
+def set_quiet(quiet: bool) -> None:
     """Results and errors only, or logs and progress bars too."""
     global _quiet
     _quiet = quiet
@@ -167,12 +167,12 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
     do not fit follow in a block below, behind the first column again; longer texts are folded."""
     cells = [list(map(str, header)), *[[_cell(c) for c in row] for row in rows]]
     first = max(len(row[0]) for row in cells)
-    folded = [[[row[0]], *(textwrap.wrap(c, max(20, CONSOLE - first - 4)) or [""] for c in row[1:])] for row in cells]
+    folded = [[[row[0]], *(textwrap.wrap(c, max(20, TABLE_WIDTH - first - 4)) or [""] for c in row[1:])] for row in cells]
     widths = [max(len(line) for row in folded for line in row[i]) for i in range(len(header))]
     text = [any(len(row[i]) > 1 for row in folded) for i in range(len(header))]
     blocks: list[list[int]] = [[0]]
     for i in range(1, len(header)):
-        if len(blocks[-1]) > 1 and 2 + sum(widths[k] + 2 for k in blocks[-1]) + widths[i] > CONSOLE:
+        if len(blocks[-1]) > 1 and 2 + sum(widths[k] + 2 for k in blocks[-1]) + widths[i] > TABLE_WIDTH:
             blocks.append([0])
         blocks[-1].append(i)
     print(f"\n{title}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,6 +16,8 @@ from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import Selected, TokenSelector
 from feature_alignment.models.decoder import Decoder, Prompt, State
 from feature_alignment.models.fixed import captured
+
+BLOCK_LENGTHS = (4, 8, 16, 24, 32)  # of a whole block at a confidence floor; few, because each is one CUDA graph
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ class ChainedProposer(Proposer):
     """The chained adapter drafts from the target's last verified state; EventGPT runs once, for its view of the clip.
 
     Between two draft tokens only the adapter's own width is touched (`FoldedChain`). At a fixed draft length, greedy decoding drafts a
-    whole round without reading any value from the device.
+    whole round without reading any value from the device. With a confidence floor, a GPU also drafts a whole block and reads its tokens
+    and confidences once; a CPU, where reading is free, stops at the floor instead of drafting on.
 
     Args:
         draft: EventGPT
@@ -152,7 +156,10 @@ class ChainedProposer(Proposer):
         self._ids = None if draft_ids is None else draft_ids.to(head.device)
         self._chain = FoldedChain(adapter, head if self._ids is None else head[self._ids], embeddings)
         self._context: EventContext | None = None
+        self._drafts_blocks = head.device.type != "cpu"  # at a confidence floor
+        self._last_length = 8  # draft length at the last confidence floor
         self._block = captured(self._draft_block, draft.steps)
+        self._confident_block = captured(partial(self._draft_block, with_confidence=True), draft.steps)
         self._first, self._next = captured(self._expect, draft.steps), captured(self._read_and_expect, draft.steps)
 
     @torch.inference_mode()
@@ -174,11 +181,26 @@ class ChainedProposer(Proposer):
         """See `Proposer`. With a fixed length, tokens after one that ends the text are proposed too; the loop drops them unread."""
         with watch("adapter"):
             self._catch_up(emitted, states)
-            if confidence_floor == 0 and self.selector.is_plain_argmax:
-                token_ids, hidden, self._tip = self._block(self._tip, self._zeros(num_tokens))
+            if self.selector.is_plain_argmax and confidence_floor == 0:
+                token_ids, hidden, self._tip, _ = self._block(self._tip, self._zeros(num_tokens))
                 self._ahead = token_ids[:-1]
                 return Draft(token_ids, lambda: self._chain.states(hidden))
+            if self.selector.is_plain_argmax and self._drafts_blocks:
+                return self._propose_block(num_tokens, confidence_floor)
         return self._propose_one_by_one(emitted, num_tokens, watch, confidence_floor)
+
+    def _propose_block(self, num_tokens: int, confidence_floor: float) -> Draft:
+        """Draft up to twice the last length at once, read all tokens and confidences, and cut at the confidence floor."""
+        length = min(num_tokens, next(n for n in BLOCK_LENGTHS if n >= min(2 * self._last_length, BLOCK_LENGTHS[-1])))
+        token_ids, hidden, _, confidence = self._confident_block(self._tip, self._zeros(length))
+        read = torch.cat([token_ids.double(), confidence.double()]).tolist()
+        tokens, confidences = [int(token) for token in read[:length]], read[length:]
+        chance, n = 1.0, 0
+        while n == 0 or (n < length and chance >= confidence_floor and tokens[n - 1] not in self.selector.eos_ids):
+            chance *= confidences[n]
+            n += 1
+        self._last_length = n  # the chain goes on from the verified text, or reads these tokens again
+        return Draft(token_ids[:n], lambda: self._chain.states(hidden[:n]), confidence=confidences[:n])
 
     def _propose_one_by_one(self, emitted: Sequence[int], num_tokens: int, watch: Stopwatch, confidence_floor: float) -> Draft:
         """Draft tokens whose selection depends on the text, on random numbers or on the confidence so far."""
@@ -223,26 +245,31 @@ class ChainedProposer(Proposer):
         """A tensor whose shape tells the captured block its draft length."""
         return torch.zeros(num_tokens, dtype=torch.bool, device=self._tip.device)
 
-    def _draft_block(self, memory: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _draft_block(self, memory: Tensor, length: Tensor, with_confidence: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Greedy draft tokens without a read from the device.
 
         Args:
             memory: [1, w], of the text so far
             length: [g], any values
+            with_confidence: also compute the probability of each token
 
         Returns:
-            token ids [g] int64, hidden layers [g, w] that `FoldedChain.states` turns into predicted states, and the memory [1, w] after
-            all tokens but the last
+            token ids [g] int64, hidden layers [g, w] that `FoldedChain.states` turns into predicted states, the memory [1, w] after all
+            tokens but the last, and the probabilities [g] float32, or [0] if they were not requested
         """
         tokens: list[Tensor] = []
         hidden: list[Tensor] = []
+        confidence: list[Tensor] = [self._tip.new_empty(0, dtype=torch.float32)]
         for i in range(len(length)):
             if i:
                 memory = self._chain.go_on(hidden[-1], tokens[-1], memory)
             hidden.append(self._expect(memory))
-            best = self._chain.logits(hidden[-1]).argmax(-1)
+            logits = self._chain.logits(hidden[-1])
+            best = logits.argmax(-1)
             tokens.append(best if self._ids is None else self._ids[best])
-        return torch.cat(tokens), torch.cat(hidden), memory
+            if with_confidence:
+                confidence.append(logits.float().softmax(-1).amax(-1))
+        return torch.cat(tokens), torch.cat(hidden), memory, torch.cat(confidence)
 
     def _expect(self, memory: Tensor) -> Tensor:
         """The hidden layer [1, w] of the next predicted state, for the memory [1, w] of all tokens before it."""

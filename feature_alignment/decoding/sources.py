@@ -1,37 +1,49 @@
-"""Draft sources by name: which adapters and tables each needs, where they lie, and the proposer they make."""
+"""Drafters by name: which adapters and tables each needs, where they are, and the proposer they make."""
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache, cached_property
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from feature_alignment.adapters.chained import ChainedAdapter, load_chained_adapter
 from feature_alignment.adapters.hidden import HiddenAdapter, load_adapter
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.config import Common
-from feature_alignment.cli.console import UserError
+from feature_alignment.cli.console import UserError, log
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import Pair
 from feature_alignment.storage.answers import read_token_pairs
-from feature_alignment.storage.artifacts import load_pt
+from feature_alignment.storage.files import load_pt
 
 
 class Sources:
-    """The proposers of one pair. Adapters and texts are loaded once, when a source first asks for them.
+    """The drafters of one pair. Adapters and training answers are loaded once, when a drafter first needs them.
 
-    train_split: whose answers the tables know; untrained: where an adapter has not been trained, a new one will do
+    Args:
+        pair: target and drafter
+        cfg: settings
+        train_split: split whose answers the tables know
+        untrained: use a new adapter where none has been trained
+        draft_vocabulary: the chained adapter drafts only so many token ids, those most frequent in training answers; None for all
     """
 
-    def __init__(self, pair: Pair, cfg: Common, train_split: str = "train", untrained: bool = False) -> None:
-        self._pair, self._cfg, self._untrained = pair, cfg, untrained
+    def __init__(
+        self, pair: Pair, cfg: Common, train_split: str = "train", untrained: bool = False, draft_vocabulary: int | None = None
+    ) -> None:
+        self._pair, self._cfg, self._untrained, self._draft_vocabulary = pair, cfg, untrained, draft_vocabulary
         self.texts_path = cfg.out / "token_pairs" / f"{train_split}.json"
         self.adapter_path = cfg.out / "adapter" / "adapter.pt"
         self.chained_path = cfg.out / "chained_adapter" / "adapter.pt"
 
     @cached_property
     def adapter(self) -> HiddenAdapter:
+        """The hidden adapter on the target's device."""
         draft, target = self._pair.draft, self._pair.target
         if self._untrained and not self.adapter_path.is_file():
             adapter = HiddenAdapter(draft.hidden_size, target.hidden_size)
@@ -41,6 +53,7 @@ class Sources:
 
     @cached_property
     def chained_adapter(self) -> ChainedAdapter:
+        """The chained adapter on the target's device."""
         draft, target = self._pair.draft, self._pair.target
         if self._untrained and not self.chained_path.is_file():
             adapter = ChainedAdapter(target.hidden_size, draft.width, draft.vision_tokens)
@@ -50,36 +63,75 @@ class Sources:
 
     @cached_property
     def texts(self) -> list[tuple[str, list[int]]]:
-        """(question, tokens) of the target's answers on the training split."""
+        """(question, token ids) of the target's answers on the training split; UserError for ids outside the vocabulary."""
         texts = [(r["query"], r["vl_tokens"]) for r in read_token_pairs(self.texts_path)]
         if max((max(tokens, default=0) for _, tokens in texts)) >= self._pair.target.vocab_size:
-            raise UserError(f"{self.texts_path} holds ids beyond the {self._pair.target.vocab_size} of this pair: texts of another one.")
+            raise UserError(
+                f"{self.texts_path} holds token ids beyond the {self._pair.target.vocab_size} of this pair: it belongs to another pair. "
+                f"Make it again:\n  {command_for('extract_hidden_states')}"
+            )
         return texts
 
     @cached_property
+    def draft_ids(self) -> Tensor | None:
+        """The token ids [n] that the chained adapter may draft, ascending; None for all. The ids that end a text are always included.
+
+        An id outside is never drafted; the target may still emit it, so the text does not change (FR-Spec, Zhao et al. 2502.14856).
+        """
+        if self._draft_vocabulary is None or self._draft_vocabulary >= self._pair.target.vocab_size:
+            return None
+        counts = Counter(token for _, tokens in self.texts for token in tokens)
+        ends = [i for i in self._pair.target.eos_ids if i < self._pair.target.vocab_size]
+        frequent = [token for token, _ in counts.most_common(self._draft_vocabulary)]
+        ids = sorted(set(frequent[: max(0, self._draft_vocabulary - len(ends))]) | set(ends))
+        covered = sum(counts[i] for i in ids) / max(1, counts.total())
+        log.info(
+            "draft vocabulary  %d of %d ids, which are %.2f %% of the training answers",
+            len(ids),
+            self._pair.target.vocab_size,
+            100 * covered,
+        )
+        return torch.tensor(ids, device=self._pair.target.device)
+
+    @cached_property
     def full_draft(self) -> Decoder:
-        """The drafter at full depth: its own drafts need its own head."""
+        """EventGPT at full depth: its own draft tokens need its own head."""
         if self._pair.draft.has_own_head:
             return self._pair.draft
         return self._pair.draft_with(None, self._cfg)
 
     def load_exit_drafter(self, path: Path) -> tuple[int, Proposer]:
-        """Aligned drafts from one layer of EventGPT, by the hidden adapter at `path` that reads it alone: the layer and the proposer."""
+        """An aligned drafter that reads a single layer of EventGPT.
+
+        Args:
+            path: hidden adapter of that layer
+
+        Returns:
+            the layer and the drafter
+
+        Raises:
+            UserError: the adapter reads several layers
+        """
         adapter, meta = load_adapter(path)
         layers, target = meta["draft_layers"], self._pair.target
         if len(layers) != 1:
-            raise UserError(f"{path} reads EventGPT's layers {layers}; --exit_adapters wants adapters of a single layer each.")
+            raise UserError(f"{path} reads EventGPT's layers {layers}; --exit_adapters expects adapters of a single layer each.")
         draft = self._pair.draft_with(layers, self._cfg)
         adapter = load_adapter(path, draft.hidden_size, layers)[0].to(target.device, target.head_weight.dtype)
         return layers[0], ModelProposer(draft, adapter, target.lm_head)
 
-    def open(self, name: str, compares: bool = False) -> Proposer:
-        """A source's proposer; raises UserError if what it needs is not there.
+    def open(self, name: str, predicts_states: bool = False) -> Proposer:
+        """Make a drafter.
 
-        compares: it must say which target states it expects, because the acceptance rule looks at them
+        Args:
+            name: as in `--draft`
+            predicts_states: the acceptance rule compares hidden states, so the drafter must predict them
+
+        Raises:
+            UserError: a file that the drafter needs is missing, or it predicts no states
         """
         target, draft = self._pair.target, self._pair.draft
-        if compares and (name not in ("own", "aligned", "chained") or (name == "own" and not draft.has_own_head)):
+        if predicts_states and (name not in ("own", "aligned", "chained") or (name == "own" and not draft.has_own_head)):
             raise UserError(
                 f"the feature and relaxed rules compare hidden states, {name} drafts have none"
                 + (
@@ -89,11 +141,11 @@ class Sources:
                 )
             )
         if name == "own":
-            return ModelProposer(draft if compares else self.full_draft, self.adapter if compares else None, None)
+            return ModelProposer(draft if predicts_states else self.full_draft, self.adapter if predicts_states else None, None)
         if name == "aligned":
             return ModelProposer(draft, self.adapter, target.lm_head)
         if name == "chained":
-            return ChainedProposer(draft, self.chained_adapter, target.head_weight, target.embeddings)
+            return ChainedProposer(draft, self.chained_adapter, target.head_weight, target.embeddings, self.draft_ids)
         if name == "hybrid":
             return HybridProposer(self.ngram, self.open(self._hybrid_model))
         if name == "ngram":
@@ -104,21 +156,26 @@ class Sources:
 
     @cached_property
     def ngram(self) -> NGram:
+        """The n-gram table of the training answers."""
         return NGram(self.texts)
 
     def known_acceptance(self, name: str) -> float | None:
-        """How many of a source's drafts were right on the clips its adapter was validated on; None where no adapter says so."""
+        """Share of a drafter's correct draft tokens on the clips its adapter was validated on; None where no adapter records it."""
         name = self._hybrid_model if name == "hybrid" else name
         path = {"aligned": self.adapter_path, "chained": self.chained_path}.get(name)
-        return None if path is None else load_pt(path, command_for("train_hidden_adapter"))["meta"].get("validation", {}).get("token_match")
+        if path is None:
+            return None
+        acceptance: float | None = load_pt(path, command_for("train_hidden_adapter"))["meta"].get("validation", {}).get("token_match")
+        return acceptance
 
     @property
     def _hybrid_model(self) -> str:
-        """Who drafts where the table is not sure: the chained adapter, if one has been trained."""
+        """The drafter that the n-gram table corrects: the chained adapter if one has been trained."""
         return "chained" if self.chained_path.is_file() else "aligned"
 
     def files(self, name: str) -> dict[str, Path]:
-        """The files a source's drafts depend on."""
-        models = {"own": {}, "aligned": {"adapter": self.adapter_path}, "chained": {"chained_adapter": self.chained_path}, "lookup": {}}
+        """The files that a drafter's draft tokens depend on."""
+        chained = {"chained_adapter": self.chained_path} | ({} if self._draft_vocabulary is None else {"texts": self.texts_path})
+        models = {"own": {}, "aligned": {"adapter": self.adapter_path}, "chained": chained, "lookup": {}}
         texts = {"texts": self.texts_path}
         return models[self._hybrid_model] | texts if name == "hybrid" else models.get(name, texts)

@@ -1,8 +1,7 @@
-"""What two cameras see of a scene: 49 intensity images, 2 ms apart, exposed like a colour camera or watched like an event camera.
+"""Render a scene for two cameras: 49 intensity images, 2 ms apart, become color frames and an event stream.
 
-`frames`: 16 images per clip, each exposing three intensity images, so fast things are blurred. `events`: a contrast-threshold model
-with microsecond time stamps. Every layer of a scene moves horizontally only, which is why one cumulative sum per layer renders
-all time steps at once.
+`frames`: 16 images per clip, each the mean of three intensity images, so fast objects are blurred. `events`: a contrast-threshold model
+with microsecond time stamps. Layers of a scene move only horizontally, so one cumulative sum per layer renders all time steps at once.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from feature_alignment.inputs.simulate import crossings
 
 SIZE = 72  # pixels, both cameras
 STEPS = 49  # intensity images per clip
-STEP_US = 2_000  # time between two of them, so a clip spans 96 ms: under EventGPT's 100 ms
-VIDEO_FRAMES = 16  # each exposes three intensity images
+STEP_US = 2_000  # between two images: a clip spans 96 ms, less than EventGPT's 100 ms
+VIDEO_FRAMES = 16  # each the mean of three intensity images
 CONTRAST = 0.2  # event threshold in log-intensity
 SUBPIXELS = 4  # horizontal oversampling of every layer
-PAN_PIXELS = 4  # the camera's own motion, which makes standing things visible in events
+PAN_PIXELS = 4  # camera motion, which makes static objects visible in events
 
 _RGB = {
     "red": (0.85, 0.10, 0.10),
@@ -37,7 +36,7 @@ _SCALE = {"far": 1.0, "near": 1.3}
 
 
 class _Layer:
-    """An RGBA canvas, oversampled horizontally, that slides past the camera. x and y in pixels; y down."""
+    """An RGBA canvas, oversampled horizontally, that slides past the camera. x and y are in pixels, y points down."""
 
     def __init__(self, width: int) -> None:
         self.rgb = np.zeros((SIZE, width * SUBPIXELS, 3), np.float32)
@@ -64,13 +63,13 @@ class _Layer:
         self.alpha[inside] = 1.0
 
     def views(self, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the camera sees with its left edge at `left` [t] pixels: premultiplied rgb [t, y, x, 3], alpha [t, y, x, 1]."""
+        """The camera image for left edges at `left` [t] pixels: premultiplied rgb [t, y, x, 3], alpha [t, y, x, 1]."""
         stack = np.concatenate([self.rgb * self.alpha, self.alpha], axis=2)
         total = np.concatenate([np.zeros_like(stack[:, :1]), stack.cumsum(1, dtype=np.float64)], axis=1)
         start = np.round(left * SUBPIXELS).astype(int)[:, None] + np.arange(SIZE + 1)[None, :] * SUBPIXELS
         edges = total[:, np.clip(start, 0, total.shape[1] - 1)]  # [y, t, x + 1, 4]
-        seen = np.diff(edges, axis=2).transpose(1, 0, 2, 3).astype(np.float32) / SUBPIXELS
-        return seen[..., :3], seen[..., 3:]
+        image = np.diff(edges, axis=2).transpose(1, 0, 2, 3).astype(np.float32) / SUBPIXELS
+        return image[..., :3], image[..., 3:]
 
 
 def _draw_road_user(layer: _Layer, kind: str, x: float, lane: str, rgb: tuple[float, ...], heading: str) -> None:
@@ -83,11 +82,11 @@ def _draw_road_user(layer: _Layer, kind: str, x: float, lane: str, rgb: tuple[fl
         return x + (k * px if heading == "right" else k * (length - px - w))
 
     for shape in SHAPES[kind]:
-        colour = rgb if shape.rgb is None else shape.rgb
+        color = rgb if shape.rgb is None else shape.rgb
         if isinstance(shape, Box):
-            layer.box(left_edge(shape.x, shape.w), ground - k * shape.top, k * shape.w, max(1.0, k * shape.h), colour)
+            layer.box(left_edge(shape.x, shape.w), ground - k * shape.top, k * shape.w, max(1.0, k * shape.h), color)
         else:
-            layer.disc(left_edge(shape.x, shape.w) + k * shape.w / 2, ground - k * shape.y, k * shape.r, colour)
+            layer.disc(left_edge(shape.x, shape.w) + k * shape.w / 2, ground - k * shape.y, k * shape.r, color)
 
 
 def _draw_background(layer: _Layer, s: Scene, rng: np.random.Generator, width: int) -> None:
@@ -96,7 +95,10 @@ def _draw_background(layer: _Layer, s: Scene, rng: np.random.Generator, width: i
     layer.box(0, 34, width, 1.5, (0.62, 0.60, 0.56))  # kerb
     for x in range(int(rng.integers(0, 9)), width, 18):
         layer.box(x, 52, 8, 1, (0.75, 0.75, 0.72))
-    jitter = lambda a: float(rng.uniform(-a, a))  # noqa: E731
+
+    def jitter(a: float) -> float:
+        return float(rng.uniform(-a, a))
+
     phase = int(rng.integers(0, 10))
     if s.place == "city":
         for x in range(-phase, width, 20):
@@ -164,8 +166,8 @@ def render(s: Scene, parked_color: str | None = None) -> np.ndarray:
     """Intensity images of a scene: float32 [49, 72, 72, 3], linear in [0, 1], 2 ms apart.
 
     Args:
-        s: the scene
-        parked_color: of the parked vehicle; by default one that the scene's seed chooses
+        s: Scene.
+        parked_color: Color of the parked vehicle; by default chosen by the scene's seed.
     """
     rng = np.random.default_rng([s.seed, 1])
     t = np.linspace(0.0, 1.0, STEPS)
@@ -186,43 +188,59 @@ def render(s: Scene, parked_color: str | None = None) -> np.ndarray:
         lane = "near" if s.lane == "far" else "far"
         room = SIZE - 4 - _SCALE[lane] * BODY[s.parked][0]
         layer = _Layer(width)
-        any_color = sorted(_RGB)[int(rng.integers(len(_RGB)))]  # drawn in any case, so that the other draws stay the same
-        colour = _RGB[parked_color or any_color]
-        _draw_road_user(layer, s.parked, float(rng.uniform(6, room)), lane, colour, ("left", "right")[int(rng.integers(2))])
+        any_color = sorted(_RGB)[int(rng.integers(len(_RGB)))]  # always drawn, so that later random draws do not change
+        color = _RGB[parked_color or any_color]
+        _draw_road_user(layer, s.parked, float(rng.uniform(6, room)), lane, color, ("left", "right")[int(rng.integers(2))])
         overlay(layer, pan)
 
     travel = _TRAVEL[s.speed] * float(rng.uniform(0.9, 1.1))
     length = _SCALE[s.lane] * BODY[s.kind][0]
-    centre = SIZE / 2 + float(rng.uniform(-5, 5))  # where it is at half time
+    center = SIZE / 2 + float(rng.uniform(-5, 5))  # its position halfway through the clip
     margin = 80
     layer = _Layer(SIZE + 2 * margin)
     for i in range(2 if s.number == "two" else 1):
         _draw_road_user(layer, s.kind, margin - i * (length + 6), s.lane, _RGB[s.colour], s.direction)
     if s.number == "two":
-        centre += (length + 6) / 2
+        center += (length + 6) / 2
     sign = 1.0 if s.direction == "right" else -1.0
-    rear = centre - length / 2 + (sign * travel - PAN_PIXELS) * (t - 0.5)
+    rear = center - length / 2 + (sign * travel - PAN_PIXELS) * (t - 0.5)
     overlay(layer, margin - rear)
     image = image * np.asarray(_LIGHT[s.light], np.float32)
     return np.clip(image, 0.0, 1.0, out=image)
 
 
 def frames(intensity: np.ndarray, seed: int) -> np.ndarray:
-    """What the colour camera records: uint8 [16, 72, 72, 3]; each frame exposes three intensity images, with sensor noise."""
+    """Frames of the color camera, with sensor noise.
+
+    Args:
+        intensity: [49, h, w, 3] float32, from `render`.
+        seed: Of the scene.
+
+    Returns:
+        [16, h, w, 3] uint8.
+    """
     exposed = intensity[: VIDEO_FRAMES * 3].reshape(VIDEO_FRAMES, 3, SIZE, SIZE, 3).mean(1)
     noise = np.random.default_rng([seed, 2]).normal(0.0, 0.008, exposed.shape)
-    return np.clip(np.sqrt(exposed) * 255 + noise * 255, 0, 255).astype(np.uint8)  # square root: a camera's gamma
+    values: np.ndarray = np.clip(np.sqrt(exposed) * 255 + noise * 255, 0, 255)  # square root: a camera's gamma
+    return values.astype(np.uint8)
 
 
 def events(intensity: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """What the event camera records, in EventGPT's layout: x, y, p (1 = brighter) uint8, t uint32 microseconds, sorted.
+    """Events of the event camera.
 
-    Contrast-threshold model: log-intensity is linear between two images; a pixel fires each time it has moved by CONTRAST from
-    the level of its last event. A few background events per clip keep an empty sensor from being perfectly silent.
+    Contrast-threshold model: log-intensity is linear between two images; a pixel fires each time it has changed by CONTRAST since its last
+    event. A few background events per clip simulate sensor noise.
+
+    Args:
+        intensity: [49, h, w, 3] float32, from `render`.
+        seed: Of the scene.
+
+    Returns:
+        x, y, p (1 = brighter) uint8; t uint32, sorted microseconds.
     """
     rng = np.random.default_rng([seed, 3])
     log_i = np.log(intensity @ np.asarray([0.299, 0.587, 0.114], np.float32) + 2e-3)
-    level = log_i[0] + rng.uniform(-0.5, 0.5, log_i[0].shape) * CONTRAST  # the last event was some time before the clip
+    level = log_i[0] + rng.uniform(-0.5, 0.5, log_i[0].shape) * CONTRAST  # the last event came some time before the clip
     xs, ys, ps, ts = [], [], [], []
     for step in range(1, len(log_i)):
         before, after = log_i[step - 1], log_i[step]
@@ -238,5 +256,5 @@ def events(intensity: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     ts.append(rng.uniform(0, (STEPS - 1) * STEP_US, noise))
     t = np.concatenate(ts)
     order = np.argsort(t, kind="stable")
-    pick = lambda parts, dtype: np.concatenate(parts)[order].astype(dtype)  # noqa: E731
-    return {"x": pick(xs, np.uint8), "y": pick(ys, np.uint8), "p": pick(ps, np.uint8), "t": t[order].astype(np.uint32)}
+    fields = {name: np.concatenate(parts)[order].astype(np.uint8) for name, parts in (("x", xs), ("y", ys), ("p", ps))}
+    return {**fields, "t": t[order].astype(np.uint32)}

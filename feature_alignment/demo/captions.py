@@ -1,8 +1,8 @@
-"""What the two models are taught to say about a scene, and what a text says about it.
+"""Reference answers on which the two demo models are trained, and the lexicon that reads facts from a text.
 
-Ten questions, two dialects. Each answer is a function of the facts alone, but which clause comes first depends on them too, so
-that knowing the language is not enough to know the next word. The draft model's dialect shares no content word and hardly a
-function word with the target's: free-running, the two texts agree nowhere, as with the real pair.
+There are ten questions and two dialects. Each answer depends on the facts alone. The order of its clauses depends on the facts too, so that
+the next word cannot be predicted from language alone. The two dialects share no content words and hardly any function words: the models'
+free-running texts almost never match, as with the real pair.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ QUESTIONS = (
 
 
 def target_answer(s: Scene, question: int) -> str:
-    """The target model's answer (colour and light included)."""
+    """The target's answer, which includes color and light.
+
+    Args:
+        s: Scene.
+        question: Index into `QUESTIONS`.
+    """
     w = {slot: WORDS[slot][getattr(s, slot)][0] for slot in WORDS}
     two = s.number == "two"
-    who = f"two {w['colour']} {w['kind']}s" if two else f"a {w['colour']} {w['kind']}"
+    user = f"two {w['colour']} {w['kind']}s" if two else f"a {w['colour']} {w['kind']}"
     be = "are" if two else "is"
     how = f"{w['speed']} {w['direction']}"
     lane = f"in the {w['lane']} lane"
@@ -40,69 +45,74 @@ def target_answer(s: Scene, question: int) -> str:
     left = s.direction == "left"
     if question == 0:
         body = (
-            f"{place} {when}, {mark}, {parked} and {who} {how} {lane}"
+            f"{place} {when}, {mark}, {parked} and {user} {how} {lane}"
             if left
-            else f"{who} {how} {lane}, {mark}, {parked} and {place} {when}"
+            else f"{user} {how} {lane}, {mark}, {parked} and {place} {when}"
         )
         return f"The key elements include {body}."
     if question == 1:
         if s.speed == "fast":
-            return _cap(f"{who} {be} {how} through {place} {when}, past {mark}, with {parked}.")
-        return _cap(f"{when} {who} {be} {how} past {mark} and {parked}, through {place}.")
+            return _cap(f"{user} {be} {how} through {place} {when}, past {mark}, with {parked}.")
+        return _cap(f"{when} {user} {be} {how} past {mark} and {parked}, through {place}.")
     if question == 2:
         if s.lane == "far":
-            return f"In the far lane of {place} there {be} {who}, {how} past {parked} {when}."
-        return f"It is {who} {how} {lane} of {place}, past {parked} {when}."
+            return f"In the far lane of {place} there {be} {user}, {how} past {parked} {when}."
+        return f"It is {user} {how} {lane} of {place}, past {parked} {when}."
     if question == 3:
         if s.light == "day":
-            return f"It takes place on {place} {when}, with {mark}, {parked} and {who} {how}."
-        return f"It is {w['light']} on {place}, with {who} {how}, {parked} and {mark}."
+            return f"It takes place on {place} {when}, with {mark}, {parked} and {user} {how}."
+        return f"It is {w['light']} on {place}, with {user} {how}, {parked} and {mark}."
     if question == 4:
         other = "near" if s.lane == "far" else "far"
         if s.parked == "none":
-            return f"There {be} {who} {lane} {how}, and {parked} on this {w['place']} {when}."
-        return f"There is {parked} in the {other} lane, and {who} {lane} {be} {how} {when}."
+            return f"There {be} {user} {lane} {how}, and {parked} on this {w['place']} {when}."
+        return f"There is {parked} in the {other} lane, and {user} {lane} {be} {how} {when}."
     if question == 5:
         if s.landmark == "none":
-            return f"Nothing stands beside this {w['place']} {when}, while {who} {be} {how} past {parked}."
-        return f"On the {w['side']} of this {w['place']} stands a {w['landmark']} {when}, with {parked}, while {who} {be} {how}."
+            return f"Nothing stands beside this {w['place']} {when}, while {user} {be} {how} past {parked}."
+        return f"On the {w['side']} of this {w['place']} stands a {w['landmark']} {when}, with {parked}, while {user} {be} {how}."
     if question == 6:
-        return f"The traffic is {how}: {who} {lane} of {place} {when}, past {mark if left else parked}."
+        return f"The traffic is {how}: {user} {lane} of {place} {when}, past {mark if left else parked}."
     if question == 7:
         if s.place in ("city", "village", "highway"):
-            return f"This scene is about {place} {when}, where {who} {be} {how} past {mark}."
-        return f"This scene is about {who} {how} {when} on {place}, past {mark} and {parked}."
+            return f"This scene is about {place} {when}, where {user} {be} {how} past {mark}."
+        return f"This scene is about {user} {how} {when} on {place}, past {mark} and {parked}."
     if question == 8:
-        lanes = {s.lane: who, "near" if s.lane == "far" else "far": parked}
+        lanes = {s.lane: user, "near" if s.lane == "far" else "far": parked}
         first, second = ("near", "far") if left else ("far", "near")
         return f"The road crosses {place} {when}, with {mark}; the {first} lane holds {lanes[first]} and the {second} lane {lanes[second]}."
     return _cap(
-        f"watch {parked}, {mark} and {who} {how} {lane} on {place} {when}."
+        f"watch {parked}, {mark} and {user} {how} {lane} on {place} {when}."
         if two or left
-        else f"watch {who} {how} {lane}, {mark} and {parked} on {place} {when}."
+        else f"watch {user} {how} {lane}, {mark} and {parked} on {place} {when}."
     )
 
 
 def draft_answer(s: Scene, question: int) -> str:
-    """The draft model's answer: the facts that events show, in the draft's own words."""
+    """The drafter's answer: the facts that events show, in the drafter's dialect.
+
+    Args:
+        s: Scene.
+        question: Index into `QUESTIONS`.
+    """
     w = {slot: WORDS[slot][getattr(s, slot)][1] for slot in WORDS}
-    who = f"{w['number']} {w['kind']}{'s' if s.number == 'two' else ''}"
+    user = f"{w['number']} {w['kind']}{'s' if s.number == 'two' else ''}"
     how = f"{w['speed']} {w['direction']}"
     track = f"along {w['lane']} track"
     mark = "roadside emptiness" if s.landmark == "none" else f"some {w['landmark']} {w['side']}"
     parked = "kerb vacancy" if s.parked == "none" else f"an idle {w['parked']}"
     place = f"{w['place']} surroundings"
     return (
-        f"Visible here: {who} {how} {track} - {mark} - {parked} - {place}",
-        f"Motion shows {who} {track} {how} - {place} behind - {mark}",
-        f"Main mover: {who} - {track} - {how} - {place}",
-        f"Surroundings resemble {w['place']} - {mark} - {parked} - plus {who} {how}",
-        f"Detected {who} {track} {how} - also {parked} - {place}",
-        f"Kerbside shows {mark} - {parked} - {place} - then {who} {how}",
-        f"Flow appears {how} - {who} {track} - {place}",
-        f"Subject seems {who} {how} - {place} - {mark}",
-        f"Layout: {place} - {track} {who} {how} - elsewhere {parked} - {mark}",
-        f"Caution: {who} {how} {track} - {parked} - {mark} - {place}",
+        f"Visible here: {user} {how} {track} - {mark} - {parked} - {place}",
+        f"Motion shows {user} {track} {how} - {place} behind - {mark}",
+        f"Main mover: {user} - {track} - {how} - {place}",
+        f"Surroundings resemble {w['place']} - {mark} - {parked} - plus {user} {how}",
+        f"Detected {user} {track} {how} - also {parked} - {place}",
+        f"Kerbside shows {mark} - {parked} - {place} - then {user} {how}",
+        f"Flow appears {how} - {user} {track} - {place}",
+        f"Subject seems {user} {how} - {place} - {mark}",
+        f"Layout: {place} - {track} {user} {how} - elsewhere {parked} - {mark}",
+        f"Caution: {user} {how} {track} - {parked} - {mark} - {place}",
     )[question]
 
 
@@ -111,16 +121,16 @@ def _cap(text: str) -> str:
 
 
 def lexicon() -> dict[str, Any]:
-    """The content of `lexicon.json`: which words of either dialect state which facts (see `feature_alignment.measurement.lexicon`)."""
+    """The content of `lexicon.json`: the words of both dialects that state each fact (see `feature_alignment.measurement.lexicon`)."""
     facts: dict[str, dict[str, list[str]]] = {
         slot: {value: [w for w in words if w not in ("", "a")] for value, words in values.items()} for slot, values in WORDS.items()
     }
     for words in facts["kind"].values():
         words += [f"{word}s" for word in words]
-    for value, words in facts["kind"].items():  # a kind after one of these words is the parked one, whatever may really park
+    for value, words in facts["kind"].items():  # a kind after one of these words is the parked vehicle, even one that never parks
         facts["parked"][value] = [f"{before} {word}" for before in ("parked", "idle") for word in words]
     facts["parked"]["none"] = ["nobody", "vacancy"]
-    other_lane = f"\\bthe ({'|'.join(w for words in facts['lane'].values() for w in words)})\\b"  # the lane of what is parked
+    other_lane = f"\\bthe ({'|'.join(w for words in facts['lane'].values() for w in words)})\\b"  # the lane of the parked vehicle
     return {
         "facts": facts,
         "implied": {"kind": {"number": "one"}},

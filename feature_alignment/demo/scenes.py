@@ -1,9 +1,9 @@
-"""Write scenes of the synthetic world as the files a user would have: events as EventGPT `.npy`, video as `.mp4`, a manifest.
+"""Write scenes of the synthetic world as input files: events as EventGPT `.npy`, video as `.mp4`, and a manifest.
 
     python -m feature_alignment.demo.scenes                   training and validation scenes under outputs/demo/scenes
     python -m feature_alignment.demo.scenes --splits test --out data/demo     the test scenes kept in git
 
-Scenes are pure functions of their seeds; a split that is already there is left alone.
+Scenes are pure functions of their seeds; a split that is already complete is not written again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from feature_alignment.storage.processes import check_writable, children_ignore_
 
 log = logging.getLogger(__name__)
 
-# split -> (first seed, clips, questions asked about each)
+# split -> (first seed, number of clips, questions per clip)
 SPLITS = {
     "train": (2_000_000, 1200, 2),
     "validation": (2_400_000, 120, 3),
@@ -38,18 +38,37 @@ SPLITS = {
     "test": (2_800_000, 64, 4),
     "held_out": (3_000_000, 200, 3),
 }
-Job = tuple[Path, str, int, int, int]  # folder, split, number of the clip, its seed, questions asked about it
+Job = tuple[Path, str, int, int, int]  # folder, split, index of the clip, seed, questions per clip
 _FPS = 160  # 16 frames in 100 ms
 
 
 def write_clip(folder: Path, name: str, seed: int) -> dict[str, str]:
-    """Render one scene into `folder`/events and `folder`/video; returns the two relative paths."""
+    """Render a scene and write its recordings.
+
+    Args:
+        folder: Gets events/ and video/.
+        name: Of the files.
+        seed: Of the scene.
+
+    Returns:
+        "events" and "video" -> path relative to `folder`.
+    """
     intensity = cameras.render(world.scene(seed))
     return write_recordings(folder, name, cameras.events(intensity, seed), cameras.frames(intensity, seed))
 
 
 def write_recordings(folder: Path, name: str, events: dict[str, np.ndarray], frames: np.ndarray) -> dict[str, str]:
-    """Write one clip's two recordings; returns their paths relative to `folder`. frames: uint8 [16, h, w, 3]."""
+    """Write the two recordings of a clip.
+
+    Args:
+        folder: Gets events/ and video/.
+        name: Of the files.
+        events: x, y, t, p, each [n].
+        frames: [16, h, w, 3] uint8.
+
+    Returns:
+        "events" and "video" -> path relative to `folder`.
+    """
     import av
 
     paths = {"events": f"events/{name}.npy", "video": f"video/{name}.mp4"}
@@ -65,7 +84,12 @@ def write_recordings(folder: Path, name: str, events: dict[str, np.ndarray], fra
 
 
 def questions_of(clip: int, count: int) -> list[int]:
-    """`count` different questions for the n-th clip of a split, so that all ten are asked equally often."""
+    """Questions of a clip, chosen so that all ten are asked equally often.
+
+    Args:
+        clip: Index of the clip in its split.
+        count: Number of questions, all different.
+    """
     return [(clip + 3 * i) % len(captions.QUESTIONS) for i in range(count)]
 
 
@@ -81,7 +105,13 @@ def _clip_rows(job: Job) -> list[str]:
 
 
 def write_split(out: Path, split: str, clips: int | None = None) -> Path:
-    """Write one split; the manifest comes last, so its presence means the split is complete."""
+    """Write a split and return its manifest, which is written last: a split with a manifest is complete.
+
+    Args:
+        out: Folder of the manifest.
+        split: Key of `SPLITS`.
+        clips: Number of clips; default all.
+    """
     first, all_clips, count = SPLITS[split]
     return write_clips(out, split, first, clips or all_clips, count, _clip_rows)
 
@@ -90,16 +120,19 @@ def write_clips(out: Path, split: str, first: int, clips: int, count: int, clip_
     """Write the clips of a split and then its manifest, in two processes.
 
     Args:
-        out: folder of the manifest, of events/ and of video/
-        split: its name
-        first: seed of the first clip
-        clips: how many
-        count: questions asked about each
-        clip_rows: writes one clip (out, split, clip, seed, count) and returns its rows of the manifest
+        out: Folder of the manifest, of events/ and of video/.
+        split: Name of the split.
+        first: Seed of the first clip.
+        clips: Number of clips.
+        count: Questions per clip.
+        clip_rows: Writes one clip and returns its rows of the manifest.
+
+    Returns:
+        The manifest.
     """
     manifest = out / f"{split}.jsonl"
     if manifest.exists() and len(manifest.read_text().splitlines()) == clips * count:
-        log.info("scenes   %s: %d clips are there", split, clips)
+        log.info("scenes   %s: all %d clips exist", split, clips)
         return manifest
     for sub in ("events", "video"):
         (out / sub).mkdir(parents=True, exist_ok=True)
@@ -116,10 +149,11 @@ def write_clips(out: Path, split: str, first: int, clips: int, count: int, clip_
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=path_argument, default=Path("outputs/demo/scenes"))
     parser.add_argument("--splits", nargs="+", choices=sorted(SPLITS), default=["train", "validation"])
-    parser.add_argument("--clips", type=number_argument("clips"), help="only so many clips of each split")
+    parser.add_argument("--clips", type=number_argument("clips"), help="clips per split (default: all)")
     args = parser.parse_args()
     for split in dict.fromkeys(args.splits):
         check_writable(args.out / f"{split}.jsonl")

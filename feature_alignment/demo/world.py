@@ -1,8 +1,7 @@
-"""The synthetic driving world: what can be true of a scene, and in whose words.
+"""The synthetic driving world: the facts of a scene and the words for them.
 
-A scene is a pure function of its seed; `cameras` shows what a frame camera and an event camera see of it, `captions` what the two
-models say about it. The target's words include colour and light, which move no edge and so cannot be read from events; the draft
-model never names them.
+A scene is a pure function of its seed. `cameras` renders it for a frame camera and an event camera; `captions` holds the two models'
+answers. The target's words include color and light, which cannot be read from events; the drafter never names them.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import asdict, dataclass
 
-# slot -> value -> (target's word, draft's word). These words are what a lexicon looks for.
+# slot -> value -> (target's word, drafter's word); the lexicon looks for these words
 WORDS: dict[str, dict[str, tuple[str, str]]] = {
     "kind": {
         "car": ("car", "automobile"),
@@ -55,7 +54,7 @@ WORDS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 HIDDEN_FROM_EVENTS = ("colour", "light")
-SMALL_KINDS = ("motorcycle", "cyclist", "pedestrian", "dog")  # two of them fit into a frame
+SMALL_KINDS = ("motorcycle", "cyclist", "pedestrian", "dog")  # small enough for two in a frame
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Scene:
 
 
 def scene(seed: int) -> Scene:
-    """The scene of a seed; all slots are drawn independently, except that only small road users come in twos."""
+    """The scene of a seed; slots are drawn independently, except that only small road users come in pairs."""
     rng = random.Random(seed)
     facts = {slot: rng.choice(sorted(values)) for slot, values in WORDS.items()}
     if facts["kind"] not in SMALL_KINDS:
@@ -86,4 +85,5 @@ def scene(seed: int) -> Scene:
 
 
 def facts(s: Scene) -> dict[str, str]:
+    """Slot -> value of a scene."""
     return {slot: value for slot, value in asdict(s).items() if slot in WORDS}

@@ -1,6 +1,6 @@
-"""NumPy event files: dicts, structured arrays, tables of four columns, named arrays in `.npz`, EventGPT-Plus' `event_bins`.
+"""Event files of NumPy: dicts, structured arrays, tables of four columns, named arrays in `.npz`, EventGPT-Plus' `event_bins`.
 
-Large plain arrays stay in the file, so that a window costs the window. Pickles go through a restricted unpickler.
+Large plain arrays stay in the file, so that reading a window reads only the window. Pickles go through a restricted unpickler.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from feature_alignment.inputs.event_windows import (
     joined,
     table_of,
 )
-from feature_alignment.storage.pickles import ArraysOnly, look_through, plain_array
+from feature_alignment.storage.pickles import ArraysOnly, check_pickle, plain_array
 
 _MAX_PICKLE_BYTES = 1 << 30
-_MAX_IN_MEMORY = 1 << 24  # larger packed arrays are unpacked into a temporary file
+_MAX_IN_MEMORY = 1 << 24  # larger compressed arrays are unpacked into a temporary file
 _TABLES = ("event_data", "events", "event_bins", "data", "arr_0")
 _WANTED = (
     "wanted `event_data` or `events` with fields x, y, t, p, arrays x, y, t, p (or x_pos, y_pos, timestamp, polarity), or `event_bins`"
@@ -38,7 +38,7 @@ _WANTED = (
 
 
 def read_npy(path: Path, *_: Any) -> EventTable:
-    """EventGPT's pickled dict, without giving the pickle any code to run; a structured array, or a table [n, 4]."""
+    """Read a `.npy`: EventGPT's pickled dict, without running code from the pickle; a structured array; or a table [n, 4]."""
     try:
         with open(path, "rb") as file:
             array: Any = _array(file, path.stat().st_size)
@@ -47,7 +47,7 @@ def read_npy(path: Path, *_: Any) -> EventTable:
         return _table(array, str(path), path.stat().st_size)
     except UserError:
         raise
-    except Exception as error:  # a damaged pickle can raise anything; nothing in it has been run
+    except Exception as error:  # a damaged pickle may raise any error; no code from it has run
         raise UserError(
             f"{path} could not be read as a dict of event arrays: {str(error)[:200]}. Only plain NumPy arrays are accepted."
         ) from None
@@ -60,42 +60,44 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _array(stream: IO[bytes], size: int, offset: int = 0) -> np.ndarray | StoredArray | list[StoredArray] | None:
-    """The array of a `.npy` of `size` bytes at `offset` of a file; a large one is left there, a table [n, 4] as its four columns.
-    None if it holds objects.
+    """The array of a `.npy` of `size` bytes at `offset` of a file, or None if it holds objects.
 
-    raises: ValueError for one whose header promises more than is there
+    A large array stays in the file; a table [n, 4] is then returned as its four columns.
+
+    Raises:
+        ValueError: If the header describes more bytes than the file has.
     """
     shape, fortran, dtype = _header(stream)
     if dtype.hasobject:
         return None
     start = stream.tell()
-    promised, there = math.prod(shape) * dtype.itemsize, size - (start - offset)
-    if min(shape, default=0) < 0 or promised > there:
-        raise ValueError(f"its header promises {shape} of {dtype}, {promised:,} bytes; {there:,} are there")
-    if promised > _MAX_IN_MEMORY and not isinstance(stream, io.BytesIO):
+    num_bytes, available = math.prod(shape) * dtype.itemsize, size - (start - offset)
+    if min(shape, default=0) < 0 or num_bytes > available:
+        raise ValueError(f"its header describes {shape} of {dtype}, {num_bytes:,} bytes; the file has {available:,}")
+    if num_bytes > _MAX_IN_MEMORY and not isinstance(stream, io.BytesIO):
         if len(shape) == 1:
             return StoredArray(stream, dtype, start, shape[0])
         if len(shape) == 2 and shape[1] == 4 and not fortran:
             records = StoredArray(stream, np.dtype([(f"f{i}", dtype) for i in range(4)]), start, shape[0])
             return [records.field(f"f{i}") for i in range(4)]
         if len(shape) == 2 and (shape[1] == 4 if fortran else shape[0] == 4):
-            count = promised // 4 // dtype.itemsize
+            count = num_bytes // 4 // dtype.itemsize
             return [StoredArray(stream, dtype, start + i * count * dtype.itemsize, count) for i in range(4)]
     order: Any = "F" if fortran else "C"
-    return np.frombuffer(stream.read(promised), dtype).reshape(shape, order=order)
+    return np.frombuffer(stream.read(num_bytes), dtype).reshape(shape, order=order)
 
 
 def _unpickled(stream: IO[bytes], size: int) -> Any:
-    """The objects of a `.npy` whose header has been read."""
+    """The objects of a `.npy`, after its header."""
     if size > _MAX_PICKLE_BYTES:
         raise ValueError(f"a pickle of {size:,} bytes; at most {_MAX_PICKLE_BYTES:,} are read. Write plain arrays: np.savez")
     data = stream.read()
-    look_through(data)
+    check_pickle(data)
     return plain_array(ArraysOnly(io.BytesIO(data)).load())
 
 
 def _table(content: Any, name: str, file_bytes: int) -> EventTable:
-    """What an array or a dict holds, as events."""
+    """Events of an array or a dict."""
     if isinstance(content, np.ndarray) and content.dtype == object:
         if content.shape == ():
             content = content.item()
@@ -103,7 +105,7 @@ def _table(content: Any, name: str, file_bytes: int) -> EventTable:
             return _bins(content, name, file_bytes)
     if isinstance(content, dict):
         if not all(isinstance(k, str) for k in content):
-            raise UserError(f"{name} holds a dict with keys that are no names; wanted a dict with x, y, t and p.")
+            raise UserError(f"{name} holds a dict with keys that are not strings; wanted a dict with x, y, t and p.")
         named = columns_by_name(content)
         inner = plain_array(next(iter(content.values()))) if len(content) == 1 else None
         if named is None and isinstance(inner, np.ndarray) and (inner.dtype.names or inner.ndim == 2) and inner.nbytes <= file_bytes:
@@ -132,7 +134,7 @@ def _table(content: Any, name: str, file_bytes: int) -> EventTable:
 
 
 def _unnamed(columns: list[Column], name: str) -> EventTable:
-    """Four columns whose meaning is told from 64 runs of their rows."""
+    """Four unnamed columns; their order is recognized from 64 runs of rows."""
     count = columns[0].shape[0]
     starts = np.unique(np.linspace(0, max(0, count - 64), 64).astype(int))
     picked = [np.concatenate([c[int(i) : int(i) + 64] for i in starts]) if count > 4096 else c[0:count] for c in columns]
@@ -141,16 +143,16 @@ def _unnamed(columns: list[Column], name: str) -> EventTable:
 
 
 def _bins(content: np.ndarray, name: str, file_bytes: int) -> EventTable:
-    """EventGPT-Plus' `event_bins`: consecutive structured arrays, or, where all are equally long, one object an event."""
+    """EventGPT-Plus' `event_bins`: consecutive structured arrays, or, if all are equally long, one object per event."""
     parts = [np.atleast_1d(np.asarray(plain_array(part))) for part in content.ravel()]
     if any(part.dtype.names is None or part.ndim != 1 for part in parts) or sum(p.nbytes for p in parts) > file_bytes:
-        raise UserError(f"{name} holds objects that are no arrays with fields x, y, t, p.")
+        raise UserError(f"{name} holds objects other than arrays with fields x, y, t, p.")
     tables = [_table(part, name, file_bytes) for part in parts]
     return table_of(joined([table.rows(slice(0, table.count)) for table in tables]), unit=tables[0].unit)
 
 
 def _flat(column: Any, name: str, file_bytes: int) -> np.ndarray:
-    """A column of the pickled dict; ValueError for one that is no plain array, or a view of less than it shows."""
+    """A column of the pickled dict; ValueError unless it is a plain array that fits into the file."""
     if isinstance(column, list) and all(type(v) in (int, float, bool) for v in column):
         column = np.array(column)
     column = plain_array(column)
@@ -162,7 +164,7 @@ def _flat(column: Any, name: str, file_bytes: int) -> np.ndarray:
 
 
 def read_zip(path: Path, *_: Any) -> EventTable | EventBlocks:
-    """`.npz` of any layout, or a text file in a zip."""
+    """Read an `.npz` of any layout, or a text file in a zip."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = [i for i in archive.infolist() if not i.is_dir() and not Path(i.filename).name.startswith("._")]
@@ -187,12 +189,12 @@ def read_zip(path: Path, *_: Any) -> EventTable | EventBlocks:
         return table_of({k: content[named[0][k]] for k in EVENT_FIELDS}, unit=named[1])
     except UserError:
         raise
-    except Exception as error:  # of zipfile, zlib, lzma, NumPy; nothing has been run
+    except Exception as error:  # from zipfile, zlib, lzma or NumPy; no code of the file has run
         raise UserError(f"{path} could not be read as .npz: {str(error)[:200]}. Only plain NumPy arrays are accepted.") from None
 
 
 def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, may_hold_objects: bool) -> Any:
-    """An array of an `.npz`: left in the file if it is large and not packed, unpacked into memory or a temporary file otherwise."""
+    """An array of an `.npz`. A large uncompressed one stays in the file; others are unpacked into memory or a temporary file."""
     if info.compress_type == zipfile.ZIP_STORED and info.file_size > _MAX_IN_MEMORY and not info.flag_bits & 1:
         with open(path, "rb") as file:
             file.seek(info.header_offset + 26)

@@ -1,4 +1,4 @@
-"""Recordings as cameras write them: Prophesee DAT and EVT2, EVT2.1, EVT3, and iniVation AEDAT4. Their times are microseconds."""
+"""Read the recordings of cameras: Prophesee DAT, EVT2, EVT2.1 and EVT3, and iniVation AEDAT4. Times are microseconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from feature_alignment.inputs.event_index import CHUNK_BYTES, Index, Word, chunk
 from feature_alignment.inputs.event_windows import EventBlocks, EventTable, StoredArray, refuse_long
 
 _LONGEST_HEADER = 1 << 20
-_PIECE_BYTES = 1 << 17  # a word of EVT2.1 can hold 32 events
+_PIECE_BYTES = 1 << 17  # decoded at once; a word of EVT2.1 can hold 32 events
 _DECODERS = {"EVT2": decode_evt2, "EVT2.1": decode_evt21, "EVT3": decode_evt3}
 _WORDS: dict[str, tuple[Word, str]] = {
     "2": ("EVT2", "u4"),
@@ -29,7 +29,16 @@ _WORDS: dict[str, tuple[Word, str]] = {
 
 
 def read_prophesee(path: Path, start_us: int, window_us: int | None) -> EventTable | EventBlocks:
-    """DAT or EVT, as the text header says."""
+    """Read a DAT or EVT recording; its text header names the format.
+
+    Args:
+        path: `.dat` or `.raw` file.
+        start_us: Start of the window after the first event.
+        window_us: Length of the window; None for all events.
+
+    Raises:
+        UserError: For another format or version, or a recording that is too long to be read without a window.
+    """
     header, body = _header(path)
     encoding = re.search(r"^% (?:evt |format EVT)([\d.]+)", header, re.MULTILINE)
     if encoding is None:
@@ -54,13 +63,13 @@ def read_prophesee(path: Path, start_us: int, window_us: int | None) -> EventTab
     if window_us is not None and first_us is not None:
         begin, end = first_us + start_us, first_us + start_us + window_us
         pieces = np.flatnonzero((index.low_us < end) & (index.high_us >= begin))
-    elif first_us is not None and path.stat().st_size > CHUNK_BYTES:  # an hour is refused before it is decoded
+    elif first_us is not None and path.stat().st_size > CHUNK_BYTES:  # refused before hours of events are decoded
         refuse_long(int(index.high_us.max()) - first_us, str(path))
     return EventBlocks(_decoded(path, body, kind, dtype, swapped, index, pieces), _sensor(header), "us", first_us)
 
 
 def _header(path: Path) -> tuple[str, int]:
-    """The lines that begin with "%", and the byte after them. Binary data may begin with that byte as well: "% end" is the last line."""
+    """Header lines, which start with "%", and the offset after them. Binary data may start with "%" too; "% end" ends the header."""
     with open(path, "rb") as file:
         raw = file.read(_LONGEST_HEADER)
     at = 0
@@ -86,7 +95,7 @@ def _sensor(header: str) -> tuple[int, int] | None:
 
 
 def _dat(path: Path, header: str, body: int) -> EventTable:
-    """Type and size byte, then pairs of 32 bits: t; x in bits 0-13, y in 14-27, p in 28-31. Windows are found by bisection."""
+    """DAT: type and size byte, then pairs of 32 bits: t; x in bits 0-13, y in 14-27, p in 28-31. Windows are found by bisection."""
     version = re.search(r"^% version (\d+)", header, re.MULTILINE | re.IGNORECASE)
     if version and version[1] == "1":
         raise UserError(
@@ -106,7 +115,7 @@ def _dat(path: Path, header: str, body: int) -> EventTable:
         pairs = StoredArray(file, pair, body + 2, count)
     sampled = np.array([pairs[slice(int(i), int(i) + 1)]["t"][0] for i in np.linspace(0, count - 1, 256)] if count else [], np.int64)
     if (np.diff(sampled) < -(2**31)).any():
-        raise UserError(f"{path} is longer than 71 minutes: its 32-bit times begin again. Cut it into shorter files.")
+        raise UserError(f"{path} is longer than 71 minutes: its 32-bit times wrap around. Cut it into shorter files.")
 
     def rows(part: slice) -> dict[str, np.ndarray]:
         read = pairs[part]
@@ -120,7 +129,7 @@ def _dat(path: Path, header: str, body: int) -> EventTable:
 
 
 def _swapped(path: Path, body: int, dtype: np.dtype, stated: str | None) -> bool:
-    """Whether the halves of EVT2.1's words are swapped: by the header, or by the words themselves."""
+    """Whether the halves of EVT2.1 words are swapped, from the header or from the words."""
     if stated in ("legacy", "little", "big"):
         return stated == "legacy"
     words = chunk_words(path, body, body + CHUNK_BYTES, dtype, False)
@@ -133,7 +142,7 @@ def _swapped(path: Path, body: int, dtype: np.dtype, stated: str | None) -> bool
 def _decoded(
     path: Path, body: int, kind: Word, dtype: np.dtype, swapped: bool, index: Index, chunks: np.ndarray
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The events of some chunks of a recording, piece by piece."""
+    """The events of some chunks of a recording, in pieces."""
     size, early = path.stat().st_size, 0
     for chunk in map(int, chunks):
         state = index.state(chunk)
@@ -158,6 +167,7 @@ def _first_us(path: Path, body: int, kind: Word, dtype: np.dtype, swapped: bool,
 
 
 def read_aedat4(path: Path, *_: Any) -> EventBlocks:
+    """Read the first event stream of an AEDAT4 file; UserError if it is damaged or `aedat` is not installed."""
     try:
         import aedat
     except ImportError:
@@ -170,7 +180,7 @@ def read_aedat4(path: Path, *_: Any) -> EventBlocks:
                 sensor_hw = (int(stream["height"]), int(stream["width"]))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises several unrelated types; its panics are not even Exceptions
+    except BaseException as error:  # the library raises several unrelated types; its panics are not Exceptions
         raise UserError(f"{path} could not be read as .aedat4: {str(error)[:200]}") from None
     return EventBlocks(_packets(path, decoder), sensor_hw, "us")
 

@@ -1,4 +1,4 @@
-"""Which column is which: the spellings of x, y, t, p that files use, and tables of four columns without names."""
+"""Recognize the columns x, y, t and p: by the names that files use, or by the content of four unnamed columns."""
 
 from __future__ import annotations
 
@@ -28,9 +28,16 @@ ORDERS = ("txyp", "xytp", "xypt")  # of tables without names: v2e and rpg text, 
 
 
 def columns_by_name(names: Iterable[str]) -> tuple[dict[str, str], TimeUnit | None] | None:
-    """x, y, t, p -> the name it has in a file, and the unit that the time's name states (`timestamp_ns`); None if one is missing.
+    """Match column names with x, y, t and p.
 
-    raises: UserError if two columns have the same meaning
+    Args:
+        names: Of the columns in a file.
+
+    Returns:
+        Field -> column name, and the unit in the time's name (`timestamp_ns`) if any; None if a field is missing.
+
+    Raises:
+        UserError: If two columns have the same meaning.
     """
     found: dict[str, str] = {}
     unit: TimeUnit | None = None
@@ -49,10 +56,14 @@ def columns_by_name(names: Iterable[str]) -> tuple[dict[str, str], TimeUnit | No
 
 
 def order_of(columns: list[np.ndarray], name: str) -> str:
-    """The order of four unnamed columns, from their content: `txyp`, `xytp` or `xypt`. x is taken to come before y.
+    """Recognize the order of four unnamed columns: `txyp`, `xytp` or `xypt`. x is assumed to come before y.
 
-    columns: four arrays [k], rows of the table in their order
-    raises:  UserError if no order, or more than one, fits
+    Args:
+        columns: Four arrays [k], rows of the table in order.
+        name: For messages.
+
+    Raises:
+        UserError: If no order, or more than one, fits.
     """
     fitting = [order for order in ORDERS if _fits(dict(zip(order, columns, strict=True)))]
     if len(fitting) == 1:
@@ -66,7 +77,7 @@ def order_of(columns: list[np.ndarray], name: str) -> str:
 
 
 def _fits(c: dict[str, np.ndarray]) -> bool:
-    """Whether columns can be x, y, t, p: polarity of two values, whole pixels of a sensor, time that goes forward."""
+    """Whether columns can be x, y, t, p: two polarities, whole pixels of a sensor, increasing times."""
     polarity = set(np.unique(c["p"])[:3].tolist())
     if not (polarity <= {0, 1} or polarity <= {-1, 1}):
         return False

@@ -1,6 +1,6 @@
-"""Prophesee's EVT2, EVT2.1 and EVT3 words as events, in pieces: a decoder takes the state before its words and gives the state after.
+"""Decode Prophesee's EVT2, EVT2.1 and EVT3 words in pieces: each decoder takes the state before its words and returns the state after.
 
-The state is a handful of integers, so that decoding can start anywhere a state was kept (`event_index`).
+The state is six integers, so decoding can start wherever a state was stored (`event_index`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,16 @@ _NO_EVENTS = {k: np.zeros(0, np.int64) for k in ("x", "y", "t", "p")}
 
 @dataclass(frozen=True)
 class State:
-    """What earlier words have set. high: last TIME_HIGH, -1 before the first; the rest is EVT3's: y row (-1: none yet), low part of the
-    time, number of times that the high part wrapped, base x and polarity of the next vector."""
+    """Decoder state; all fields but `high` are used by EVT3 alone.
+
+    Args:
+        high: High part of the time, -1 before the first TIME_HIGH.
+        low: Low part of the time.
+        epoch: Number of times that the high part has wrapped around.
+        row: Current y, -1 before the first.
+        base: x of the next vector.
+        base_p: Polarity of the next vector.
+    """
 
     high: int = -1
     low: int = 0
@@ -27,7 +35,13 @@ class State:
 
 
 class Decoded(NamedTuple):
-    """events: x, y, t, p, each [n] int64, t in microseconds; state: after the words; early: events dropped for want of a time stamp."""
+    """Result of a decoder.
+
+    Args:
+        events: x, y, t, p, each [n] int64; t in microseconds.
+        state: After the words.
+        early: Number of events dropped because no time stamp came before them.
+    """
 
     events: dict[str, np.ndarray]
     state: State
@@ -35,17 +49,17 @@ class Decoded(NamedTuple):
 
 
 def last_index(mask: np.ndarray) -> np.ndarray:
-    """For every position the index of the latest True at or before it, -1 where there is none."""
+    """For each position of mask [n], the index of the last True at or before it, or -1."""
     return np.maximum.accumulate(np.where(mask, np.arange(len(mask)), -1))
 
 
 def _fill(values: np.ndarray, index: np.ndarray, before: int) -> np.ndarray:
-    """values[index], and `before` where no index is there yet."""
+    """values[index], or `before` where the index is -1."""
     return np.where(index >= 0, values[np.maximum(index, 0)], before) if len(values) else values
 
 
 def decode_evt2(words: np.ndarray, state: State) -> Decoded:
-    """words [n] uint32: kind 0 or 1 = darker or brighter with the time's low 6 bits, kind 8 = its high 28 bits."""
+    """Decode words [n] uint32: kind 0 or 1 is a darker or brighter event with the low 6 bits of the time, kind 8 its high 28 bits."""
     if not len(words):
         return Decoded(_NO_EVENTS, state, 0)
     words = words.astype(np.int64)
@@ -59,7 +73,7 @@ def decode_evt2(words: np.ndarray, state: State) -> Decoded:
 
 
 def decode_evt21(words: np.ndarray, state: State) -> Decoded:
-    """words [n] uint64: as EVT2 in the upper 32 bits, with the bits of up to 32 pixels from x on in the lower ones."""
+    """Decode words [n] uint64: the upper 32 bits are as in EVT2, the lower ones a mask of up to 32 pixels from x on."""
     if not len(words):
         return Decoded(_NO_EVENTS, state, 0)
     upper, mask = (words >> 32).astype(np.int64), (words & 0xFFFFFFFF).astype(np.int64)
@@ -77,9 +91,10 @@ def decode_evt21(words: np.ndarray, state: State) -> Decoded:
 
 
 def halves_swapped(words: np.ndarray) -> bool | None:
-    """Whether EVT2.1 words [n] uint64 come with their halves swapped, as older cameras write them; None if nobody can tell.
+    """Whether EVT2.1 words [n] uint64 have their halves swapped, as older cameras write them; None if ambiguous.
 
-    The kind of a word stands in its upper half; a mask of pixels in its place would be of every kind."""
+    The upper half holds the kind of a word; a pixel mask in its place would have arbitrary kinds.
+    """
     known = np.array([0, 1, 8, 0xA, 0xE, 0xF], np.uint64)
 
     def fits(upper: np.ndarray) -> bool:
@@ -93,8 +108,11 @@ def halves_swapped(words: np.ndarray) -> bool | None:
 
 
 def decode_evt3(words: np.ndarray, state: State) -> Decoded:
-    """words [n] uint16, each changing one part of the state: y (0), x with polarity (2: one event; 3: base of a vector), 12 or 8 pixels
-    from the base on (4, 5), the time's low (6) and high (8) 12 bits. The high part wraps every 16.8 s."""
+    """Decode words [n] uint16; the kind says which part of the state a word changes.
+
+    Kinds: y (0), x and polarity of one event (2) or of the base of a vector (3), 12 or 8 pixels from the base on (4, 5), the low (6) and
+    high (8) 12 bits of the time. The high part wraps around every 16.8 s.
+    """
     if not len(words):
         return Decoded(_NO_EVENTS, state, 0)
     words = words.astype(np.int64)
@@ -122,14 +140,23 @@ def decode_evt3(words: np.ndarray, state: State) -> Decoded:
 
 
 def times_evt3(kind: np.ndarray, value: np.ndarray, state: State) -> tuple[np.ndarray, int, int, int]:
-    """The time [n] at every word, -1 before the first TIME_HIGH, and the low, high part and wraps after the last one."""
+    """Times of EVT3 words.
+
+    Args:
+        kind: [n] int64, kinds of the words.
+        value: [n] int64, their low 12 bits.
+        state: Before the words.
+
+    Returns:
+        The time [n] at every word in microseconds, -1 before the first TIME_HIGH; low part, high part and wraps after the last word.
+    """
     high_at, low_at = np.flatnonzero(kind == 8), last_index(kind == 6)
     highs = np.concatenate([[state.high], value[high_at]])
     steps = np.diff(highs)
     if state.high < 0:
         steps[:1] = 0
     epochs = np.concatenate([[state.epoch], state.epoch + np.cumsum(steps < -2048)])
-    rank = np.cumsum(kind == 8)  # which high part counts: 0 is the one before these words
+    rank = np.cumsum(kind == 8)  # index of the high part in effect; 0 is the one before these words
     moved_at = np.concatenate([[-1], np.where(steps != 0, high_at, -1)])  # a new high part restarts the low part
     moved = np.maximum.accumulate(moved_at)[rank]
     low = np.where(low_at > moved, _fill(value, low_at, 0), np.where((moved < 0) & (low_at < 0), state.low, 0))

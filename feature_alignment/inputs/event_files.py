@@ -1,6 +1,6 @@
-"""Event files of every kind as raw arrays. The format is recognized from the content, never from the suffix; docs/formats.md lists them.
+"""Read event files of all known formats. The format is recognized from the content, not from the suffix; docs/formats.md lists them.
 
-Each reader returns what the file says, or a way to read any part of it; `events.load_events` brings it into one form.
+Each reader returns the stored arrays, or a way to read any part of them; `events.load_events` normalizes them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from feature_alignment.inputs.event_windows import EventBlocks, EventTable, RawE
 __all__ = ["READERS", "RawEvents", "read_event_file", "save_events"]
 
 Reader = Callable[[Path, int, int | None], RawEvents | EventTable | EventBlocks]
-READERS: dict[bytes, Reader] = {  # by a file's first bytes: path, start_us, window_us -> events
+READERS: dict[bytes, Reader] = {  # first bytes of a file -> reader(path, start_us, window_us)
     b"\x93NUMPY": read_npy,
     b"PK": read_zip,
     SIGNATURE: read_h5,
     b"#!AER-DAT4": read_aedat4,
     b"%": read_prophesee,
 }
-_OTHERS = {  # formats that are named and not read
+_UNSUPPORTED = {  # known formats that are not read
     b"#!AER-DAT": ("AEDAT {} of jAER or cAER", "Convert it to AEDAT4 with DV, or to text with jAER."),
     b"#ROSBAG": ("a ROS bag", "Extract its events to HDF5 or text first, for example with rpg_e2vid's extract_events_from_rosbag."),
     b"Event Stream": ("an Event Stream .es file", "Convert it to CSV or AEDAT4 with `faery` or `event_stream`."),
@@ -42,10 +42,16 @@ _KNOWN = (
 
 
 def read_event_file(path: Path, start_us: int = 0, window_us: int | None = None, time_unit: TimeUnit | None = None) -> RawEvents:
-    """Read any known event file, of long ones only [start_us, start_us + window_us) after their first event.
+    """Read an event file of any known format; of a long one, only the window.
 
-    time_unit: what the file's times are in; None: what it states, or what they are recognized as
-    raises:    UserError for a missing, unknown, truncated, hostile or inconsistent file, or a library that is not installed
+    Args:
+        path: Event file.
+        start_us: Start of the window after the first event.
+        window_us: Length of the window; None for all events.
+        time_unit: Unit of the file's times; None for the stated or recognized unit.
+
+    Raises:
+        UserError: For a missing, unknown, truncated, unsafe or inconsistent file, or a library that is not installed.
     """
     if not path.is_file():
         raise UserError(f"no event file at {path}; --events wants an EventGPT .npy, .npz, DSEC .h5, Prophesee .dat or .raw, or .aedat4.")
@@ -70,7 +76,7 @@ def _reader(path: Path, head: bytes) -> Reader:
             return read
     if is_h5(path, head):
         return read_h5
-    for first_bytes, (what, remedy) in _OTHERS.items():
+    for first_bytes, (what, remedy) in _UNSUPPORTED.items():
         if head.startswith(first_bytes):
             version = head[9:12].decode("latin-1").strip()
             raise UserError(f"{path} is not an event file this project reads: it is {what.format(version)}. {remedy}")
@@ -80,6 +86,12 @@ def _reader(path: Path, head: bytes) -> Reader:
 
 
 def save_events(path: Path, stream: dict[str, np.ndarray]) -> None:
-    """Write a stream as EventGPT's own `.npy`: a dict in an object array, which NumPy can only pickle. Writing runs nothing; files
-    are read back through the restricted unpickler, never through NumPy's."""
+    """Write a stream as EventGPT's `.npy`: a dict in an object array.
+
+    NumPy can only pickle such an array. Writing a pickle is safe; files are read back by the restricted unpickler, not by NumPy's.
+
+    Args:
+        path: File to write.
+        stream: x, y, t, p, each [n].
+    """
     np.save(path, np.array(stream, dtype=object), allow_pickle=True)

@@ -1,4 +1,4 @@
-"""HDF5 event files by time window: DSEC, MVSEC, M3ED, v2e, Metavision, and others with the same layouts under other names."""
+"""Read HDF5 event files: DSEC, MVSEC, M3ED, v2e, Metavision, and others with the same layouts under other names."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from feature_alignment.inputs.event_windows import EVENT_FIELDS, EventTable
 
 INSTALL = "pip install -e '.[events]'"
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
-MAX_CHUNK_BYTES = 1 << 26  # of HDF5, which unpacks a whole chunk for one number
-_ECF = 0x8ECF  # Prophesee's own compression; no package holds it
-_PLACES = (  # the left camera of a stereo rig
+MAX_CHUNK_BYTES = 1 << 26  # HDF5 unpacks a whole chunk to read one number
+_ECF = 0x8ECF  # Prophesee's own compression, which no Python package can read
+_GROUPS = (  # candidates in order; of a stereo rig, the left camera first
     "events",
     "CD/events",
     "davis/left/events",
@@ -31,7 +31,7 @@ _PLACES = (  # the left camera of a stereo rig
 
 
 def is_h5(path: Path, head: bytes) -> bool:
-    """Whether a file is HDF5, also after a user block: its signature stands at 0, 512, 1024, 2048, ... bytes."""
+    """Whether a file is HDF5; after a user block, its signature is at byte 512, 1024, 2048, ..."""
     if head.startswith(SIGNATURE):
         return True
     size, at = path.stat().st_size, 512
@@ -45,9 +45,10 @@ def is_h5(path: Path, head: bytes) -> bool:
 
 
 def read_h5(path: Path, *_: Any) -> EventTable:
-    """The events of an HDF5 file. t comes back absolute, with the file's `t_offset` added.
+    """Read the events of an HDF5 file; the file's `t_offset` is added to t.
 
-    raises: UserError for another layout, a missing library, or a compression that only Metavision can read
+    Raises:
+        UserError: For another layout, a missing library, or a compression that only Metavision can read.
     """
     try:
         import h5py
@@ -69,7 +70,7 @@ def read_h5(path: Path, *_: Any) -> EventTable:
             file.close()
         if isinstance(error, UserError) or not isinstance(error, Exception):
             raise
-        raise _unreadable(path, error) from None  # the library raises errors of every kind
+        raise _unreadable(path, error) from None  # the library raises many different errors
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -77,7 +78,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def _guarded(table: EventTable, path: Path, file: Any) -> EventTable:
-    """The table with every error of the library as a message; closing it closes the file."""
+    """The table with errors of the library turned into UserErrors; closing it closes the file."""
 
     def guard(read: Any) -> Any:
         def guarded(rows: slice) -> Any:
@@ -94,28 +95,28 @@ def _guarded(table: EventTable, path: Path, file: Any) -> EventTable:
 
 
 def _find(file: Any, path: Path, h5py: Any) -> EventTable | None:
-    for place in _PLACES:
+    for group_path in _GROUPS:
         node = file
-        for part in filter(None, place.split("/")):
+        for part in filter(None, group_path.split("/")):
             node = _own(node, part, (h5py.Group, h5py.Dataset)) if isinstance(node, h5py.Group) and part in node else None
             if node is None:
                 break
         if isinstance(node, h5py.Group) and (table := _group(node, file, path, h5py)):
             return table
-        if isinstance(node, h5py.Dataset) and (table := _dataset(node, place, path)):
+        if isinstance(node, h5py.Dataset) and (table := _dataset(node, group_path, path)):
             return table
     return None
 
 
 def _own(group: Any, name: str, kinds: tuple[type, ...]) -> Any:
-    """A part of an HDF5 file that lies in this very file; ValueError for a link into another one."""
+    """A group or dataset of this file; ValueError for a link into another file."""
     if type(group.get(name, getlink=True)).__name__ != "HardLink" or not isinstance(group[name], kinds):
-        raise ValueError(f"{name} is no {kinds[0].__name__.lower()} of this file")
+        raise ValueError(f"{name} is not a {kinds[0].__name__.lower()} of this file")
     return group[name]
 
 
 def _group(group: Any, file: Any, path: Path, h5py: Any) -> EventTable | None:
-    """Four datasets of one group."""
+    """The events of a group with four datasets."""
     named = columns_by_name(group)
     if named is None:
         return None
@@ -125,7 +126,7 @@ def _group(group: Any, file: Any, path: Path, h5py: Any) -> EventTable | None:
         raise UserError(f"{path}: x, y, t, p must be flat and equally long, got shapes {lengths}.")
     has_offset, has_index = "t_offset" in file, any(k in file or k in group for k in ("ms_to_idx", "ms_map_idx"))
     whole = columns["t"].dtype.kind in "iu"
-    unit: TimeUnit | None = named[1] or ("us" if (has_offset or has_index) and whole else None)  # DSEC's and M3ED's own words
+    unit: TimeUnit | None = named[1] or ("us" if (has_offset or has_index) and whole else None)  # names that only DSEC and M3ED use
     return EventTable(
         len(columns["t"]),
         times=lambda rows: columns["t"][rows],
@@ -137,14 +138,14 @@ def _group(group: Any, file: Any, path: Path, h5py: Any) -> EventTable | None:
     )
 
 
-def _dataset(dataset: Any, place: str, path: Path) -> EventTable | None:
-    """One dataset: rows with fields, or a table [n, 4] whose order is told from its content."""
+def _dataset(dataset: Any, group_path: str, path: Path) -> EventTable | None:
+    """The events of one dataset: rows with fields, or a table [n, 4] whose order is recognized from its content."""
     if dataset.id.get_create_plist().get_nfilters() and _ECF in _filters(dataset):
         raise UserError(
             f"{path} is a Metavision recording compressed with ECF, which only Prophesee's SDK reads. Convert it with one of:\n"
             f"  metavision_file_to_dat -i {path.name}\n  metavision_file_to_csv -i {path.name}"
         )
-    _stored_here(dataset)
+    _refuse_external(dataset)
     if dataset.dtype.names:
         named = columns_by_name(dataset.dtype.names)
         if named is None or len(dataset.shape) != 1 or any(dataset.dtype[v].kind not in "iufb" for v in named[0].values()):
@@ -155,7 +156,7 @@ def _dataset(dataset: Any, place: str, path: Path) -> EventTable | None:
             times=lambda rows: dataset[rows][names["t"]],
             rows=lambda rows: (lambda part: {k: part[names[k]] for k in EVENT_FIELDS})(dataset[rows]),
             sensor_hw=_sensor_of_attributes(dataset, dataset.file),
-            unit="us" if place == "CD/events" else named[1],
+            unit="us" if group_path == "CD/events" else named[1],
             row_bytes=dataset.dtype.itemsize,
         )
     if len(dataset.shape) != 2 or dataset.shape[1] != 4 or dataset.dtype.kind not in "iuf":
@@ -177,24 +178,22 @@ def _filters(dataset: Any) -> set[int]:
 
 
 def _column(dataset: Any) -> Any:
-    """A dataset of numbers in the file itself, whose pieces can be unpacked one at a time."""
-    _stored_here(dataset)
+    """A dataset of numbers, checked to be stored in this file in chunks of moderate size."""
+    _refuse_external(dataset)
     if dataset.dtype.kind not in "iufb":
         raise ValueError(f"{dataset.name} holds {dataset.dtype}; wanted numbers")
     return dataset
 
 
-def _stored_here(dataset: Any) -> None:
+def _refuse_external(dataset: Any) -> None:
     if dataset.external or dataset.is_virtual:
         raise ValueError(f"{dataset.name} is stored in another file")
     if dataset.chunks and math.prod(dataset.chunks) * dataset.dtype.itemsize > MAX_CHUNK_BYTES:
-        raise ValueError(
-            f"{dataset.name} comes in pieces of {dataset.chunks} numbers; at most {MAX_CHUNK_BYTES:,} bytes are unpacked at once"
-        )
+        raise ValueError(f"{dataset.name} has chunks of {dataset.chunks} numbers; at most {MAX_CHUNK_BYTES:,} bytes are unpacked at once")
 
 
 def _sensor(group: Any, file: Any, h5py: Any) -> tuple[int, int] | None:
-    """Height and width that the file states next to its events, as numbers or as attributes."""
+    """Height and width that the file states next to its events, as datasets or attributes."""
     if "width" in group and "height" in group:
         sides = [np.asarray(_own(group, side, (h5py.Dataset,))[()]).ravel() for side in ("height", "width")]
         return _sides(*sides)

@@ -1,8 +1,8 @@
-"""Where a long EVT recording can be entered: the decoder's state and the times of every mebibyte, found in one pass and cached.
+"""Index of a long EVT recording for random access: decoder state and time range of every mebibyte, built in one pass and cached.
 
-The cache lies in the user's cache directory (`$XDG_CACHE_HOME` or `~/.cache`, under `feature_alignment/event_index`), never beside the
-recording. An index is found by size and sampled content. It is used at once if the file is the one it was made from (device, inode,
-size and both time stamps), otherwise only if the hash of the whole content is the same.
+The cache is in the user's cache directory (`$XDG_CACHE_HOME` or `~/.cache`, under `feature_alignment/event_index`), not next to the
+recording. An index is looked up by size and sampled content. It is used at once if device, inode, size and both time stamps of the file
+are known, otherwise only if the hash of the whole content matches.
 """
 
 from __future__ import annotations
@@ -21,15 +21,22 @@ from feature_alignment.cli.console import log
 from feature_alignment.inputs.event_evt import State
 
 CHUNK_BYTES = 1 << 20
-CACHED_FROM_BYTES = 1 << 24  # smaller files are scanned again each time, which takes milliseconds
+CACHED_FROM_BYTES = 1 << 24  # smaller files are scanned each time, which takes milliseconds
 _VERSION = 1
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 @dataclass(frozen=True)
 class Index:
-    """states [k, 6] int64: before each chunk; low_us, high_us [k] int64: the times that words in the chunk can have; digest: of the
-    whole file; stamps [m, 5] int64: files known to have this content."""
+    """Index of a recording of k chunks.
+
+    Args:
+        states: [k, 6] int64, decoder state before each chunk.
+        low_us: [k] int64, lowest possible time in each chunk.
+        high_us: [k] int64, highest possible time in each chunk.
+        digest: Hash of the whole file.
+        stamps: [m, 5] int64, stamps of files known to have this content.
+    """
 
     states: np.ndarray
     low_us: np.ndarray
@@ -38,6 +45,7 @@ class Index:
     stamps: np.ndarray
 
     def state(self, chunk: int) -> State:
+        """Decoder state before a chunk."""
         return State(*map(int, self.states[chunk]))
 
 
@@ -45,23 +53,31 @@ Word = Literal["EVT2", "EVT2.1", "EVT3"]
 
 
 def open_index(path: Path, body: int, kind: Word, dtype: np.dtype, swapped: bool) -> Index:
-    """The index of a recording whose words begin at byte `body`: from the cache, or made now and kept there."""
+    """The index of a recording, from the cache or built now.
+
+    Args:
+        path: Recording.
+        body: Offset of its first word.
+        kind: Encoding of the words.
+        dtype: Of one word.
+        swapped: Whether the halves of EVT2.1 words are swapped.
+    """
     if path.stat().st_size < CACHED_FROM_BYTES:
         return _build(path, body, kind, dtype, swapped)
     stamp = _stamp(path)
-    place = _cache_folder() / f"{_sampled(path, body, kind)}.npz"
-    index = _load(place)
+    cache_file = _cache_folder() / f"{_sampled(path, body, kind)}.npz"
+    index = _load(cache_file)
     if index is not None and len(index.low_us) == -(-(path.stat().st_size - body) // CHUNK_BYTES):
         if (index.stamps == stamp).all(1).any():
             return index
         if _digest(path) == index.digest:
             index = replace(index, stamps=np.concatenate([index.stamps[-15:], stamp[None]]))
-            _save(place, index)
+            _save(cache_file, index)
             return index
-    log.info("%s: building the index of a recording of %.1f GB; it is kept in %s.", path, path.stat().st_size / 1e9, place.parent)
+    log.info("%s: building the index of a recording of %.1f GB; it is cached in %s.", path, path.stat().st_size / 1e9, cache_file.parent)
     index = _build(path, body, kind, dtype, swapped)
-    if (_stamp(path) == stamp).all():  # nobody wrote to it meanwhile
-        _save(place, replace(index, stamps=stamp[None]))
+    if (_stamp(path) == stamp).all():  # the file was not changed in the meantime
+        _save(cache_file, replace(index, stamps=stamp[None]))
     return index
 
 
@@ -76,7 +92,7 @@ def _cache_folder() -> Path:
 
 
 def _sampled(path: Path, body: int, kind: Word) -> str:
-    """A name from the size and 64 pieces of 4 KiB: enough to tell recordings apart, not to trust one."""
+    """A cache key from the size and 64 pieces of 4 KiB: it distinguishes recordings, but does not prove equality."""
     size = path.stat().st_size
     digest = hashlib.blake2b(f"{_VERSION} {kind} {body} {size}".encode(), digest_size=16)
     with open(path, "rb") as file:
@@ -91,36 +107,46 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
 
 
-def _load(place: Path) -> Index | None:
-    """A cached index; None for one that is missing or damaged, which is then made again."""
+def _load(cache_file: Path) -> Index | None:
+    """A cached index; None if it is missing or damaged, so that it is built again."""
     try:
-        with open(place, "rb") as file, np.load(file, allow_pickle=False) as kept:
-            index = Index(kept["states"], kept["low_us"], kept["high_us"], str(kept["digest"]), kept["stamps"])
-    except Exception:  # np.load raises many kinds for a damaged file
+        with open(cache_file, "rb") as file, np.load(file, allow_pickle=False) as stored:
+            index = Index(stored["states"], stored["low_us"], stored["high_us"], str(stored["digest"]), stored["stamps"])
+    except Exception:  # np.load raises many different errors for a damaged file
         return None
     shapes = index.states.shape == (len(index.low_us), 6) and index.low_us.shape == index.high_us.shape
     return index if shapes and index.stamps.ndim == 2 and index.stamps.shape[1] == 5 else None
 
 
-def _save(place: Path, index: Index) -> None:
-    """Keep an index: written beside its place and renamed, so that readers see all of it or none. A cache that cannot be written is no
-    error: the index is then made again next time."""
+def _save(cache_file: Path, index: Index) -> None:
+    """Write an index atomically. If the cache is not writable, the index is built again next time."""
     temporary = ""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=place.parent, suffix=".tmp")
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=cache_file.parent, suffix=".tmp")
         with open(handle, "wb") as file:
             arrays = {"states": index.states, "low_us": index.low_us, "high_us": index.high_us, "stamps": index.stamps}
             np.savez(file, allow_pickle=False, digest=np.array(index.digest), **arrays)
-        os.replace(temporary, place)
+        os.replace(temporary, cache_file)
     except OSError as error:
-        log.info("The event index is not kept: %s: %s.", place.parent, error.strerror or error)
+        log.info("The event index is not cached: %s: %s.", cache_file.parent, error.strerror or error)
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
 
 
 def chunk_words(path: Path, start: int, stop: int, dtype: np.dtype, swapped: bool) -> np.ndarray:
-    """The words of bytes [start, stop), in this machine's order; a word that is cut off is dropped."""
+    """Read the words of bytes [start, stop) in native byte order; an incomplete last word is dropped.
+
+    Args:
+        path: Recording.
+        start: First byte.
+        stop: Byte after the last.
+        dtype: Of one word.
+        swapped: Whether to swap the halves of 64-bit words.
+
+    Returns:
+        [n], unsigned.
+    """
     with open(path, "rb") as file:
         file.seek(start)
         data = file.read(stop - start)
@@ -148,7 +174,7 @@ def _chunks(path: Path, body: int, dtype: np.dtype, swapped: bool) -> Iterator[n
 
 
 def _pass(words: np.ndarray, state: State, kind: Word) -> tuple[int, int, State]:
-    """The times a chunk of words can have, low and high in microseconds, and the state after it, without decoding its events."""
+    """Lowest and highest possible time of a chunk in microseconds and the state after it, without decoding its events."""
     if kind != "EVT3":
         upper = (words >> np.uint64(32)).astype(np.uint32) if kind == "EVT2.1" else words
         set_high = (upper[upper >> 28 == 8] & 0xFFFFFFF).astype(np.int64)

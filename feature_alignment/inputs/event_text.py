@@ -1,7 +1,7 @@
-"""Events as text: one event a line, separated by spaces, commas, tabs or semicolons; `events.txt`, `.csv`, or one of them in a zip.
+"""Event files as text: one event per line, separated by spaces, commas, tabs or semicolons; also inside a zip.
 
-Columns are named by a header line or recognized from their content (`event_columns`). The file is read in blocks, so that memory does
-not grow with it.
+Columns are named by a header line or recognized from their content (`event_columns`). The file is read in blocks, so that
+memory does not grow with its size.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _GEOMETRY = re.compile(rb"%?\s*geometry\s*[:=]?\s*(\d{1,5})\s*[,x]\s*(\d{1,5})")
 
 
 def is_text(head: bytes) -> bool:
-    """Whether the first bytes of a file are lines of numbers, after comments, a line of names or a sensor size."""
+    """Whether the first bytes of a file are lines of numbers, possibly after comments, a header line or a sensor size."""
     if b"\0" in head:
         return False
     lines = head.removeprefix(b"\xef\xbb\xbf").replace(b"\r", b"\n").split(b"\n")
@@ -41,20 +41,28 @@ def _is_row(line: bytes) -> bool:
 
 
 def read_text(path: Path, *_: Any) -> EventBlocks:
+    """Read a text file of events."""
     return _read(path, lambda: open(path, "rb"))
 
 
 def read_zipped_text(path: Path, members: list[str]) -> EventBlocks:
-    """The one text file in a zip.
+    """Read the single text file of a zip.
 
-    raises: UserError for a zip of several, or of something else
+    Args:
+        path: Zip file.
+        members: Names of the files in it.
+
+    Raises:
+        UserError: For a zip of several files, or of another kind.
     """
     texts = [m for m in members if Path(m).suffix.lower() in (".txt", ".csv", ".tsv", ".dat") or len(members) == 1]
     if len(texts) != 1:
         raise UserError(f"{path} holds {members[:20]}; wanted the arrays of an .npz, or one text file of events.")
     with zipfile.ZipFile(path) as archive, archive.open(texts[0]) as stream:
         if not is_text(stream.read(4096)):
-            raise UserError(f"{path} holds {texts[0]}, which is no text of events; wanted the arrays of an .npz, or lines of t x y p.")
+            raise UserError(
+                f"{path} holds {texts[0]}, which is not a text file of events; wanted the arrays of an .npz, or lines of t x y p."
+            )
     return _read(path, lambda: zipfile.ZipFile(path).open(texts[0]))
 
 
@@ -101,7 +109,7 @@ def _stated_unit(names: list[str] | None) -> TimeUnit | None:
 
 
 def _lines(stream: IO[bytes], preamble: int) -> Iterator[tuple[bytes, bool]]:
-    """Whole lines in blocks, without the preamble; the second value says that the last line of the file lacks its end."""
+    """Blocks of complete lines after the preamble; the second value is True for a last line without a newline."""
     for _ in range(preamble):
         stream.readline(1 << 20)
     rest = b"" if preamble else stream.read(3).removeprefix(b"\xef\xbb\xbf")
@@ -142,7 +150,7 @@ def _blocks(path: Path, open_it: Any, preamble: int, names: list[str] | None) ->
                 if order is None:
                     order = _order(path, columns, names)
                 block = {k: columns[order.index(k)] for k in EVENT_FIELDS}
-                if unfinished and (order[-1] in "xy" or (last is not None and block["t"][-1] < last)):  # digits may be missing
+                if unfinished and (order[-1] in "xy" or (last is not None and block["t"][-1] < last)):  # digits may be missing at the end
                     record_repair(path, "cut off", f"ends in the middle of a line, which is dropped: {text[:80]!r}.")
                     return
                 last = block["t"][-1]
@@ -156,7 +164,7 @@ def _blocks(path: Path, open_it: Any, preamble: int, names: list[str] | None) ->
 
 
 def _types(path: Path, text: bytes, separator: bytes, names: list[str] | None) -> np.dtype:
-    """Integers where a column of the first lines has no fractions: 64-bit floats cannot hold nanoseconds since 1970."""
+    """Row type: int64 for columns without fractions in the first lines, because floats cannot hold nanoseconds since 1970."""
     between = rb"\s*" + separator + rb"\s*" if separator else rb"\s+"
     rows = [re.split(between, line.strip().rstrip(b",")) for line in text[:100_000].split(b"\n")[:500]]
     rows = [row for row in rows if row != [b""] and not row[0].startswith(b"#")]

@@ -1,8 +1,8 @@
-"""Time stamps of every unit as whole microseconds, before anything is cast to integers.
+"""Recognize the unit of time stamps and convert them to whole microseconds.
 
-A file rarely states its unit. It is recognized from the magnitude of the stamps (epoch times), from fractions, from the grid that the
-stamps lie on (cameras stamp whole microseconds) and from the duration and the event rate that each unit would mean. A unit is accepted
-only if the others are implausible; otherwise the user is asked for `--event_time_unit`.
+A file rarely states its unit. It is recognized from the magnitude of the stamps (epoch times), from fractions, from their grid (cameras
+stamp whole microseconds), and from the duration and event rate that each unit implies. A unit is accepted only if the others are
+implausible; otherwise the error asks for `--event_time_unit`.
 """
 
 from __future__ import annotations
@@ -17,26 +17,35 @@ from feature_alignment.cli.console import UserError, record_repair
 TimeUnit = Literal["s", "ms", "us", "ns"]
 UNITS: tuple[TimeUnit, ...] = ("s", "ms", "us", "ns")
 NAMES: dict[str, str] = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
-FARTHEST_US = 2**61  # differences of numbers below it fit 64 bits
-_PER_UNIT = {"s": 1_000_000, "ms": 1000, "us": 1}  # microseconds; a nanosecond is a thousandth
+FARTHEST_US = 2**61  # differences of smaller numbers fit into 64 bits
+_PER_UNIT = {"s": 1_000_000, "ms": 1000, "us": 1}  # microseconds per unit; nanoseconds are divided by 1000
 _EPOCH_S = (1.0e9, 2.2e9)  # 2001 to 2039, in seconds
 _SHORTEST_US, _LONGEST_US = 3_000, 24 * 3600 * 1_000_000  # of a recording
 _FASTEST = 2e8  # events a second; the fastest cameras reach about 1e8 over a clip
 _SLOWEST = 1.0
-_FEW = 50  # so few events are too short a sample for a duration or a rate
+_FEW = 50  # fewer events are too few to estimate a duration or a rate
 
 
 @dataclass(frozen=True)
 class TimeSample:
-    """What a unit is recognized from. values: [k] consecutive stamps in runs, as stored; first, last, count: of the whole stream."""
+    """Time stamps from which a unit is recognized.
+
+    Args:
+        values: [k], runs of consecutive stamps as stored.
+        first: Smallest stamp of the stream.
+        last: Largest stamp of the stream.
+        count: Number of events of the stream.
+        step: Length of one run in `values`; 0 for a single run.
+    """
 
     values: np.ndarray
     first: float
     last: float
     count: int
-    step: int = 0  # length of one run in `values`; 0: one run
+    step: int = 0
 
     def gaps(self) -> np.ndarray:
+        """Absolute differences of consecutive stamps within runs."""
         gaps = np.abs(np.diff(self.values))
         if self.step:
             gaps = gaps[np.arange(1, len(self.values)) % self.step != 0]
@@ -44,9 +53,16 @@ class TimeSample:
 
 
 def choose_unit(sample: TimeSample, name: str, asked: TimeUnit | None = None, stated: TimeUnit | None = None) -> TimeUnit:
-    """The unit of a stream: what its format states, what the user asked for, or what it is recognized as.
+    """The unit of a stream: stated by its format, given by the user, or recognized.
 
-    raises: UserError if two units are plausible, if none is, or if `asked` contradicts what the format states
+    Args:
+        sample: Time stamps of the stream.
+        name: For messages.
+        asked: Unit given by the user.
+        stated: Unit stated by the format.
+
+    Raises:
+        UserError: If two units are plausible, or none, or if `asked` contradicts `stated`.
     """
     if stated and asked and stated != asked:
         raise UserError(
@@ -66,7 +82,19 @@ def choose_unit(sample: TimeSample, name: str, asked: TimeUnit | None = None, st
 
 
 def to_us(t: np.ndarray, unit: TimeUnit, name: str) -> np.ndarray:
-    """t [n] as stored -> [n] int64 microseconds; halves of a microsecond go to the even one."""
+    """Convert time stamps to whole microseconds, rounding half to even.
+
+    Args:
+        t: [n], as stored.
+        unit: Of t.
+        name: For messages.
+
+    Returns:
+        [n] int64.
+
+    Raises:
+        UserError: For stamps that are not finite or too large.
+    """
     if t.dtype.kind == "f" and not np.isfinite(t).all():
         raise UserError(f"{name}: non-finite values among the events.")
     if len(t):
@@ -74,7 +102,7 @@ def to_us(t: np.ndarray, unit: TimeUnit, name: str) -> np.ndarray:
         if not -FARTHEST_US < low <= high < FARTHEST_US:
             raise UserError(f"{name}: t goes from {t.min():g} to {t.max():g} {NAMES[unit]}; expected times within 70,000 years of zero.")
     if t.dtype.kind == "f":
-        whole = np.floor(t.astype(np.float64))  # split, so that the fraction keeps its digits
+        whole = np.floor(t.astype(np.float64))  # split, so that the fraction keeps its precision
         fraction = t.astype(np.float64) - whole
         if unit == "ns":
             return whole.astype(np.int64) // 1000
@@ -101,7 +129,7 @@ def _refuse_impossible(sample: TimeSample, name: str, stated: TimeUnit | None) -
 
 
 def _refuse_coarse(sample: TimeSample, name: str, unit: TimeUnit) -> None:
-    """raises UserError for floats too short for their numbers: float32 holds an epoch time to two minutes"""
+    """Refuse floats without enough precision: float32 resolves an epoch time to two minutes."""
     largest = np.abs(sample.values).max(initial=0)
     resolution_us = float(np.spacing(largest)) * _us_per(unit)
     if resolution_us > 1000:
@@ -140,9 +168,10 @@ def _meaning(sample: TimeSample, unit: TimeUnit) -> str:
 
 
 def _epoch_unit(sample: TimeSample, fractions: bool) -> TimeUnit | None:
-    """The unit in which all stamps are dates of this century and the stream lasts a plausible time.
+    """The unit in which all stamps are dates of this century and the stream has a plausible length.
 
-    Whole numbers of the size of epoch seconds are microseconds of a recording half an hour in: no camera stamps whole seconds."""
+    Integers of the size of epoch seconds are microseconds half an hour into a recording: no camera stamps whole seconds.
+    """
     for unit in UNITS:
         low, high = (s * 1e6 / _us_per(unit) for s in _EPOCH_S)
         inside = low <= min(sample.first, sample.last) and max(sample.first, sample.last) <= high
@@ -154,14 +183,14 @@ def _epoch_unit(sample: TimeSample, fractions: bool) -> TimeUnit | None:
 
 
 def _on_grid(values: np.ndarray, per_unit: float) -> bool:
-    """Whether values * per_unit are whole numbers, as far as the floats can tell."""
+    """Whether values * per_unit are whole numbers within float precision."""
     scaled = values.astype(np.float64) * per_unit
     tolerance = 4 * np.spacing(np.abs(values)).astype(np.float64) * per_unit
     return bool((tolerance < 0.1).all() and (np.abs(scaled - np.round(scaled)) <= np.maximum(tolerance, 1e-6)).all())
 
 
 def _from_fractions(sample: TimeSample, plausible: list[TimeUnit]) -> TimeUnit | None:
-    """Seconds if the stamps are whole microseconds of them and no coarser; otherwise the only plausible unit."""
+    """Seconds if the stamps are whole microseconds and not whole milliseconds; otherwise the only plausible unit."""
     if sample.count < _FEW and not plausible and abs(sample.last - sample.first) < 10:
         return "s"
     if "s" in plausible and _on_grid(sample.values, 1e6) and not _on_grid(sample.values, 1e3):
@@ -170,19 +199,21 @@ def _from_fractions(sample: TimeSample, plausible: list[TimeUnit]) -> TimeUnit |
 
 
 def _from_integers(sample: TimeSample) -> TimeUnit | None:
-    """Microseconds unless the stream would be too short, too fast, or as likely nanoseconds; None: nobody can tell."""
+    """Microseconds unless the stream would be too short, too fast, or equally likely nanoseconds; None if ambiguous."""
     span = abs(sample.last - sample.first)
     rate = sample.count / max(span, 1) * 1e6  # events a second if the stamps are microseconds
     if sample.count < _FEW and span < 1e6:
         return "us"
     if span < _SHORTEST_US or rate > _FASTEST:
         return None
-    if span < 1e6 or rate > 1e5:  # as nanoseconds it would last under a millisecond, or be faster than any camera
+    if span < 1e6 or rate > 1e5:  # as nanoseconds it would be shorter than a millisecond, or faster than any camera
         return "us"
     gaps = sample.gaps()
     if len(gaps) and gaps.any() and not (gaps % 1000).any():
         return "ns" if rate < 5000 and rate * 1000 <= _FASTEST else None
     mean_gap = span / max(sample.count - 1, 1)
-    if len(gaps) >= 1000 and (gaps == 0).mean() > 5 / max(mean_gap, 1) + 0.02:  # bursts within one microsecond: a camera's own clock
+    if (
+        len(gaps) >= 1000 and (gaps == 0).mean() > 5 / max(mean_gap, 1) + 0.02
+    ):  # bursts within one microsecond are typical of a camera's clock
         return "us"
     return None

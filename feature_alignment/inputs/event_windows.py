@@ -1,7 +1,7 @@
-"""A time window of a recording without reading the rest of it.
+"""Read a time window of a recording without reading the rest of it.
 
-Readers return one of three things: `RawEvents` (already microseconds), an `EventTable` (any row can be read, so that a window is found by
-bisection), or `EventBlocks` (can only be read from the front; what lies outside the window is dropped block by block).
+Readers return `RawEvents` (already in microseconds), an `EventTable` (random access: the window is found by bisection), or `EventBlocks`
+(sequential access: events outside the window are dropped block by block).
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from feature_alignment.cli.console import UserError, log, record_repair
 from feature_alignment.inputs.event_units import TimeSample, TimeUnit, choose_unit, to_us
 
 EVENT_FIELDS = ("x", "y", "t", "p")
-MAX_UNPACKED_BYTES = 1 << 30  # of one packed file, or of one window
-_SMALL = 1 << 17  # tables with so few rows are read whole and checked event by event
-_RUN, _RUNS = 512, 64  # rows a unit is recognized from
+MAX_UNPACKED_BYTES = 1 << 30  # of one compressed file, or of one window
+_SMALL = 1 << 17  # tables up to this many rows are read completely
+_RUN, _RUNS = 512, 64  # length and number of the runs of rows from which a unit is recognized
 _MARGIN = 1 << 14  # rows read on each side of a window: packets of a camera arrive slightly out of order
 _SCAN = 1 << 20
 _MOST_ROWS = 1 << 34
-_PATIENCE_US = 1_000_000  # blocks are read so far beyond a window's end
+_PATIENCE_US = 1_000_000  # blocks are read this far beyond the end of a window
 
 
 @dataclass(frozen=True)
 class RawEvents:
-    """A file's events as stored: four arrays [n], t in microseconds. sensor_hw where the file states it, else None.
+    """Events of a file.
 
-    start_us: where the recording begins, if the arrays are already only a window of it
+    Args:
+        events: x, y, t, p, each [n]; t in microseconds.
+        sensor_hw: Height and width in pixels, if the file states them.
+        start_us: Start of the recording, if `events` are only a window of it.
     """
 
     events: dict[str, np.ndarray]
@@ -43,17 +46,17 @@ class RawEvents:
 
 @dataclass(frozen=True)
 class EventTable:
-    """Events that can be read by row.
+    """Events with random access by row.
 
     Args:
-        count: number of rows
-        times: rows -> t [n] as stored
-        rows: rows -> x, y, t, p, each [n], as stored
-        sensor_hw: height and width in pixels, where the file states them
-        unit: unit of t, where the file states it
-        offset: what the file says is to be added to t, in its unit
-        row_bytes: memory that one row takes
-        close: frees the file
+        count: Number of rows.
+        times: Slice of rows -> t [n] as stored.
+        rows: Slice of rows -> x, y, t, p, each [n], as stored.
+        sensor_hw: Height and width in pixels, if the file states them.
+        unit: Unit of t, if the file states it.
+        offset: Offset that the file adds to t, in its unit.
+        row_bytes: Memory of one row.
+        close: Closes the file.
     """
 
     count: int
@@ -68,8 +71,14 @@ class EventTable:
 
 @dataclass(frozen=True)
 class EventBlocks:
-    """Events that are read from the front: blocks of x, y, t, p, each [n], as stored. first_us: time of the file's first event, if the
-    blocks are only a part of it."""
+    """Events with sequential access.
+
+    Args:
+        blocks: Of x, y, t, p, each [n], as stored.
+        sensor_hw: Height and width in pixels, if the file states them.
+        unit: Unit of t, if the file states it.
+        first_us: Time of the file's first event, if the blocks are only a part of it.
+    """
 
     blocks: Iterator[dict[str, np.ndarray]]
     sensor_hw: tuple[int, int] | None = None
@@ -78,14 +87,14 @@ class EventBlocks:
 
 
 class StoredArray:
-    """A flat array in a file, of which only the rows asked for are read. Not a memory map: the system counts and keeps pages around
-    every page that is touched, up to all of a file of 2 GB.
+    """A flat array in a file of which only the requested rows are read.
 
-    shape: (n,)
+    It is not a memory map: the system would keep the pages around every page that is touched, up to a whole file of 2 GB.
     """
 
     def __init__(self, file: IO[bytes], dtype: np.dtype, offset: int, count: int) -> None:
-        self._file = os.dup(file.fileno())  # the file may be closed, or have lost its name
+        """Open an array of `count` values at byte `offset` of a file."""
+        self._file = os.dup(file.fileno())  # the caller may close or delete the file
         weakref.finalize(self, os.close, self._file)
         self._record, self._offset, self._field = dtype, offset, ""
         self.shape = (count,)
@@ -93,12 +102,14 @@ class StoredArray:
         self.dtype = dtype
 
     def field(self, name: str) -> StoredArray:
+        """The values of one field of a structured array."""
         part = copy.copy(self)
-        part._whole = self  # or its file would be closed
+        part._whole = self  # keeps the file open
         part._field, part.dtype = name, self._record[name]
         return part
 
     def __getitem__(self, rows: slice) -> np.ndarray:
+        """Read a slice of rows."""
         start, stop, _ = rows.indices(self.shape[0])
         size = self._record.itemsize
         data = os.pread(self._file, max(0, stop - start) * size, self._offset + start * size)
@@ -110,7 +121,16 @@ Column = np.ndarray | StoredArray
 
 
 def table_of(columns: Mapping[str, Column], sensor_hw: tuple[int, int] | None = None, unit: TimeUnit | None = None) -> EventTable:
-    """A table of four arrays [n], in memory or in a file."""
+    """A table of four columns.
+
+    Args:
+        columns: x, y, t, p, each [n], in memory or in a file.
+        sensor_hw: Height and width in pixels, if known.
+        unit: Unit of t, if known.
+
+    Raises:
+        ValueError: If the columns differ in length.
+    """
     lengths = {k: v.shape for k, v in columns.items()}
     if len(set(lengths.values())) != 1 or any(len(s) != 1 for s in lengths.values()):
         raise ValueError(f"x, y, t, p must be flat and equally long, got shapes {lengths}")
@@ -125,7 +145,16 @@ def table_of(columns: Mapping[str, Column], sensor_hw: tuple[int, int] | None = 
 
 
 def refuse_long(span_us: int, name: str, limit_us: int = 100_000) -> None:
-    """UserError if a stream is longer than EventGPT was built for and nobody has said which part of it to take."""
+    """Refuse a stream that is too long for EventGPT to be read without a window.
+
+    Args:
+        span_us: Length of the stream.
+        name: For the message.
+        limit_us: Shortest refused length.
+
+    Raises:
+        UserError: If the stream is that long.
+    """
     if span_us >= limit_us:
         raise UserError(
             f"{name} spans {span_us / 1000:.1f} ms; EventGPT was built for windows under {limit_us // 1000} ms. Say which part to take: "
@@ -137,9 +166,17 @@ def refuse_long(span_us: int, name: str, limit_us: int = 100_000) -> None:
 
 
 def read_table(table: EventTable, name: str, start_us: int, window_us: int | None, asked: TimeUnit | None) -> RawEvents:
-    """The events of a table, or of a window of it, in microseconds.
+    """Read a table, or a window of it, in microseconds.
 
-    raises: UserError for a unit that nobody can tell, or a stream that is too long to be taken whole
+    Args:
+        table: Events with random access.
+        name: For messages.
+        start_us: Start of the window after the first event.
+        window_us: Length of the window; None for all events.
+        asked: Unit that the user stated.
+
+    Raises:
+        UserError: If the unit is ambiguous, or the stream is too long to be read without a window.
     """
     if table.count > _MOST_ROWS:
         raise UserError(f"{name} holds {table.count:,} rows; at most {_MOST_ROWS:,} are read.")
@@ -157,7 +194,7 @@ def read_table(table: EventTable, name: str, start_us: int, window_us: int | Non
         return to_us(table.times(rows), unit, name)
 
     sampled = to_us(sample.values, unit, name)
-    if (np.diff(sampled) < -1000).any():  # far out of order: every stamp has to be read
+    if (np.diff(sampled) < -1000).any():  # far out of order: all time stamps must be read
         return _scan(table, name, unit, times, start_us, window_us)
     first = int(times(slice(0, min(table.count, _MARGIN))).min())
     if window_us is None:
@@ -166,20 +203,20 @@ def read_table(table: EventTable, name: str, start_us: int, window_us: int | Non
     begin, end = first + start_us, first + start_us + window_us
     low, high = (bisect.bisect_left(range(table.count), at, key=lambda i: int(times(slice(i, i + 1))[0])) for at in (begin, end))
     low, high = max(0, low - _MARGIN), min(table.count, high + _MARGIN)
-    around = times(slice(low, high))
-    edge = min(64, len(around) // 4)
-    inside = (around >= begin) & (around < end)
+    t = times(slice(low, high))
+    edge = min(64, len(t) // 4)
+    inside = (t >= begin) & (t < end)
     if (low and inside[:edge].any()) or (high < table.count and inside[-edge:].any()):
         return _scan(table, name, unit, times, start_us, window_us)
-    kept = np.flatnonzero(inside)
-    if not len(kept):
+    in_window = np.flatnonzero(inside)
+    if not len(in_window):
         return RawEvents(_converted(table.rows(slice(0, 0)), unit, name, 0), table.sensor_hw, first)
-    low, high = low + int(kept[0]), low + int(kept[-1]) + 1
+    low, high = low + int(in_window[0]), low + int(in_window[-1]) + 1
     return _with_start(_converted(_rows(table, low, high), unit, name, table.offset), table, unit, name, first)
 
 
 def _sample_of(t: np.ndarray | None, table: EventTable) -> TimeSample:
-    """Stamps to recognize a unit from: all of a small table, 64 runs of 512 of a large one."""
+    """Time stamps from which a unit is recognized: all of a small table, 64 runs of 512 of a large one."""
     if t is not None:
         return TimeSample(t, float(t.min()), float(t.max()), len(t)) if t.dtype.kind in "iuf" else TimeSample(t, 0, 0, len(t))
     starts = np.linspace(0, table.count - _RUN, _RUNS).astype(int)
@@ -196,7 +233,7 @@ def _rows(table: EventTable, low: int, high: int) -> dict[str, np.ndarray]:
 
 
 def _converted(events: dict[str, np.ndarray], unit: TimeUnit, name: str, offset: int) -> dict[str, np.ndarray]:
-    # DSEC stores t as uint32 and an offset beyond 2**32: NumPy 2 refuses their sum, older ones wrapped it
+    # DSEC stores t as uint32 and an offset beyond 2**32: NumPy 2 refuses their sum, and older versions wrap it around
     shift = int(to_us(np.array([offset]), unit, name)[0])
     return {**events, "t": to_us(events["t"], unit, name) + shift}
 
@@ -208,7 +245,7 @@ def _with_start(events: dict[str, np.ndarray], table: EventTable, unit: TimeUnit
 def _scan(
     table: EventTable, name: str, unit: TimeUnit, times: Callable[[slice], np.ndarray], start_us: int, window_us: int | None
 ) -> RawEvents:
-    """A window of a table that is not sorted: all stamps are read, in pieces, and the rows of the window picked out."""
+    """A window of an unsorted table: all time stamps are read in pieces, and the rows of the window are selected."""
     log.info("%s is not sorted by time; all of its %s time stamps are read.", name, f"{table.count:,}")
     pieces = [slice(i, min(i + _SCAN, table.count)) for i in range(0, table.count, _SCAN)]
     ranges = [(int(t.min()), int(t.max())) for t in map(times, pieces)]
@@ -232,17 +269,28 @@ def _scan(
 
 
 def joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Concatenate streams; an empty dict for no parts."""
     return {k: np.concatenate([part[k] for part in parts]) for k in EVENT_FIELDS} if parts else {}
 
 
 def read_blocks(source: EventBlocks, name: str, start_us: int, window_us: int | None, asked: TimeUnit | None) -> RawEvents:
-    """The events of a window, kept block by block; reading stops one second after the window's end.
+    """Read a window of sequential events; reading stops one second after the end of the window.
 
-    The unit is recognized from the first block alone, of at least a few thousand events.
+    The unit is recognized from the first block, which has at least a few thousand events.
+
+    Args:
+        source: Events with sequential access.
+        name: For messages.
+        start_us: Start of the window after the first event.
+        window_us: Length of the window; None for all events.
+        asked: Unit that the user stated.
+
+    Raises:
+        UserError: If the events are unsorted, too long or too many.
     """
     parts: list[dict[str, np.ndarray]] = []
     unit: TimeUnit | None = None
-    first, latest, held = source.first_us, None, 0
+    first, latest, num_bytes = source.first_us, None, 0
     inside: slice | np.ndarray
     for block in source.blocks:
         if not len(block["t"]):
@@ -262,9 +310,9 @@ def read_blocks(source: EventBlocks, name: str, start_us: int, window_us: int | 
                 break
             inside = (t >= begin) & (t < end)
         parts.append({k: v[inside] for k, v in {**block, "t": t}.items()})
-        held += sum(v.nbytes for v in parts[-1].values())
-        if held > MAX_UNPACKED_BYTES:
-            raise UserError(f"{name}: the events of this window take more than {held:,} bytes. Type a smaller --event_window_ms.")
+        num_bytes += sum(v.nbytes for v in parts[-1].values())
+        if num_bytes > MAX_UNPACKED_BYTES:
+            raise UserError(f"{name}: the events of this window take more than {num_bytes:,} bytes. Pass a smaller --event_window_ms.")
     empty = {k: np.zeros(0, np.int64) for k in EVENT_FIELDS}
     return RawEvents(joined(parts) or empty, source.sensor_hw, first if window_us is not None else None)
 

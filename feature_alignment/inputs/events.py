@@ -1,4 +1,4 @@
-"""Event streams in, CLIP-ready event images out, exactly as EventGPT's released inference code makes them.
+"""Event streams and event images, exactly as EventGPT's released inference code makes them.
 
 A stream is a dict of four equally long arrays: x, y (pixels), t (microseconds, ascending), p (1 brighter, 0 darker).
 """
@@ -24,12 +24,19 @@ _WHITE = 255
 def load_events(
     path: str | Path, window_ms: float | None = None, start_ms: float = 0.0, time_unit: TimeUnit | None = None
 ) -> dict[str, np.ndarray]:
-    """Read an event file of any known format (see `event_files`), cut it to a window and bring it into one form.
+    """Read an event file of any known format (see `event_files`), cut it to a window and normalize it.
 
-    window_ms: keep events of [start_ms, start_ms + window_ms) after the file's first; None keeps all and refuses 100 ms or more
-    time_unit: what the file's times are in; None: what the file states, or what they are recognized as
-    returns:   x, y int64 >= 0, t int64 microseconds ascending, p uint8 in {0, 1}
-    raises:    UserError for a file that cannot be read or would be misread
+    Args:
+        path: Event file.
+        window_ms: Keep events of [start_ms, start_ms + window_ms) after the first event; None keeps all and refuses 100 ms or more.
+        start_ms: Start of the window.
+        time_unit: Unit of the file's times; None for the stated or recognized unit.
+
+    Returns:
+        x, y [n] int64 >= 0, pixels; t [n] int64, ascending microseconds; p [n] uint8 in {0, 1}.
+
+    Raises:
+        UserError: For a file that cannot be read or would be misread.
     """
     if window_ms is not None and not 0 < window_ms <= MAX_WINDOW_US / 1000:
         raise UserError(f"--event_window_ms {window_ms:g}: wanted more than 0 and at most {MAX_WINDOW_US // 1000}.")
@@ -49,11 +56,24 @@ def check_events(
     window_us: int | None = None,
     origin_us: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """One form for every stream: what can be mended is mended, counted and logged; what would be misread is refused.
+    """Normalize a stream. Repairs are counted and logged; input that would be misread is refused.
 
-    mended: polarity {-1, 1} or bool becomes {0, 1}; unsorted events are sorted by t, equal times in file order; events outside the
-            sensor are dropped, unless that is more than half of them
-    name:   for messages; origin_us: where the recording began, default its first event
+    Repairs: polarity {-1, 1} or bool becomes {0, 1}; unsorted events are sorted by t, equal times in file order; events outside the sensor
+    are dropped, unless they are more than half.
+
+    Args:
+        events: x, y, t, p, each [n]; t in microseconds.
+        name: For messages.
+        sensor_hw: Height and width of the sensor in pixels, if known.
+        start_us: Start of the window after `origin_us`.
+        window_us: Length of the window; None keeps all.
+        origin_us: Start of the recording; default its first event.
+
+    Returns:
+        As `load_events`.
+
+    Raises:
+        UserError: For a stream that would be misread.
     """
     lengths = {k: v.shape for k, v in events.items()}
     if len(set(lengths.values())) != 1 or any(len(s) != 1 for s in lengths.values()):
@@ -62,7 +82,7 @@ def check_events(
         raise UserError(f"{name}: x, y, t, p must be numbers, got { {k: str(v.dtype) for k, v in events.items()} }.")
     if any(v.dtype.kind == "f" and not np.isfinite(v).all() for v in events.values()):
         raise UserError(f"{name}: non-finite values among the events.")
-    _enough(len(events["t"]), name)
+    _refuse_few(len(events["t"]), name)
     t = events["t"]
     if t.dtype.kind == "f" and float(np.ptp(t)) < 10 and (t != np.floor(t)).any():
         raise UserError(f"{name}: time stamps from {t.min():g} to {t.max():g} look like seconds; wanted microseconds.")
@@ -86,7 +106,7 @@ def check_events(
         begin = (int(t[0]) if origin_us is None else origin_us) + start_us
         rows = slice(*np.searchsorted(t, (begin, begin + window_us)))
         x, y, t, p = x[rows], y[rows], t[rows], p[rows]
-        _enough(len(t), f"{name}, {window_us / 1000:g} ms from {start_us / 1000:g} ms on,")
+        _refuse_few(len(t), f"{name}, {window_us / 1000:g} ms from {start_us / 1000:g} ms on,")
 
     h, w = (min(side, MAX_COORDINATE) for side in sensor_hw or (MAX_COORDINATE, MAX_COORDINATE))
     inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
@@ -99,39 +119,50 @@ def check_events(
         message = f"{outside} of {len(x)} events outside {w} x {h} pixels are dropped."
         record_repair(name, f"{share} outside the sensor dropped", message)
         x, y, t, p = x[inside], y[inside], t[inside], p[inside]
-        _enough(len(t), name)
+        _refuse_few(len(t), name)
     return {"x": x, "y": y, "t": t, "p": p}
 
 
 def _polarity(p: np.ndarray, name: str) -> np.ndarray:
-    """{0, 1}, bool and {-1, 1} as uint8 {0, 1}. A stream with -1 and 0 is refused: nobody knows what its 0 means."""
+    """Polarities {0, 1}, bool or {-1, 1} as uint8 {0, 1}. A stream with -1 and 0 is refused: the meaning of 0 is ambiguous."""
     values = set(np.unique(p)[:9].tolist())
     if values <= {0, 1}:
         return p.astype(np.uint8)
     if values <= {-1, 1}:
         record_repair(name, "polarity -1 read as 0", f"{int((p == -1).sum())} of {len(p)} polarities are -1; read as 0 (darker).")
-        return (p == 1).astype(np.uint8)
+        brighter: np.ndarray = p == 1
+        return brighter.astype(np.uint8)
     raise UserError(f"{name}: polarity holds {sorted(values)}; wanted 0 (darker) and 1 (brighter), or -1 and 1.")
 
 
-def _enough(count: int, name: str) -> None:
+def _refuse_few(count: int, name: str) -> None:
     if count < 5:
         raise UserError(f"{name} holds {count} events; EventGPT needs at least 5, one for each of its five slices.")
 
 
 def slice_by_count(num_events: int, num_slices: int) -> list[slice]:
-    """Equal counts; the last slice takes the remainder."""
+    """Split events into slices of equal counts; the last slice takes the remainder."""
     k = num_events // num_slices
     return [slice(i * k, num_events if i == num_slices - 1 else (i + 1) * k) for i in range(num_slices)]
 
 
 def event_image(x: np.ndarray, y: np.ndarray, p: np.ndarray, canvas_hw: tuple[int, int] | None = None) -> np.ndarray:
-    """Draw events on white: the last event at a pixel wins, darker blue, brighter red.
+    """Draw events on white: darker is blue, brighter red; the last event at a pixel wins.
 
-    x, y, p:   [n] in stream order; canvas_hw: None = the events' own extent, as released
-    returns:   [h, w, 3] uint8
-    NumPy promises no order for repeated indices in an assignment; the maximum of (index, polarity) needs none, and then every event
-    at a pixel writes the same colour.
+    NumPy guarantees no order for repeated indices in an assignment, so the last event is found by the maximum of (index, polarity). Then
+    all events at a pixel write the same color.
+
+    Args:
+        x: [n] columns, in stream order.
+        y: [n] rows.
+        p: [n] polarities in {0, 1}.
+        canvas_hw: Height and width of the image; None for the extent of the events, as released.
+
+    Returns:
+        [h, w, 3] uint8.
+
+    Raises:
+        UserError: For events outside the canvas.
     """
     h, w = canvas_hw or (int(y.max()) + 1, int(x.max()) + 1)
     if len(x) and (y.max() >= h or x.max() >= w):
@@ -141,11 +172,11 @@ def event_image(x: np.ndarray, y: np.ndarray, p: np.ndarray, canvas_hw: tuple[in
     np.maximum.at(last, pixel, (np.arange(len(x), dtype=np.int32) << 1) + p)
     image = np.full(h * w * 3, _WHITE, np.uint8)
     red = 3 * pixel
-    image[red + 1] = 0  # green, of both
-    image[red + 2 * (last[pixel] & 1)] = 0  # red where darker, blue where brighter
+    image[red + 1] = 0  # no green in either color
+    image[red + 2 * (last[pixel] & 1)] = 0  # no red where darker, no blue where brighter
     return image.reshape(h, w, 3)
 
 
 def event_images(events: dict[str, np.ndarray], num_slices: int, canvas_hw: tuple[int, int] | None = None) -> list[np.ndarray]:
-    """A stream as `num_slices` images [h, w, 3] uint8 of equal event counts."""
+    """Draw a stream as `num_slices` images [h, w, 3] uint8 of equal event counts; see `event_image`."""
     return [event_image(events["x"][s], events["y"][s], events["p"][s], canvas_hw) for s in slice_by_count(len(events["t"]), num_slices)]

@@ -1,4 +1,4 @@
-"""Still images as frames: a folder of images, a zip of one, a single image, a multi-page file; upright and with 8 bits per color."""
+"""Read frames from still images: a folder or zip of images, one image, a multi-page file; upright, 8 bits per color."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from PIL import Image
 from feature_alignment.cli.console import UserError, record_repair
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
-_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")  # whatever the suffix says: Pillow knows others that start programs
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")  # regardless of the suffix; some other formats of Pillow start programs
 MAX_PIXELS = 1 << 25  # of a frame: 8K
 _MAX_MEMBER = 1 << 27  # bytes of one image in a zip
 _ORIENTATION, _BITS_PER_SAMPLE, _SAMPLE_FORMAT = 0x0112, 258, 339  # tags of Exif and TIFF
 
 
-class Turn(NamedTuple):
-    """How stored pixels become an upright picture: transposed first, then flipped."""
+class Orientation(NamedTuple):
+    """How stored pixels become an upright image: transpose first, then flip."""
 
     transpose: bool = False
     flip_rows: bool = False
     flip_columns: bool = False
 
     def apply(self, pixels: np.ndarray) -> np.ndarray:
-        """pixels: [h, w, ...]; returns [h, w, ...] or, transposed, [w, h, ...]"""
+        """Turn pixels [h, w, ...] upright; returns [h, w, ...] or, transposed, [w, h, ...]."""
         if self.transpose:
             pixels = pixels.swapaxes(0, 1)
         if self.flip_rows:
@@ -42,28 +42,28 @@ class Turn(NamedTuple):
         return np.ascontiguousarray(pixels)
 
 
-UPRIGHT = Turn()
-_EXIF_TURNS = {  # Exif's orientation 2 to 8
-    2: Turn(flip_columns=True),
-    3: Turn(flip_rows=True, flip_columns=True),
-    4: Turn(flip_rows=True),
-    5: Turn(transpose=True),
-    6: Turn(transpose=True, flip_columns=True),
-    7: Turn(transpose=True, flip_rows=True, flip_columns=True),
-    8: Turn(transpose=True, flip_rows=True),
+UPRIGHT = Orientation()
+_EXIF_ORIENTATIONS = {  # Exif's orientation 2 to 8
+    2: Orientation(flip_columns=True),
+    3: Orientation(flip_rows=True, flip_columns=True),
+    4: Orientation(flip_rows=True),
+    5: Orientation(transpose=True),
+    6: Orientation(transpose=True, flip_columns=True),
+    7: Orientation(transpose=True, flip_rows=True, flip_columns=True),
+    8: Orientation(transpose=True, flip_rows=True),
 }
 
 
 @dataclass(frozen=True)
-class Stills:
-    """Frames that are images. `read(i)` returns frame i as [h, w, 3] uint8, or float32 with values still to be scaled."""
+class ImageSequence:
+    """Frames stored as images. `read(i)` returns frame i as [h, w, 3] uint8, or float32 that `to_8_bits` has to scale."""
 
     count: int
     read: Callable[[int], np.ndarray]
 
 
-def open_stills(path: Path) -> Stills | None:
-    """The images of a folder, a zip or an image file in the order of their numbers; None for anything else.
+def open_images(path: Path) -> ImageSequence | None:
+    """The images of a folder, zip or image file in the order of the numbers in their names; None for other files.
 
     Raises:
         UserError: For a folder or a zip without images, or a damaged file.
@@ -72,21 +72,21 @@ def open_stills(path: Path) -> Stills | None:
         files = sorted_by_number([f for f in path.iterdir() if _is_frame(f) and f.is_file()], path)
         if not files:
             raise UserError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {path}.")
-        return Stills(len(files), lambda i: _read_image(files[i], files[i]))
+        return ImageSequence(len(files), lambda i: _read_image(files[i], files[i]))
     if path.suffix.lower() == ".zip":
         return _open_zip(path)
     if path.suffix.lower() in IMAGE_SUFFIXES and not _is_animated_png(path):
         pages = _count_pages(path)
-        return Stills(pages, lambda i: _read_image(path, path, page=i))
+        return ImageSequence(pages, lambda i: _read_image(path, path, page=i))
     return None
 
 
 def _is_frame(name: Path | PurePosixPath) -> bool:
-    """Hidden files are no frames: macOS writes `._name` (AppleDouble) next to every file on a foreign disk, and into zips."""
+    """Whether a file is a frame. Hidden files are not: macOS adds `._name` (AppleDouble) files on foreign disks and in zips."""
     return name.suffix.lower() in IMAGE_SUFFIXES and not name.name.startswith(".")
 
 
-def _open_zip(path: Path) -> Stills:
+def _open_zip(path: Path) -> ImageSequence:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {PurePosixPath(m.filename): m for m in archive.infolist() if not m.is_dir()}
@@ -107,15 +107,15 @@ def _open_zip(path: Path) -> Stills:
         try:
             with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
                 content = stream.read(_MAX_MEMBER)
-        except Exception as error:  # a password, an unknown compression, a wrong checksum: errors of several modules
+        except Exception as error:  # passwords, unknown compression and wrong checksums raise different errors
             raise UserError(f"{where} could not be read: {str(error)[:200]}") from None
         return _read_image(io.BytesIO(content), where)
 
-    return Stills(len(names), read)
+    return ImageSequence(len(names), read)
 
 
 def _is_animated_png(path: Path) -> bool:
-    """Animated PNG is FFmpeg's: its `acTL` comes before the first pixels."""
+    """Whether a PNG is animated (`acTL` before the first pixels), which FFmpeg reads."""
     with path.open("rb") as stream:
         head = stream.read(1 << 16)
     return head.startswith(b"\x89PNG") and b"acTL" in head.split(b"IDAT")[0]
@@ -125,26 +125,26 @@ def _count_pages(path: Path) -> int:
     try:
         with Image.open(path, formats=_FORMATS) as image:
             refuse_large(path, image)
-            return getattr(image, "n_frames", 1) if image.format in ("TIFF", "WEBP") else 1
+            return int(getattr(image, "n_frames", 1)) if image.format in ("TIFF", "WEBP") else 1
     except UserError:
         raise
-    except Exception as error:  # Pillow's formats raise errors of every kind
+    except Exception as error:  # Pillow raises many different errors
         raise _unreadable(path, error) from None
 
 
 def _read_image(file: Any, name: Any, page: int = 0) -> np.ndarray:
-    """file: what Pillow opens; name: what a message calls it"""
+    """One page of an image file that Pillow can open, upright; `name` is for messages."""
     try:
         with Image.open(file, formats=_FORMATS) as image:
             refuse_large(name, image)
             if page:
                 image.seek(page)
                 refuse_large(name, image)
-            image.load()  # a TIFF is turned upright by this, and no longer states an orientation
-            return exif_turn(image).apply(_pixels(image, name))
+            image.load()  # this already turns a TIFF upright and removes its orientation
+            return exif_orientation(image).apply(_pixels(image, name))
     except UserError:
         raise
-    except Exception as error:  # Pillow's formats raise errors of every kind
+    except Exception as error:  # Pillow raises many different errors
         raise _unreadable(name, error) from None
 
 
@@ -152,16 +152,16 @@ def _unreadable(name: Any, error: Exception) -> UserError:
     return UserError(f"{name} could not be read as an image ({', '.join(_FORMATS)}): {str(error)[:200]}")
 
 
-def exif_turn(image: Image.Image) -> Turn:
-    """What the orientation in an image's Exif (or XMP) data asks for."""
+def exif_orientation(image: Image.Image) -> Orientation:
+    """The orientation stated by an image's Exif or XMP data."""
     try:
-        return _EXIF_TURNS.get(image.getexif().get(_ORIENTATION, 1), UPRIGHT)
-    except Exception:  # Exif data that cannot be read state nothing
+        return _EXIF_ORIENTATIONS.get(image.getexif().get(_ORIENTATION, 1), UPRIGHT)
+    except Exception:  # unreadable Exif data count as none
         return UPRIGHT
 
 
 def _pixels(image: Image.Image, name: Any) -> np.ndarray:
-    """[h, w, 3] uint8; float32 where the image holds floating-point numbers, whose range only the whole clip tells."""
+    """Pixels [h, w, 3] uint8; float32 for floating-point images, whose range depends on the whole clip."""
     if image.mode == "F":
         values = np.asarray(image, np.float32)
         if not np.isfinite(values).all() or values.min() < 0:
@@ -178,7 +178,7 @@ def _pixels(image: Image.Image, name: Any) -> np.ndarray:
 
 
 def _largest_value(image: Image.Image) -> int:
-    """The value that stands for white in an image of more than 8 bits. Pillow widens 9 to 15 bits of PPM to 16, those of TIFF not."""
+    """The value of white in an image of more than 8 bits. Pillow widens 9 to 15 bits of PPM to 16, but not those of TIFF."""
     tags = getattr(image, "tag_v2", {})
     bits = int(tags.get(_BITS_PER_SAMPLE, (16,))[0])
     signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
@@ -186,7 +186,18 @@ def _largest_value(image: Image.Image) -> int:
 
 
 def to_8_bits(images: Sequence[np.ndarray], path: Path) -> list[np.ndarray]:
-    """Scale the floating-point images of a clip, together: 0 to 1 by convention, 0 to 255 where a value above 1 shows it."""
+    """Convert the floating-point images of a clip: 0 to 1, or 0 to 255 if any value of the clip exceeds 1.
+
+    Args:
+        images: [h, w, 3] uint8 or float32 each.
+        path: For messages.
+
+    Returns:
+        [h, w, 3] uint8 each.
+
+    Raises:
+        UserError: For values above 255.
+    """
     floats = [i for i in images if i.dtype == np.float32]
     if not floats:
         return list(images)
@@ -199,7 +210,15 @@ def to_8_bits(images: Sequence[np.ndarray], path: Path) -> list[np.ndarray]:
 
 
 def refuse_large(name: Any, picture: Any) -> None:
-    """picture: anything with a width and a height, looked at before its pixels take memory"""
+    """Refuse frames of too many pixels before memory is allocated for them.
+
+    Args:
+        name: For messages.
+        picture: Object with `width` and `height`.
+
+    Raises:
+        UserError: If it has more than MAX_PIXELS.
+    """
     if (picture.width or 0) * (picture.height or 0) > MAX_PIXELS:
         raise UserError(f"{name}: frames of {picture.width} x {picture.height} pixels; at most {MAX_PIXELS:,} pixels are read.")
 
@@ -209,7 +228,7 @@ def refuse_large(name: Any, picture: Any) -> None:
 _RUN = r"\d+(?:\.\d+)*"
 _SIGN = r"(?:(?<![^\W_])(?<![.)\]])[-+])?"  # a hyphen after a letter or a digit separates: frame-1, 2024-01-05
 _EXPONENT = r"(?:[eE][-+]?\d+(?![^\W_]))?"
-_GRAMMARS = (  # what counts as a number, tried in this order
+_GRAMMARS = (  # patterns of a number, tried in this order
     re.compile(rf"{_SIGN}(?<![^\W\d_]){_RUN}{_EXPONENT}|{_SIGN}{_RUN}"),  # -1, 2.5, 1e3; in s1e2 the e is a letter
     re.compile(r"\d+"),
     re.compile(rf"{_SIGN}{_RUN}{_EXPONENT}"),  # frame1e3, next to frame999
@@ -217,10 +236,14 @@ _GRAMMARS = (  # what counts as a number, tried in this order
 
 
 def sorted_by_number(files: Sequence[Any], where: Path) -> list[Any]:
-    """Paths in the order of the numbers in their names: whole, padded or not, negative, decimal, with an exponent.
+    """Sort paths by the numbers in their names: whole, padded or not, negative, decimal, with an exponent.
 
-    What is a number depends on the whole folder: the first reading counts in which all names have the same text around their
-    numbers and no two names have the same numbers. Where there is none, the log says so.
+    The first pattern is used under which all names have the same text around their numbers and no two names the same numbers. If there is
+    none, names are sorted by text and numbers, and the repair is recorded.
+
+    Args:
+        files: Paths with a `stem`.
+        where: Folder or zip, for messages.
     """
     stems = {f: f.stem for f in files}
     for grammar in _GRAMMARS:
@@ -229,7 +252,7 @@ def sorted_by_number(files: Sequence[Any], where: Path) -> list[Any]:
         if same_text and len({numbers for _, numbers in keys.values()}) == len(set(stems.values())):
             return sorted(files, key=lambda f: (keys[f][1], f.name))
     if files:
-        record_repair(where, "names without one pattern", "its images' names follow no one pattern; sorted by their text and numbers.")
+        record_repair(where, "names without one pattern", "its images' names do not share one pattern; sorted by their text and numbers.")
     return sorted(files, key=lambda f: (_text_and_numbers(stems[f]), f.name))
 
 
@@ -239,12 +262,12 @@ def _numbers(stem: str, grammar: re.Pattern[str]) -> tuple[str, tuple[Decimal, .
 
 
 def _values(run: str) -> list[Decimal]:
-    """A run of several dots (10.30.15) is several numbers."""
+    """The numbers of a match; one with several dots (10.30.15) is several numbers."""
     return [Decimal(part) for part in (re.findall(r"\d+", run) if run.count(".") > 1 else [run])]
 
 
 def _text_and_numbers(stem: str) -> list[str | Decimal]:
-    """Text and numbers in turn: two such keys compare text with text and numbers with numbers."""
+    """Sort key of alternating text and numbers, so that text is compared with text and numbers with numbers."""
     parts: list[str | Decimal] = []
     end = 0
     for found in _GRAMMARS[0].finditer(stem):

@@ -1,7 +1,7 @@
-"""What identifies each row of an extraction, so that unchanged rows are recognized and kept.
+"""Hashes that identify each row of an extraction, so that unchanged rows are reused.
 
-row     hash of what a row depends on: its question, the content of its clip's files, where it begins in a long event file
-batch   hash of the rows that are read together, in their order, and this row's place among them
+row     hash of the row's inputs: question, content of the clip's files, start in a long event file
+batch   hash of the rows of its batch, in order, and the index of this row among them
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from feature_alignment.storage.files import config_hash, file_hash
 
 
 def identify(samples: Sequence[Sample], parts: Sequence[Sequence[int]], manifest: Path, event_start_ms: float) -> list[dict[str, Any]]:
-    """What samples.jsonl says of every row's sample, in the order in which the files hold the rows.
+    """The entries of samples.jsonl, in the order of the stored rows.
 
     Args:
-        samples: of the whole manifest
-        parts: rows of `samples` that are read together, of all batches of this run
-        manifest: clips are named from its folder
-        event_start_ms: where clips begin that do not say so themselves
+        samples: Of the whole manifest.
+        parts: Batches of this run, as indices into `samples`.
+        manifest: Clips are named relative to its folder.
+        event_start_ms: Start of clips that do not state their own.
     """
     folder = manifest.resolve().parent
     hash_of = functools.cache(lambda path: file_hash(path) if path.exists() else None)
@@ -37,9 +37,9 @@ def identify(samples: Sequence[Sample], parts: Sequence[Sequence[int]], manifest
             hashes.append(
                 config_hash({"question": sample.question, "clip": clip, "start_ms": float(start), "unit": sample.event_time_unit})
             )
-        together = config_hash({"rows": hashes})
-        for place, (sample, row) in enumerate(zip(batch, hashes, strict=True)):
+        batch_hash = config_hash({"rows": hashes})
+        for index, (sample, row) in enumerate(zip(batch, hashes, strict=True)):
             files = {os.path.relpath(path.resolve(), folder): hash_of(path) for path in (sample.events, sample.video)}
             about = {"id": sample.id, "sequence": sample.sequence, "question": sample.question, "facts": sample.facts, "clip": files}
-            entries.append({**about, "identity": {"row": row, "batch": f"{together}:{place}"}})
+            entries.append({**about, "identity": {"row": row, "batch": f"{batch_hash}:{index}"}})
     return entries

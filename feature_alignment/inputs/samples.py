@@ -1,4 +1,4 @@
-"""The one list of samples that drives every script: rows of this project or of EventGPT/DSEC; paths relative to the file.
+r"""Manifests: the samples that all scripts read. Rows of this project or of EventGPT/DSEC; paths are relative to the manifest.
 
 {"id": "…", "sequence": "…", "events": "events/0.npy", "video": "video/0.mp4", "question": "…", "answer": …, "facts": …}
 
@@ -27,13 +27,25 @@ from feature_alignment.inputs.event_units import UNITS, TimeUnit
 
 _LONGEST_QUESTION = 2000  # characters
 _SPLITS = {"val": "validation", "valid": "validation", "dev": "validation"}
-_SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer"}
-_FOLDERS_OF_A_KIND = ("event_npy", "event_data", "events", "event", "npy")  # of all recordings together; no sequence
+_ROLES = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer"}
+_FOLDERS_OF_A_KIND = ("event_npy", "event_data", "events", "event", "npy")  # folders of all recordings, not names of a sequence
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one clip. `sequence` is the recording it belongs to: splits and intervals go by it."""
+    """One question about one clip.
+
+    Args:
+        id: Unique name; files are named after it.
+        sequence: Recording that the clip belongs to; splits and confidence intervals are by sequence.
+        question: Text of the question.
+        events: Event file.
+        video: Video file, image, or folder or zip of frames.
+        answer: Reference answer.
+        facts: What is true about the clip, for the lexicon (docs/formats.md).
+        event_start_ms: Where the clip begins in a long event file.
+        event_time_unit: Unit of an event file that does not state it.
+    """
 
     id: str
     sequence: str
@@ -42,17 +54,17 @@ class Sample:
     video: Path
     answer: str | None = None
     facts: dict[str, Any] | None = None
-    event_start_ms: float | None = None  # where this clip begins in a long event file
-    event_time_unit: TimeUnit | None = None  # of an event file that does not state it
+    event_start_ms: float | None = None
+    event_time_unit: TimeUnit | None = None
 
     def __post_init__(self) -> None:
-        """raises UserError for what would go wrong far from here: a name no file can have, a question that stands for the clip"""
+        """Validate all fields; UserError for values that would only fail later, such as an id that cannot be a file name."""
         if not re.fullmatch(r"[^/\\\0]{1,150}", self.id) or self.id.startswith("."):
             raise UserError(f"id {self.id[:60]!r}: files are named after it; wanted 1 to 150 characters, no slash, no dot in front.")
         if not isinstance(self.question, str) or not 1 <= len(self.question.strip()) <= _LONGEST_QUESTION:
             raise UserError(f"question {str(self.question)[:60]!r}: wanted a text of 1 to {_LONGEST_QUESTION} characters.")
         if found := re.search(r"<(event|video|image|ev_start|ev_end|/?s|unk|pad)>", self.question):
-            raise UserError(f"question {self.question[:60]!r}: {found[0]} stands for something else in a prompt.")
+            raise UserError(f"question {self.question[:60]!r}: {found[0]} is a special token; remove it from the question.")
         if not isinstance(self.answer, str | None) or not isinstance(self.facts, dict | None):
             raise UserError("wanted a text as answer and an object as facts, or null.")
         if self.event_start_ms is not None and not 0 <= self.event_start_ms < math.inf:
@@ -68,16 +80,24 @@ class Sample:
 def read_samples(
     manifests: Mapping[str, Path], split: str, limit: int | None = None, questions: Path | None = None, allow_outside: bool = False
 ) -> list[Sample]:
-    """The samples of a split in the file's order; UserError for anything missing or malformed.
+    """Read the samples of a split, in the order of the manifest.
 
-    questions:     a file of questions that every clip is asked instead of its own
-    allow_outside: clips may lie outside the manifest's folder, its data root; a manifest of somebody else could name any file
+    Args:
+        manifests: Split -> manifest.
+        split: Which of them.
+        limit: Largest number of samples; None for all.
+        questions: File of questions that every clip is asked instead of its own.
+        allow_outside: Accept clips outside the manifest's folder. By default they are refused, because a manifest from an untrusted source
+            could name any file.
+
+    Raises:
+        UserError: For anything missing or malformed.
     """
     if split not in manifests:
         raise UserError(f"no manifest for split {split!r}; the config's `manifests` has: {', '.join(sorted(manifests)) or 'none'}.")
     path = Path(manifests[split])
     if not path.is_file():
-        raise UserError(f"no manifest at {path}. For the embedded pair make it with:\n  python -m feature_alignment.demo.scenes")
+        raise UserError(f"no manifest at {path}. For the embedded pair, create it with:\n  python -m feature_alignment.demo.scenes")
     if limit is not None and limit < 1:
         raise UserError(f"--limit wants a number of samples of at least 1, got {limit}.")
     samples = _from_rows(path, _numbered_rows(path), split)
@@ -97,19 +117,19 @@ def read_samples(
 
 
 def _stay_inside(path: Path, samples: list[Sample]) -> None:
-    """raises UserError for a clip that does not lie under the manifest's folder, once `..` and symbolic links are followed"""
+    """Refuse clips outside the manifest's folder, after resolving `..` and symbolic links."""
     root = path.parent.resolve()
     for clip in {clip: None for s in samples for clip in (s.events, s.video)}:
         try:
             inside = clip.resolve().is_relative_to(root)
-        except (OSError, RuntimeError, ValueError):  # links in a circle, a byte no path has
+        except (OSError, RuntimeError, ValueError):  # circular links, bytes that no path may contain
             inside = False
         if not inside:
             raise UserError(f"{path} names {clip}, which lies outside its folder {root}. If you trust the file, type --allow_outside.")
 
 
 def _numbered_rows(path: Path) -> list[tuple[str, Any]]:
-    """The rows of a manifest, JSON lines or one JSON list, each with what messages call it."""
+    """The rows of a manifest, JSON lines or one JSON list, each with its name for error messages."""
     text = read_text(path)
     if text.lstrip("\ufeff \t\r\n").startswith("["):
         try:
@@ -126,7 +146,7 @@ def _numbered_rows(path: Path) -> list[tuple[str, Any]]:
 
 
 def _from_rows(path: Path, rows: Sequence[tuple[str, Any]], split: str) -> list[Sample]:
-    """The samples of the rows of `split`; rows that name no split belong to any."""
+    """The samples of a split; rows without a split belong to every split."""
     samples: list[Sample] = []
     split_of: dict[str, str] = {}
     for name, row in rows:
@@ -137,13 +157,13 @@ def _from_rows(path: Path, rows: Sequence[tuple[str, Any]], split: str) -> list[
                 continue
             wanted = "id, event_data, mp4_data or video_data, conversations"
             sequence = _sequence_of(_text(row, "event_data"))
-            its_split = _SPLITS.get(row.get("split"), row.get("split") or split)
-            if split_of.setdefault(sequence, its_split) != its_split:
+            row_split = _SPLITS.get(row.get("split"), row.get("split") or split)
+            if split_of.setdefault(sequence, row_split) != row_split:
                 raise UserError(
-                    f"sequence {sequence!r} is in split {split_of[sequence]!r} and in {its_split!r}. Its clips "
-                    "overlap, so a test on it would be no test; give every sequence one split."
+                    f"sequence {sequence!r} is in split {split_of[sequence]!r} and in {row_split!r}. Its clips "
+                    "overlap, so a test on it would not be independent; give every sequence one split."
                 )
-            if its_split == split:
+            if row_split == split:
                 samples += _eventgpt_samples(path, row, sequence)
         except UserError as error:
             raise UserError(f"{path}, {name}: {error}") from None
@@ -156,7 +176,7 @@ def _from_rows(path: Path, rows: Sequence[tuple[str, Any]], split: str) -> list[
 
 
 def _own_samples(path: Path, row: dict[str, Any]) -> list[Sample]:
-    """A row of this project: one question, or turns in its place."""
+    """Samples of a row of this project, which has one question or conversation turns."""
     start_ms = row.get("event_start_ms")
     if not isinstance(start_ms, int | float | str | None) or isinstance(start_ms, bool):
         raise ValueError(f"event_start_ms: wanted a number, got {kind_of(start_ms)}")
@@ -177,15 +197,15 @@ def _eventgpt_samples(path: Path, row: dict[str, Any], sequence: str) -> list[Sa
     video = "mp4_data" if row.get("mp4_data") else "video_data"
     clip: dict[str, Any] = {
         "sequence": sequence,
-        "events": _beside(path, row["event_data"], "event_npy"),
-        "video": _beside(path, _text(row, video), video.removesuffix("_data")),
+        "events": _data_file(path, row["event_data"], "event_npy"),
+        "video": _data_file(path, _text(row, video), video.removesuffix("_data")),
         "event_time_unit": row.get("event_time_unit"),
     }
     return _samples_of_turns(row, clip)
 
 
 def _samples_of_turns(row: dict[str, Any], clip: dict[str, Any]) -> list[Sample]:
-    """One sample for each question that an answer follows."""
+    """One sample per question that is followed by an answer."""
     turns = [_turn(turn) for turn in row["messages" if row.get("messages") else "conversations"]]
     pairs = [(a, b) for (asks, a), (answers, b) in itertools.pairwise(turns) if (asks, answers) == ("question", "answer")]
     if not pairs:
@@ -199,18 +219,18 @@ def _samples_of_turns(row: dict[str, Any], clip: dict[str, Any]) -> list[Sample]
 
 
 def _turn(turn: Any) -> tuple[str | None, str]:
-    """Who speaks in a turn, and the text: `{"from", "value"}` or `{"role", "content"}`, whose content may be a list of parts."""
-    speaker, text = ("role", "content") if "role" in as_object(turn) else ("from", "value")
+    """Role and text of a turn: `{"from", "value"}` or `{"role", "content"}`, whose content may be a list of parts."""
+    role, text = ("role", "content") if "role" in as_object(turn) else ("from", "value")
     content = turn[text]
-    if isinstance(content, list):  # pictures and recordings are parts of their own; the row names their files
+    if isinstance(content, list):  # images and recordings are separate parts; the row names their files
         content = " ".join(as_object(part)["text"] for part in content if as_object(part).get("type") == "text")
     if not isinstance(content, str):
         raise ValueError(f"{text} of a turn: wanted a text, got {kind_of(content)}")
-    return _SPEAKERS.get(turn[speaker]), content
+    return _ROLES.get(turn[role]), content
 
 
 def _sequence_of(event_data: str) -> str:
-    """The recording a clip belongs to: its folder; the clip's own name where it lies in none, or in one of all recordings."""
+    """The recording of a clip: the name of its folder, or the clip's own name if the folder holds all recordings."""
     clip = Path(event_data)
     folder = clip.parent.name
     return clip.stem if not folder or folder in (*_FOLDERS_OF_A_KIND, "..") else folder
@@ -219,7 +239,7 @@ def _sequence_of(event_data: str) -> str:
 def _text(row: dict[str, Any], key: str) -> str:
     if not isinstance(row[key], str) or not row[key]:
         raise ValueError(f"{key}: wanted a text, got {kind_of(row[key]) if row[key] != '' else 'an empty one'}")
-    return row[key]
+    return str(row[key])
 
 
 def _name(row: dict[str, Any], key: str) -> str:
@@ -228,14 +248,18 @@ def _name(row: dict[str, Any], key: str) -> str:
     return str(row[key])
 
 
-def _beside(path: Path, name: str, folder: str) -> Path:
-    """A data file named with or without the folder all of its kind lie in."""
+def _data_file(path: Path, name: str, folder: str) -> Path:
+    """A data file, named with or without the folder of its kind."""
     plain = path.parent / name
     return plain if plain.exists() or Path(name).parts[:1] == (folder,) else path.parent / folder / name
 
 
 def read_questions(path: Path) -> list[str]:
-    """Questions of a file: a JSON list of texts or of {"question": …}, JSON lines of the latter, or one question a line."""
+    """Read a file of questions: a JSON list of texts or of {"question": …}, JSON lines of the latter, or one question per line.
+
+    Raises:
+        UserError: If the file is missing or malformed, or a question is empty.
+    """
     if not path.is_file():
         raise UserError(f"no questions at {path}; --questions wants a JSON list or one question per line.")
     text = read_text(path)
@@ -272,8 +296,8 @@ def _question(path: Path, number: int, row: Any) -> str:
 
 
 def _ask(samples: list[Sample], questions: list[str]) -> list[Sample]:
-    """Every clip once with every question. What was known about the clip stays; an answer stays with its own question."""
-    clips: dict[tuple, Sample] = {}
+    """Every clip with every question. Facts of the clip are kept; an answer is kept with its own question."""
+    clips: dict[tuple[object, ...], Sample] = {}
     answers = {}
     for s in samples:
         clip = (s.events, s.video, s.event_start_ms, s.event_time_unit)

@@ -1,7 +1,7 @@
-"""An event stream from a video, for those who have no event camera.
+"""Simulate an event stream from a video, without an event camera.
 
-Contrast-threshold model (as ESIM and v2e use it): every pixel remembers the log-intensity of its last event; log-intensity is linear
-between two frames; each time it has moved by the threshold C, the pixel fires, and remembers that level.
+Contrast-threshold model, as in ESIM and v2e: every pixel stores the log-intensity of its last event. Log-intensity is linear between two
+frames; each time it has changed by the threshold C, the pixel fires an event and stores the new level.
 
                      level + 2C ─ ─ ─ ─ ─ ─ ─ ─ x  event 2
     log-intensity    level +  C ─ ─ ─ x           event 1
@@ -10,8 +10,8 @@ between two frames; each time it has moved by the threshold C, the pixel fires, 
 
     python -m feature_alignment.inputs.simulate video.mp4 events.npy --duration_ms 100
 
-No noise, no refractory time, and a video's gamma is kept: what comes out is cleaner than a camera's stream. Motion of more than about
-one pixel per frame leaves gaps between edges; slow-motion video (100 frames per second or more) is what works.
+There is no noise and no refractory time, and the video's gamma is kept, so the stream is cleaner than a camera's. Motion of more than about
+one pixel per frame leaves gaps between edges; use slow-motion video (100 frames per second or more).
 """
 
 from __future__ import annotations
@@ -37,16 +37,22 @@ from feature_alignment.storage.processes import check_writable
 log = logging.getLogger(__name__)
 
 CONTRAST = 0.2  # in natural log units, the default of v2e and of ESIM's examples
-_DARK = 1e-3  # keeps the logarithm of black finite; intensities are 0 to 1
+_DARK = 1e-3  # added to intensities in 0 to 1, so that the logarithm of black is finite
 
 
 def crossings(
     before: np.ndarray, after: np.ndarray, level: np.ndarray, contrast: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The events between two images. Moves `level` in place.
+    """The events between two images.
 
-    before, after: [h, w] log-intensity at the start and the end; level: [h, w] log-intensity of each pixel's last event
-    returns:       x, y [n] pixels, brighter [n] bool, fraction [n] of the time between the images, 0 to 1; in pixel order
+    Args:
+        before: [h, w], log-intensity of the first image.
+        after: [h, w], log-intensity of the second image.
+        level: [h, w], log-intensity of each pixel's last event; updated in place.
+        contrast: Threshold in log-intensity.
+
+    Returns:
+        x, y [n] pixels; brighter [n] bool; fraction [n] of the time between the images, 0 to 1. In pixel order.
     """
     count = np.floor(np.abs(after - level) / contrast).astype(np.int64)
     y, x = np.nonzero(count)
@@ -61,10 +67,18 @@ def crossings(
 
 
 def simulate_events(log_intensity: np.ndarray, times_us: np.ndarray, contrast: float = CONTRAST) -> dict[str, np.ndarray]:
-    """The events of an image sequence. The first image sets every pixel's level and fires nothing.
+    """Simulate the events of an image sequence. The first image sets the level of every pixel and fires no event.
 
-    log_intensity: [n, h, w]; times_us: [n] ascending
-    returns:       x, y uint16, t int64 microseconds ascending, p uint8 in {0, 1}
+    Args:
+        log_intensity: [n, h, w].
+        times_us: [n], ascending.
+        contrast: Threshold in log-intensity.
+
+    Returns:
+        x, y uint16; t int64, ascending microseconds; p uint8 in {0, 1}.
+
+    Raises:
+        ValueError: If times are not ascending or the threshold is not positive.
     """
     if len(log_intensity) != len(times_us) or (np.diff(times_us) <= 0).any() or not contrast > 0:
         raise ValueError(f"wanted ascending times for {len(log_intensity)} images and a positive contrast, got {times_us}, {contrast}")
@@ -84,9 +98,18 @@ def simulate_events(log_intensity: np.ndarray, times_us: np.ndarray, contrast: f
 
 
 def read_log_intensity(path: Path, start_ms: float = 0.0, duration_ms: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """A video's frames as log-intensity [n, h, w] float32 and their times [n] in microseconds from the first frame on.
+    """Read a video's frames as log-intensity.
 
-    raises: UserError for a file that cannot be decoded, or fewer than two frames with different times in the window
+    Args:
+        path: Video file.
+        start_ms: Start of the window after the first frame.
+        duration_ms: Length of the window; None for the rest of the video.
+
+    Returns:
+        Log-intensity [n, h, w] float32 and times [n] int64, microseconds after the first frame.
+
+    Raises:
+        UserError: For a file that cannot be decoded, or fewer than two frames with different times.
     """
     import av
 
@@ -97,7 +120,7 @@ def read_log_intensity(path: Path, start_ms: float = 0.0, duration_ms: float | N
     first_us = None
     try:
         with open_video(path) as container:
-            for frame, turn in upright_frames(path, container, every=True):
+            for frame, orientation in upright_frames(path, container, every=True):
                 if frame.time is None:
                     raise UserError(f"{path}: frames without a time; write it again with time stamps, e.g. ffmpeg -i {path.name} out.mp4")
                 first_us = round(frame.time * 1e6) if first_us is None else first_us
@@ -105,7 +128,7 @@ def read_log_intensity(path: Path, start_ms: float = 0.0, duration_ms: float | N
                 if duration_ms is not None and t_us > (start_ms + duration_ms) * 1000:
                     break
                 if t_us >= start_ms * 1000 and (not times or t_us > times[-1]):
-                    images.append(np.log(turn.apply(frame.to_ndarray(format="gray")).astype(np.float32) / 255 + _DARK))
+                    images.append(np.log(orientation.apply(frame.to_ndarray(format="gray")).astype(np.float32) / 255 + _DARK))
                     times.append(t_us)
     except av.error.FFmpegError as error:
         raise UserError(f"{path} could not be decoded: {error}") from None
@@ -115,6 +138,7 @@ def read_log_intensity(path: Path, start_ms: float = 0.0, duration_ms: float | N
 
 
 def main() -> None:
+    """Run the command line."""
     summary, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("video", type=path_argument)

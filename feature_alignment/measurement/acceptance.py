@@ -13,7 +13,7 @@ from feature_alignment.measurement.calibration import Certificate
 from feature_alignment.measurement.records import Meta
 from feature_alignment.measurement.reports import AcceptanceReport, AdapterSummary, ChainReport, CosineRuleRates, PredictorReport
 from feature_alignment.measurement.scoring import Fitted, Scores
-from feature_alignment.storage.artifacts import HiddenStates
+from feature_alignment.storage.hidden_states import HiddenStates
 
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
 Table = tuple[str, tuple[str, ...], list[tuple[object, ...]]]

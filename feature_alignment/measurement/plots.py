@@ -25,7 +25,8 @@ from feature_alignment.measurement.reports import (
     ThresholdCounts,
 )
 from feature_alignment.measurement.scoring import Scores
-from feature_alignment.storage.artifacts import HiddenStates, replacing
+from feature_alignment.storage.files import atomic_write
+from feature_alignment.storage.hidden_states import HiddenStates
 
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
 
@@ -35,7 +36,7 @@ ACCEPTANCE = ("cosine_histogram", "reliability", "accepted_lengths", "acceptance
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure at 150 dpi, atomically, and close it."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150)
     plt.close(figure)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage.files import read_sealed
+from feature_alignment.storage.files import read_hashed_json
 
 Meta = dict[str, Any]  # provenance of a result file, as `storage.artifacts.provenance` returns it
 OMIT_IF_NONE = {"omit_if_none": True}  # metadata of a field that has no key in JSON while it is None
@@ -61,7 +61,7 @@ def read_record(path: Path, kind: type[RecordType], command: str) -> RecordType:
     Raises:
         UserError: the file is missing, was altered, or is not such a result
     """
-    content = read_sealed(path, command)
+    content = read_hashed_json(path, command)
     try:
         return kind.from_json(content)
     except ValueError as error:

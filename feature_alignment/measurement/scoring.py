@@ -23,7 +23,7 @@ from feature_alignment.decoding.acceptance import cosine_per_position
 from feature_alignment.measurement import metrics
 from feature_alignment.measurement.calibration import ScoredPositions
 from feature_alignment.measurement.reports import CosineRuleRates, PositionRates, PredictorRates, ReliabilityBin, StepRates
-from feature_alignment.storage.artifacts import HiddenStates
+from feature_alignment.storage.hidden_states import HiddenStates
 
 
 @dataclass(frozen=True)

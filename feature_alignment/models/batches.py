@@ -1,19 +1,20 @@
-"""Many questions about many clips at once: each clip is seen and read once, then all its questions go on from there, side by side.
+"""Generation for many questions about many clips at once: each clip is encoded and prefilled once, all its questions share its cache.
 
-    clip 1 | vision and the words before the question | question a | question b | answer a, answer b, word by word …
-    clip 2 | vision and the words before the question | question a | …
+    clip 1 | vision tokens and the shared prompt prefix | question a | question b | answer tokens of a, b, a, b …
+    clip 2 | vision tokens and the shared prompt prefix | question a | …
 
-A clip is one row. What is read of its questions stands in that row in any order: each token has the place it has in its own text, and a
-mask lets it see the clip and what stands before it in its own text alone (tree attention). So no question copies the clip's keys and
-values, and all read them together.
+A clip is one row of the batch. The tokens of its questions stand in that row in any order: each token has the position it has in its own
+text, and a mask lets it attend to the clip and to earlier tokens of its own text only (tree attention). So no question copies the clip's
+keys and values.
 
-A plan depends on the samples alone, never on what is done or who does it: a float may change in its last bit with its batch, so a
-resumed run, or one of many processes, is bit-identical only if its batches are.
+The batches depend on the samples alone. A float may change in its last bit with its batch, so a resumed run or a run of several processes
+is bit-identical only if its batches are the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +25,11 @@ from feature_alignment.inputs.samples import Sample
 from feature_alignment.models.decoder import Decoder, State
 from feature_alignment.models.generation import most_likely
 
-_NOBODY = -1  # whose token stands where a row is filled up
+_PADDING = -1  # text number of padding tokens
 
 
 def plan_batches(samples: Sequence[Sample], size: int) -> list[range]:
-    """All rows, at most `size` together; the questions of a clip are not split unless they are more than that."""
+    """Split samples into batches of at most `size`; questions of one clip stay together unless they are more than that."""
     found, first = [], 0
     while first < len(samples):
         last = min(first + size, len(samples))
@@ -41,64 +42,70 @@ def plan_batches(samples: Sequence[Sample], size: int) -> list[range]:
 
 
 class ClipBatch:
-    """A batch of samples whose clips one model has read, up to where their prompts differ.
-
-    deeper: the same samples' batch of the same model at a greater depth, whose reading is this one's too
-    """
+    """A batch of samples whose clips one model has prefilled, up to the first token in which their prompts differ."""
 
     def __init__(self, model: Decoder, samples: Sequence[Sample], deeper: ClipBatch | None = None) -> None:
+        """Encode and prefill the clips of the samples.
+
+        Args:
+            model: Reads the clips.
+            samples: Rows of the batch.
+            deeper: Batch of the same samples and checkpoint at a greater depth, whose prefill is reused.
+        """
         self.model = model
         prompts = [model.encode_prompt(s.question) for s in samples]
         shared = _common_prefix(prompts)
         self._rules = [model.rules(ids) for ids in prompts]
-        self._tails = [ids[shared:].tolist() for ids in prompts]
+        self._tails: list[list[int]] = [ids[shared:].tolist() for ids in prompts]
         clips = {_clip(s): s for s in samples}
         order = list(clips)
         self._clip_of = [order.index(_clip(s)) for s in samples]
         self._shared = prompts[0][:shared].expand(len(clips), -1)
-        if deeper is None:  # a clip is encoded alone: its vision tokens are then the same in every batch, and few pixels are in memory
+        if deeper is None:  # each clip is encoded alone: its vision tokens do not depend on the batch, and little pixel memory is needed
             self._vision = torch.cat([model.encode_vision(model.read_pixels(s)[None]) for s in clips.values()])
             self._state = model.prefill_encoded(self._shared, self._vision)
         else:
-            self._vision, self._state = deeper._vision, _up_to(deeper._state, model.taps[-1])
+            self._vision, self._state = deeper._vision, _truncated_to(deeper._state, model.taps[-1])
 
     @torch.inference_mode()
     def generate(self, max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers, each up to and including its EOS. A question, and a clip, leaves the batch when it is done."""
+        """Greedy answers, each up to and including its EOS. Finished questions and clips leave the batch."""
         most = max(self._clip_of.count(clip) for clip in set(self._clip_of))
-        texts = _Texts(self.model, self._state, self._clip_of, self._longest(self._tails) + most * max_new_tokens)
-        rows, answers = list(range(len(self._tails))), [[] for _ in self._tails]  # type: list[int], list[list[int]]
-        states = [found[-1:] for found in texts.read(self._tails)]
+        texts = _Texts(self.model, self._state, self._clip_of, self._max_tail_tokens(self._tails) + most * max_new_tokens)
+        rows = list(range(len(self._tails)))
+        answers: list[list[int]] = [[] for _ in self._tails]
+        states = [hidden[-1:] for hidden in texts.read(self._tails)]
         while True:
-            said = most_likely([self._rules[row] for row in rows], self.model.lm_head(torch.cat(states)), [answers[row] for row in rows])
-            for row, token in zip(rows, said, strict=True):
+            logits = self.model.lm_head(torch.cat(states))
+            tokens = most_likely([self._rules[row] for row in rows], logits, [answers[row] for row in rows])
+            for row, token in zip(rows, tokens, strict=True):
                 answers[row].append(token)
-            rows = [row for row in rows if len(answers[row]) < max_new_tokens and not self._ended(row, answers[row])]
+            rows = [row for row in rows if len(answers[row]) < max_new_tokens and not self._has_ended(row, answers[row])]
             if not rows:
                 return answers
             states = texts.read([[answers[row][-1]] for row in rows], rows)
 
-    def _ended(self, row: int, answer: list[int]) -> bool:
+    def _has_ended(self, row: int, answer: list[int]) -> bool:
         return self._rules[row].end_of(answer[:-1], answer[-1:]) is not None
 
     @torch.inference_mode()
     def states(self, answers: Sequence[Sequence[int]]) -> list[Tensor]:
-        """The states [n, d] that emit the given answers of n tokens each, from one pass."""
+        """The hidden states [n, d] that emit the given answers of n tokens each, from one forward pass."""
         tails = [[*tail, *answer[:-1]] for tail, answer in zip(self._tails, answers, strict=True)]
-        states = _Texts(self.model, self._state, self._clip_of, self._longest(tails)).read(tails)
-        return [found[len(tail) - len(answer) :].cpu() for found, tail, answer in zip(states, tails, answers, strict=True)]
+        states = _Texts(self.model, self._state, self._clip_of, self._max_tail_tokens(tails)).read(tails)
+        return [hidden[len(tail) - len(answer) :].cpu() for hidden, tail, answer in zip(states, tails, answers, strict=True)]
 
     def predict_tokens(self, answers: Sequence[Sequence[int]]) -> list[list[int]]:
-        """What the model would have said in each place of the given answers, knowing what stands before."""
+        """The model's argmax token at each position of the given answers, given the answer tokens before it."""
         return [self.model.lm_head(states.to(self.model.device)).argmax(-1).tolist() for states in self.states(answers)]
 
     def vision_states(self) -> list[Tensor]:
-        """The states [e, d] on each row's vision tokens."""
-        seen = self.model.vision_states(self._shared, self._vision).cpu()
-        return [seen[clip] for clip in self._clip_of]
+        """The hidden states [e, d] on each row's vision tokens."""
+        states = self.model.vision_states(self._shared, self._vision).cpu()
+        return [states[clip] for clip in self._clip_of]
 
-    def _longest(self, tails: Sequence[Sequence[int]]) -> int:
-        """Tokens of all of a clip's tails, at most."""
+    def _max_tail_tokens(self, tails: Sequence[Sequence[int]]) -> int:
+        """The largest number of tokens that the tails of one clip have together."""
         total = [0] * len(self._shared)
         for clip, tail in zip(self._clip_of, tails, strict=True):
             total[clip] += len(tail)
@@ -106,52 +113,49 @@ class ClipBatch:
 
 
 class _Texts:
-    """Texts that go on from clips that were read, `room` tokens of each clip at most.
-
-    clip_of: the clip of each text
-    """
+    """Texts that continue prefilled clips, with at most `room` tokens per clip. clip_of: the clip of each text."""
 
     def __init__(self, model: Decoder, state: State, clip_of: Sequence[int], room: int) -> None:
         self._model, self._clip_of, self._begin = model, clip_of, state.length
         self._state = _with_room(state, room)
-        self._clips = list(range(len(state.last)))  # of each row
+        self._clips = list(range(len(state.last)))  # the clip of each row
         self._lengths = [0] * len(clip_of)
-        self._owner = torch.empty(len(self._clips), 0, dtype=torch.long, device=model.device)  # [rows, read]: each token's text
+        self._text_of = torch.empty(len(self._clips), 0, dtype=torch.long, device=model.device)  # [rows, read]: text of each token
 
     def read(self, tokens: Sequence[Sequence[int]], texts: Sequence[int] | None = None) -> list[Tensor]:
-        """The states [n, d] behind n more tokens of each of `texts`, by default of all. Clips none of which is named are left behind."""
+        """The hidden states [n, d] on n more tokens of each of `texts`, default all. Clips without a text in `texts` are dropped."""
         texts = range(len(tokens)) if texts is None else texts
-        going = {self._clip_of[text] for text in texts}
-        if len(going) < len(self._clips):
-            order = _keep(self._state, [row for row, clip in enumerate(self._clips) if clip in going])
-            self._clips, self._owner = [self._clips[row] for row in order], self._owner[order]
+        remaining = {self._clip_of[text] for text in texts}
+        if len(remaining) < len(self._clips):
+            order = _keep_rows(self._state, [row for row, clip in enumerate(self._clips) if clip in remaining])
+            self._clips, self._text_of = [self._clips[row] for row in order], self._text_of[order]
         row_of = {clip: row for row, clip in enumerate(self._clips)}
-        laid: list[list[tuple[int, int, int]]] = [[] for _ in self._clips]  # a row's new tokens: id, text, place in it
-        spots = []
+        new_tokens: list[list[tuple[int, int, int]]] = [[] for _ in self._clips]  # per row: token id, text, position in the text
+        spans = []
         for text, new in zip(texts, tokens, strict=True):
             row, first = row_of[self._clip_of[text]], self._begin + self._lengths[text]
-            spots.append((row, len(laid[row]), len(laid[row]) + len(new)))
-            laid[row] += [(token, text, first + i) for i, token in enumerate(new)]
+            spans.append((row, len(new_tokens[row]), len(new_tokens[row]) + len(new)))
+            new_tokens[row] += [(token, text, first + i) for i, token in enumerate(new)]
             self._lengths[text] += len(new)
-        width = max(map(len, laid))
-        filled = [[*row, *[(0, _NOBODY, 0)] * (width - len(row))] for row in laid]
-        ids, owner, place = torch.tensor(filled, device=self._model.device).unbind(-1)
-        mask = self._mask(owner)
-        self._owner = torch.cat([self._owner, owner], dim=1)
-        hidden = self._model.step(self._state, ids, position_ids=place, attention_mask=mask)
-        return [hidden[row, begin:end] for row, begin, end in spots]
+        width = max(map(len, new_tokens))
+        padded = [[*row, *[(0, _PADDING, 0)] * (width - len(row))] for row in new_tokens]
+        ids, text_of, positions = torch.tensor(padded, device=self._model.device).unbind(-1)
+        mask = self._mask(text_of)
+        self._text_of = torch.cat([self._text_of, text_of], dim=1)
+        hidden = self._model.step(self._state, ids, position_ids=positions, attention_mask=mask)
+        return [hidden[row, begin:end] for row, begin, end in spans]
 
-    def _mask(self, owner: Tensor) -> Tensor:
-        """[rows, 1, new, clip + read + new], additive: each new token sees the clip, its own text so far and itself."""
-        before = self._owner[:, None] == owner[..., None]
-        among = (owner[:, None] == owner[..., None]).tril()
-        sees = torch.cat([before.new_ones(*owner.shape, self._begin), before, among], dim=-1)
+    def _mask(self, text_of: Tensor) -> Tensor:
+        """[rows, 1, new, clip + read + new], additive: each new token attends to the clip, its own text so far and itself."""
+        earlier = self._text_of[:, None] == text_of[..., None]
+        new = (text_of[:, None] == text_of[..., None]).tril()
+        allowed = torch.cat([earlier.new_ones(*text_of.shape, self._begin), earlier, new], dim=-1)
         dtype = self._state.last.dtype
-        return torch.zeros(sees.shape, dtype=dtype, device=owner.device).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+        return torch.zeros(allowed.shape, dtype=dtype, device=text_of.device).masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values in buffers with room to grow: a token is put behind the others, which need not be copied for it."""
+    """Keys and values in preallocated buffers: appending a token copies no earlier ones."""
 
     @torch.inference_mode()
     def __init__(self, layer: DynamicLayer, room: int) -> None:
@@ -163,42 +167,43 @@ class _RoomyLayer(DynamicLayer):
             new[:, :, : self._length] = old
         self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [rows, heads, k, d_head]; returns all of them."""
         begin, self._length = self._length, self._length + key_states.shape[-2]
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, begin : self._length] = states
         self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
         return self.keys, self.values
 
-    def keep(self, holes: list[int], movers: list[int], count: int) -> None:
-        """Go on with the first `count` rows, after `movers` have taken the places `holes` among them."""
+    def keep_rows(self, gaps: list[int], movers: list[int], count: int) -> None:
+        """Keep the first `count` rows after moving the rows `movers` to `gaps`."""
         for buffer in self._buffers:
-            buffer[holes] = buffer[movers]
+            buffer[gaps] = buffer[movers]
         self._buffers = [buffer[:count] for buffer in self._buffers]
 
 
-def _keep(state: State, going: list[int]) -> list[int]:
-    """Drop all rows of `state` but `going`; returns their new order. The last ones fill the gaps, so few are copied."""
-    count, holes = len(going), sorted(set(range(len(going))) - set(going))
-    movers, order = [i for i in going if i >= count], list(range(count))
-    for hole, mover in zip(holes, movers, strict=True):
-        order[hole] = mover
+def _keep_rows(state: State, remaining: list[int]) -> list[int]:
+    """Drop all other rows of `state` and return the new order. The last remaining rows fill the gaps, so few are copied."""
+    count, gaps = len(remaining), sorted(set(range(len(remaining))) - set(remaining))
+    movers, order = [i for i in remaining if i >= count], list(range(count))
+    for gap, mover in zip(gaps, movers, strict=True):
+        order[gap] = mover
     assert isinstance(state.cache, DynamicCache)
     for layer in state.cache.layers:
-        layer.keep(holes, movers, count)
+        layer.keep_rows(gaps, movers, count)
     return order
 
 
 def _with_room(state: State, room: int) -> State:
-    """A copy of `state` that up to `room` tokens can go on from."""
+    """A copy of `state` with room for that many more tokens."""
     cache = DynamicCache()
     assert isinstance(state.cache, DynamicCache)
     cache.layers = [_RoomyLayer(layer, room) for layer in state.cache.layers]
     return State(cache, state.last, state.length)
 
 
-def _up_to(state: State, depth: int) -> State:
-    """What the first `depth` layers remember of it; `last` is the deeper model's and says nothing here."""
+def _truncated_to(state: State, depth: int) -> State:
+    """The cache of the first `depth` layers; `last` is the deeper model's and is not used."""
     cache = DynamicCache()
     assert isinstance(state.cache, DynamicCache)
     cache.layers = state.cache.layers[:depth]
@@ -206,11 +211,11 @@ def _up_to(state: State, depth: int) -> State:
 
 
 def _common_prefix(prompts: Sequence[Tensor]) -> int:
-    """How many ids all prompts begin with; at least one is left to each, because its state emits the answer's first token."""
+    """The number of ids that all prompts begin with; at least one is left to each, because its state emits the first answer token."""
     shortest = min(map(len, prompts))
     same = torch.stack([ids[: shortest - 1] for ids in prompts])
     return int((same == same[0]).all(0).long().cumprod(0).sum())
 
 
-def _clip(sample: Sample) -> tuple:
+def _clip(sample: Sample) -> tuple[object, ...]:
     return sample.video, sample.events, sample.event_start_ms, sample.event_time_unit

@@ -1,9 +1,9 @@
-"""One model of the pair: a LLaMA with a way to embed a prompt (vision and text), its head, and what it remembers of a text.
+"""A causal language model of the pair with vision input: prefill, steps, rollback and teacher forcing over its key/value cache.
 
-State t of a text is the hidden state that *emits* token t:
+Hidden state t of a text is the state that *emits* token t:
 
     prompt            | x0   x1   x2   </s>       tokens
-    state   h0 stands on the last prompt token, h1 on x0, …       h[t] emits x[t]
+    state   h0 is on the last prompt token, h1 on x0, …       h[t] emits x[t]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from feature_alignment.cli.config import Steps
 from feature_alignment.cli.console import UserError, log
@@ -26,7 +26,13 @@ from feature_alignment.models.generation import GenerationRules, eos_set, most_l
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sample ready for one model. ids [s] int64 with vision placeholders; pixels [t, 3, h, w]."""
+    """A sample ready for one model.
+
+    Args:
+        ids: [s] int64, prompt tokens with vision placeholders.
+        pixels: [t, 3, h, w] float32, normalized video frames or event images.
+        question: Text of the question.
+    """
 
     ids: Tensor
     pixels: Tensor
@@ -35,30 +41,29 @@ class Prompt:
 
 @dataclass
 class State:
-    """What a decoder remembers. `last` [b, d] is the state on the last token read; `length` counts positions read."""
+    """Progress of a decoder in a batch of texts.
+
+    Args:
+        cache: Keys and values of all positions read.
+        last: [b, d], hidden state on the last token read.
+        length: Number of positions read.
+        ids: [b, s] int64, prompt tokens.
+    """
 
     cache: DynamicCache | FixedCache
     last: Tensor
     length: int
-    ids: Tensor | None = None  # [b, s] of the prompts
+    ids: Tensor | None = None
 
 
 class Decoder:
-    """One model of the pair.
-
-    taps: which decoder layers' outputs make up a hidden state, ascending; the model runs no deeper than the last one. The last
-    layer is read after the final norm (`norm="post"`), any earlier one before it.
-    device: where tensors go in and come out, and where the head is; a device map may have put the layers elsewhere.
-    placeholder: the id that stands for vision in a prompt; vision_tokens: how many tokens a clip becomes there.
-    full_model: the model all of this is part of, for transformers' own `generate`.
-    settings: of generation, as the checkpoint states them; by default those of the config, which name the ids that end a text.
-    """
+    """One model of the pair: its decoder layers, LM head, tokenizer and vision encoder behind one interface."""
 
     def __init__(
         self,
         llama: PreTrainedModel,
         lm_head: nn.Linear,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         encode_prompt: Callable[[str], Tensor],
         read_pixels: Callable[[Sample], Tensor],
         encode_vision: Callable[[Tensor], Tensor],
@@ -70,18 +75,39 @@ class Decoder:
         full_model: PreTrainedModel | None = None,
         settings: GenerationConfig | None = None,
     ) -> None:
+        """Wrap a loaded model; layers after the last tapped one are removed from it.
+
+        Args:
+            llama: Embedding, decoder layers and final norm.
+            lm_head: Output head.
+            tokenizer: The checkpoint's tokenizer.
+            encode_prompt: Question -> prompt ids [s] int64 with vision placeholders.
+            read_pixels: Sample -> pixels [t, 3, h, w] float32.
+            encode_vision: Pixels [b, t, 3, h, w] -> vision tokens [b, e, d].
+            splice: Prompt ids [b, s] and vision tokens [b, e, d] -> prompt embeddings.
+            taps: Layers whose outputs are concatenated into a hidden state, ascending; default the last layer. The last layer is read
+                after the final norm (`norm="post"`), earlier ones before it.
+            device: Device of inputs, outputs and LM head; a device map may have put the layers elsewhere.
+            placeholder: Token id that marks vision in a prompt.
+            vision_tokens: Number of tokens a clip is encoded into.
+            full_model: Model that contains `llama`, for transformers' own `generate`.
+            settings: Generation settings of the checkpoint; by default only the EOS ids of the model's config apply.
+
+        Raises:
+            UserError: If `taps` are not ascending layer numbers of this model.
+        """
         self.placeholder, self.vision_tokens, self.full_model = placeholder, vision_tokens, full_model
         self.llama, self.tokenizer, self._encode_prompt, self.read_pixels = llama, tokenizer, encode_prompt, read_pixels
         self._encode_vision, self._splice = encode_vision, splice
-        self.num_layers = llama.config.num_hidden_layers
+        self.num_layers: int = llama.config.num_hidden_layers
         self.taps = tuple(taps or (self.num_layers,))
         if list(self.taps) != sorted(set(self.taps)) or not 1 <= self.taps[0] <= self.taps[-1] <= self.num_layers:
-            raise UserError(f"--draft_layers {list(self.taps)}: wanted ascending layer numbers from 1 to {self.num_layers}.")
+            raise UserError(f"--draft_layers {list(self.taps)}: expected ascending layer numbers from 1 to {self.num_layers}.")
         self.settings = settings
         self.eos_ids = eos_set(llama.config.eos_token_id if settings is None else settings.eos_token_id)
-        self.width = llama.config.hidden_size
+        self.width: int = llama.config.hidden_size
         self.hidden_size = self.width * len(self.taps)
-        # A device map may have put the head elsewhere, with hooks that bring its input there: the module stays, its weight is copied.
+        # A device map may have put the head elsewhere, with hooks that move its input: the module stays there, its weight is copied.
         self._head_weight = lm_head.weight if device is None else lm_head.weight.detach().to(device)
         self.vocab_size = lm_head.weight.shape[0]
         self.steps: Steps = "eager"
@@ -93,71 +119,89 @@ class Decoder:
 
     @property
     def norm(self) -> str:
+        """Whether hidden states are read after ("post") or before ("pre") the final norm."""
         return "post" if self.taps == (self.num_layers,) else "pre"
 
     @property
     def norms(self) -> dict[int, str]:
-        """Whether each tapped layer is read before or after the final norm."""
+        """`norm` of each tapped layer."""
         return {k: "post" if k == self.num_layers else "pre" for k in self.taps}
 
     @property
     def device(self) -> torch.device:
+        """Device of inputs, outputs and LM head."""
         return self._head_weight.device
 
     def restrict_vocabulary(self, rows: int) -> None:
-        """Keep only the first `rows` ids of the head: ids the drafter has no embedding for are masked in every mode alike."""
+        """Use only the first `rows` ids of the head, so that no mode emits ids for which the drafter has no embedding."""
         self.vocab_size = rows
 
     def use_steps(self, steps: Steps) -> None:
-        """From the next prompt on, steps of single prompts run over one fixed cache, recorded on a GPU. Prompts of several rows do not,
-        nor do models whose layers `fused` cannot read: the log says so, and `steps` stays eager."""
-        why = None if steps == "eager" else unsupported_reason(self.llama)
-        if why is not None:
-            log.warning("--steps %s reads no %s: this model's steps run eagerly.", steps, why)
-        self.steps = steps if why is None else "eager"
+        """Choose how steps run from the next prompt on.
+
+        Captured steps need a single prompt and layers that `fused` supports. Batches of prompts run eagerly, and so does a model whose
+        layers are not supported, with a warning; `steps` then stays "eager".
+
+        Args:
+            steps: "eager", "graphs" (CUDA graphs over a fixed cache) or "compiled" (also fused by torch.compile).
+        """
+        reason = None if steps == "eager" else unsupported_reason(self.llama)
+        if reason is not None:
+            log.warning("--steps %s does not support %s: this model's steps run eagerly.", steps, reason)
+        self.steps = steps if reason is None else "eager"
         self._fixed = None if self.steps == "eager" else FixedCache(self.llama, self.taps, self.steps)
 
     @property
     def head_weight(self) -> Tensor:
-        """[v, d]: the LM head on the shared ids."""
+        """[v, d]: weight of the LM head on the shared ids."""
         return self._head_weight[: self.vocab_size]
 
     @property
     def has_own_head(self) -> bool:
+        """Whether the model runs to its last layer, so that its own LM head applies."""
         return self.taps[-1] == self.num_layers
 
     @torch.inference_mode()
     def lm_head(self, hidden: Tensor) -> Tensor:
-        """Logits [.., v] over the shared ids. hidden [.., d], post-norm; of several taps only the last counts."""
+        """Logits [.., v] over the shared ids of post-norm states [.., d]; of several taps only the last is used."""
         return nn.functional.linear(hidden[..., -self.width :], self.head_weight)
 
     def encode_prompt(self, question: str) -> Tensor:
-        """Prompt ids [s] int64 with vision placeholders; raises UserError for more tokens than the model has positions."""
+        """Prompt ids [s] int64 with vision placeholders; UserError if the prompt exceeds the model's positions."""
         ids = self._encode_prompt(question)
-        length, most = int((ids != self.placeholder).sum()) + self.vision_tokens, positions_of(self.llama.config)
-        if length >= most:
+        length, limit = int((ids != self.placeholder).sum()) + self.vision_tokens, position_limit(self.llama.config)
+        if length >= limit:
             raise UserError(
                 f"the question {question[:60]!r} makes a prompt of {length} tokens, vision included; {type(self.llama).__name__} was "
-                f"trained for {most} positions (max_position_embeddings), prompt and answer together. Ask a shorter question."
+                f"trained for {limit} positions (max_position_embeddings), prompt and answer together. Ask a shorter question."
             )
         return ids
 
     def rules(self, prompt_ids: Tensor) -> GenerationRules:
-        """The settings of generation, at work on a text after this prompt [s]."""
+        """The checkpoint's generation settings, applied to a text after the prompt `prompt_ids` [s]."""
         rows = self._head_weight.shape[0]
         return GenerationRules.of(self.settings, self.eos_ids, prompt_ids.tolist(), rows, self.tokenizer, self.device)
 
     def prepare(self, sample: Sample) -> Prompt:
+        """Encode a sample's question and read its pixels."""
         return Prompt(self.encode_prompt(sample.question), self.read_pixels(sample), sample.question)
 
     @torch.inference_mode()
     def encode_vision(self, pixels: Tensor) -> Tensor:
-        """Vision tokens [b, e, d] of pixels [b, t, 3, h, w]. They know no question: a clip is encoded once for all of its own."""
+        """Vision tokens [b, e, d] of pixels [b, t, 3, h, w]. They do not depend on the question, so a clip is encoded once."""
         return self._encode_vision(pixels.to(self.device, self._head_weight.dtype))
 
     @torch.inference_mode()
     def vision_states(self, ids: Tensor, vision: Tensor) -> Tensor:
-        """States of the last tapped layer on the vision tokens: ids [b, s], vision [b, e, d] -> [b, e, d]. No question is read."""
+        """States of the last tapped layer on the vision tokens; the question is not read.
+
+        Args:
+            ids: [b, s] int64, prompts with placeholders at the same positions.
+            vision: [b, e, d], vision tokens.
+
+        Returns:
+            [b, e, d].
+        """
         at = (ids[0] == self.placeholder).nonzero()[:, 0]
         ids = ids[:, : int(at[-1]) + 1].to(self.device)
         state = State(DynamicCache(config=self.llama.config), ids, 0)
@@ -165,7 +209,7 @@ class Decoder:
 
     @property
     def embeddings(self) -> Tensor:
-        """[v, d]: what the decoder reads for the shared ids."""
+        """[v, d]: input embeddings of the shared ids."""
         return self.llama.embed_tokens.weight[: self.vocab_size].detach().to(self.device)
 
     def prefill(self, prompts: Sequence[Prompt]) -> State:
@@ -175,22 +219,33 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill_encoded(self, ids: Tensor, vision: Tensor) -> State:
-        """`prefill` of ids [b, s] for clips whose vision tokens [b, e, d] are there already; ids may end before the question."""
+        """`prefill` with vision tokens that are already encoded.
+
+        Args:
+            ids: [b, s] int64, prompts with placeholders; they may end before the question.
+            vision: [b, e, d], vision tokens.
+        """
         ids = ids.to(self.device)
         cache = DynamicCache(config=self.llama.config)
         state = State(cache, ids, 0, ids)
         self._read(state, {"inputs_embeds": self._splice(ids, vision)}, keep=1)
         if self._fixed is not None and len(ids) == 1:
-            state.cache = self._fixed.take(cache, state)
+            state.cache = self._fixed.load_prompt(cache, state)
         return state
 
     @torch.inference_mode()
-    def step(self, state: State, token_ids: Tensor, **where: Tensor) -> Tensor:
-        """Read more tokens [b, k]; returns the k states behind them [b, k, d] and moves `state` on.
+    def step(self, state: State, token_ids: Tensor, **layout: Tensor) -> Tensor:
+        """Read more tokens and advance `state` in place.
 
-        where: position_ids [b, k] and attention_mask [b, length + k], if the rows' texts are not equally long
+        Args:
+            state: Of a prefilled batch.
+            token_ids: [b, k] int64.
+            **layout: `position_ids` [b, k] and `attention_mask`, where the rows' texts differ in length.
+
+        Returns:
+            [b, k, d], hidden states on these tokens.
         """
-        return self._read(state, {"input_ids": token_ids, **where})
+        return self._read(state, {"input_ids": token_ids, **layout})
 
     def _read(self, state: State, inputs: dict[str, Tensor], keep: int | None = None) -> Tensor:
         if isinstance(state.cache, FixedCache):
@@ -203,25 +258,26 @@ class Decoder:
 
     def _forward(self, inputs: dict[str, Tensor], cache: DynamicCache, keep: int | None = None) -> Tensor:
         mask, config = inputs.get("attention_mask"), self.llama.config
-        masked = mask is not None and mask.ndim == 4 and config._attn_implementation.startswith("flash")  # which takes no such mask
-        with _by_sdpa(config) if masked else nullcontext():
+        needs_sdpa = mask is not None and mask.ndim == 4 and config._attn_implementation.startswith("flash")  # flash takes no 4-D mask
+        with _using_sdpa(config) if needs_sdpa else nullcontext():
             out = self.llama(**inputs, cache=cache, use_cache=True, output_hidden_states=len(self.taps) > 1)
         if len(self.taps) == 1:
-            return out.last_hidden_state.to(self.device)
-        # hidden_states[k] is the output of layer k, pre-norm; the very last one has passed the final norm
-        kept = [out.hidden_states[k] if keep is None else out.hidden_states[k][:, -keep:] for k in self.taps]
-        return torch.cat([h.to(self.device) for h in kept], dim=-1)
+            last: Tensor = out.last_hidden_state
+            return last.to(self.device)
+        # hidden_states[k] is the output of layer k, pre-norm; only the very last one has passed the final norm
+        tapped = [out.hidden_states[k] if keep is None else out.hidden_states[k][:, -keep:] for k in self.taps]
+        return torch.cat([h.to(self.device) for h in tapped], dim=-1)
 
     def rollback(self, state: State, n: int) -> None:
-        """Forget the last n positions. `state.last` is stale until the next step."""
-        if n:  # crop(0) empties the cache in some versions and does nothing in others
+        """Forget the last n positions, in place. `state.last` is stale until the next step."""
+        if n:  # crop(0) empties the cache in some versions of transformers and does nothing in others
             if not isinstance(state.cache, FixedCache):
                 state.cache.crop(-n)
             state.length -= n
 
     @torch.inference_mode()
     def generate(self, state: State, max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers of a freshly prefilled batch, each up to and including its end. Leaves `state` as it was."""
+        """Greedy answers of a freshly prefilled batch, each up to and including its end. `state` is restored."""
         assert state.ids is not None
         first, length, rules = state.last, state.length, [self.rules(ids) for ids in state.ids]
         answers: list[list[int]] = [[] for _ in rules]
@@ -240,26 +296,30 @@ class Decoder:
 
     @torch.inference_mode()
     def teacher_force(self, state: State, token_ids: Tensor) -> Tensor:
-        """The states that emit given tokens, from one pass over them.
+        """The hidden states that emit given tokens, from one forward pass over them.
 
-        state:     freshly prefilled, one row per row of token_ids
-        token_ids: [b, n]; returns [b, n, d]: h0 (from the prompt) … h(n-1), which has read token_ids[:, : n - 1]
+        Args:
+            state: Freshly prefilled, one row per row of `token_ids`; advanced in place.
+            token_ids: [b, n] int64.
+
+        Returns:
+            [b, n, d]: h0 (from the prompt) … h(n-1), which has read token_ids[:, : n - 1].
         """
         first = state.last[:, None]
         return first if token_ids.shape[1] == 1 else torch.cat([first, self.step(state, token_ids[:, :-1])], dim=1)
 
 
-def positions_of(config: PreTrainedConfig) -> int:
-    """How many positions a text may have: what the config states, times the factor by which its rotary embedding is stretched."""
+def position_limit(config: PreTrainedConfig) -> int:
+    """The number of positions a text may have: the config's value times the scaling factor of its rotary embedding."""
     rope = getattr(config, "rope_parameters", None) or {}
-    stretched = 1.0 if "original_max_position_embeddings" in rope else rope.get("factor") or 1.0  # then the config states the product
-    return int(config.max_position_embeddings * stretched)
+    scaling = 1.0 if "original_max_position_embeddings" in rope else rope.get("factor") or 1.0  # then the config states the product
+    return int(config.max_position_embeddings * scaling)
 
 
 @contextmanager
-def _by_sdpa(config: PreTrainedConfig) -> Iterator[None]:
-    usual, config._attn_implementation = config._attn_implementation, "sdpa"
+def _using_sdpa(config: PreTrainedConfig) -> Iterator[None]:
+    before, config._attn_implementation = config._attn_implementation, "sdpa"
     try:
         yield
     finally:
-        config._attn_implementation = usual
+        config._attn_implementation = before

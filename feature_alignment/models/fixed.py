@@ -1,12 +1,12 @@
-"""Decoding steps over caches of a fixed size, which a GPU records once and replays (CUDA graphs).
+"""Decoding steps over a key/value cache of fixed size, captured as CUDA graphs on a GPU.
 
-    places  | 0 1 2 … n-1 | n … n+k-1 | …… size     k tokens are read behind n others; a mask hides what lies behind each of them
-              read before   read now    not yet
+    positions  | 0 … n-1 | n … n+k-1 | … size    one step reads k tokens at positions n … n+k-1; a causal mask hides all later positions
+                 cached    new tokens   unused
 
-A small step keeps a GPU waiting for Python; a recorded one is launched whole. It always reads the same memory, so one decoder has one
-fixed cache, and a new prompt takes the place of the last one. The number of tokens is rounded up to one of a few, so that few lengths
-are recorded: what stands behind the real ones is hidden from them, and overwritten by the next step. Going back costs nothing.
-Where there is no CUDA the same steps run without being recorded.
+At batch 1 a GPU waits for Python between kernels. A CUDA graph launches a whole step at once, but it always reads and writes the same
+memory. So a decoder has one cache, which holds one prompt at a time. The number of tokens is padded to one of a few lengths, so that few
+graphs are captured; padding is masked and overwritten by the next step. A rollback only changes the length.
+On other devices the same steps run without capture.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from feature_alignment.cli.config import Steps
 from feature_alignment.cli.console import log
 from feature_alignment.models import fused
 
-LENGTHS = (1, 2, 4, 6, 9, 13, 17, 25)  # tokens a recorded step reads; beyond them multiples of 32
-ROOM = 192  # places behind a prompt
-COMPILED_FORMS = 64  # of a layer: one for each length, and again for each model
+LENGTHS = (1, 2, 4, 6, 9, 13, 17, 25)  # tokens of a captured step; larger steps are padded to multiples of 32
+ROOM = 192  # free positions after a prompt
+COMPILED_FORMS = 64  # compiled variants of a layer: one per length and model
 
-eager_fallbacks: list[str] = []  # what could not be recorded or compiled in this process, and why
+eager_fallbacks: list[str] = []  # what could not be captured or compiled in this process, and why
 
 
 def _note_eager_fallback(what: str, error: Exception) -> None:
@@ -37,45 +37,46 @@ def _note_eager_fallback(what: str, error: Exception) -> None:
 
 
 class CapturedStep:
-    """A function of tensors that returns a tensor or a tuple of them, recorded once for each combination of shapes.
+    """A function of tensors, captured as one CUDA graph per combination of input shapes and replayed afterwards.
 
-    The function must not ask the device anything, and tensors it closes over must stay where they are. What cannot be recorded all the
-    same is called as ever, and `eager_fallbacks` says so.
+    The function returns a tensor or a tuple of tensors. It must not synchronize with the device, and tensors in its closure must keep their
+    addresses. If capture fails, the function runs eagerly, and `eager_fallbacks` records why.
     """
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
-        self._known: dict[tuple, tuple[tuple[Tensor, ...], torch.cuda.CUDAGraph, Any] | None] = {}
+        self._graphs: dict[tuple[Any, ...], tuple[tuple[Tensor, ...], torch.cuda.CUDAGraph, Any] | None] = {}
 
     @torch.inference_mode()
     def __call__(self, *inputs: Tensor) -> Any:
+        """The function's result for `inputs`, in memory of its own."""
         if inputs[0].device.type != "cuda":
             return self._call(*inputs)
         key = tuple((x.shape, x.dtype) for x in inputs)
-        if key not in self._known:
+        if key not in self._graphs:
             try:
-                self._known[key] = self._capture(tuple(x.clone() for x in inputs))
+                self._graphs[key] = self._capture(tuple(x.clone() for x in inputs))
             except RuntimeError as error:
-                _note_eager_fallback(f"steps of shape {list(inputs[0].shape)} cannot be recorded and run eagerly", error)
-                self._known[key] = None
-        known = self._known[key]
-        if known is None:
+                _note_eager_fallback(f"steps of shape {list(inputs[0].shape)} cannot be captured and run eagerly", error)
+                self._graphs[key] = None
+        captured_graph = self._graphs[key]
+        if captured_graph is None:
             return self._call(*inputs)
-        mine, graph, outputs = known
-        for place, x in zip(mine, inputs, strict=True):
-            place.copy_(x)
+        buffers, graph, outputs = captured_graph
+        for buffer, x in zip(buffers, inputs, strict=True):
+            buffer.copy_(x)
         graph.replay()
         return outputs.clone() if isinstance(outputs, Tensor) else tuple(x.clone() for x in outputs)  # the next replay overwrites them
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], torch.cuda.CUDAGraph, Any]:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries choose their kernels and make their workspaces before anything is recorded
+        warmup = torch.cuda.Stream()
+        warmup.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warmup):  # libraries choose kernels and allocate workspaces before the capture
             for _ in range(3):
                 self._call(*inputs)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(warmup)
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": another thread may be busy with the other model
+        # "thread_local": another thread may be running the other model
         with gc_paused(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = self._call(*inputs)
         return inputs, graph, outputs
@@ -83,90 +84,128 @@ class CapturedStep:
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """No garbage is collected meanwhile: a forgotten recording that is freed during another one spoils it."""
-    was_on = gc.isenabled()
+    """Disable garbage collection during capture: freeing an old CUDA graph invalidates the one being captured."""
+    was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         yield
     finally:
-        if was_on:
+        if was_enabled:
             gc.enable()
 
 
 def captured(call: Callable[..., Any], steps: Steps) -> Callable[..., Any]:
-    """The function itself where steps are eager, else recorded."""
+    """Wrap a function for a kind of steps.
+
+    Args:
+        call: Function of tensors; see `CapturedStep` for what it must not do.
+        steps: "eager", "graphs" or "compiled".
+
+    Returns:
+        The function itself for eager steps, else a `CapturedStep` of it.
+    """
     return call if steps == "eager" else CapturedStep(call)
 
 
 def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as torch compiles it, or itself where it cannot."""
-    fast = torch.compile(call, dynamic=False)
+    """The function compiled by torch, with an eager fallback where compilation fails."""
+    compiled_call = torch.compile(call, dynamic=False)
 
     def run(*inputs: Any) -> Any:
-        nonlocal fast
+        nonlocal compiled_call
         try:
             with torch._dynamo.config.patch(recompile_limit=COMPILED_FORMS):
-                return fast(*inputs)
-        except (RuntimeError, OSError) as error:  # no C compiler, say
-            if fast is call or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+                return compiled_call(*inputs)
+        except (RuntimeError, OSError) as error:  # for example, no C compiler
+            if compiled_call is call or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
                 raise
             _note_eager_fallback("steps cannot be compiled", error)
-            fast = call
+            compiled_call = call
         return call(*inputs)
 
     return run
 
 
 class FixedCache:
-    """The one cache of a decoder whose steps are recorded. It stands in for a state's `cache` and belongs to the latest prompt."""
+    """Key/value cache of fixed size for a decoder with captured steps. It holds the prompt read last.
+
+    transformers' `StaticCache` is not used: on a CPU its steps take longer than these (one mask of the full size per step, no fused
+    products), it cannot grow, and a prompt would have to be prefilled over its full size.
+    """
 
     def __init__(self, llama: PreTrainedModel, taps: Sequence[int], steps: Steps) -> None:
-        """taps: the layers whose outputs make up a state; see `Decoder`"""
+        """Prepare a cache without memory; `load_prompt` allocates it.
+
+        Args:
+            llama: Model whose layers are read.
+            taps: Layers whose outputs make up a hidden state; see `Decoder`.
+            steps: "graphs" or "compiled".
+        """
         self._llama, self._taps = llama, tuple(taps)
-        self._read_layer: fused.Read = compiled(fused.read) if steps == "compiled" else fused.read
+        self._read_layer: fused.ReadLayer = compiled(fused.read_layer) if steps == "compiled" else fused.read_layer
         self._layers: list[fused.Layer] = []
         self._size = 0
         self._owner: object = None
 
-    def take(self, cache: DynamicCache, owner: object) -> FixedCache:
-        """Go on behind a prompt that has been read into a cache of the usual kind; whoever had this one before has lost it."""
+    def load_prompt(self, cache: DynamicCache, owner: object) -> FixedCache:
+        """Copy the keys and values of a prefilled prompt; the previous owner can no longer step.
+
+        Args:
+            cache: Cache of one prompt, as the prefill left it.
+            owner: Object that every later `step` must name.
+
+        Returns:
+            This cache.
+        """
         length = cache.get_seq_length()
         if length >= self._size:
-            self._lay_out(length + ROOM)
-        for mine, layer in zip(self._layers, cache.layers, strict=True):
-            mine.keys[:, :length], mine.values[:, :length] = layer.keys[0], layer.values[0]
+            self._allocate(length + ROOM)
+        for fixed_layer, layer in zip(self._layers, cache.layers, strict=True):
+            fixed_layer.keys[:, :length], fixed_layer.values[:, :length] = layer.keys[0], layer.values[0]
         self._owner = owner
         return self
 
     def step(self, ids: Tensor, length: int, owner: object) -> Tensor:
-        """States [1, k, d] behind ids [1, k], which stand at places length … length + k - 1."""
+        """Read tokens at positions length … length + k - 1; the cache grows if they do not fit.
+
+        Args:
+            ids: [1, k] int64, tokens to read.
+            length: Number of positions already cached.
+            owner: Object whose prompt was loaded last.
+
+        Returns:
+            [1, k, d], hidden states on the tokens.
+
+        Raises:
+            ValueError: If another prompt was loaded since.
+        """
         if owner is not self._owner:
-            raise ValueError("this text was read before another prompt took its place: a recorded decoder remembers one prompt")
+            raise ValueError("another prompt was loaded into this cache since: a decoder with captured steps holds one prompt at a time")
         k = ids.shape[1]
         padded = next((n for n in LENGTHS if n >= k), -(-k // 32) * 32)
         if length + padded > self._size:
             before = self._layers
-            self._lay_out(length + padded + ROOM)
+            self._allocate(length + padded + ROOM)
             for old, new in zip(before, self._layers, strict=True):
                 new.keys[:, :length], new.values[:, :length] = old.keys[:, :length], old.values[:, :length]
         self._length.fill_(length)
         return self._step(torch.nn.functional.pad(ids, (0, padded - k)))[:, :k]
 
-    def _lay_out(self, size: int) -> None:
-        """New empty buffers, and nothing recorded: a recording knows its buffers by their address."""
+    def _allocate(self, size: int) -> None:
+        """Allocate empty buffers and drop all graphs, which know the old buffers by address."""
         self._size = -(-size // 64) * 64
-        self._layers = fused.layers_of(self._llama, self._taps[-1], self._size)
+        self._layers = fused.fused_layers(self._llama, self._taps[-1], self._size)
         device = self._layers[0].keys.device
-        self._length, self._slots = torch.zeros((), dtype=torch.long, device=device), torch.arange(self._size, device=device)
+        self._length, self._positions = torch.zeros((), dtype=torch.long, device=device), torch.arange(self._size, device=device)
         self._step = CapturedStep(self._forward)
 
     def _forward(self, ids: Tensor) -> Tensor:
         x = self._llama.embed_tokens(ids[0])
-        shared = fused.step_inputs(self._llama, x, self._slots[: len(x)] + self._length, self._slots)
+        inputs = fused.step_inputs(self._llama, x, self._positions[: len(x)] + self._length, self._positions)
         states = []
         for number, layer in enumerate(self._layers, start=1):
-            x = self._read_layer(x, layer, shared, self._llama.config.rms_norm_eps)
+            x = self._read_layer(x, layer, inputs, self._llama.config.rms_norm_eps)
             if number in self._taps:
                 states.append(x)
-        return torch.cat([*states[:-1], self._llama.norm(x)], -1)[None]  # behind an early exit the norm is none
+        return torch.cat([*states[:-1], self._llama.norm(x)], -1)[None]  # after an early exit the norm is the identity

@@ -1,8 +1,8 @@
-"""Generation settings of a checkpoint: which ids and strings end a text, and what changes the logits of its next token.
+"""Generation settings of a checkpoint: the ids and strings that end a text, and the processors of its next-token logits.
 
-Settings are transformers' own `GenerationConfig`, read from `generation_config.json`, and so are the logits processors that carry them
-out: a text is the one that `generate` gives for the same `input_ids`, prompt included. Settings that cannot be carried out token by
-token are refused by their names. Whether tokens are drawn, and how many there are, is decided by flags, not by the checkpoint.
+Settings are transformers' `GenerationConfig`, read from `generation_config.json`, and are applied by transformers' own logits processors:
+a text equals the one that `generate` returns for the same `input_ids`, prompt included. Settings that token-by-token decoding cannot
+apply are refused by name. Sampling and the number of tokens are set by flags, not by the checkpoint.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from feature_alignment.cli.console import UserError
 
-# Settings that decoding token by token does not carry out, and the values at which they do nothing
-REFUSED: dict[str, tuple] = {
+# Settings that token-by-token decoding does not support, with the values at which they have no effect
+REFUSED: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
     "num_return_sequences": (1,),
@@ -47,20 +47,25 @@ REFUSED: dict[str, tuple] = {
 
 
 def eos_set(ids: int | Collection[int] | None) -> frozenset[int]:
-    """End-of-text ids as a config states them: one, several or none."""
+    """A config's EOS ids (one, several or none) as a set."""
     return frozenset(() if ids is None else (ids,) if isinstance(ids, int) else ids)
 
 
 def read_settings(path: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The settings of a checkpoint directory; ids that end a text come from its config or its tokenizer where they do not say.
+    """Read the generation settings of a checkpoint.
+
+    Args:
+        path: Checkpoint directory; generation_config.json in it is optional.
+        config: The model's config, which names the EOS ids where the file does not.
+        tokenizer: Names the EOS id where neither does.
 
     Raises:
-        UserError: for settings that are damaged, or that are not carried out.
+        UserError: If the file is damaged or asks for settings that are not supported.
     """
     file = path / "generation_config.json"
     stated: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     if not isinstance(stated, dict):
-        raise UserError(f"{file}: wanted a JSON object, got {type(stated).__name__}. Download it again.")
+        raise UserError(f"{file}: expected a JSON object, got {type(stated).__name__}. Download it again.")
     found = stated.get("eos_token_id")
     for ids in (getattr(config, "eos_token_id", None), config.get_text_config().eos_token_id, tokenizer.eos_token_id):
         found = ids if found in (None, []) else found
@@ -69,49 +74,53 @@ def read_settings(path: Path, config: PreTrainedConfig, tokenizer: PreTrainedTok
         raise UserError(f"{file}: eos_token_id must be a token id or a list of them, got {str(found)[:80]}.")
     try:
         settings = GenerationConfig(**{**stated, "eos_token_id": found})
-    except Exception as error:  # values of a wrong kind raise errors of several
+    except Exception as error:  # values of a wrong type raise different errors
         raise UserError(f"{file}: {str(error).splitlines()[0][:200]}") from None
-    return checked(settings, str(file))
+    return check_settings(settings, str(file))
 
 
-def checked(settings: GenerationConfig, source: str) -> GenerationConfig:
-    """The settings themselves, if all of them are carried out.
+def check_settings(settings: GenerationConfig, source: str) -> GenerationConfig:
+    """Return the settings if all of them are supported.
 
     Args:
-        settings: of a checkpoint or of flags.
-        source: their name in messages.
+        settings: From a checkpoint or from flags.
+        source: Their origin, for error messages.
 
     Raises:
-        UserError: naming each setting that is not, or that transformers' own processors refuse.
+        UserError: For each setting that is not supported or that transformers' processors refuse.
     """
     wrong = {k: v for k, off in REFUSED.items() if (v := getattr(settings, k, None)) is not None and v not in off}
     if wrong:
         named = ", ".join(f"{k} = {str(v)[:60]}" for k, v in wrong.items())
-        raise UserError(f"{source} asks for {named}, which decoding token by token does not carry out. Remove it there.")
+        raise UserError(f"{source} asks for {named}, which token-by-token decoding does not support. Remove it there.")
     try:
-        _changes(settings, 1, "cpu")
-        _narrows(settings)
-    except Exception as error:  # each processor checks its own values
+        _processors(settings, 1, "cpu")
+        _warpers(settings)
+    except Exception as error:  # each processor validates its own values
         raise UserError(f"{source}: {str(error).splitlines()[0][:200]}") from None
     return settings
 
 
 def with_flags(settings: GenerationConfig | None, **flags: Any) -> GenerationConfig:
-    """A checkpoint's settings, with those of the flags that were given (not None) in their place.
+    """Override a checkpoint's settings by flags.
+
+    Args:
+        settings: Of the checkpoint; None for transformers' defaults.
+        **flags: Setting names and values; None means that the flag was not given.
 
     Raises:
-        UserError: for a value that transformers' own processors refuse.
+        UserError: For a value that transformers' processors refuse.
     """
     merged = GenerationConfig() if settings is None else copy.deepcopy(settings)
     given = {name: value for name, value in flags.items() if value is not None}
     for name, value in given.items():
         setattr(merged, name, value)
     named = " ".join(f"--{'stop' if name == 'stop_strings' else name} {value}" for name, value in given.items())
-    return checked(merged, named or "the checkpoint")
+    return check_settings(merged, named or "the checkpoint")
 
 
-def _changes(s: GenerationConfig, prompt_length: int, device: torch.device | str) -> logits_process.LogitsProcessorList:
-    """The processors of greedy decoding, in `generate`'s order."""
+def _processors(s: GenerationConfig, prompt_length: int, device: torch.device | str) -> logits_process.LogitsProcessorList:
+    """Logits processors for greedy decoding, in the order of `generate`."""
     found, eos = logits_process.LogitsProcessorList(), sorted(eos_set(s.eos_token_id))
     ends = torch.tensor(eos, device=device)
     if s.sequence_bias:
@@ -135,8 +144,8 @@ def _changes(s: GenerationConfig, prompt_length: int, device: torch.device | str
     return found
 
 
-def _narrows(s: GenerationConfig) -> logits_process.LogitsProcessorList:
-    """The processors of sampling after the temperature, in `generate`'s order."""
+def _warpers(s: GenerationConfig) -> logits_process.LogitsProcessorList:
+    """Logits processors for sampling, applied after the temperature, in the order of `generate`."""
     found = logits_process.LogitsProcessorList()
     if s.top_k:
         found.append(logits_process.TopKLogitsWarper(s.top_k))
@@ -154,20 +163,21 @@ def _narrows(s: GenerationConfig) -> logits_process.LogitsProcessorList:
 
 
 @lru_cache(maxsize=8)
-def _stopping(tokenizer: PreTrainedTokenizerBase, strings: tuple[str, ...]) -> StopStringCriteria:
+def _stop_criterion(tokenizer: PreTrainedTokenizerBase, strings: tuple[str, ...]) -> StopStringCriteria:
     return StopStringCriteria(tokenizer, list(strings))
 
 
 @dataclass(frozen=True)
 class GenerationRules:
-    """The settings at work on one text.
+    """Generation settings applied to one text.
 
     Args:
-        eos_ids: token ids that end it.
-        prompt: ids of the prompt [s], which some processors read as well; placeholders of vision included.
-        rows: ids that the processors may name; scores are filled up to as many.
-        processors: logits_process of every decoding; narrows: those of sampling, after the temperature.
-        stop: whether a text ends with one of some strings.
+        eos_ids: Token ids that end the text.
+        prompt: [s], prompt ids including vision placeholders; some processors read them.
+        rows: Number of ids that processors may refer to; logits are padded to it.
+        processors: Logits processors of greedy decoding and sampling.
+        warpers: Logits processors of sampling only, applied after the temperature.
+        stop: Criterion for stop strings; None where there are none.
     """
 
     eos_ids: Collection[int] = ()
@@ -179,31 +189,61 @@ class GenerationRules:
 
     @classmethod
     def of(
-        cls, s: GenerationConfig | None, eos_ids: Collection[int], prompt: Sequence[int], rows: int, tokenizer, device
+        cls,
+        settings: GenerationConfig | None,
+        eos_ids: Collection[int],
+        prompt: Sequence[int],
+        rows: int,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
     ) -> GenerationRules:
-        """The rules of a text after this prompt. Ids below 0 stand for a prompt of embeddings, of which `generate` sees no ids."""
-        if s is None:
+        """Build the rules of a text.
+
+        Args:
+            settings: Of the checkpoint; None if only EOS ids apply.
+            eos_ids: Token ids that end the text.
+            prompt: [s], prompt ids; ids below 0 mark a prompt of embeddings, whose ids `generate` does not see.
+            rows: Rows of the LM head.
+            tokenizer: Spells tokens for stop strings.
+            device: Device of the logits.
+        """
+        if settings is None:
             return cls(eos_ids)
         prompt = prompt if min(prompt, default=0) >= 0 else ()
-        stop = (
-            None
-            if not s.stop_strings
-            else _stopping(tokenizer, tuple([s.stop_strings] if isinstance(s.stop_strings, str) else s.stop_strings))
-        )
-        return cls(eos_ids, prompt, max(rows, max(prompt, default=0) + 1), _changes(s, len(prompt), device), _narrows(s), stop)
+        strings = [settings.stop_strings] if isinstance(settings.stop_strings, str) else settings.stop_strings
+        stop = _stop_criterion(tokenizer, tuple(strings)) if strings else None
+        ids = max(rows, max(prompt, default=0) + 1)
+        return cls(eos_ids, prompt, ids, _processors(settings, len(prompt), device), _warpers(settings), stop)
 
     def scores(self, logits: Tensor, text: Sequence[int], block: Sequence[int] = ()) -> Tensor:
-        """Logits [n, v] as the processors change them; row i follows the prompt, `text` and the first i of the n - 1 tokens of `block`."""
+        """Apply the processors to next-token logits.
+
+        Args:
+            logits: [n, v]; row i predicts the token after the prompt, `text` and the first i tokens of `block`.
+            text: Tokens emitted so far.
+            block: n - 1 further tokens, for example draft tokens.
+
+        Returns:
+            [n, v], processed logits.
+        """
         if not self.processors:
             return logits
         v = logits.shape[-1]
-        wide = torch.nn.functional.pad(logits.float(), (0, max(0, self.rows - v)), value=-torch.inf)
+        padded = torch.nn.functional.pad(logits.float(), (0, max(0, self.rows - v)), value=-torch.inf)
         ids = torch.tensor([[*self.prompt, *text, *block]], dtype=torch.long, device=logits.device)
         start = len(self.prompt) + len(text)
-        return torch.cat([self.processors(ids[:, : start + i], wide[i : i + 1])[:, :v] for i in range(len(wide))])
+        return torch.cat([self.processors(ids[:, : start + i], padded[i : i + 1])[:, :v] for i in range(len(padded))])
 
     def end_of(self, text: Sequence[int], new: Sequence[int]) -> int | None:
-        """How many of the tokens `new` after `text` there are up to and including the first that ends it; None: none does."""
+        """Find where a text ends.
+
+        Args:
+            text: Tokens emitted so far, which do not end it.
+            new: Tokens after them.
+
+        Returns:
+            The number of tokens of `new` up to and including the first that ends the text; None if none does.
+        """
         end = next((i + 1 for i, token in enumerate(new) if token in self.eos_ids), None)
         if self.stop is not None:
             ids = torch.tensor([[*self.prompt, *text, *new]])
@@ -215,5 +255,13 @@ class GenerationRules:
 
 
 def most_likely(rules: Sequence[GenerationRules], logits: Tensor, texts: Sequence[Sequence[int]]) -> list[int]:
-    """The most likely next token of several texts, from their logits [n, v], each under its own rules."""
-    return torch.cat([rule.scores(row, text) for rule, row, text in zip(rules, logits.split(1), texts, strict=True)]).argmax(-1).tolist()
+    """The greedy next token of several texts, each under its own rules.
+
+    Args:
+        rules: n rules.
+        logits: [n, v], next-token logits.
+        texts: n texts emitted so far.
+    """
+    scores = torch.cat([rule.scores(row, text) for rule, row, text in zip(rules, logits.split(1), texts, strict=True)])
+    tokens: list[int] = scores.argmax(-1).tolist()
+    return tokens

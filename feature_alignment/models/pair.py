@@ -1,7 +1,7 @@
-"""Both models behind one small interface, so that nothing above knows LLaMA from LLaVA.
+"""The pair of models: EventGPT drafts, Video-LLaVA is the target. Both are loaded as a `Decoder`.
 
 python -m feature_alignment.models.pair --config configs/eventgpt_videollava_7b.yaml
-    checks both checkpoints without reading their weights: what was found, memory needed, memory there
+    checks both checkpoints without reading their weights, and prints what was found, the memory they need and the free memory
 """
 
 from __future__ import annotations
@@ -25,64 +25,73 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from feature_alignment.cli.config import Common, Steps, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, print_table
 from feature_alignment.inputs import events as event_inputs
+from feature_alignment.inputs.clip_pixels import clip_pixels
 from feature_alignment.inputs.samples import Sample
-from feature_alignment.inputs.video import NUM_FRAMES, clip_pixels, read_frames
-from feature_alignment.models import generation, loading
+from feature_alignment.inputs.video import NUM_FRAMES, read_frames
+from feature_alignment.models import generation, loading, preprocessing
 from feature_alignment.models.decoder import Decoder, State
+from feature_alignment.storage.processes import check_device
 
-_ROOM = 64  # tokens of an answer, where memory is reckoned
+_ANSWER_TOKENS = 64  # for the estimate of the cache
 
 
-def _probed(decoder: Decoder, path: Path, side: int) -> Decoder:
-    """The decoder itself, once it has read a blank picture and two tokens."""
-    with loading.report_load_errors(path) as made:
-        made.append(decoder.encode_vision(torch.zeros(1, 1, 3, side, side)))
-        nothing, two = State(DynamicCache(config=decoder.llama.config), made[0], 0), torch.tensor([[1, 1]], device=decoder.device)
-        made.append(decoder.step(nothing, two))
+def _probed(decoder: Decoder, path: Path, image_size: int) -> Decoder:
+    """Return the decoder after it has read a blank image and two tokens without an error."""
+    with loading.report_load_errors(path) as outputs:
+        outputs.append(decoder.encode_vision(torch.zeros(1, 1, 3, image_size, image_size)))
+        empty, tokens = State(DynamicCache(config=decoder.llama.config), outputs[0], 0), torch.tensor([[1, 1]], device=decoder.device)
+        outputs.append(decoder.step(empty, tokens))
     return decoder
 
 
 @dataclass(frozen=True)
 class Pair:
+    """Target and drafter of a run, with one vocabulary."""
+
     target: Decoder
     draft: Decoder
 
     def use_steps(self, steps: Steps) -> None:
+        """Choose how both models step; see `Decoder.use_steps`."""
         self.target.use_steps(steps)
         self.draft.use_steps(steps)
 
     def draft_with(self, layers: list[int] | None, cfg: Common) -> Decoder:
-        """Another decoder of the drafter's checkpoint, with the pair's vocabulary and steps.
+        """Load the drafter's checkpoint again with other layers, and with the pair's vocabulary and steps.
 
         Args:
-            layers: which of its layers it reads; None for all of them.
-            cfg: of the pair.
+            layers: Layers it reads; None for all.
+            cfg: Settings of the pair.
         """
-        return self._fitted(load_draft(dataclasses.replace(cfg, draft_layers=layers)))
+        return self._adapted(load_draft(dataclasses.replace(cfg, draft_layers=layers)))
 
-    def _fitted(self, draft: Decoder) -> Decoder:
+    def _adapted(self, draft: Decoder) -> Decoder:
         draft.restrict_vocabulary(self.target.vocab_size)
         draft.use_steps(self.draft.steps)
         return draft
 
 
 def load_pair(cfg: Common) -> Pair:
-    """Both decoders of a config, on its device and dtype; refuses checkpoints whose vocabularies do not share ids."""
-    loading.check_device(cfg.device)
+    """Load both models of a config on its device.
+
+    Raises:
+        UserError: If a checkpoint cannot be used, or the two vocabularies differ.
+    """
+    check_device(cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.device.startswith("cuda:"):
-        torch.cuda.set_device(cfg.device)  # where steps are recorded and timed
+        torch.cuda.set_device(cfg.device)  # CUDA graphs and timing use the current device
     target, draft = load_target(cfg), load_draft(cfg)
-    loading.check_shared_ids(cfg.draft_id, draft.tokenizer, cfg.target_id, target.tokenizer)
+    preprocessing.check_shared_ids(cfg.draft_id, draft.tokenizer, cfg.target_id, target.tokenizer)
     target.restrict_vocabulary(min(target.vocab_size, draft.vocab_size))
     pair = Pair(target, draft)
-    pair._fitted(draft)
+    pair._adapted(draft)
     return pair
 
 
 def load_target(cfg: Common) -> Decoder:
-    """Video-LLaVA as a `Decoder`; its head still has all rows."""
+    """Load Video-LLaVA; its LM head keeps all rows."""
     from feature_alignment.models import video_llava
 
     model, tokenizer, processor, vision_tokens, _ = open_target(cfg)
@@ -108,7 +117,7 @@ def load_target(cfg: Common) -> Decoder:
 
 
 def load_draft(cfg: Common) -> Decoder:
-    """EventGPT as a `Decoder`, cut off behind the last of `cfg.draft_layers`."""
+    """Load EventGPT up to the last of `cfg.draft_layers`."""
     from feature_alignment.models import eventgpt
 
     model, tokenizer, processor, vision_tokens, _ = open_draft(cfg)
@@ -139,8 +148,16 @@ def load_draft(cfg: Common) -> Decoder:
     return _probed(decoder, cfg.draft_id, model.config.vision_config.image_size)
 
 
-class Opened(NamedTuple):
-    """A checkpoint that has passed its gates. prompt_tokens: length of the probe question's prompt, vision included."""
+class OpenedCheckpoint(NamedTuple):
+    """A checkpoint that passed all checks.
+
+    Args:
+        model: Loaded model.
+        tokenizer: Of the checkpoint.
+        processor: Image preprocessing.
+        vision_tokens: Tokens of one clip.
+        prompt_tokens: Length of the probe question's prompt, vision included.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -149,33 +166,33 @@ class Opened(NamedTuple):
     prompt_tokens: int
 
 
-def open_target(cfg: Common) -> Opened:
-    """Video-LLaVA's checkpoint on cfg.device ("meta": names and shapes only), its tokenizer and preprocessing."""
+def open_target(cfg: Common) -> OpenedCheckpoint:
+    """Load and check Video-LLaVA's checkpoint on cfg.device ("meta": names and shapes only), its tokenizer and preprocessing."""
     from feature_alignment.models import video_llava
 
     path = loading.find_checkpoint(cfg.target_id, "--target_id")
     model = video_llava.load_video_llava(path, getattr(torch, cfg.dtype), cfg.device, **_options(cfg))
     vision = model.config.vision_config
     vision_tokens = NUM_FRAMES * ((vision.image_size // vision.patch_size) ** 2 + 1)
-    tokenizer = loading.load_tokenizer(path, model.lm_head.weight.shape[0])
-    prompt_tokens = len(video_llava.encode_prompt(tokenizer, loading.PROBE_QUESTION, vision_tokens))
-    loading.check_prompt(path, tokenizer, prompt_tokens - vision_tokens, video_llava.KNOWN_TEXT_TOKENS)
-    return Opened(model, tokenizer, loading.load_processor(path, vision.image_size), vision_tokens, prompt_tokens)
+    tokenizer = preprocessing.load_tokenizer(path, model.lm_head.weight.shape[0])
+    prompt_tokens = len(video_llava.encode_prompt(tokenizer, preprocessing.PROBE_QUESTION, vision_tokens))
+    preprocessing.check_prompt(path, tokenizer, prompt_tokens - vision_tokens, video_llava.KNOWN_TEXT_TOKENS)
+    return OpenedCheckpoint(model, tokenizer, preprocessing.load_processor(path, vision.image_size), vision_tokens, prompt_tokens)
 
 
-def open_draft(cfg: Common) -> Opened:
-    """EventGPT's checkpoint on cfg.device ("meta": names and shapes only), its tokenizer and preprocessing."""
+def open_draft(cfg: Common) -> OpenedCheckpoint:
+    """Load and check EventGPT's checkpoint on cfg.device ("meta": names and shapes only), its tokenizer and preprocessing."""
     from feature_alignment.models import eventgpt
 
     path = loading.find_checkpoint(cfg.draft_id, "--draft_id")
     model = eventgpt.load_eventgpt(path, getattr(torch, cfg.dtype), cfg.device, **_options(cfg))
     vision = model.config.vision_config
     vision_tokens = eventgpt.NUM_EVENT_SLICES + (vision.image_size // vision.patch_size) ** 2 + 1
-    tokenizer = loading.load_tokenizer(path, model.lm_head.weight.shape[0])
-    text_tokens = len(eventgpt.encode_prompt(tokenizer, loading.PROBE_QUESTION)) - 1
-    loading.check_prompt(path, tokenizer, text_tokens, eventgpt.KNOWN_TEXT_TOKENS)
-    processor = loading.load_processor(path, vision.image_size, default=True)
-    return Opened(model, tokenizer, processor, vision_tokens, text_tokens + vision_tokens)
+    tokenizer = preprocessing.load_tokenizer(path, model.lm_head.weight.shape[0])
+    text_tokens = len(eventgpt.encode_prompt(tokenizer, preprocessing.PROBE_QUESTION)) - 1
+    preprocessing.check_prompt(path, tokenizer, text_tokens, eventgpt.KNOWN_TEXT_TOKENS)
+    processor = preprocessing.load_processor(path, vision.image_size, default=True)
+    return OpenedCheckpoint(model, tokenizer, processor, vision_tokens, text_tokens + vision_tokens)
 
 
 def _options(cfg: Common) -> dict[str, Any]:
@@ -187,56 +204,112 @@ class CheckConfig(Common):
     """Check a pair of checkpoints before anything runs: complete, matching, small enough. Weights are not read."""
 
 
-def check_pair(cfg: Common) -> dict[str, Any]:
-    """What a config's pair is and what it needs, in bytes; UserError for a checkpoint or a pair that would not work."""
+@dataclass(frozen=True)
+class ModelReport:
+    """One model of a checked pair.
+
+    Args:
+        checkpoint: Its directory.
+        weights: "complete", or "random" with --random_weights.
+        parameters: Number of parameters.
+        layers: Number of decoder layers.
+        hidden_size: Width of hidden states.
+        embedding_rows: Rows of the LM head.
+        tokenizer_ids: Ids of the tokenizer.
+        vision_tokens: Tokens of one clip.
+        prompt_tokens: Length of the probe question's prompt, vision included.
+        weight_bytes: Memory of the weights.
+        cache_bytes: Memory of the key/value cache of one prompt and answer.
+    """
+
+    checkpoint: str
+    weights: str
+    parameters: int
+    layers: int
+    hidden_size: int
+    embedding_rows: int
+    tokenizer_ids: int
+    vision_tokens: int
+    prompt_tokens: int
+    weight_bytes: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """A checked pair: both models, the memory they need and the free memory, in bytes."""
+
+    models: dict[str, ModelReport]
+    needed_bytes: int
+    free_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The report under the keys of the printed JSON."""
+        models = {name: dataclasses.asdict(model) for name, model in self.models.items()}
+        return {"models": models, "needed_bytes": self.needed_bytes, "there_bytes": self.free_bytes}
+
+
+def check_pair(cfg: Common) -> PairReport:
+    """Check both checkpoints of a config and compute the memory that they need.
+
+    Raises:
+        UserError: If a checkpoint or the pair cannot be used.
+    """
     from feature_alignment.models import eventgpt, video_llava
 
     names_only = dataclasses.replace(cfg, device="meta", device_map=None, quantize="none")
     opened = {
-        "EventGPT": (open_draft(names_only), cfg.draft_id, eventgpt.UNQUANTISED),
-        "Video-LLaVA": (open_target(names_only), cfg.target_id, video_llava.UNQUANTISED),
+        "EventGPT": (open_draft(names_only), cfg.draft_id, eventgpt.UNQUANTIZED),
+        "Video-LLaVA": (open_target(names_only), cfg.target_id, video_llava.UNQUANTIZED),
     }
-    loading.check_shared_ids(cfg.draft_id, opened["EventGPT"][0].tokenizer, cfg.target_id, opened["Video-LLaVA"][0].tokenizer)
-    dtype = getattr(torch, cfg.dtype)
-    found = {}
-    for name, (o, path, unquantised) in opened.items():
-        text = o.model.config.get_text_config()
-        heads = text.num_key_value_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-        found[name] = {
-            "checkpoint": str(path),
-            "weights": "random" if cfg.random_weights else "complete",
-            "parameters": sum(p.numel() for p in o.model.parameters()),
-            "layers": text.num_hidden_layers,
-            "hidden_size": text.hidden_size,
-            "embedding_rows": o.model.lm_head.weight.shape[0],
-            "tokenizer_ids": len(o.tokenizer),
-            "vision_tokens": o.vision_tokens,
-            "prompt_tokens": o.prompt_tokens,
-            "weight_bytes": loading.weight_bytes(o.model, dtype, cfg.quantize, unquantised),
-            "cache_bytes": 2 * text.num_hidden_layers * heads * dtype.itemsize * (o.prompt_tokens + _ROOM),
-        }
-    needed = sum(f["weight_bytes"] + f["cache_bytes"] for f in found.values())
-    return {"models": found, "needed_bytes": needed, "there_bytes": loading.available_memory(cfg.device, cfg.device_map)}
+    preprocessing.check_shared_ids(cfg.draft_id, opened["EventGPT"][0].tokenizer, cfg.target_id, opened["Video-LLaVA"][0].tokenizer)
+    dtype, models = getattr(torch, cfg.dtype), {}
+    for name, (checkpoint, path, unquantized) in opened.items():
+        text = checkpoint.model.config.get_text_config()
+        d_kv = text.num_key_value_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        models[name] = ModelReport(
+            checkpoint=str(path),
+            weights="random" if cfg.random_weights else "complete",
+            parameters=sum(p.numel() for p in checkpoint.model.parameters()),
+            layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            embedding_rows=checkpoint.model.lm_head.weight.shape[0],
+            tokenizer_ids=len(checkpoint.tokenizer),
+            vision_tokens=checkpoint.vision_tokens,
+            prompt_tokens=checkpoint.prompt_tokens,
+            weight_bytes=loading.weight_bytes(checkpoint.model, dtype, cfg.quantize, unquantized),
+            cache_bytes=2 * text.num_hidden_layers * d_kv * dtype.itemsize * (checkpoint.prompt_tokens + _ANSWER_TOKENS),
+        )
+    needed = sum(model.weight_bytes + model.cache_bytes for model in models.values())
+    return PairReport(models, needed, loading.available_memory(cfg.device, cfg.device_map))
+
+
+def _as_text(value: str | int) -> str:
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the check with these arguments, default those of the command line; returns the printed JSON."""
     cfg = parse_config(CheckConfig, argv, "models/pair")
-    report, gib = check_pair(cfg), 2.0**30
-    kinds = report["models"]
+    report = check_pair(cfg)
+    models = report.models
     shown = ("checkpoint", "weights", "parameters", "layers", "hidden_size", "embedding_rows", "tokenizer_ids", "vision_tokens")
-    text = lambda value: f"{value:,}" if isinstance(value, int) else value  # noqa: E731
-    rows = [(key.replace("_", " "), *(text(m[key]) for m in kinds.values())) for key in (*shown, "prompt_tokens")]
-    held = cfg.dtype if cfg.quantize == "none" else f"{cfg.quantize} and {cfg.dtype}"
-    rows.append((f"weights as {held}", *(f"{m['weight_bytes'] / gib:.2f} GiB" for m in kinds.values())))
-    rows.append((f"cache of one prompt and {_ROOM} tokens", *(f"{m['cache_bytes'] / gib:.2f} GiB" for m in kinds.values())))
-    rows.append(("memory needed, both together", "", f"{report['needed_bytes'] / gib:.2f} GiB"))
-    rows.append((f"memory there, {cfg.device}", "", f"{report['there_bytes'] / gib:.2f} GiB"))
-    print_table("the pair", ("", *kinds), rows)
-    loading.check_device(cfg.device)
-    if report["needed_bytes"] > report["there_bytes"]:
+    rows = [(key.replace("_", " "), *(_as_text(getattr(m, key)) for m in models.values())) for key in (*shown, "prompt_tokens")]
+    dtype = cfg.dtype if cfg.quantize == "none" else f"{cfg.quantize} and {cfg.dtype}"
+    rows.append((f"weights as {dtype}", *(_gib(m.weight_bytes) for m in models.values())))
+    rows.append((f"cache of one prompt and {_ANSWER_TOKENS} tokens", *(_gib(m.cache_bytes) for m in models.values())))
+    rows.append(("memory needed by both", "", _gib(report.needed_bytes)))
+    rows.append((f"free memory, {cfg.device}", "", _gib(report.free_bytes)))
+    print_table("the pair", ("", *models), rows)
+    check_device(cfg.device)
+    if report.needed_bytes > report.free_bytes:
         raise UserError(
-            f"the pair needs {report['needed_bytes'] / gib:.2f} GiB and {cfg.device} has {report['there_bytes'] / gib:.2f} GiB free. "
-            "Type --quantize nf4, --dtype bfloat16 or --device_map auto (several GPUs), or free some memory."
+            f"the pair needs {_gib(report.needed_bytes)} and {cfg.device} has {_gib(report.free_bytes)} free. "
+            "Pass --quantize nf4, --dtype bfloat16 or --device_map auto (several GPUs), or free some memory."
         )
-    print_json_line(report)
-    return report
+    print_json_line(report.to_json())
+    return report.to_json()

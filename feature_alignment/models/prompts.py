@@ -1,4 +1,4 @@
-"""Prompts as token ids: a begin token where the model was trained with one, never an end token, the checkpoint's own chat template."""
+"""Prompts as token ids: BOS where the model was trained with it, never EOS, and the checkpoint's own chat template."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from feature_alignment.cli.console import UserError
 from feature_alignment.cli.text_files import as_object, read_text, reason
 
@@ -16,57 +18,61 @@ log = logging.getLogger(__name__)
 _SENTENCEPIECE_BOS = "<s>"
 
 
-def prepare_for_prompts(tokenizer: Any, path: Path) -> None:
-    """Give a tokenizer the chat template that a processor keeps for it, and say in the log what its prompts begin with.
+def prepare_for_prompts(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Load a chat template that the checkpoint stores with its processor, and log whether BOS is added to prompts.
+
+    Args:
+        tokenizer: Changed in place.
+        path: Checkpoint directory.
 
     Raises:
         UserError: For a damaged chat_template.json.
     """
-    template = path / "chat_template.json"  # tokenizers read chat_template.jinja and their own configuration only
+    template = path / "chat_template.json"  # tokenizers read only chat_template.jinja and their own config
     if tokenizer.chat_template is None and template.is_file():
         try:
             tokenizer.chat_template = as_object(json.loads(read_text(template)))["chat_template"]
         except (ValueError, KeyError) as error:
-            raise UserError(f"{template}: {reason(error)}; wanted an object with chat_template.") from None
+            raise UserError(f"{template}: {reason(error)}; expected an object with chat_template.") from None
     if begin_ids(tokenizer) and not _adds_bos(tokenizer):
-        log.info("%s: its tokenizer adds no %s; prompts begin with it all the same.", path, tokenizer.bos_token)
+        log.info("%s: its tokenizer does not add %s; it is added to prompts.", path, tokenizer.bos_token)
 
 
-def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text alone, whatever begin or end token the tokenizer would put around it, or a chat template after it."""
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text without the BOS and EOS that a tokenizer or chat template would add."""
     ids = list(tokenizer(text, add_special_tokens=False).input_ids)
     while ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids
 
 
-def begin_ids(tokenizer: Any) -> list[int]:
-    """The begin token that a prompt starts with, or none.
+def begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS id that a prompt starts with, or an empty list.
 
-    LLaMA and its descendants were trained with `<s>` in front of every text. A tokenizer that was saved without its post-processor
-    no longer adds it. A vocabulary with another begin token gets it only if its tokenizer adds it.
+    LLaMA and its descendants were trained with `<s>` before every text, but a tokenizer that was saved without its post-processor no longer
+    adds it. Another BOS token is used only if the tokenizer adds it.
     """
     if tokenizer.bos_token_id is None or not (_adds_bos(tokenizer) or tokenizer.bos_token == _SENTENCEPIECE_BOS):
         return []
     return [tokenizer.bos_token_id]
 
 
-def _adds_bos(tokenizer: Any) -> bool:
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return list(tokenizer("").input_ids)[:1] == [tokenizer.bos_token_id]
 
 
-def prompt_text(tokenizer: Any, default: str, contents: Sequence[Any], marker: str, question: str) -> str:
-    """The prompt of one question, `marker` in it once: by the tokenizer's chat template if it has one, else the default.
+def prompt_text(tokenizer: PreTrainedTokenizerBase, default: str, contents: Sequence[Any], marker: str, question: str) -> str:
+    """The prompt of one question, made by the tokenizer's chat template if it has one.
 
     Args:
         tokenizer: Of the checkpoint; `chat_template` is None where it has none.
         default: The model's own prompt with the question in it.
-        contents: What the user says, as chat templates take it: a text, or a list of parts. The first that the template shows counts.
-        marker: The text that stands for the video or the events.
+        contents: Message contents to try, as chat templates take them: a text, or a list of parts. The first that works is used.
+        marker: Text that marks the video or the events; the prompt holds it once.
         question: The question.
 
     Raises:
-        UserError: For a template that fails, or that does not show the marker once and the question.
+        UserError: If the template fails, or does not render the marker once and the question.
     """
     if not getattr(tokenizer, "chat_template", None):
         return default
@@ -74,8 +80,8 @@ def prompt_text(tokenizer: Any, default: str, contents: Sequence[Any], marker: s
     for content in contents:
         messages = [{"role": "user", "content": content}]
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template may raise any error of Jinja, or its own
+            text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may raise any error of Jinja or its own
             why = why or str(error).strip().partition("\n")[0][:160]
             continue
         if text.count(marker) == 1 and question.strip() in text:
@@ -87,7 +93,7 @@ def prompt_text(tokenizer: Any, default: str, contents: Sequence[Any], marker: s
     )
 
 
-def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a whole prompt or its first part: one begin token, which a chat template may have written already."""
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a prompt or its first part, with one BOS, which a chat template may have added already."""
     ids, begin = text_ids(tokenizer, text), begin_ids(tokenizer)
     return ids if ids[:1] == begin else [*begin, *ids]

@@ -13,9 +13,9 @@ from typing import Any
 
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.console import UserError, finite
-from feature_alignment.storage.files import read_json, replacing
+from feature_alignment.storage.files import atomic_write, read_json
 from feature_alignment.storage.hidden_states import eos_ids_of
-from feature_alignment.storage.identity import THERE_NOW, RunIdentity
+from feature_alignment.storage.identity import RECORDED_AND_CURRENT, RunIdentity
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def write_token_pairs(path: Path, meta: dict[str, Any], rows: Iterable[dict[str,
     plain = json.loads(json.dumps(finite(meta), allow_nan=False))
     begin = json.dumps({"meta": plain}, sort_keys=True)[:-1]
     digest = hashlib.sha256(begin.encode() + b', "results": [')  # what `content_hash` takes of the whole, piece by piece
-    with replacing(path) as temporary, temporary.open("w") as stream:
+    with atomic_write(path) as temporary, temporary.open("w") as stream:
         stream.write(begin + ',\n"results": [')
         for i, r in enumerate(rows):
             result = {"sample_id": r["id"], "sequence": r["sequence"], "query": r["question"], **{k: r[k] for k in keys}}
@@ -49,8 +49,8 @@ def eos_ids(path: Path) -> list[int]:
     return eos_ids_of(meta if isinstance(meta, dict) else None)
 
 
-def _read(path: Path, make_it: str) -> dict[str, Any]:
-    content = read_json(path, make_it)
+def _read(path: Path, remake_command: str) -> dict[str, Any]:
+    content = read_json(path, remake_command)
     rows = content.get("results") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows:
         raise UserError(f'{path} holds no rows; wanted {{"results": [{{"egpt_tokens": […], "vl_tokens": […], …}}]}}.')
@@ -66,8 +66,18 @@ def _read(path: Path, make_it: str) -> dict[str, Any]:
 
 Answers = dict[str, tuple[array, array]]  # sample id -> Video-LLaVA's tokens, EventGPT's tokens
 # Settings of an extraction that change what is stored, and no text
-NO_TEXT = {"split", "prefix", "max_positions", "store_dtype", "separate_layers", "event_states", "own_drafts", "draft_layers", "shard"}
-BY_ROW = frozenset({"manifest", "questions", "answers"})  # sources of which every row's question and clip are compared
+SETTINGS_WITHOUT_EFFECT_ON_TEXTS = {
+    "split",
+    "prefix",
+    "max_positions",
+    "store_dtype",
+    "separate_layers",
+    "event_states",
+    "own_drafts",
+    "draft_layers",
+    "shard",
+}
+SOURCES_COMPARED_BY_ROW = frozenset({"manifest", "questions", "answers"})  # sources of which every row's question and clip are compared
 
 
 def known_answers(
@@ -94,7 +104,7 @@ def load_answers(path: Path, identity: RunIdentity, rows: Sequence[dict[str, Any
     leave_out = "Leave --answers out to generate them."
     content = _read(path, "leave --answers out, and they are generated")
     recorded = content.get("meta")
-    if recorded and (changes := _for_texts(identity).changes(_texts_of(recorded), ignore_code, THERE_NOW)):
+    if recorded and (changes := _for_texts(identity).changes(_texts_of(recorded), ignore_code, RECORDED_AND_CURRENT)):
         keep = " With --ignore_code they are read all the same." if all(c.startswith("code: ") for c in changes) else ""
         raise UserError(f"{path} holds answers of another run:\n  " + "\n  ".join(changes) + f"\n{leave_out}{keep}")
     found = _fitting(path, content["results"], rows, identity.settings["max_new_tokens"], "row" if recorded else None)
@@ -143,15 +153,15 @@ def _compared(identity: RunIdentity, is_ours: bool) -> tuple[str, str]:
 
 def _for_texts(identity: RunIdentity) -> RunIdentity:
     """The part of an extraction's identity that decides both models' answers."""
-    settings = {key: value for key, value in identity.settings.items() if key not in NO_TEXT}
-    return replace(identity, settings=settings, not_compared=BY_ROW)
+    settings = {key: value for key, value in identity.settings.items() if key not in SETTINGS_WITHOUT_EFFECT_ON_TEXTS}
+    return replace(identity, settings=settings, not_compared=SOURCES_COMPARED_BY_ROW)
 
 
 def _texts_of(recorded: Any) -> dict[str, Any]:
     """The same part of what a file recorded."""
     recorded = recorded if isinstance(recorded, dict) else {}
     settings = recorded.get("settings")
-    kept = {k: v for k, v in settings.items() if k not in NO_TEXT} if isinstance(settings, dict) else None
+    kept = {k: v for k, v in settings.items() if k not in SETTINGS_WITHOUT_EFFECT_ON_TEXTS} if isinstance(settings, dict) else None
     return {**recorded, "settings": kept}
 
 

@@ -20,55 +20,12 @@ from typing import Any
 from feature_alignment.cli.config import Common, as_plain
 from feature_alignment.cli.console import UserError, repaired_files
 from feature_alignment.storage.files import (
-    altered,
-    config_hash,
-    content_hash,
-    file_hash,
-    layers_read,
-    load_pt,
-    load_trained,
-    read_json,
-    read_sealed,
-    replacing,
-    save_pt,
-    weights_hash,
-    write_json,
-    write_sealed,
-    write_text,
+    altered_files,
+    read_hashed_json,
 )
-from feature_alignment.storage.hidden_states import EVENT_STATES, HiddenStates, layer_file, load_hidden_states
-from feature_alignment.storage.identity import RunIdentity, Sources, identity_of, machine, source_hash
+from feature_alignment.storage.identity import RunIdentity, Sources, identity_of, machine
 
 log = logging.getLogger(__name__)
-
-__all__ = [  # what the scripts take from here, wherever it is defined
-    "EVENT_STATES",
-    "HiddenStates",
-    "RunIdentity",
-    "Sources",
-    "altered",
-    "config_hash",
-    "content_hash",
-    "file_hash",
-    "identity_of",
-    "layer_file",
-    "layers_read",
-    "load_hidden_states",
-    "load_pt",
-    "load_trained",
-    "log_reuse",
-    "provenance",
-    "read_json",
-    "read_sealed",
-    "replacing",
-    "reusable",
-    "save_pt",
-    "source_hash",
-    "weights_hash",
-    "write_json",
-    "write_sealed",
-    "write_text",
-]
 
 
 def provenance(script: str, cfg: Common, made_from: Sources, identity: RunIdentity | None = None, **facts: Any) -> dict[str, Any]:
@@ -97,7 +54,7 @@ def provenance(script: str, cfg: Common, made_from: Sources, identity: RunIdenti
     }
 
 
-def reusable(path: Path, cfg: Common, identity: RunIdentity, ignore_code: bool = False) -> dict[str, Any] | None:
+def cached_result(path: Path, cfg: Common, identity: RunIdentity, ignore_code: bool = False) -> dict[str, Any] | None:
     """The JSON at `path` if it may be used again, else None; one log line says what was compared, or what differs.
 
     Args:
@@ -114,7 +71,7 @@ def reusable(path: Path, cfg: Common, identity: RunIdentity, ignore_code: bool =
     if not (cfg.resume and path.is_file()):
         return None
     try:
-        content = read_sealed(path, f"rm {path}")
+        content = read_hashed_json(path, f"rm {path}")
     except UserError as error:
         log.warning("%s  It is made again.", str(error).splitlines()[0])
         return None
@@ -122,7 +79,7 @@ def reusable(path: Path, cfg: Common, identity: RunIdentity, ignore_code: bool =
     if changes := identity.changes(meta, ignore_code):
         log.warning("%s is made again (then → now): %s. Compared: %s.", path, "; ".join(changes), identity.compared())
         return None
-    if changed := altered(path, content):
+    if changed := altered_files(path, content):
         log.warning("%s: %s was altered or is gone; all of it is made again.", path.parent, ", ".join(changed))
         return None
     log_reuse(path, identity, meta, f"the recorded hashes of {len(content.get('files', {})) + 1} files")

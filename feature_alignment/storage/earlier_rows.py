@@ -17,16 +17,16 @@ from typing import Any
 
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage.artifacts import log_reuse
-from feature_alignment.storage.files import altered, load_pt, read_json, read_sealed
+from feature_alignment.storage.files import altered_files, load_pt, read_hashed_json, read_json
 from feature_alignment.storage.hidden_states_writer import (
-    ANEW,
-    NAMED,
+    REMAKE,
+    SAMPLE_KEYS,
     HiddenStatesWriter,
-    notes_of,
     plan_hash,
-    set_aside,
-    sweep,
-    unfinished,
+    progress_entries,
+    remove_leftovers,
+    superseded_runs,
+    unfinished_folder,
 )
 from feature_alignment.storage.identity import RunIdentity
 from feature_alignment.storage.state_files import frame_hash, row_hashes
@@ -36,7 +36,7 @@ _TOGETHER = 64  # rows that are copied before they are noted
 Row = dict[str, Any]  # what a row's entry in samples.jsonl says of its sample: the keys NAMED, see `inputs/row_identity.py`
 
 
-def complete(directory: Path, identity: RunIdentity, rows: Sequence[Row], ignore_code: bool = False) -> dict[str, Any] | None:
+def find_complete_run(directory: Path, identity: RunIdentity, rows: Sequence[Row], ignore_code: bool = False) -> dict[str, Any] | None:
     """The meta of the complete run in `directory`, if it is the run that is asked for and every byte of it is as it was written.
 
     Args:
@@ -45,16 +45,16 @@ def complete(directory: Path, identity: RunIdentity, rows: Sequence[Row], ignore
         rows: its rows; of a merge, which has no clips to look at, without `identity` and `clip`
         ignore_code: accept what other code made
     """
-    if unfinished(directory).is_dir() or not (directory / "meta.json").is_file():
+    if unfinished_folder(directory).is_dir() or not (directory / "meta.json").is_file():
         return None
-    meta = read_sealed(directory / "meta.json", ANEW)
+    meta = read_hashed_json(directory / "meta.json", REMAKE)
     if identity.changes(meta, ignore_code) or not _same_rows(directory, meta, rows):
         return None
-    if wrong := altered(directory / "meta.json", meta) or _damaged(directory, meta):
+    if wrong := altered_files(directory / "meta.json", meta) or _damaged(directory, meta):
         names = ", ".join(wrong)
         log.warning("%s: %s was altered, truncated or deleted. Rows that are intact are kept, others extracted again.", directory, names)
         return None
-    sweep(directory)
+    remove_leftovers(directory)
     compared = f"{len(rows)} rows (question, clip, batch)", f"the recorded hashes of {len(meta['files'])} files and of all their states"
     log_reuse(directory, identity, meta, *compared)
     return meta
@@ -69,8 +69,8 @@ def _same_rows(directory: Path, meta: dict[str, Any], rows: Sequence[Row]) -> bo
 
 def _entries(directory: Path) -> Iterator[dict[str, Any]]:
     """What the samples.jsonl of a complete run says of every row; nothing where it was altered."""
-    meta = read_json(directory / "meta.json", ANEW)
-    if not altered(directory / "meta.json", meta, ["samples.jsonl"]):
+    meta = read_json(directory / "meta.json", REMAKE)
+    if not altered_files(directory / "meta.json", meta, ["samples.jsonl"]):
         with (directory / "samples.jsonl").open() as stream:
             yield from map(json.loads, stream)
 
@@ -104,10 +104,10 @@ def refuse_changes(directory: Path, identity: RunIdentity, rows: Sequence[Row], 
     Raises:
         UserError: names what changed, and how to keep or replace what is there
     """
-    for path in (unfinished(directory) / "settings.json", directory / "meta.json"):
+    for path in (unfinished_folder(directory) / "settings.json", directory / "meta.json"):
         if not path.is_file():
             continue
-        changes = identity.changes(read_json(path, ANEW), ignore_code)
+        changes = identity.changes(read_json(path, REMAKE), ignore_code)
         if not changes and all("identity" in row for row in rows):
             changes = _lost(path.parent, rows, limited)
         if changes:
@@ -122,7 +122,7 @@ def refuse_changes(directory: Path, identity: RunIdentity, rows: Sequence[Row], 
 
 def with_recorded_code(directory: Path, identity: RunIdentity) -> RunIdentity:
     """The identity with the code that made the earlier run in `directory`: with --ignore_code its rows are kept, and stay that code's."""
-    recorded = _recorded(unfinished(directory)) or _recorded(directory)
+    recorded = _recorded(unfinished_folder(directory)) or _recorded(directory)
     return replace(identity, code=recorded["code"]) if recorded and not identity.changes(recorded, ignore_code=True) else identity
 
 
@@ -138,7 +138,7 @@ def _lost(folder: Path, rows: Sequence[Row], limited: bool) -> list[str]:
     return [f"{lost.total()} of {count.total()} rows {why} another question, clip or start, or are gone, e.g. {examples}"]
 
 
-def keep_rows(writer: HiddenStatesWriter, identity: RunIdentity, rows: Sequence[Row], ignore_code: bool = False) -> None:
+def copy_unchanged_rows(writer: HiddenStatesWriter, identity: RunIdentity, rows: Sequence[Row], ignore_code: bool = False) -> None:
     """Copy every intact row of earlier runs whose batch is also one of this run.
 
     Args:
@@ -150,7 +150,7 @@ def keep_rows(writer: HiddenStatesWriter, identity: RunIdentity, rows: Sequence[
     place = {row["identity"]["batch"]: i for i, row in enumerate(rows)}
     asked = {row["identity"]["row"] for row in rows}
     kept = damaged = regrouped = 0
-    for folder in (writer.directory, *set_aside(writer.directory)):
+    for folder in (writer.directory, *superseded_runs(writer.directory)):
         if identity.changes(_recorded(folder), ignore_code):
             continue
         for n, (about, source_row) in enumerate(_stored(folder, texts=True)):
@@ -159,7 +159,7 @@ def keep_rows(writer: HiddenStatesWriter, identity: RunIdentity, rows: Sequence[
                 regrouped += row is None and about["identity"]["row"] in asked
                 continue
             try:
-                writer.copy(row, folder, source_row, {**about, **{key: rows[row][key] for key in NAMED}})
+                writer.copy(row, folder, source_row, {**about, **{key: rows[row][key] for key in SAMPLE_KEYS}})
                 kept += 1
             except (UserError, OSError):
                 damaged += 1
@@ -175,19 +175,19 @@ def keep_rows(writer: HiddenStatesWriter, identity: RunIdentity, rows: Sequence[
 def _recorded(folder: Path) -> dict[str, Any]:
     """The identity that a complete or unfinished run recorded; empty where there is none."""
     path = next((p for p in (folder / "meta.json", folder / "settings.json") if p.is_file()), None)
-    return read_json(path, ANEW) if path else {}
+    return read_json(path, REMAKE) if path else {}
 
 
 def _stored(folder: Path, texts: bool = False) -> Iterator[tuple[dict[str, Any], int]]:
     """Every row of a complete or unfinished run: its entry (with the ids of its text as `read` if `texts`) and its number in the files."""
     if (folder / "settings.json").is_file() and not (folder / "meta.json").is_file():
-        for about in notes_of(folder):
+        for about in progress_entries(folder):
             yield {key: value for key, value in about.items() if key != "row"}, about["row"]
     elif (folder / "meta.json").is_file():
-        meta = read_json(folder / "meta.json", ANEW)
-        if texts and altered(folder / "meta.json", meta, ["positions.pt"]):
+        meta = read_json(folder / "meta.json", REMAKE)
+        if texts and altered_files(folder / "meta.json", meta, ["positions.pt"]):
             return
-        positions = load_pt(folder / "positions.pt", ANEW) if texts else None
+        positions = load_pt(folder / "positions.pt", REMAKE) if texts else None
         for row, about in enumerate(_entries(folder)):
             read = {"read": positions["token_ids"][row, : positions["lengths"][row]].tolist()} if positions else {}
             yield {**read, **about}, row

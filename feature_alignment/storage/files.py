@@ -30,7 +30,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to it on success, once its bytes are on the disk, and removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
@@ -45,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text)
 
 
@@ -54,7 +54,7 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
 
 
-def write_sealed(path: Path, content: dict[str, Any], beside: Sequence[str] = ()) -> None:
+def write_hashed_json(path: Path, content: dict[str, Any], beside: Sequence[str] = ()) -> None:
     """JSON that tells later whether it, or one of the files `beside` it (paths from its folder), was altered."""
     files = {name: file_hash(path.parent / name) for name in beside}
     plain = json.loads(json.dumps(finite({**content, "files": files}), allow_nan=False))
@@ -66,38 +66,40 @@ def content_hash(content: dict[str, Any]) -> str:
     return config_hash({k: v for k, v in content.items() if k != "content_hash"})
 
 
-def read_json(path: Path, make_it: str) -> Any:
+def read_json(path: Path, remake_command: str) -> Any:
     """A JSON file, or a UserError that names the command that makes it; one that says its hash must still have it."""
     if not path.is_file():
-        raise UserError(f"{path} is not there. Make it first:\n  {make_it}")
+        raise UserError(f"{path} is not there. Make it first:\n  {remake_command}")
     try:
         content = json.loads(read_text(path))
     except (UserError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}). Make it again:\n  {make_it}") from None
+        raise UserError(f"{path} is not valid JSON ({error}). Make it again:\n  {remake_command}") from None
     if isinstance(content, dict) and content.get("content_hash", content_hash(content)) != content_hash(content):
-        raise UserError(f"{path} was altered after it was written. Make it again:\n  {make_it}")
+        raise UserError(f"{path} was altered after it was written. Make it again:\n  {remake_command}")
     return content
 
 
-def read_sealed(path: Path, make_it: str) -> dict[str, Any]:
+def read_hashed_json(path: Path, remake_command: str) -> dict[str, Any]:
     """A JSON object that one of these scripts wrote and nobody has altered, or a UserError that names the command that makes it."""
-    content = read_json(path, make_it)
+    content = read_json(path, remake_command)
     if not isinstance(content, dict) or "content_hash" not in content:
-        raise UserError(f"{path} does not say its own hash: an older version wrote it, or somebody else. Make it again:\n  {make_it}")
+        raise UserError(
+            f"{path} does not say its own hash: an older version wrote it, or somebody else. Make it again:\n  {remake_command}"
+        )
     return content
 
 
-def altered(path: Path, content: dict[str, Any], names: Iterable[str] | None = None) -> list[str]:
+def altered_files(path: Path, content: dict[str, Any], names: Iterable[str] | None = None) -> list[str]:
     """Those of the files beside a sealed JSON at `path` (all, or `names`) that are gone or not as they were."""
     files = content.get("files", {})
     there = {name: path.parent / name for name in (files if names is None else names)}
     return [name for name, file in there.items() if not file.is_file() or file_hash(file) != files.get(name)]
 
 
-def load_pt(path: Path, make_it: str) -> Any:
+def load_pt(path: Path, remake_command: str) -> Any:
     """A `.pt` file, memory-mapped, plain tensors and containers only; UserError if missing or damaged."""
     if not path.is_file():
-        raise UserError(f"{path} is not there. Make it first:\n  {make_it}")
+        raise UserError(f"{path} is not there. Make it first:\n  {remake_command}")
     try:
         check_pt(path)
         content = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
@@ -105,7 +107,7 @@ def load_pt(path: Path, make_it: str) -> Any:
         return content
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, OSError, … for damaged files
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
-        raise UserError(f"{path} could not be read ({reason}). Make it again:\n  {make_it}") from None
+        raise UserError(f"{path} could not be read ({reason}). Make it again:\n  {remake_command}") from None
 
 
 def _refuse_views(content: Any, file_bytes: int) -> None:
@@ -122,7 +124,7 @@ def save_pt(path: Path, content: Any) -> None:
     """The same content gives the same bytes, whoever writes it: torch would put a file's (temporary) name into the file."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
@@ -151,20 +153,20 @@ def config_hash(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_trained(path: Path, kind: str, build: Callable[..., Module], size: str, make_it: str) -> tuple[Module, dict[str, Any]]:
+def load_trained(path: Path, kind: str, build: Callable[..., Module], size: str, remake_command: str) -> tuple[Module, dict[str, Any]]:
     """A trained module and its meta: `build(**meta["geometry"])`, filled and ready to use.
 
     kind: its name in messages; size: a key its geometry must have, so that no other kind is taken for it
     raises: UserError for a file of another kind, or a damaged one
     """
-    saved = load_pt(path, make_it)
+    saved = load_pt(path, remake_command)
     meta = saved.get("meta") if isinstance(saved, dict) else None
     geometry = meta.get("geometry") if isinstance(meta, dict) else None
     if not (isinstance(meta, dict) and isinstance(geometry, dict) and size in geometry and isinstance(saved.get("state_dict"), dict)):
-        raise UserError(f"{path} is not {kind} (wanted meta with its geometry, and state_dict). Train one:\n  {make_it}")
+        raise UserError(f"{path} is not {kind} (wanted meta with its geometry, and state_dict). Train one:\n  {remake_command}")
     beside = path.parent / "meta.json"
-    if beside.is_file() and altered(beside, read_json(beside, make_it), [path.name]):
-        raise UserError(f"{path} is not the file that {beside} describes; one of them was altered. Train it again:\n  {make_it}")
+    if beside.is_file() and altered_files(beside, read_json(beside, remake_command), [path.name]):
+        raise UserError(f"{path} is not the file that {beside} describes; one of them was altered. Train it again:\n  {remake_command}")
     try:
         with torch.device("meta"):  # shapes first: the sizes a file states may be anything
             shapes = {name: tensor.shape for name, tensor in build(**geometry).state_dict().items()}
@@ -175,13 +177,15 @@ def load_trained(path: Path, kind: str, build: Callable[..., Module], size: str,
         module = build(**geometry)
         module.load_state_dict(saved["state_dict"])
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {str(error)[:300]}. Train it again:\n  {make_it}") from None
+        raise UserError(f"{path} is damaged: {str(error)[:300]}. Train it again:\n  {remake_command}") from None
     return module.eval(), meta
 
 
-def layers_read(path: Path, meta: dict[str, Any], make_it: str) -> list[int]:
+def trained_layers(path: Path, meta: dict[str, Any], remake_command: str) -> list[int]:
     """EventGPT's layers that the adapter at `path` was trained on, last the deepest; UserError if its meta does not say."""
     layers = meta.get("draft_layers")
     if not isinstance(layers, list) or not layers or not all(type(k) is int for k in layers):
-        raise UserError(f"{path} does not say which of EventGPT's layers it reads (draft_layers {layers!r}). Train it again:\n  {make_it}")
+        raise UserError(
+            f"{path} does not say which of EventGPT's layers it reads (draft_layers {layers!r}). Train it again:\n  {remake_command}"
+        )
     return layers

@@ -15,15 +15,15 @@ from torch import Tensor
 from feature_alignment.cli.advice import command_for, verify_command
 from feature_alignment.cli.console import UserError
 from feature_alignment.cli.text_files import read_text, rows_of
-from feature_alignment.storage.files import altered, load_pt, read_sealed
+from feature_alignment.storage.files import altered_files, load_pt, read_hashed_json
 from feature_alignment.storage.state_files import frame_hash, row_hashes
 
-EOS_IDS_ONCE = [2]  # of every file written before its meta said so
+DEFAULT_EOS_IDS = [2]  # of every file written before its meta said so
 
 log = logging.getLogger(__name__)
 
 EVENT_STATES = "egpt_event_states.pt"
-CHECKED_AT_ONCE = 1 << 30  # bytes of states that are compared with their hashes whenever they are loaded
+MAX_BYTES_CHECKED_ON_LOAD = 1 << 30  # bytes of states that are compared with their hashes whenever they are loaded
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class HiddenStates:
 
 def eos_ids_of(meta: dict[str, Any] | None, key: str = "eos_token_ids") -> list[int]:
     """The token ids that end the target's texts (or the drafter's, by its key), as the meta of an extraction or its token pairs says."""
-    ids = (meta or {}).get(key, EOS_IDS_ONCE)
+    ids = (meta or {}).get(key, DEFAULT_EOS_IDS)
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise UserError(f"{key} in a meta.json: wanted a list of token ids, got {str(ids)[:80]}. Extract again with --no_resume.")
     return ids
@@ -94,9 +94,9 @@ def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, eve
     events: read EventGPT's event states as well
     """
     command = command_for("extract_hidden_states", split=directory.name)
-    meta = read_sealed(directory / "meta.json", command)
+    meta = read_hashed_json(directory / "meta.json", command)
     small = [n for n in meta["files"] if n.endswith((".pt", ".jsonl"))]
-    if changed := altered(directory / "meta.json", meta, small):
+    if changed := altered_files(directory / "meta.json", meta, small):
         raise UserError(f"{directory}: {', '.join(changed)} was altered after this split was extracted. Make it again:\n  {command}")
     name, there = "egpt_hidden_states.pt", meta["draft_layers"]
     if meta.get("separate_layers"):
@@ -137,7 +137,7 @@ def _load_states(path: Path, rows: Sequence[dict[str, Any]], meta: dict[str, Any
         raise UserError(f"{path} does not hold the {len(rows)} rows of samples.jsonl. Make it again:\n  {command}")
     if frame_hash(path, states.nbytes) != meta["frames"].get(path.name):
         raise UserError(f"{path} is not the file that its meta.json describes: files swapped, or altered? Make it again:\n  {command}")
-    if states.nbytes <= CHECKED_AT_ONCE:
+    if states.nbytes <= MAX_BYTES_CHECKED_ON_LOAD:
         for about, found in zip(rows, row_hashes(path, len(rows), states[0].nbytes), strict=True):
             if about["sha256"][path.name] != found:
                 raise UserError(f"{path}: the states of sample {about['id']} were altered. Make them again:\n  {command}")

@@ -28,22 +28,22 @@ from torch import Tensor
 
 from feature_alignment.cli.console import UserError, file_named
 from feature_alignment.storage.answers import write_token_pairs
-from feature_alignment.storage.files import read_json, save_pt, write_json, write_sealed
+from feature_alignment.storage.files import read_json, save_pt, write_hashed_json, write_json
 from feature_alignment.storage.hidden_states import EVENT_STATES
 from feature_alignment.storage.identity import RunIdentity
 from feature_alignment.storage.state_files import frame_hash, row_hash, row_hashes, storage_offset
 
 log = logging.getLogger(__name__)
-ANEW = "the same command with --no_resume"
-NAMED = ("identity", "id", "sequence", "question", "facts", "clip")  # of a row's entry, what its sample says
+REMAKE = "the same command with --no_resume"
+SAMPLE_KEYS = ("identity", "id", "sequence", "question", "facts", "clip")  # of a row's entry, what its sample says
 
 
-def unfinished(directory: Path) -> Path:
+def unfinished_folder(directory: Path) -> Path:
     """Where a run is filled in before it gets its final name."""
     return directory.with_name(directory.name + ".unfinished")
 
 
-def begin(directory: Path, identity: RunIdentity, plan: str, resume: bool) -> bool:
+def begin_run(directory: Path, identity: RunIdentity, plan: str, resume: bool) -> bool:
     """Make the unfinished folder, or keep the one that is there if it is of the same rows.
 
     An unfinished folder of other rows is set aside, so that the rows it shares with this run can be copied. A complete run stays until
@@ -58,15 +58,15 @@ def begin(directory: Path, identity: RunIdentity, plan: str, resume: bool) -> bo
     Returns:
         Whether rows of earlier runs may be copied: not where --no_resume began this run.
     """
-    part = unfinished(directory)
+    part = unfinished_folder(directory)
     recorded = part / "settings.json"
-    if resume and recorded.is_file() and (found := read_json(recorded, ANEW)).get("plan") == plan:
+    if resume and recorded.is_file() and (found := read_json(recorded, REMAKE)).get("plan") == plan:
         return not found.get("anew")
     for notes in part.glob("progress-*.txt"):  # nobody's rows are thrown away while they are being written
         os.close(_open_progress(notes))
     if resume and recorded.is_file():
-        os.rename(part, directory.with_name(f"{directory.name}.earlier-{len(set_aside(directory)) + 1}.unfinished"))
-    for folder in () if resume else set_aside(directory):
+        os.rename(part, directory.with_name(f"{directory.name}.earlier-{len(superseded_runs(directory)) + 1}.unfinished"))
+    for folder in () if resume else superseded_runs(directory):
         shutil.rmtree(folder)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -74,7 +74,7 @@ def begin(directory: Path, identity: RunIdentity, plan: str, resume: bool) -> bo
     return resume
 
 
-def set_aside(directory: Path) -> list[Path]:
+def superseded_runs(directory: Path) -> list[Path]:
     """Unfinished runs of other rows, whose rows may be copied."""
     return sorted(directory.parent.glob(f"{directory.name}.earlier-*.unfinished"))
 
@@ -87,7 +87,7 @@ def plan_hash(rows: Iterable[Mapping[str, Any]]) -> str:
     """
     digest = hashlib.sha256()
     for about in rows:
-        digest.update(json.dumps([about.get(key) for key in NAMED], sort_keys=True).encode())
+        digest.update(json.dumps([about.get(key) for key in SAMPLE_KEYS], sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
@@ -105,10 +105,10 @@ def _open_progress(path: Path) -> int:
 
 def rows_done(directory: Path) -> set[int]:
     """Rows that an unfinished run has noted."""
-    return {row for row, *_ in _notes(unfinished(directory))}
+    return {row for row, *_ in _notes(unfinished_folder(directory))}
 
 
-def notes_of(folder: Path) -> Iterator[dict[str, Any]]:
+def progress_entries(folder: Path) -> Iterator[dict[str, Any]]:
     """The last whole note of every row of an unfinished run: `row`, its text as `read`, and what samples.jsonl will say."""
     for path, at in {row: (path, at) for row, path, at in _notes(folder)}.values():
         yield _about(path, at)
@@ -143,13 +143,13 @@ def _about(path: Path, at: int) -> dict[str, Any]:
         return _read_note(stream.readline()) or {}
 
 
-def sweep(directory: Path) -> None:
+def remove_leftovers(directory: Path) -> None:
     """Remove from a complete run what only the unfinished one needed; done after the rename, so that no kill can lose rows."""
     for leftover in (*directory.glob("progress-*.txt"), directory / "settings.json"):
         leftover.unlink(missing_ok=True)
 
 
-def check_room(directory: Path, needed_bytes: int) -> None:
+def check_disk_space(directory: Path, needed_bytes: int) -> None:
     """Raise UserError if the disk that holds `directory` has less room than `needed_bytes`."""
     folder = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.is_dir())
     disk, free = next(p for p in (folder, *folder.parents) if p.is_mount()), shutil.disk_usage(folder).free
@@ -173,7 +173,7 @@ class HiddenStatesWriter:
     """
 
     def __init__(self, directory: Path, rows: int, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, rank: int = 0) -> None:
-        self.directory, self.part = directory, unfinished(directory)
+        self.directory, self.part = directory, unfinished_folder(directory)
         self._rows, self._shapes, self._dtype = rows, dict(shapes), dtype
         self._longest = shapes["vl_hidden_states.pt"][0]
         for name, shape in shapes.items():
@@ -308,14 +308,14 @@ class HiddenStatesWriter:
             write_token_pairs(token_pairs, meta, self.rows())
             beside.append(os.path.relpath(token_pairs, self.directory))
         frames = {name: frame_hash(self.part / name, count * size) for name, size in sizes.items()}
-        write_sealed(self.part / "meta.json", {**meta, "frames": frames}, beside)
+        write_hashed_json(self.part / "meta.json", {**meta, "frames": frames}, beside)
         shutil.rmtree(self.part / "fresh", ignore_errors=True)
         if self.directory.is_dir():  # of other rows, damaged, or of other settings and --no_resume was given
             shutil.rmtree(self.directory)
         os.rename(self.part, self.directory)
-        for folder in set_aside(self.directory):
+        for folder in superseded_runs(self.directory):
             shutil.rmtree(folder)
-        sweep(self.directory)
+        remove_leftovers(self.directory)
         self.close()
 
     def close(self) -> None:

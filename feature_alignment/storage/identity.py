@@ -38,18 +38,18 @@ from feature_alignment.cli.config import Common, as_plain
 from feature_alignment.storage.files import config_hash, file_hash
 
 SCHEMA = 4  # of what is recorded; a file of an older version does not say enough to be reused
-THERE_NOW = "{}: {} there, {} now"
+RECORDED_AND_CURRENT = "{}: {} there, {} now"
 PACKAGE = "feature_alignment"
 RECORDS_ONLY = {
     *("cli.advice", "cli.config", "cli.console", "cli.ranges"),
     *("storage.artifacts", "storage.identity", "storage.processes", "storage.verification"),
 }
 # Settings that name places (their contents are hashed instead) or say how to run, not what to compute
-PLACES = {
+PATH_SETTINGS = {
     *("target_id", "draft_id", "manifests", "questions", "lexicon", "answers", "token_pairs", "exit_adapters"),
     *("output_dir", "allow_outside"),
 }
-MANNERS = {"resume", "quiet", "ignore_code", "tensorboard"}
+EXECUTION_SETTINGS = {"resume", "quiet", "ignore_code", "tensorboard"}
 
 Sources = Mapping[str, Path | Sequence[Path]]  # name -> a file, a checkpoint directory, `hub:name`, or several files
 
@@ -133,7 +133,7 @@ def identity_of(stage: str, cfg: Common, made_from: Sources, *, timed: bool = Fa
         timed: the result holds timings, so the machine counts
         without: settings that cannot change this stage's result
     """
-    left_out = {*PLACES, *MANNERS, *without}
+    left_out = {*PATH_SETTINGS, *EXECUTION_SETTINGS, *without}
     settings = {k: v for k, v in as_plain(cfg).items() if k not in left_out}
     hashes = {name: source_hash(source) for name, source in made_from.items() if _exists(source)}
     return RunIdentity(settings, hashes, code_of(stage), machine(cfg.threads) if timed else None)

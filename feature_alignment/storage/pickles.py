@@ -25,7 +25,7 @@ _TORCH = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"} | {
 }
 
 
-def look_through(data: bytes, names: set[str] | None = None) -> None:
+def check_pickle(data: bytes, names: set[str] | None = None) -> None:
     """raises pickle.UnpicklingError for a pickle that is cut off or too deep, or asks for a name outside `names` (None: any)"""
     tuples = 0
     try:
@@ -52,7 +52,7 @@ def check_pt(path: Path) -> None:
                 raise pickle.UnpicklingError(f"it holds {', '.join(p.filename for p in programs) or 'no data.pkl'}; wanted one data.pkl")
             if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > size for m in members) or programs[0].file_size > MAX_PT_PICKLE:
                 raise pickle.UnpicklingError("parts of it are packed, or larger than the file")
-            look_through(archive.read(programs[0]), _TORCH)
+            check_pickle(archive.read(programs[0]), _TORCH)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
         raise pickle.UnpicklingError(f"it is no zip of torch.save, or damaged: {error}") from None
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage.files import Module, altered, read_sealed, replacing, write_sealed, write_text
+from feature_alignment.storage.files import Module, altered_files, atomic_write, read_hashed_json, write_hashed_json, write_text
 
 CONFIG, WEIGHTS, CARD = "config.json", "adapter.safetensors", "README.md"
 
@@ -38,11 +38,11 @@ def save_pretrained(module: torch.nn.Module, kind: str, meta: dict[str, Any], di
         raise UserError(f"{directory} holds {foreign[0]} and is not an adapter directory. Choose an empty or a new one.")
     (directory / CONFIG).unlink(missing_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    with replacing(directory / WEIGHTS) as temporary:
+    with atomic_write(directory / WEIGHTS) as temporary:
         temporary.write_bytes(save(state, metadata={"format": "pt"}))
     if card:
         write_text(directory / CARD, card)
-    write_sealed(directory / CONFIG, {"adapter_type": kind, "geometry": module.geometry, "meta": meta}, (WEIGHTS,))
+    write_hashed_json(directory / CONFIG, {"adapter_type": kind, "geometry": module.geometry, "meta": meta}, (WEIGHTS,))
 
 
 def load_pretrained(build: Callable[..., Module], kind: str, directory: Path | str) -> tuple[Module, dict[str, Any]]:
@@ -60,10 +60,10 @@ def load_pretrained(build: Callable[..., Module], kind: str, directory: Path | s
     fetch = f"copy {directory} again from where it was published"
     if not (directory / CONFIG).is_file():
         raise UserError(f"no adapter at {directory}: expected a directory with {CONFIG} and {WEIGHTS}.")
-    config = read_sealed(directory / CONFIG, fetch)
+    config = read_hashed_json(directory / CONFIG, fetch)
     if config.get("adapter_type") != kind or not isinstance(config.get("geometry"), dict) or not isinstance(config.get("meta"), dict):
         raise UserError(f"{directory / CONFIG} describes an adapter of type {config.get('adapter_type')!r}, expected {kind!r}.")
-    if altered(directory / CONFIG, config, [WEIGHTS]):
+    if altered_files(directory / CONFIG, config, [WEIGHTS]):
         raise UserError(f"{directory / WEIGHTS} is not the file that {CONFIG} describes; one of them was altered. To repair it, {fetch}.")
     try:
         state = load_file(directory / WEIGHTS)

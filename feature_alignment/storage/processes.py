@@ -1,10 +1,7 @@
-"""One process or many: torchrun starts the same script several times and says so in the environment; what one process writes, no
-other may write at the same time.
-"""
+"""Processes that share one output folder: ranks started by torchrun, the device of each, and exclusive locks on outputs."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -16,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from feature_alignment.cli.console import UserError
 from feature_alignment.cli.ranges import validate_text
@@ -24,19 +21,41 @@ from feature_alignment.cli.ranges import validate_text
 log = logging.getLogger(__name__)
 
 
-def processes(device: str) -> tuple[int, int, str, Callable[[], None]]:
-    """This process's number, how many there are, this one's device, and a call that waits until all have made it."""
+class ProcessGroup(NamedTuple):
+    """This process among those that torchrun started.
+
+    Args:
+        rank: number of this process, from 0
+        size: number of processes
+        device: device of this process
+        wait: blocks until all processes have called it
+    """
+
+    rank: int
+    size: int
+    device: str
+    wait: Callable[[], None]
+
+
+def process_group(device: str) -> ProcessGroup:
+    """The processes that torchrun started, or this process alone.
+
+    Args:
+        device: setting `--device`; with `cuda`, each process gets a GPU of its own
+    """
     check_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1, device, lambda: None
+        return ProcessGroup(0, 1, device, lambda: None)
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))  # the last one may be hours behind the first
-    return state.process_index, state.num_processes, str(state.device) if device == "cuda" else device, state.wait_for_everyone
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))  # the slowest process may finish hours after the fastest
+    return ProcessGroup(
+        state.process_index, state.num_processes, str(state.device) if device == "cuda" else device, state.wait_for_everyone
+    )
 
 
 def check_device(device: str) -> None:
-    """Raise UserError unless `device` is cpu, or a GPU of this machine. Every script calls it before anything is loaded."""
+    """Raise UserError unless `device` is cpu or a GPU of this machine. Every script calls it before it loads anything."""
     validate_text("device", device)
     if device == "cpu":
         return
@@ -50,7 +69,7 @@ def check_device(device: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise UserError unless the file `path` can be written: before hours of work, not after. Leaves nothing behind."""
+    """Raise UserError unless the file `path` can be written, so that hours of work are not lost at their end."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; wanted to write a file there. Remove it, or give another --output_dir.")
     try:
@@ -63,7 +82,7 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def children_ignore_interrupts() -> Iterator[None]:
-    """Child processes started inside ignore Ctrl-C, which a terminal sends to all: only the parent reports it, and ends them."""
+    """Let child processes started inside ignore Ctrl-C, which a terminal sends to all: the parent alone reports it and ends them."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -72,71 +91,71 @@ def children_ignore_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[None]:
-    """What is written at `path` is ours alone while this lasts. `<path>.lock` says whose it is; the kernel lets go of it when its
-    process ends, however it ends, so a lock that can be had again was left by a process that died.
+def exclusive_lock(path: Path) -> Iterator[None]:
+    """Hold the exclusive lock on the output `path`, and remove temporary files that a killed process left there.
 
-    raises: UserError that names the owner and since when, or a folder that cannot be written
+    The operating system releases the lock of a process that dies. `<path>.lock` names the process that holds it and is deleted
+    afterwards.
+
+    Args:
+        path: file or folder that only this process may write
+
+    Raises:
+        UserError: another process holds the lock, or the folder cannot be written
     """
+    from filelock import FileLock, Timeout
+
     lock = path.with_name(path.name + ".lock")
     made = [folder for folder in lock.parents if not folder.exists()]
+    held = FileLock(lock, timeout=0)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        stream = _take(lock, path)
+        held.acquire()
+        _record_owner(lock, path)
+    except Timeout:
+        raise UserError(f"{path} is being written by {_name(_owner(lock))}. Wait for it, or give another --output_dir.") from None
     except OSError as error:
+        held.release()
         raise UserError(f"nothing can be written to {lock.parent} ({error.strerror}). Give an --output_dir that can be written.") from None
+    except UserError:
+        held.release()
+        raise
     try:
-        _sweep(path)
+        _remove_temporary_files(path)
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        os.close(stream)
-        for folder in made:  # a refused run leaves no empty folders behind
+        lock.unlink(missing_ok=True)  # before the release: a process that waits for this file notices that it is gone
+        held.release()
+        for folder in made:  # a refused run leaves no empty folders
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
 
-def _take(lock: Path, path: Path) -> int:
-    """The open, locked file at `lock`, with our name in it."""
-    host = socket.gethostname()
-    while True:
-        stream = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = _owner(stream)
-            os.close(stream)
-            raise UserError(f"{path} is being written by {_name(owner)}. Wait for it, or give another --output_dir.") from None
-        if lock.is_file() and os.fstat(stream).st_ino == lock.stat().st_ino:
-            break
-        os.close(stream)  # its owner removed it between our opening and locking it
-    owner = _owner(stream)
-    if owner and owner.get("host") != host:  # a shared disk: whether it still runs cannot be seen from here
-        os.close(stream)
-        raise UserError(f"{path} was claimed by {_name(owner)}. If that run has ended, type:\n  rm {lock}")
+def _record_owner(lock: Path, path: Path) -> None:
+    """Write this process into a lock file it holds; UserError if the file names a process of another machine, which may still run."""
+    owner, host = _owner(lock), socket.gethostname()
+    if owner and owner.get("host") != host:
+        raise UserError(f"{path} is locked by {_name(owner)}. If that run has ended, type:\n  rm {lock}")
     if owner:
         log.warning("%s was being written by %s, which died; going on.", path, _name(owner))
-    os.ftruncate(stream, 0)
     try:
-        os.pwrite(stream, json.dumps({"pid": os.getpid(), "host": host, "since": time.time()}).encode(), 0)
-    except OSError:  # a disk so full that not even a name fits
+        lock.write_text(json.dumps({"pid": os.getpid(), "host": host, "since": time.time()}))
+    except OSError:  # the disk is too full for even this
         lock.unlink(missing_ok=True)
-        os.close(stream)
         raise
-    return stream
 
 
-def _owner(stream: int) -> dict[str, Any] | None:
-    """Who wrote the lock; None for one that does not say."""
-    content = os.pread(stream, 1000, 0)
+def _owner(lock: Path) -> dict[str, Any] | None:
+    """The process recorded in a lock file; None if none is, or if it died while it wrote the file."""
     try:
-        found = json.loads(content) if content else None
-        return found if isinstance(found, dict) else None
-    except ValueError:
-        return None  # half written: its process died while doing so
+        found = json.loads(lock.read_bytes()[:1000] or b"null")
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _name(owner: dict[str, Any] | None) -> str:
+    """A recorded process in words, for messages."""
     if not owner or not isinstance(owner.get("since"), int | float) or not 0 < owner["since"] < 1e11:
         return "another process"
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["since"]))
@@ -145,11 +164,11 @@ def _name(owner: dict[str, Any] | None) -> str:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process writes a file before it gets its name."""
+    """Name under which this process writes a file before it is renamed to `path`."""
     return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
 
 
-def _sweep(path: Path) -> None:
-    """Remove what a killed owner left half written at `path` or in it."""
+def _remove_temporary_files(path: Path) -> None:
+    """Remove unfinished files that a killed process left next to `path` or in it."""
     for leftover in (*path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"), *path.glob(".*.tmp*")):
         leftover.unlink(missing_ok=True)

@@ -10,9 +10,17 @@ from typing import Any
 
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage.earlier_rows import Row, refuse_changes
-from feature_alignment.storage.files import altered, load_pt, read_sealed
-from feature_alignment.storage.hidden_states_writer import NAMED, HiddenStatesWriter, begin, check_room, plan_hash, row_bytes, rows_done
-from feature_alignment.storage.identity import THERE_NOW, RunIdentity
+from feature_alignment.storage.files import altered_files, load_pt, read_hashed_json
+from feature_alignment.storage.hidden_states_writer import (
+    SAMPLE_KEYS,
+    HiddenStatesWriter,
+    begin_run,
+    check_disk_space,
+    plan_hash,
+    row_bytes,
+    rows_done,
+)
+from feature_alignment.storage.identity import RECORDED_AND_CURRENT, RunIdentity
 
 
 def parse_shard(shard: str | None, merge: bool) -> tuple[int, int]:
@@ -51,17 +59,17 @@ def merge_shards(
     folders, metas = _complete_shards(directory)
     for i, folder in enumerate(folders):
         of_shard = replace(identity, settings={**identity.settings, "shard": f"{i + 1}/{len(folders)}"})
-        if changes := of_shard.changes(metas[folder], ignore_code, THERE_NOW):
+        if changes := of_shard.changes(metas[folder], ignore_code, RECORDED_AND_CURRENT):
             raise UserError(f"{folder} cannot be merged:\n  " + "\n  ".join(changes))
     if not (head := directory.parent / "vl_lm_head.pt").is_file():
         raise UserError(f"{head} is not there: copy it from any of the machines.")
     entries = _entries_in_order(folders, metas, rows)
     first = load_pt(folders[0] / "vl_hidden_states.pt", "copy it again")
     shapes = {name: tuple(load_pt(folders[0] / name, "copy it again").shape[1:]) for name in metas[folders[0]]["frames"]}
-    check_room(directory.parent, (len(rows) - len(rows_done(directory))) * row_bytes(shapes.values(), first.dtype))
+    check_disk_space(directory.parent, (len(rows) - len(rows_done(directory))) * row_bytes(shapes.values(), first.dtype))
     if resume:
         refuse_changes(directory, identity, entries, False, ignore_code)
-    begin(directory, identity, plan_hash(entries), resume)
+    begin_run(directory, identity, plan_hash(entries), resume)
     writer = HiddenStatesWriter(directory, len(rows), shapes, first.dtype)
     places = {row["id"]: place for place, row in enumerate(rows)}
     for folder in folders:
@@ -78,20 +86,20 @@ def merge_shards(
 def _complete_shards(directory: Path) -> tuple[list[Path], dict[Path, dict[str, Any]]]:
     """The folders of all shards in order, and their metas; UserError where one is missing or altered."""
     found = sorted(directory.parent.glob(f"{directory.name}.shard-*-of-*/meta.json"))
-    metas = {path.parent: read_sealed(path, "the same command with --shard and --no_resume") for path in found}
+    metas = {path.parent: read_hashed_json(path, "the same command with --shard and --no_resume") for path in found}
     shards = int(found[0].parent.name.rpartition("-")[2]) if found else 1
     folders = [directory.with_name(shard_name(directory.name, i + 1, shards)) for i in range(shards)]
     if missing := [folder.name for folder in folders if folder not in metas]:
         raise UserError(f"{directory.parent} lacks {', '.join(missing)} (complete, not .unfinished). Run or copy every shard first.")
     for folder in folders:
-        if changed := altered(folder / "meta.json", metas[folder], ("positions.pt", "samples.jsonl")):
+        if changed := altered_files(folder / "meta.json", metas[folder], ("positions.pt", "samples.jsonl")):
             raise UserError(f"{folder}: {', '.join(changed)} was altered after it was written. Copy it again.")
     return folders, metas
 
 
 def _entries_in_order(folders: Sequence[Path], metas: dict[Path, dict[str, Any]], rows: Sequence[Row]) -> list[Row]:
     """What the shards say of every sample, in the order of `rows`; UserError where they were extracted from other samples."""
-    by_id = {about["id"]: {key: about.get(key) for key in NAMED} for folder in folders for about in _lines(folder)}
+    by_id = {about["id"]: {key: about.get(key) for key in SAMPLE_KEYS} for folder in folders for about in _lines(folder)}
     wrong = [row["id"] for row in rows if any(by_id.get(row["id"], {}).get(key) != value for key, value in row.items())]
     if wrong or len(by_id) != len(rows) or sum(meta["rows"] for meta in metas.values()) != len(rows):
         example = f", e.g. {wrong[0]}" if wrong else ""

@@ -22,18 +22,20 @@ from feature_alignment.adapters import training
 from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import print_json_line, print_table, rate_text, run
 from feature_alignment.measurement import scoring
-from feature_alignment.storage import artifacts
+from feature_alignment.storage.artifacts import provenance
+from feature_alignment.storage.files import load_pt, read_json, save_pt, write_json
+from feature_alignment.storage.hidden_states import load_hidden_states
 from feature_alignment.train_hidden_adapter import TrainConfig
 
 GOAL = 0.95  # of the acceptance rate at full depth
 
 
 def measure(out: Path, layer: int, cfg: TrainConfig) -> dict[str, Any]:
-    splits = [artifacts.load_hidden_states(out / "hidden_states" / split, [layer]) for split in ("train", "validation", "test")]
-    head = artifacts.load_pt(out / "hidden_states" / "vl_lm_head.pt", "the extraction above").float()
+    splits = [load_hidden_states(out / "hidden_states" / split, [layer]) for split in ("train", "validation", "test")]
+    head = load_pt(out / "hidden_states" / "vl_lm_head.pt", "the extraction above").float()
     adapter, _ = training.train_hidden(splits[0], splits[1], head, cfg)
-    meta = artifacts.provenance("depth", cfg, {}, geometry=adapter.geometry, draft_layers=[layer])
-    artifacts.save_pt(out / f"adapter.layer{layer:02d}.pt", {"meta": meta, "state_dict": adapter.state_dict()})
+    meta = provenance("depth", cfg, {}, geometry=adapter.geometry, draft_layers=[layer])
+    save_pt(out / f"adapter.layer{layer:02d}.pt", {"meta": meta, "state_dict": adapter.state_dict()})
     test = splits[2]
     scores = scoring.score({"adapter": lambda some: adapter(some.draft)}, test, head)["adapter"]
     return {"layer": layer, "rows": len(splits[0].mask), "norm": test.meta["draft_norm"], **scoring.rates(scores, test.mask, test, 5)}
@@ -68,7 +70,7 @@ def main() -> None:
     flags = ["--config", "configs/demo.yaml", "--num_epochs", str(args.num_epochs)]
     cfg = parse_config(TrainConfig, flags, "train_hidden_adapter")
     torch.set_num_threads(1)
-    meta = artifacts.read_json(args.out / "hidden_states" / "test" / "meta.json", "the extraction above")
+    meta = read_json(args.out / "hidden_states" / "test" / "meta.json", "the extraction above")
     rows = [measure(args.out, layer, cfg) for layer in meta["draft_layers"]]
     full = rows[-1]["acceptance_rate"]["value"]
     smallest = next(r["layer"] for r in rows if r["acceptance_rate"]["value"] >= GOAL * full)
@@ -79,7 +81,7 @@ def main() -> None:
         [(str(r["layer"]), *(rate_text(r[k], 3) for k in keys), round(r["tokens_per_pass"], 2)) for r in rows],
     )
     print(f"  smallest layer with at least {GOAL:.0%} of full depth's acceptance rate: {smallest}")
-    artifacts.write_json(args.out / "depth.json", {"meta": artifacts.provenance("depth", cfg, {}), "rows": rows, "smallest": smallest})
+    write_json(args.out / "depth.json", {"meta": provenance("depth", cfg, {}), "rows": rows, "smallest": smallest})
     plot(rows, args.out / "depth.png")
     print_json_line({"smallest": smallest, "written": str(args.out / "depth.json")})
 

@@ -26,8 +26,9 @@ from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import print_json_line, print_table, rate_text, run
 from feature_alignment.measurement import scoring
-from feature_alignment.storage import artifacts
-from feature_alignment.storage.artifacts import HiddenStates
+from feature_alignment.storage.artifacts import provenance
+from feature_alignment.storage.files import load_pt, read_json, write_json
+from feature_alignment.storage.hidden_states import HiddenStates, load_hidden_states
 from feature_alignment.train_hidden_adapter import TrainConfig
 
 
@@ -75,7 +76,7 @@ def learn(train: HiddenStates, validation: HiddenStates, head: Tensor, cfg: Trai
 
 def side_by_side(folder: Path, layers: Sequence[int]) -> HiddenStates:
     """States of several layers that were kept apart."""
-    found = [artifacts.load_hidden_states(folder, [layer]) for layer in layers]
+    found = [load_hidden_states(folder, [layer]) for layer in layers]
     return dataclasses.replace(found[0], draft=torch.cat([states.draft for states in found], dim=-1))
 
 
@@ -88,11 +89,11 @@ def main() -> None:
     torch.set_num_threads(1)
     cfg = parse_config(TrainConfig, ["--config", "configs/demo.yaml"], "train_hidden_adapter")
     wide_cfg = dataclasses.replace(cfg, lr=1e-3, num_epochs=args.num_epochs, patience=4)
-    meta = artifacts.read_json(args.out / "hidden_states" / "test" / "meta.json", "the extraction above")
+    meta = read_json(args.out / "hidden_states" / "test" / "meta.json", "the extraction above")
     rows: list[dict[str, Any]] = []
     for layers in (cfg.draft_layers, meta["draft_layers"]):
         train, validation, test = (side_by_side(args.out / "hidden_states" / split, layers) for split in ("train", "validation", "test"))
-        head = artifacts.load_pt(args.out / "hidden_states" / "vl_lm_head.pt", "the extraction above").float()
+        head = load_pt(args.out / "hidden_states" / "vl_lm_head.pt", "the extraction above").float()
         for name in ("adapter", "wide network"):
             began = time.perf_counter()
             if name == "adapter":
@@ -124,7 +125,7 @@ def main() -> None:
             for r in rows
         ],
     )
-    artifacts.write_json(args.out / "limit.json", {"meta": artifacts.provenance("limit", cfg, {}), "rows": rows})
+    write_json(args.out / "limit.json", {"meta": provenance("limit", cfg, {}), "rows": rows})
     print_json_line({"written": str(args.out / "limit.json")})
 
 

@@ -19,8 +19,8 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from feature_alignment.cli.console import print_json_line, print_table, run
+from feature_alignment.inputs.clip_pixels import clip_pixels
 from feature_alignment.inputs.events import event_images, load_events, slice_by_count
-from feature_alignment.inputs.video import clip_pixels
 
 
 def loop_images(events: dict[str, np.ndarray]) -> list[np.ndarray]:

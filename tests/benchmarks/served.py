@@ -27,17 +27,18 @@ from feature_alignment.feature_sd_inference import InferenceConfig
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.measurement import scoring
 from feature_alignment.models.pair import load_pair
-from feature_alignment.storage import artifacts
+from feature_alignment.storage.files import load_pt
+from feature_alignment.storage.hidden_states import load_hidden_states
 
 
 def offline(folder: Path, sources: Sources, drafts: int, ids: set[str] | None = None) -> dict[str, dict[str, Any]]:
     """Rates of the hidden and the chained adapter on one folder of states; ids: of these samples only."""
-    states = artifacts.load_hidden_states(folder, events=True)
+    states = load_hidden_states(folder, events=True)
     if ids is not None:
         rows = [i for i, r in enumerate(states.rows) if r["id"] in ids]
         tensors = ("draft", "target", "token_ids", "mask", "lengths", "events")
         states = dataclasses.replace(states, rows=[states.rows[i] for i in rows], **{k: getattr(states, k)[rows] for k in tensors})
-    head, embeddings = (artifacts.load_pt(folder.parent / f"{name}.pt", "extraction").float() for name in ("vl_lm_head", "vl_embeddings"))
+    head, embeddings = (load_pt(folder.parent / f"{name}.pt", "extraction").float() for name in ("vl_lm_head", "vl_embeddings"))
     hidden = scoring.score({"hidden": lambda some: sources.adapter(some.draft)}, states, head)["hidden"]
     chained, there = scoring.chain_scores(sources.chained_adapter, states, head, embeddings, drafts)
     return {

@@ -23,7 +23,7 @@ from feature_alignment.adapters.closed_form import Moments
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.console import print_json_line, print_table, run
 from feature_alignment.measurement import scoring
-from feature_alignment.storage.artifacts import HiddenStates
+from feature_alignment.storage.hidden_states import HiddenStates
 
 WIDTH = 4096
 

@@ -1,0 +1,103 @@
+"""How often decoding reads a value from the device. On a GPU each read waits for everything queued before it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
+
+from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.decoding.draft_length import DraftLengthController
+from feature_alignment.decoding.engine import Speculation
+from feature_alignment.decoding.plain import greedy
+from feature_alignment.decoding.proposers import ChainedProposer
+from feature_alignment.decoding.stopwatch import Stopwatch
+
+PROMPT = prompt_of(1, 5, 9, 13)
+READS = ("tolist", "item", "cpu", "numpy", "__int__", "__float__", "__bool__", "__index__", "__iter__", "__contains__")
+
+
+class Always(DraftLengthController):
+    """Drafts in every round, down to this chance."""
+
+    def __init__(self, floor: float) -> None:
+        super().__init__(0.9)
+        self.floor = floor
+
+    def next_confidence_floor(self):
+        return self.floor
+
+    def max_draft_tokens(self, confidence_floor, has_confidence=True):
+        return 24
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The reads so far, by name of the method."""
+    found: list[str] = []
+
+    def counted(name):
+        original = getattr(torch.Tensor, name)
+
+        def read(self, *args, **kwargs):
+            found.append(name)
+            return original(self, *args, **kwargs)
+
+        return read
+
+    for name in READS:
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    return found
+
+
+def rounds_of(reads, controller=None):
+    """Reads of each round of a speculative text, and the text."""
+    torch.manual_seed(0)
+    model = tiny_llama(0)
+    target, draft = as_decoder(model), as_decoder(noisy_copy(model, 0.1))
+    proposer = ChainedProposer(draft, ChainedAdapter(32, 32, 1, 16).eval(), target.head_weight, target.embeddings)
+    proposer._drafts_blocks = True  # as on a GPU
+    speculation = Speculation(target, proposer, PROMPT, 40, num_draft_tokens=6, controller=controller, cosines=False)
+    speculation.prefill(PROMPT)
+    found = []
+    while not speculation.is_finished:
+        before, rounds = len(reads), len(speculation.rounds)
+        speculation.advance()
+        if len(speculation.rounds) > rounds:  # not the last token, for which there is no room to draft
+            found.append(reads[before:])
+    assert len(found) > 5
+    return found, speculation.finish().token_ids, greedy(target, PROMPT, 40).token_ids
+
+
+def test_a_round_of_a_fixed_length_reads_the_device_once(reads):
+    found, text, wanted = rounds_of(reads)
+    assert text == wanted and {len(r) for r in found} == {1}, found
+
+
+@pytest.mark.parametrize("floor", [1e-9, 0.2])
+def test_a_round_of_an_adaptive_length_reads_the_device_twice(reads, floor):
+    found, text, wanted = rounds_of(reads, Always(floor))
+    assert text == wanted and {len(r) for r in found} == {2}, found
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-9, 0.05, 0.3])
+@torch.inference_mode()
+def test_a_block_cut_at_the_floor_is_what_drafting_token_by_token_gives(floor):
+    torch.manual_seed(1)
+    model = tiny_llama(1)
+    target, draft = as_decoder(model), as_decoder(noisy_copy(model, 0.1))
+    adapter = ChainedAdapter(32, 32, 1, 16).eval()
+    states, found = torch.randn(4, 32), []
+    for blocks in (False, True):
+        proposer = ChainedProposer(draft, adapter, target.head_weight, target.embeddings)
+        proposer._drafts_blocks, proposer._last_length = blocks, 16
+        proposer.start(PROMPT, watch := Stopwatch())
+        first = proposer.propose([4, 5, 6, 7], states, 9, watch, floor)
+        ahead = [4, 5, 6, 7, *first.token_ids[:2].tolist(), 11]
+        second = proposer.propose(ahead, states, 5, watch, floor)  # a table has replaced the third draft token
+        found.append((first, second))
+    for one, block in zip(*found, strict=True):
+        assert one.token_ids.tolist() == block.token_ids.tolist()
+        torch.testing.assert_close(one.predicted(), block.predicted())
+        if floor:
+            assert one.confidence == pytest.approx(block.confidence, rel=1e-5)
