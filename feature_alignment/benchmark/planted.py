@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from feature_alignment.benchmark import speed_model, timing
-from feature_alignment.benchmark.results import Cost, PlainBaseline, PlantedBest, PlantedReport, PlantedRow
+from feature_alignment.benchmark.costs import Cost
+from feature_alignment.benchmark.results import PlainBaseline, PlantedBest, PlantedReport, PlantedRow
 from feature_alignment.benchmark.rows import Mode, answering, timed_row
 from feature_alignment.benchmark.timing import Timed, decode_ms, total_ms
 from feature_alignment.cli.config import Common, Steps

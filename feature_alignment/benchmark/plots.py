@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from feature_alignment.benchmark import speed_model
-from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, Bound, Cost, PlainBaseline, Speedup
+from feature_alignment.benchmark.costs import Bound, Cost
+from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, PlainBaseline, Speedup
 from feature_alignment.decoding.generation import Generation
 from feature_alignment.measurement.plots import BLUE, GREEN, GREY, ORANGE, VERMILION, plt, save
 

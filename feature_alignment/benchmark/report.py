@@ -9,18 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from feature_alignment.benchmark import plots, speed_model
+from feature_alignment.benchmark.costs import Cost, DrafterCost
 from feature_alignment.benchmark.planted import machine_rows
 from feature_alignment.benchmark.plots import PICTURES
-from feature_alignment.benchmark.results import (
-    BenchmarkReport,
-    BenchmarkRow,
-    Cost,
-    DrafterCost,
-    Fidelity,
-    PlainBaseline,
-    Target,
-    drafter_name,
-)
+from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, Fidelity, PlainBaseline, Target, drafter_name
 from feature_alignment.cli.console import markdown_table, print_table, rate_text
 from feature_alignment.decoding.generation import Generation
 from feature_alignment.decoding.trace import trace_lines
@@ -86,9 +78,8 @@ def speed_table(rows: Sequence[BenchmarkRow], plain: PlainBaseline) -> Table:
         ]
         for r in rows
     ]
-    size = (
-        f"{plain.prompts} prompts, {plain.tokens:,} tokens, {plain.total_ms / 1e3:.1f} s ({(plain.prefill_ms or 0.0) / 1e3:.1f} s prefill)"
-    )
+    seconds, prefill = plain.total_ms / 1e3, (plain.prefill_ms or 0.0) / 1e3
+    size = f"{plain.prompts} prompts, {plain.tokens:,} tokens, {seconds:.1f} s ({prefill:.1f} s prefill)"
     header = ["drafter + rule, draft length", "speed-up, end to end", "decoding", "tokens per pass", "acceptance rate", "exact match"]
     return f"Speed against plain greedy decoding: {size}", [*header, "TASKS.md's formula", "corrected formula"], cells
 

@@ -10,19 +10,8 @@ import numpy as np
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.benchmark import fidelity, speed_model, targets, timing
-from feature_alignment.benchmark.results import (
-    BenchmarkRow,
-    Bound,
-    Cost,
-    DecodingCosts,
-    FastestLossless,
-    Fidelity,
-    GenerateBaseline,
-    Mismatch,
-    PartCosts,
-    PlainBaseline,
-    Speedup,
-)
+from feature_alignment.benchmark.costs import Bound, Cost, DecodingCosts, PartCosts
+from feature_alignment.benchmark.results import BenchmarkRow, FastestLossless, Fidelity, GenerateBaseline, Mismatch, PlainBaseline, Speedup
 from feature_alignment.benchmark.rows import Mode, answering, layers_of, timed_row
 from feature_alignment.benchmark.timing import Timed, decode_ms, total_ms
 from feature_alignment.cli.console import progress

@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from feature_alignment.benchmark.results import Bound, Cost, DecodingCosts, DrafterCost, LoopCosts, RoundCosts, TimedRow
+from feature_alignment.benchmark.costs import Bound, Cost, DecodingCosts, DrafterCost, LoopCosts, RoundCosts
+from feature_alignment.benchmark.results import TimedRow
 from feature_alignment.benchmark.rows import Mode
 from feature_alignment.benchmark.timing import Timed
 from feature_alignment.decoding.generation import DRAFT_STAGES, Generation, Round

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
-from feature_alignment.benchmark.results import BenchmarkRow, FastestLossless, PartCosts, Speedup, Target
+from feature_alignment.benchmark.costs import PartCosts
+from feature_alignment.benchmark.results import BenchmarkRow, FastestLossless, Speedup, Target
 from feature_alignment.benchmark.rows import Mode
 from feature_alignment.benchmark.timing import Fastest, chained_ms, hidden_ms
 from feature_alignment.cli.config import Steps

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter, call_ms
-from feature_alignment.benchmark.results import Bandwidth, ExitCost, LoopCosts, PartCosts, Speedup
+from feature_alignment.benchmark.costs import Bandwidth, ExitCost, LoopCosts, PartCosts
+from feature_alignment.benchmark.results import Speedup
 from feature_alignment.cli.config import Steps
 from feature_alignment.decoding.generation import Generation
 from feature_alignment.decoding.stopwatch import Stopwatch
