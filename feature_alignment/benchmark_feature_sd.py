@@ -120,7 +120,8 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     ways: dict[str, Callable[[Prompt], Generation]] = {"plain": lambda prompt: greedy(target, prompt, cfg.max_new_tokens)}
     ways |= transformers_baselines.ways(target, cfg.max_new_tokens, cfg.num_draft_tokens[0], cfg.assistant_layers)
     timed = take_turns(setup, ways, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
-    about = {"device": cfg.device, "dtype": cfg.dtype, "unrecorded": fixed.eager_fallbacks}
+    about: dict[str, Any] = {"device": cfg.device, "dtype": cfg.dtype, "unrecorded": fixed.eager_fallbacks}
+    about["linear"] = {role: decoder.linear.to_json() for role, decoder in (("target", target), ("draft", setup.pair.draft))}
     meta = provenance("benchmark_feature_sd", cfg, made_from, identity, **about)
     result, shown = results_of(cfg, Measurements.of(setup, timed, part_cost), acceptance, list(ways)[1:], meta)
     report.write_benchmark_report(result, shown, target.tokenizer.decode, out)
@@ -190,6 +191,7 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: Acceptan
         raise UserError(f"{acceptance_path(cfg)} was measured without {chained_path(cfg)}. Measure again:\n  {measure_again}")
     pair = load_pair(cfg)
     pair.use_steps(cfg.steps)
+    pair.choose_linear()
     sources = Sources(pair, cfg, cfg.train_split)
     exits = dict(sources.load_exit_drafter(path) for path in cfg.exit_adapters)
     if len(exits) < len(cfg.exit_adapters):

@@ -82,7 +82,7 @@ def train_token_adapter(cfg: ComparisonConfig, rows: Sequence[Row]) -> None:
         rows: answers that are compared; the adapter must accept texts of their length
     """
     from feature_alignment.adapters import token as token_adapter
-    from feature_alignment.storage.answers import read_token_pairs
+    from feature_alignment.storage.answers import eos_ids, read_token_pairs
     from feature_alignment.storage.files import load_pt, save_pt
 
     path, identity = token_adapter_path(cfg), token_adapter_identity(cfg)
@@ -93,7 +93,10 @@ def train_token_adapter(cfg: ComparisonConfig, rows: Sequence[Row]) -> None:
     vocabulary = len(load_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", extract))
     longest = max(len(r[k]) for r in (*train, *validation, *rows) for k in ("egpt_tokens", "vl_tokens"))
     began = time.time()
-    model, accuracies = token_adapter.train_token_adapter(train, validation, vocabulary, longest, cfg.num_epochs, cfg.device, cfg.seed)
+    eos_id = min(eos_ids(cfg.out / "token_pairs" / f"{cfg.train_split}.json"), default=0)
+    model, accuracies = token_adapter.train_token_adapter(
+        train, validation, vocabulary, longest, cfg.num_epochs, cfg.device, cfg.seed, eos_id
+    )
     meta = {"geometry": model.geometry, "seconds": time.time() - began, "validation_accuracy": accuracies, **identity.as_dict()}
     save_pt(path, {"meta": meta, "state_dict": {k: v.cpu() for k, v in model.state_dict().items()}})
 
@@ -133,7 +136,9 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[Row], eos_ids: Se
     with torch.device("meta"):
         at_7b = token_adapter.TokenAdapter(*LAYOUT_7B).num_parameters
     width = max(len(r["vl_tokens"]) for r in rows)
-    correct = torch.nn.functional.pad(token_adapter.matches(model, rows), (0, max(0, width - text.shape[1])))[:, :width]
+    correct = torch.nn.functional.pad(
+        token_adapter.token_matches(model, rows, min(eos_ids, default=0)), (0, max(0, width - text.shape[1]))
+    )[:, :width]
     report = verified(correct, rows, cfg.num_draft_tokens, eos_ids, model.num_parameters)
     return replace(report, params_7b=at_7b, overhead_ms=ms, seconds=meta["seconds"])
 

@@ -11,8 +11,8 @@ writes  hidden_states/<split>/{egpt,vl}_hidden_states.pt, positions.pt, samples.
     python feature_alignment/extract_hidden_states.py --config configs/demo.yaml --split train
     torchrun --nproc_per_node 2 feature_alignment/extract_hidden_states.py --config configs/demo.yaml --split train
 
-A killed run goes on where it was. Machines without a common disk take `--shard 1/3`, `2/3`, `3/3`; then copy their folders under
-hidden_states/ into one and run the command with `--merge`. All ways give the same bytes.
+A killed run can be resumed. Machines without a shared disk take `--shard 1/3`, `2/3`, `3/3`; then copy their folders under
+hidden_states/ into one and run the command with `--merge`. All variants give the same bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,29 +40,32 @@ if TYPE_CHECKING:
     from feature_alignment.storage.earlier_rows import Row
     from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter
     from feature_alignment.storage.identity import RunIdentity
+    from feature_alignment.storage.processes import ProcessGroup
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ExtractConfig(Common):
-    """Write hidden states of both models, teacher-forced on one token sequence. Reads the clips of a manifest and both checkpoints;
-    writes hidden_states/<split>/ and token_pairs/<split>.json. A killed run goes on where it was.
+    """Write hidden states of both models, teacher-forced on one token sequence.
+
+    Reads the clips of a manifest and both checkpoints; writes hidden_states/<split>/ and token_pairs/<split>.json. A killed run can be
+    resumed.
 
     Args:
-        split: which manifest
-        prefix: whose text both models read: the verifier's own greedy answer, the drafter's, or each its own (only to reproduce
-            an earlier, misleading measurement)
-        max_new_tokens: longest answer, EOS included
-        max_positions: keep only the first so many states of each answer (default: all)
-        batch_size: rows that are read at once
-        store_dtype: what the files hold
-        separate_layers: store each of draft_layers in a file of its own, egpt_hidden_states.layer02.pt, …, instead of side by side
+        split: name of a manifest
+        prefix: text that both models read: the greedy answer of the verifier (the target), that of the drafter, or each model's own
+            (only to reproduce an earlier, misleading measurement)
+        max_new_tokens: longest answer in tokens, EOS included
+        max_positions: store at most this many states of each answer (default: all)
+        batch_size: rows per forward pass
+        store_dtype: number format of the files
+        separate_layers: store each of draft_layers in a separate file, egpt_hidden_states.layer02.pt, …, instead of concatenated
         event_states: store EventGPT's states over its event tokens as well, which the chained adapter reads (4.8 MB a row at 7B)
-        own_drafts: store what EventGPT would have said after every prefix of the text, for the token-level comparison; full depth runs
-        answers: token pairs file whose answers are read instead of generated (default: this output_dir's own, where it fits)
-        shard: only the i-th of n parts, e.g. 2/3
-        merge: put all shards of the split together
+        own_drafts: store EventGPT's own next token after every prefix of the text, for token-level comparison; EventGPT runs at full depth
+        answers: token pairs file whose answers are used instead of generating them (default: matching answers in output_dir)
+        shard: extract only part i of n, e.g. 2/3
+        merge: merge all shards of the split
     """
 
     split: str = "train"
@@ -83,27 +86,33 @@ def extract(
     pair: Pair,
     full_depth_draft: Decoder,
     samples: Sequence[Sample],
-    mine: Sequence[range],
+    own_batches: Sequence[range],
     cfg: ExtractConfig,
     writer: HiddenStatesWriter,
     answers: Answers,
-    place: dict[int, int],
+    file_row: dict[int, int],
     entries: Sequence[Row],
     first: bool = True,
 ) -> None:
-    """Fill `writer` with every batch of `mine` that it does not have in full; a batch is done whole, as its floats depend on it.
+    """Extract every incomplete batch of `own_batches` into `writer`; whole batches only, because floats depend on their batch.
 
-    full_depth_draft: the drafter at full depth where its own words are asked for: they need its own head
-    answers: both models' texts where they are known; a batch that is not known whole is generated
-    place:   row of `samples` -> row of the files
-    entries: what identifies each row of the files
-    first:   whether this process may speak
+    Args:
+        pair: both models, the drafter with its tapped layers
+        full_depth_draft: the drafter with its own LM head, for its own texts
+        samples: samples of the manifest
+        own_batches: batches of this process, as rows of `samples`
+        cfg: settings
+        writer: receives the states
+        answers: known texts of both models; a batch with an unknown text is generated
+        file_row: row of `samples` -> row of the files
+        entries: identity of each row of the files
+        first: whether this process shows progress
     """
     from feature_alignment.cli.console import repairs_of
     from feature_alignment.models.batches import ClipBatch
     from feature_alignment.storage.hidden_states import EVENT_STATES
 
-    todo = [rows for rows in mine if any(place[row] not in writer.done for row in rows)]
+    todo = [rows for rows in own_batches if any(file_row[row] not in writer.done for row in rows)]
     total, began = sum(map(len, todo)), time.perf_counter()
     with progress(total=total, first=first, desc=f"extract {cfg.split}", unit="row") as bar:
         for n, rows in enumerate(todo):
@@ -111,7 +120,7 @@ def extract(
             target, deep = ClipBatch(pair.target, asked), ClipBatch(full_depth_draft, asked)
             draft = deep if full_depth_draft is pair.draft else ClipBatch(pair.draft, asked, deep)
             if all(sample.id in answers for sample in asked):
-                vl, egpt = ([list(answers[s.id][who]) for s in asked] for who in (0, 1))
+                vl, egpt = ([list(answers[s.id][model]) for s in asked] for model in (0, 1))
             else:
                 vl, egpt = target.generate(cfg.max_new_tokens), deep.generate(cfg.max_new_tokens)
             texts = {"verifier": (vl, vl), "drafter": (egpt, egpt), "own": (vl, egpt)}[cfg.prefix]
@@ -123,18 +132,18 @@ def extract(
                 rows, asked, *found, target_reads, vl, egpt, strict=True
             ):
                 length = min(len(v), len(g))  # `own` is paired by index, up to the shorter text
-                about: dict[str, Any] = dict(entries[place[row]])
-                if mended := repairs_of(sample.events, sample.video):
-                    about["mended"] = mended
-                for who, decoder, tokens in (("vl", pair.target, vl_tokens), ("egpt", pair.draft, egpt_tokens)):
-                    about |= {f"{who}_tokens": tokens, f"{who}_text": decoder.tokenizer.decode(tokens, skip_special_tokens=True)}
+                about: dict[str, Any] = dict(entries[file_row[row]])
+                if repairs := repairs_of(sample.events, sample.video):
+                    about["mended"] = repairs
+                for model, decoder, tokens in (("vl", pair.target, vl_tokens), ("egpt", pair.draft, egpt_tokens)):
+                    about |= {f"{model}_tokens": tokens, f"{model}_text": decoder.tokenizer.decode(tokens, skip_special_tokens=True)}
                 about["cut"] = cuts(vl_tokens, egpt_tokens, read, cfg, pair)
-                kept = {**draft_files(pair.draft, g[:length], cfg), "vl_hidden_states.pt": v[:length]}
+                stored = {**draft_files(pair.draft, g[:length], cfg), "vl_hidden_states.pt": v[:length]}
                 if events is not None:
-                    kept[EVENT_STATES] = events
+                    stored[EVENT_STATES] = events
                 if said is not None:
                     about["egpt_drafts"] = said[:length]
-                writer.write(place[row], kept, read[:length], about)
+                writer.write(file_row[row], stored, read[:length], about)
             writer.commit()
             bar.update(len(rows))
             if n == 0 and first:
@@ -143,25 +152,25 @@ def extract(
 
 
 def cuts(vl_tokens: list[int], egpt_tokens: list[int], read: list[int], cfg: ExtractConfig, pair: Pair) -> list[str]:
-    """What a row lacks because of a limit: these are counted in `meta` and printed."""
+    """Names of the limits that shortened a row, from both answers and the token ids `read`; counted in `meta` and printed."""
     ends = {"Video-LLaVA": pair.target.eos_ids, "EventGPT": pair.draft.eos_ids}
     named = {"Video-LLaVA": vl_tokens, "EventGPT": egpt_tokens}
     found = [f"{name}'s answer reached max_new_tokens" for name, tokens in named.items() if tokens[-1] not in ends[name]]
-    ends_there = read[-1] in ends["EventGPT" if cfg.prefix == "drafter" else "Video-LLaVA"]
-    return [*found, "states beyond max_positions not kept"] if len(read) == cfg.max_positions and not ends_there else found
+    is_complete = read[-1] in ends["EventGPT" if cfg.prefix == "drafter" else "Video-LLaVA"]
+    return [*found, "states beyond max_positions not kept"] if len(read) == cfg.max_positions and not is_complete else found
 
 
 def draft_files(draft: Decoder, hidden: Tensor, cfg: ExtractConfig) -> dict[str, Tensor]:
-    """File name -> the drafter's states [s, d] that go into it, from its tapped layers side by side [s, d * taps]."""
+    """File name -> the drafter's states [s, d] in it, from the states [s, taps * d] of its tapped layers."""
     from feature_alignment.storage.hidden_states import layer_file
 
     if not cfg.separate_layers:
         return {"egpt_hidden_states.pt": hidden}
-    return {layer_file(k): part for k, part in zip(draft.taps, hidden.split(draft.width, dim=-1), strict=True)}
+    return {layer_file(k): part for k, part in zip(draft.taps, hidden.chunk(len(draft.taps), dim=-1), strict=True)}
 
 
 def identity_of(cfg: ExtractConfig) -> RunIdentity:
-    """What decides the bytes of a run, besides its rows: files count by their content, the manifest row by row."""
+    """The identity of a run apart from its rows. Files are compared by content, the manifest row by row."""
     from feature_alignment.storage.identity import identity_of
 
     sources = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
@@ -172,6 +181,7 @@ def identity_of(cfg: ExtractConfig) -> RunIdentity:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Extract one split, a shard of it, or merge its shards; returns the meta."""
     cfg = parse_config(ExtractConfig, argv, "extract_hidden_states")
     from feature_alignment.inputs.row_identity import identify
     from feature_alignment.inputs.samples import read_samples
@@ -187,13 +197,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     identity = identity_of(cfg)
     parts = plan_batches(samples, cfg.batch_size)[shard - 1 :: of]
     if not parts:
-        raise UserError(f"--shard {cfg.shard}: {len(samples)} rows in batches of {cfg.batch_size} leave it nothing; wanted fewer shards.")
-    if cfg.merge:  # this machine need not have the clips
+        raise UserError(f"--shard {cfg.shard}: {len(samples)} rows in batches of {cfg.batch_size} leave no batch; expected fewer shards.")
+    if cfg.merge:  # works without the clips
         rows = [{"id": s.id, "sequence": s.sequence, "question": s.question, "facts": s.facts} for s in samples]
     else:
         rows = identify(samples, parts, cfg.manifests[cfg.split], cfg.event_start_ms)
     out = cfg.out / "hidden_states" / (shards.shard_name(cfg.split, shard, of) if cfg.shard else cfg.split)
-    rank, world, device, wait = process_group(cfg.device)
+    rank = (process := process_group(cfg.device)).rank
     if cfg.resume and earlier_rows.find_complete_run(out, identity, rows, cfg.ignore_code):
         return report(cfg, out, reused=True, first=rank == 0)
     check_writable(cfg.out / "token_pairs" / f"{cfg.split}.json")
@@ -201,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if cfg.merge:
             shards.merge_shards(out, identity, rows, cfg.out / "token_pairs" / f"{cfg.split}.json", cfg.resume, cfg.ignore_code)
         else:
-            fill(cfg, samples, parts, rows, identity, out, (rank, world, device, wait))
+            fill(cfg, samples, parts, rows, identity, out, process)
     return report(cfg, out, reused=False, first=rank == 0)
 
 
@@ -212,18 +222,18 @@ def fill(
     rows: Sequence[Row],
     identity: RunIdentity,
     out: Path,
-    process: tuple[int, int, str, Callable[[], None]],
+    process: ProcessGroup,
 ) -> None:
-    """Extract this process's batches into `out`; the first process makes the files, keeps earlier rows and gives the files their names.
+    """Extract this process's batches into `out`; rank 0 creates the files, copies earlier rows and publishes the result.
 
     Args:
         cfg: settings
-        samples: of the whole manifest
+        samples: samples of the manifest
         parts: the batches of this run, as rows of `samples`
-        rows: what identifies each row of the files, in their order
-        identity: of this run
+        rows: identity of each row of the files, in order
+        identity: identity of this run
         out: folder of the split
-        process: number, how many, device, wait, as `processes` says
+        process: this process
     """
     from feature_alignment.models.pair import load_pair
     from feature_alignment.storage import earlier_rows
@@ -239,39 +249,41 @@ def fill(
     full_depth_draft = pair.draft
     if (cfg.own_drafts or len(answers) < len(rows)) and not pair.draft.has_own_head:
         full_depth_draft = pair.draft_with(None, dataclasses.replace(cfg, device=device))
-    place = {row: i for i, row in enumerate(row for part in parts for row in part)}
+    for decoder in (pair.target, pair.draft, full_depth_draft):
+        decoder.pack_linear()  # Without a trial, so that every process and every resumed run writes the same bytes.
+    file_row = {row: i for i, row in enumerate(row for part in parts for row in part)}
     shapes, dtype = shapes_of(pair, cfg)
     if cfg.resume:
         earlier_rows.refuse_changes(out, identity, rows, cfg.limit is not None, cfg.ignore_code)
         identity = earlier_rows.with_recorded_code(out, identity) if cfg.ignore_code else identity
-    wait()  # everyone has looked before anything changes
+    wait()  # all processes have read the earlier run before it changes
     if rank == 0:
         begun = files.rows_done(out) if cfg.resume else set()
-        at_most = (len(place) - len(begun)) * files.row_bytes(shapes.values(), dtype) + pair.target.head_weight.nbytes
+        at_most = (len(file_row) - len(begun)) * files.row_bytes(shapes.values(), dtype) + pair.target.head_weight.nbytes
         files.check_disk_space(cfg.out, at_most + (pair.target.embeddings.nbytes if cfg.event_states else 0))
         may_keep = files.begin_run(out, identity, files.plan_hash(rows), cfg.resume)
-        writer = files.HiddenStatesWriter(out, len(place), shapes, dtype)
+        writer = files.HiddenStatesWriter(out, len(file_row), shapes, dtype)
         if may_keep:
             earlier_rows.copy_unchanged_rows(writer, identity, rows, cfg.ignore_code)
-        log.info("extract  %s: %d of %d rows to do", cfg.split, len(place) - len(writer.done), len(place))
+        log.info("extract  %s: %d of %d rows to do", cfg.split, len(file_row) - len(writer.done), len(file_row))
     wait()
     if rank:
-        writer = files.HiddenStatesWriter(out, len(place), shapes, dtype, rank)
+        writer = files.HiddenStatesWriter(out, len(file_row), shapes, dtype, rank)
     try:
-        extract(pair, full_depth_draft, samples, parts[rank::world], cfg, writer, answers, place, rows, first=rank == 0)
+        extract(pair, full_depth_draft, samples, parts[rank::world], cfg, writer, answers, file_row, rows, first=rank == 0)
         wait()
         if rank == 0:
             save_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", pair.target.head_weight.detach().cpu().clone())
             if cfg.event_states:
                 save_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", pair.target.embeddings.cpu().clone())
-            writer.finish(describe(pair, cfg, identity, len(place)), None if cfg.shard else token_pairs)
+            writer.finish(describe(pair, cfg, identity, len(file_row)), None if cfg.shard else token_pairs)
     finally:
         writer.close()
     wait()
 
 
 def shapes_of(pair: Pair, cfg: ExtractConfig) -> tuple[dict[str, tuple[int, int]], torch.dtype]:
-    """File name -> (positions, size) of one row in it, and what the files hold."""
+    """File name -> (positions, size) of one row in it, and the number format of the files."""
     import torch
 
     from feature_alignment.storage.hidden_states import EVENT_STATES
@@ -312,17 +324,17 @@ def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -
 
 
 def report(cfg: ExtractConfig, out: Path, reused: bool, first: bool = True) -> dict[str, Any]:
-    """Print what a complete run holds, by one process; returns its meta."""
+    """Print a summary of a complete run, or of a cached one (`reused`), in the `first` process; returns its meta."""
     from feature_alignment.storage.files import read_json
 
-    meta = read_json(out / "meta.json", "the same command with --no_resume")
+    meta: dict[str, Any] = read_json(out / "meta.json", "the same command with --no_resume")
     if not first:
         return meta
     models = (
         ("EventGPT", meta["hidden_size_draft"], meta["draft_layers"], meta["draft_norm"]),
         ("Video-LLaVA", meta["hidden_size_target"], meta["target_layers"], meta["target_norm"]),
     )
-    rows = [(who, meta["rows"], meta["positions"], size, "+".join(map(str, layers)), norm) for who, size, layers, norm in models]
+    rows = [(model, meta["rows"], meta["positions"], size, "+".join(map(str, layers)), norm) for model, size, layers, norm in models]
     if not reused:
         print_table(f"hidden states of {out.name}, prefix: {cfg.prefix}", ("model", "rows", "positions", "width", "layers", "norm"), rows)
     for kind, count in {**meta["mended"], **meta["cut"]}.items():

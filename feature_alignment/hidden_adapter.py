@@ -56,6 +56,38 @@ class AdapterConfig(Common):
     repeats: int = 100
 
 
+@dataclass(frozen=True)
+class AdapterCost:
+    """Size and time of an adapter, next to the models'.
+
+    Args:
+        num_parameters: Of the adapter.
+        num_bytes: Memory of its weights.
+        ms: Number of tokens -> median milliseconds of the adapter.
+        decoder_layer_ms: The same for one decoder layer.
+        target_step_ms: Median milliseconds of one step of the target.
+        device: Device of the measurement.
+    """
+
+    num_parameters: int
+    num_bytes: int
+    ms: dict[str, float]
+    decoder_layer_ms: dict[str, float]
+    target_step_ms: float
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The values under the keys of the printed JSON."""
+        return {
+            "parameters": self.num_parameters,
+            "bytes": self.num_bytes,
+            "ms": self.ms,
+            "decoder_layer_ms": self.decoder_layer_ms,
+            "target_step_ms": self.target_step_ms,
+            "device": self.device,
+        }
+
+
 def decoder_layer_ms(width: int, tokens: Sequence[int], repeats: int, device: str, dtype: torch.dtype) -> list[float]:
     """Median milliseconds of one LLaMA decoder layer without a cache: the cost of a drafter's step per layer.
 
@@ -116,9 +148,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     print(f"  one step of {cfg.target_id}: {step:.3f} ms; the adapter above takes {ms[0] / step:.3f} of it for {cfg.tokens[0]} token(s)")
     adapter_ms, layer_ms = ({str(n): t for n, t in zip(cfg.tokens, times, strict=True)} for times in (ms, layer))
-    summary = {"parameters": adapter.num_parameters, "bytes": weight_bytes, "ms": adapter_ms, "decoder_layer_ms": layer_ms}
-    print_json_line({**summary, "target_step_ms": step, "device": cfg.device})
-    return summary
+    cost = AdapterCost(adapter.num_parameters, weight_bytes, adapter_ms, layer_ms, step, cfg.device)
+    print_json_line(cost.to_json())
+    return cost.to_json()
 
 
 def target_step_ms(cfg: AdapterConfig) -> float:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage.earlier_rows import find_complete_run, refuse_changes
-from feature_alignment.storage.files import load_pt, write_json
-from feature_alignment.storage.hidden_states import layer_file, load_hidden_states
-from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin_run, check_disk_space, plan_hash, rows_done
-from feature_alignment.storage.identity import RunIdentity
+from feature_alignment.storage import hidden_states, hidden_states_writer
+from feature_alignment.storage.earlier_rows import copy_unchanged_rows, find_complete_run, refuse_changes, with_recorded_code
+from feature_alignment.storage.files import file_hash, load_pt, read_json, save_pt, write_hashed_json, write_json
+from feature_alignment.storage.hidden_states import EVENT_STATES, HiddenStates, layer_file, load_hidden_states
+from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin_run, check_disk_space, plan_hash, row_bytes, rows_done
+from feature_alignment.storage.identity import RunIdentity, source_hash
+from feature_alignment.storage.shards import merge_shards, parse_shard, shard_name
+from feature_alignment.storage.state_files import frame_hash, row_hashes, storage_offset
+from feature_alignment.storage.verification import verify
 
 DRAFT, TARGET = "egpt_hidden_states.pt", "vl_hidden_states.pt"
 META = {"draft_layers": [3], "hidden_size_draft": 6, "hidden_size_target": 4}
@@ -167,7 +174,7 @@ def test_one_of_several_layers_is_read(tmp_path):
     read = load_hidden_states(tmp_path / "a", [4])
     assert (read.draft[0, :2] == 4).all() and read.meta["draft_layers"] == [4] and read.meta["draft_norm"] == "post"
     for layers in (None, [3], [2, 4]):
-        with pytest.raises(UserError, match=r"layers \[2, 4\] apart"):
+        with pytest.raises(UserError, match=r"layers \[2, 4\] separately"):
             load_hidden_states(tmp_path / "a", layers)
 
 
@@ -213,3 +220,467 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text())["b"] == [None, 1.5] and [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_each_models_own_ends_count_for_its_own_texts():
+    """States over the drafter's texts: what ended them is the drafter's set; without a set in the meta it is 2."""
+    ids, lengths = torch.tensor([[5, 7, 0], [5, 9, 8], [5, 2, 9]]), torch.tensor([2, 3, 2])
+    states = lambda meta: HiddenStates(ids, ids, ids, None, lengths, [], meta)  # noqa: E731
+    both = {"eos_token_ids": [7], "draft_eos_token_ids": [8, 9]}
+    assert states(both).ended.tolist() == [True, False, False] == states(both | {"prefix": "target"}).ended.tolist()
+    assert states(both | {"prefix": "drafter"}).ended.tolist() == [False, True, False]
+    assert states({}).ended.tolist() == [False, False, True]
+    for bad in (7, [True], ["7"], None):
+        with pytest.raises(UserError, match="wanted a list of token ids"):
+            states({"eos_token_ids": bad}).ended  # noqa: B018
+
+
+def whole_run(tmp_path, **meta):
+    writer = open_writer(tmp_path / "train")
+    fill(writer, range(5))
+    writer.finish(META | meta)
+    return tmp_path / "train"
+
+
+def test_states_are_compared_with_their_hashes_where_that_takes_a_second(tmp_path, monkeypatch, caplog):
+    """Both files of 5 rows x 5 positions x 6 or 4 numbers: as many bytes as the limit are compared, one more is not and the log says so."""
+    folder = whole_run(tmp_path)
+    path = folder / DRAFT
+    data = bytearray(path.read_bytes())
+    data[storage_offset(path) + 5 * 6 * 4 + 3] ^= 1  # the second row
+    path.write_bytes(data)
+    monkeypatch.setattr(hidden_states, "MAX_BYTES_CHECKED_ON_LOAD", 5 * 5 * 6 * 4)
+    with pytest.raises(UserError, match=r"the states of sample s1 were altered"):
+        load_hidden_states(folder)
+    monkeypatch.setattr(hidden_states, "MAX_BYTES_CHECKED_ON_LOAD", 5 * 5 * 6 * 4 - 1)
+    with caplog.at_level("INFO"):
+        assert load_hidden_states(folder).draft.shape == (5, 5, 6)
+    assert "are not compared with their hashes now" in caplog.text and caplog.text.count("are not compared") == 1
+
+
+def rewritten(folder, name, change):
+    """A file of the split made anew, and the record told of it: what only a comparison with the other files can find."""
+    content = load_pt(folder / name, "")
+    save_pt(folder / name, change(content))
+    meta = read_json(folder / "meta.json", "")
+    states = load_pt(folder / name, "")
+    if isinstance(states, torch.Tensor):
+        meta["frames"][name] = frame_hash(folder / name, states.nbytes)
+        rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        for row, found in zip(rows, row_hashes(folder / name, len(states), states[0].nbytes), strict=False):
+            row["sha256"][name] = found
+        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_hashed_json(
+        folder / "meta.json", {k: v for k, v in meta.items() if k not in ("files", "content_hash")}, ["positions.pt", "samples.jsonl"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (TARGET, lambda x: x[:, :4].clone(), "do not fit each other"),
+        (DRAFT, lambda x: x[:, :4].clone(), "do not fit each other"),
+        ("positions.pt", lambda x: {**x, "token_ids": x["token_ids"][:, :4].clone()}, "do not fit each other"),
+        (DRAFT, lambda x: x[..., :5].clone(), r"egpt_hidden_states.pt is 5 wide, its meta.json says 6"),
+        (TARGET, lambda x: torch.cat([x, x], 2), r"vl_hidden_states.pt is 8 wide, its meta.json says 4"),
+        (TARGET, lambda x: x[:4].clone(), r"does not hold the 5 rows"),
+        (TARGET, lambda x: x[0].clone(), r"does not hold the 5 rows"),
+        (DRAFT, lambda x: {"states": x}, r"does not hold the 5 rows"),
+    ],
+)
+def test_files_that_do_not_fit_each_other_are_refused(tmp_path, name, change, message):
+    folder = whole_run(tmp_path)
+    rewritten(folder, name, lambda x: {k: v.clone() for k, v in x.items()} if isinstance(x, dict) else x.clone())
+    assert load_hidden_states(folder).draft.shape == (5, 5, 6)
+    rewritten(folder, name, change)
+    with pytest.raises(UserError, match=message):
+        load_hidden_states(folder)
+
+
+def test_event_states_are_read_where_they_are_asked_for_and_there(tmp_path):
+    with pytest.raises(UserError, match=r"(?s)holds no event states.*--event_states"):
+        load_hidden_states(whole_run(tmp_path), events=True)
+    begin_run(tmp_path / "a", made_with(), "", resume=True)
+    shapes = {DRAFT: (5, 6), TARGET: (5, 4), EVENT_STATES: (3, 2)}
+    writer, events = HiddenStatesWriter(tmp_path / "a", 1, shapes, torch.float32), torch.randn(3, 2)
+    writer.write(0, {DRAFT: torch.ones(2, 6), TARGET: torch.ones(2, 4), EVENT_STATES: events}, [5, 2], {"id": "x"})
+    writer.commit()
+    writer.finish(META | {"event_states": True})
+    assert torch.equal(load_hidden_states(tmp_path / "a", events=True).events[0], events)
+    assert load_hidden_states(tmp_path / "a").events is None
+
+
+def test_what_is_written_has_the_shape_that_was_announced(tmp_path):
+    writer = open_writer(tmp_path / "a")
+    good = {DRAFT: torch.ones(2, 6), TARGET: torch.ones(2, 4)}
+    for n in (1, 5):
+        writer.write(0, {name: states[:1].expand(n, -1) for name, states in good.items()}, list(range(n)), {"id": "x"})
+    for states, n in (({**good, TARGET: torch.ones(3, 4)}, 2), ({**good, DRAFT: torch.ones(2, 5)}, 2), (good, 3)):
+        with pytest.raises(ValueError, match=f"for {n} tokens of at most 5"):
+            writer.write(0, states, list(range(n)), {"id": "x"})
+    for n in (0, 6):
+        with pytest.raises(ValueError, match=f"for {n} tokens of at most 5"):
+            writer.write(0, {name: states[:1].expand(n, -1) for name, states in good.items()}, list(range(n)), {"id": "x"})
+    too_large = {**good, DRAFT: torch.full((2, 6), 1e39, dtype=torch.float64)}
+    with pytest.raises(UserError, match=r"sample x: egpt_hidden_states.pt would hold non-finite states as float32"):
+        writer.write(0, too_large, [1, 2], {"id": "x"})
+
+
+def test_what_was_repaired_or_cut_is_counted_over_all_rows(tmp_path):
+    writer = open_writer(tmp_path / "a", rows=3)
+    for row, more in enumerate(({"mended": ["x", "y"]}, {"mended": ["x"], "cut": ["z"]}, {})):
+        writer.write(row, {DRAFT: torch.ones(2, 6), TARGET: torch.ones(2, 4)}, [5, 2], {"id": f"s{row}", **more})
+    writer.commit()
+    writer.finish(META)
+    meta = read_json(tmp_path / "a" / "meta.json", "")
+    assert (meta["mended"], meta["cut"], meta["positions"]) == ({"x": 2, "y": 1}, {"z": 1}, 6)
+    assert meta["row_bytes"] == {DRAFT: 5 * 6 * 4, TARGET: 5 * 4 * 4} and meta["plan"] == plan_hash([{"id": f"s{i}"} for i in range(3)])
+
+
+@pytest.mark.parametrize("damage", ["state", "note", "frame", "cut"])
+def test_a_row_that_is_not_what_was_noted_is_done_again(tmp_path, damage):
+    """Also one that a second process noted; the other rows stay."""
+    first, second = open_writer(tmp_path / "a"), open_writer(tmp_path / "a", rank=1)
+    fill(first, (0, 2))
+    fill(second, (3,))
+    first.close(), second.close(), first.close()
+    part = tmp_path / "a.unfinished"
+    if damage == "note":
+        lines = (part / "progress-0.txt").read_bytes().splitlines(keepends=True)
+        (part / "progress-0.txt").write_bytes(lines[0] + lines[1].replace(b"s2", b"s9"))
+        left = {0, 3}
+    elif damage == "cut":
+        data = (part / DRAFT).read_bytes()
+        (part / DRAFT).write_bytes(data[:300])
+        left = set()
+    else:
+        data = bytearray((part / TARGET).read_bytes())
+        data[storage_offset(part / TARGET) + 2 * 5 * 4 * 4 if damage == "state" else 60] ^= 1
+        (part / TARGET).write_bytes(data)
+        left = {0, 3} if damage == "state" else set()
+    again = open_writer(tmp_path / "a")
+    assert again.done == left == rows_done(tmp_path / "a")
+    fill(again, {0, 1, 2, 3, 4} - again.done)
+    again.finish(META)
+    fill(whole := open_writer(tmp_path / "whole"), range(5))
+    whole.finish(META)
+    for name in FILES:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_notes_reach_the_disk_after_the_states_and_whole(tmp_path, monkeypatch):
+    writer, done = open_writer(tmp_path / "a"), []
+    sync, write = os.fdatasync, os.write
+    monkeypatch.setattr(os, "fdatasync", lambda stream: (done.append("sync"), sync(stream))[1])
+    monkeypatch.setattr(os, "write", lambda stream, data: (done.append("note"), write(stream, data))[1])
+    fill(writer, (0, 1))
+    assert done == ["sync", "sync", "note", "sync"] and writer.done == {0, 1}
+    fill(writer, ())
+    assert done.count("note") == 1  # nothing new
+    monkeypatch.setattr(os, "write", lambda stream, data: len(data) - 1)
+    with pytest.raises(OSError, match="the disk took only part"):
+        fill(writer, (2,))
+
+
+def test_room_is_what_rows_take_and_a_disk_has(tmp_path, monkeypatch):
+    assert row_bytes([(5, 6), (3, 2)], torch.bfloat16) == 2 * (30 + 6)
+    monkeypatch.setattr(hidden_states_writer.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
+    check_disk_space(tmp_path / "new" / "deep", 100)
+    with pytest.raises(UserError, match="may need 101 bytes, its disk has 100 free"):
+        check_disk_space(tmp_path / "new" / "deep", 101)
+    assert not (tmp_path / "new").exists()
+
+
+def run_of_clips(tmp_path):
+    """An outputs directory with one split, of two rows of two clips each named in the manifest's folder."""
+    for i in range(2):
+        (tmp_path / f"clip{i}.npy").write_text(f"events {i}")
+    folder = tmp_path / "out" / "hidden_states" / "train"
+    begin_run(folder, made_with(), "", resume=True)
+    writer = HiddenStatesWriter(folder, 2, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
+    for i in range(2):
+        clip = {f"clip{i}.npy": file_hash(tmp_path / f"clip{i}.npy")}
+        writer.write(i, {DRAFT: torch.ones(2, 6) + i, TARGET: torch.ones(2, 4) + i}, [5, 2], {"id": f"s{i}", "clip": clip})
+    writer.commit()
+    manifest = tmp_path / "train.jsonl"
+    manifest.write_text("{}")
+    sources = {"inputs": {"manifest": str(manifest)}, "made_from": {"manifest": source_hash(manifest)}}
+    writer.finish(META | sources | {"config": {"output_dir": str(tmp_path / "out")}})
+    return folder
+
+
+def test_a_split_is_compared_row_by_row_and_with_its_clips(tmp_path):
+    folder = run_of_clips(tmp_path)
+    out = tmp_path / "out"
+    found = lambda: {(f.about.removeprefix("hidden_states/train/"), f.state): f.why for f in verify(out)[0]}  # noqa: E731
+    assert verify(out) == ([], {"files": 3, "rows": 4, "sources": 1 + 2})
+    whole = {name: (folder / name).read_bytes() for name in (DRAFT, TARGET, "samples.jsonl")}
+
+    def altered(name, at):
+        data = bytearray(whole[name])
+        data[at] ^= 1
+        (folder / name).write_bytes(data)
+        said = found()
+        (folder / name).write_bytes(whole[name])
+        return said
+
+    first = storage_offset(folder / TARGET)
+    assert altered(TARGET, first + 80)[TARGET, "altered"] == "the states of 1 of 2 samples, e.g. s1"
+    assert altered(TARGET, first)[TARGET, "altered"] == "the states of 1 of 2 samples, e.g. s0"
+    assert set(altered(TARGET, first - 1)) == {(TARGET, "altered")}  # the frame
+    assert altered(DRAFT, 0)[DRAFT, "altered"] == "it cannot be read as the file that was written"
+    assert set(altered("samples.jsonl", 3)) == {("samples.jsonl", "altered")}
+    (folder / DRAFT).unlink()
+    assert found() == {(DRAFT, "missing"): "not there, and meta.json describes it"}
+    (folder / DRAFT).write_bytes(whole[DRAFT])
+    (tmp_path / "clip1.npy").write_text("others")
+    ((about, state),) = found()
+    assert (about, state) == ("hidden_states/train", "stale") and "extracted from another" in found()[about, state]
+    (tmp_path / "clip1.npy").unlink()
+    assert "clip1.npy, which is gone" in found()["hidden_states/train", "stale"]
+
+
+def test_a_run_that_was_moved_as_a_whole_finds_its_own_files(tmp_path):
+    """Sources inside the outputs directory are looked for where that lies now; all others where they were."""
+    made_in, now = tmp_path / "made", tmp_path / "now"
+    (made_in / "adapter").mkdir(parents=True)
+    (tmp_path / "model").write_text("m")
+    write_hashed_json(made_in / "adapter" / "meta.json", {"meta": {}})
+    inputs = {"adapter": str(made_in / "adapter" / "meta.json"), "model": str(tmp_path / "model")}
+    made_from = {name: source_hash(Path(path)) for name, path in inputs.items()}
+    meta = {"inputs": inputs, "made_from": made_from, "config": {"output_dir": str(made_in)}}
+    write_hashed_json(made_in / "sd" / "a.json", {"meta": meta})
+    made_in.rename(now)
+    assert verify(now) == ([], {"files": 2, "rows": 0, "sources": 2})
+    (tmp_path / "model").unlink()
+    assert [(f.about, f.state) for f in verify(now)[0]] == [("sd/a.json", "stale")]
+
+
+def test_what_follows_from_something_wrong_is_followed_to_the_end(tmp_path):
+    """Text pairs and inferences are units of their own, a split is one, any other folder is one."""
+    out = tmp_path / "out"
+
+    def record(name, *sources):
+        paths = {f"source {i}": str(out / s) for i, s in enumerate(sources)}
+        meta = {"inputs": paths, "made_from": {k: source_hash(Path(p)) for k, p in paths.items()}}
+        write_hashed_json(out / name, {"meta": meta})
+
+    for split in ("a", "b"):
+        record(f"token_pairs/{split}.json")
+        record(f"hidden_states/{split}/meta.json", f"token_pairs/{split}.json")
+    record("adapter/meta.json", "hidden_states/a/meta.json")
+    record("acceptance/acceptance.json", "adapter/meta.json", "hidden_states/b/meta.json")
+    record("sd/one.json", "adapter/meta.json")
+    record("sd/two.json", "hidden_states/b/meta.json")
+    assert verify(out)[0] == []
+    (out / "token_pairs" / "a.json").write_text("{}")
+    found = {f.about: f.why for f in verify(out)[0] if f.state == "stale"}
+    assert set(found) == {"hidden_states/a/meta.json", "adapter/meta.json", "acceptance/acceptance.json", "sd/one.json"}
+    assert found["acceptance/acceptance.json"] == "made from source 0, which is not what it was"
+
+
+def shard(tmp_path, number, rows, total=5):
+    """One of two shards of the rows that `fill` writes."""
+    folder = tmp_path / f"train.shard-{number}-of-2"
+    begin_run(folder, made_with(), "", resume=True)
+    writer = HiddenStatesWriter(folder, len(rows), {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
+    for place, i in enumerate(rows):
+        torch.manual_seed(i)
+        n = 2 + i % 3
+        states = {DRAFT: torch.randn(n, 6), TARGET: torch.randn(n, 4)}
+        texts = {"egpt_tokens": [4], "egpt_text": "e", "vl_tokens": [5], "vl_text": "v"}
+        writer.write(place, states, list(range(10, 10 + n)), entries(total)[i] | texts)
+    writer.commit()
+    settings = {"a": 1, "shard": f"{number}/2"}
+    writer.finish(META | RunIdentity(settings, {}, {}).as_dict() | {"rows": len(rows)})
+    return folder
+
+
+def merge(tmp_path, rows=5, resume=True):
+    about = [{k: row[k] for k in ("id", "sequence", "question", "facts")} for row in entries(rows)]
+    merge_shards(tmp_path / "train", made_with(a=1), about, tmp_path / "pairs.json", resume)
+
+
+def test_shards_make_the_whole_in_the_manifests_order(tmp_path):
+    shard(tmp_path, 1, [0, 3])
+    with pytest.raises(UserError, match=r"lacks train.shard-2-of-2"):
+        merge(tmp_path)
+    second = shard(tmp_path, 2, [4, 1, 2])
+    with pytest.raises(UserError, match=r"vl_lm_head.pt is missing"):
+        merge(tmp_path)
+    save_pt(tmp_path / "vl_lm_head.pt", torch.ones(2))
+    with pytest.raises(UserError, match=r"hold 5 samples, the manifest 4; 0 of these differ\."):
+        merge(tmp_path, 4)
+    with pytest.raises(UserError, match=r"hold 5 samples, the manifest 6; 1 of these differ, e\.g\. s5"):
+        merge(tmp_path, 6)
+    merge(tmp_path)
+    fill(whole := open_writer(tmp_path / "whole"), range(5))
+    whole.finish(META)
+    for name in (DRAFT, TARGET, "positions.pt"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "train" / name).read_bytes()
+    meta = read_json(tmp_path / "train" / "meta.json", "")
+    assert (meta["rows"], meta["merged_shards"], meta["settings"], meta["positions"]) == (5, 2, {"a": 1}, 14)
+    results = read_json(tmp_path / "pairs.json", "")["results"]
+    assert [r["sample_id"] for r in results] == [f"s{i}" for i in range(5)]
+    (second / "samples.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"train.shard-2-of-2: samples.jsonl was altered"):
+        merge(tmp_path)
+
+
+def test_a_killed_merge_goes_on_and_a_damaged_row_is_refused(tmp_path, monkeypatch):
+    save_pt(tmp_path / "vl_lm_head.pt", torch.ones(2))
+    first, second = shard(tmp_path, 1, [0, 1]), shard(tmp_path, 2, [2, 3, 4])
+    data = bytearray((second / DRAFT).read_bytes())
+    data[storage_offset(second / DRAFT) + 5 * 6 * 4] ^= 1
+    whole = (second / DRAFT).read_bytes()
+    (second / DRAFT).write_bytes(data)
+    copied, writers, copy = [], [], HiddenStatesWriter.copy
+    monkeypatch.setattr(
+        HiddenStatesWriter, "copy", lambda self, row, *more: (writers.append(self), copied.append(row), copy(self, row, *more))[2]
+    )
+    with pytest.raises(UserError, match=r"the states of sample s3 are not those that were written"):
+        merge(tmp_path)
+    writers[-1].close()
+    assert copied == [0, 1, 2, 3] and rows_done(tmp_path / "train") == {0, 1}
+    (second / DRAFT).write_bytes(whole)
+    merge(tmp_path)
+    assert copied[4:] == [2, 3, 4] and first.is_dir()
+    shard(tmp_path, 2, [1, 2, 3, 4])
+    with pytest.raises(UserError, match=r"hold 5 samples, the manifest 5; 0 of these differ\."):  # one of them twice
+        merge(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "found"), [("1/1", (1, 1)), ("2/3", (2, 3)), ("3/3", (3, 3)), (None, (1, 1)), ("", (1, 1))])
+def test_a_shard_is_one_of_several(text, found):
+    assert parse_shard(text, False) == found and shard_name("train", 2, 3) == "train.shard-2-of-3"
+    for wrong in ("0/3", "4/3", "1", "a/3", "1/b", "1/3/4", "-1/3", "1/0"):
+        with pytest.raises(UserError, match=r"--shard wants i/n with i from 1 to n"):
+            parse_shard(wrong, False)
+    assert parse_shard(None, True) == (1, 1)
+    with pytest.raises(UserError, match="and no --merge"):
+        parse_shard("1/3", True)
+
+
+def finished_run(path, rows=5):
+    writer = open_writer(path, rows=rows)
+    fill(writer, range(rows))
+    writer.finish(META | made_with(a=1).as_dict())
+
+
+def renamed(rows, first=0):
+    """Entries whose question, clip and batch are those of `rows`, under other names."""
+    return [row | {"id": f"new{i}", "sequence": "other"} for i, row in enumerate(rows, first)]
+
+
+def test_half_of_the_rows_may_be_lost_unasked_and_no_more(tmp_path):
+    finished_run(tmp_path / "a", 4)
+    refuse = lambda rows, limited=False: refuse_changes(tmp_path / "a", made_with(a=1), rows, limited)  # noqa: E731
+    old, new = entries(4), [row | {"identity": {"row": f"x{i}", "batch": f"x{i}"}} for i, row in enumerate(entries(4))]
+    refuse(old)
+    refuse(renamed(old))
+    refuse([*old[:2], *new[2:]])
+    refuse([*old, *new])
+    with pytest.raises(UserError, match=r"3 of 4 rows have another question, clip or start, or are gone, e\.g\. s1, s2, s3"):
+        refuse([*old[:1], *new[1:]])
+    with pytest.raises(UserError, match=r"(?s)4 of 4 rows have .*e\.g\. s0, s1, s2\n.*--no_resume"):
+        refuse(new)
+    refuse(old, limited=True)
+    with pytest.raises(UserError, match=r"1 of 4 rows are left out by --limit, or have"):
+        refuse(old[:3], limited=True)
+    with pytest.raises(UserError, match=r"(?s)a: 1 → 2.*give the old values"):
+        refuse_changes(tmp_path / "a", made_with(a=2), old, False)
+    code = RunIdentity({"a": 1}, {}, {"m": "c"})
+    with pytest.raises(UserError, match=r"(?s)code: m changed.*keep them with --ignore_code"):
+        refuse_changes(tmp_path / "a", code, old, False)
+    refuse_changes(tmp_path / "a", code, old, False, ignore_code=True)
+    refuse_changes(tmp_path / "nothing", code, old, False)
+    begin_run(tmp_path / "a", made_with(a=3), plan_hash(old), resume=False)  # an unfinished run is there to replace the complete one
+    with pytest.raises(UserError, match="a: 3 → 1"):
+        refuse(old)
+    refuse_changes(tmp_path / "a", made_with(a=3), old, False)
+
+
+def test_rows_of_a_batch_that_is_unchanged_are_copied_under_their_new_names(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = tmp_path / "a"
+    finished_run(path)
+    kept = renamed([entries()[i] for i in (3, 0)])
+    regrouped = entries()[1] | {"identity": {"row": "r1", "batch": "another"}}
+    rows = [kept[0], regrouped, kept[1], *[row | {"identity": {"row": "n", "batch": "n"}} for row in entries()[4:]]]
+    begin_run(path, made_with(a=1), plan_hash(rows), resume=True)
+    writer = HiddenStatesWriter(path, 4, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
+    copy_unchanged_rows(writer, made_with(a=2), rows)
+    assert writer.done == set() and "kept" not in caplog.text  # an earlier run of other settings has none to keep
+    copy_unchanged_rows(writer, made_with(a=1), rows)
+    assert writer.done == {0, 2}
+    assert "2 rows whose question, clip and batch are unchanged. Extracted again: 0 damaged, 1 now read together" in caplog.text
+    notes = {note["row"]: note for note in hidden_states_writer.progress_entries(writer.part)}
+    assert [(notes[r]["id"], notes[r]["sequence"], notes[r]["read"]) for r in (0, 2)] == [
+        ("new0", "other", [10, 11]),
+        ("new1", "other", [10, 11]),
+    ]
+    torch.manual_seed(3)
+    assert torch.equal(load_pt(writer.part / DRAFT, "")[0, :2], torch.randn(2, 6))
+    caplog.clear()
+    copy_unchanged_rows(writer, made_with(a=1), rows)
+    assert "0 rows whose" in caplog.text and writer.done == {0, 2}  # again: they are there
+
+
+def test_a_damaged_row_is_not_copied(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = tmp_path / "a"
+    finished_run(path)
+    data = bytearray((path / TARGET).read_bytes())
+    data[storage_offset(path / TARGET) + 2 * 5 * 4 * 4] ^= 1
+    (path / TARGET).write_bytes(data)
+    assert find_complete_run(path, made_with(a=1), entries()) is None and f"{TARGET} was altered, truncated or deleted" in caplog.text
+    begin_run(path, made_with(a=1), plan_hash(entries()), resume=True)
+    writer = HiddenStatesWriter(path, 5, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
+    copy_unchanged_rows(writer, made_with(a=1), entries())
+    assert writer.done == {0, 1, 3, 4} and "4 rows whose" in caplog.text and "1 damaged" in caplog.text
+
+
+def test_rows_kept_with_ignore_code_stay_that_codes(tmp_path):
+    path, old = tmp_path / "a", RunIdentity({"a": 1}, {}, {"m": "old"})
+    now = RunIdentity({"a": 1}, {}, {"m": "new"})
+    assert with_recorded_code(path, now) == now
+    writer = open_writer(path)
+    fill(writer, range(5))
+    writer.finish(META | old.as_dict())
+    assert with_recorded_code(path, now).code == {"m": "old"} and with_recorded_code(path, RunIdentity({"a": 2}, {}, {})).code == {}
+    begin_run(path, RunIdentity({"a": 1}, {}, {"m": "half"}), "plan", resume=True)
+    assert with_recorded_code(path, now).code == {"m": "half"}  # an unfinished run is the later one
+
+
+def test_a_complete_run_is_one_of_these_rows_without_an_unfinished_one_beside_it(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = tmp_path / "a"
+    assert find_complete_run(path, made_with(a=1), entries()) is None
+    finished_run(path)
+    assert find_complete_run(path, made_with(a=1), entries())["positions"] == 14
+    assert "5 rows (question, clip, batch), the recorded hashes of 2 files and of all their states" in caplog.text
+    without = [{k: v for k, v in row.items() if k not in ("identity", "clip")} for row in entries()]  # as a merge knows them
+    assert find_complete_run(path, made_with(a=1), without)
+    for rows in (entries()[:4], entries()[::-1], renamed(entries()), without[:4], [row | {"question": "!"} for row in without]):
+        assert find_complete_run(path, made_with(a=1), rows) is None
+    begin_run(path, made_with(a=1), "plan", resume=True)
+    assert find_complete_run(path, made_with(a=1), entries()) is None
+
+
+def test_an_unfinished_run_of_other_rows_is_set_aside_and_swept_at_last(tmp_path):
+    path = tmp_path / "a"
+    for rows in (5, 4, 3):
+        writer = open_writer(path, rows=rows)
+        fill(writer, [0])
+        writer.close()
+    assert [p.name for p in hidden_states_writer.superseded_runs(path)] == ["a.earlier-1.unfinished", "a.earlier-2.unfinished"]
+    assert rows_done(path) == {0}
+    writer = open_writer(path, rows=3)
+    fill(writer, [1, 2])
+    writer.finish(META | made_with(a=1).as_dict())
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and writer._files == {}
+    open_writer(path, rows=5).close()
+    open_writer(path, rows=4).close()
+    assert len(hidden_states_writer.superseded_runs(path)) == 1
+    open_writer(path, rows=4, resume=False).close()
+    assert hidden_states_writer.superseded_runs(path) == [] and rows_done(path) == set()

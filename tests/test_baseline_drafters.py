@@ -66,6 +66,7 @@ def test_an_ngram_table_backs_off_to_shorter_contexts_then_to_any_question(seed,
     assert {size for size, _ in found} >= {n - 2, n - 1} and {other for _, other in found} == {True, False}
     assert NGram([]).guess("q", [1]) == (None, 0.0) and NGram([]).next_token("q", []) is None
     assert NGram([("q", [7, 8, 9, 5, 6]), ("q", [1, 8, 9, 5, 3]), ("q", [1, 8, 9, 5, 3])]).next_token("q", [7, 8, 9, 5]) == 6  # n = 5
+    assert NGram([("q", [7, 8, 9, 5, 1, 6]), *[("q", [3, 8, 9, 5, 1, 4])] * 2]).next_token("q", [7, 8, 9, 5, 1]) == 4  # and no more
 
 
 def after_longest_match(known, text, near):

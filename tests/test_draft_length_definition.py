@@ -88,10 +88,10 @@ class Definition:
         if len(verify) >= 8 and not self.passes:
             self.seen["a pass is needed"] += 1
             return None
-        if verify and self.tokens / self.ms * median(verify) < 2.0:
-            if min(len(self.passes), 5) < 3 or self.since >= (12 if self.aside else 3):
-                self.seen["compared again"] += 1
-                return None
+        unclear = verify and self.tokens / self.ms * median(verify) < 2.0
+        if unclear and (min(len(self.passes), 5) < 3 or self.since >= (12 if self.aside else 3)):
+            self.seen["compared again"] += 1
+            return None
         if not self.draft_ms:
             return 0.8
         counts = [g for g, _ in self.rounds[-31:]]
@@ -138,18 +138,19 @@ def compared(seed: int) -> Counter[str]:
     r = random.Random(seed)
     acceptance = r.choice([None, 0.2, 0.5, 0.9, 0.9])
     controller, wanted = DraftLengthController(acceptance), Definition(acceptance)
-    good, draft_ms, left = 0.5, 0.1, 0
+    good, draft_ms, left = 0.5, 0.1, 9 * (seed % 2)  # half of the lives begin before any prompt
+    unit = r.choice([1.0, 30.0])
     has_confidence = r.random() < 0.6
     for i in range(600):
         if i % 60 == 0:
-            good, draft_ms, slow = r.choice([0.05, 0.6, 0.95]), r.choice([0.02, 0.2, 1.2]), r.choice([0.6, 1.0, 2.5])
+            good, draft_ms, slow = r.choice([0.05, 0.6, 0.95]), r.choice([0.02, 0.2, 1.2]), unit * r.choice([0.6, 1.0, 2.5])
         if left <= 0:
-            left, ms = r.randint(5, 40), r.uniform(2, 12)
+            left, ms = r.randint(5, 40), unit * r.uniform(2, 12)
             assert controller.needs_prefill == wanted.needs_prefill()
             controller.record_prefill(ms)
             wanted.prompt(ms)
             if controller.needs_prefill and r.random() < 0.9:
-                ms = r.choice([0.0, r.uniform(0.5, 6)])
+                ms = unit * r.choice([0.0, r.uniform(0.5, 6)])
                 controller.record_draft_prefill(ms)
                 wanted.draft_prompt(ms)
         found, floor = controller.next_confidence_floor(), wanted.floor()
@@ -158,7 +159,7 @@ def compared(seed: int) -> Counter[str]:
         noise = slow * (20.0 if r.random() < 0.02 else r.uniform(0.9, 1.1))
         if floor is None or r.random() < 0.05:  # perhaps it is asked and has no idea
             tokens = controller.plain_steps if floor is None else 1
-            what = 0, tokens, r.choice([0.0, 0.02, 1.5]), tokens * noise
+            what = 0, tokens, unit * r.choice([0.0, 0.02, 1.5]), tokens * noise
         else:
             if not wanted.has_read:
                 controller.record_draft_prefill(0.3)
@@ -188,3 +189,13 @@ def test_every_decision_is_the_definitions():
         "too dear",
     )
     assert min(seen[name] for name in decisions) > 5, seen
+
+
+def test_a_credit_of_exactly_nothing_is_spent():
+    controller = DraftLengthController(0.9)
+    controller.record_prefill(4.0)
+    controller.record_round(0, 1, 0.0, 1.0)
+    controller.record_draft_prefill(0.0)
+    assert controller.needs_prefill
+    controller.record_round(1, 1, 1.0, 3.0)  # one token in the time of four passes: all three that it may lose
+    assert not controller.needs_prefill and controller.next_confidence_floor() is None

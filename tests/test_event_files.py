@@ -1,4 +1,4 @@
-"""Every event format, from bytes the tests write themselves; what is mended is counted, what would be misread is refused."""
+"""Every event format, from bytes the tests write themselves; repairs are counted, and input that would be misread is refused."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_structured_npy(tmp_path):
     same(load_events(tmp_path / "e.npy"), e)
 
 
-def test_the_format_is_told_from_the_content_not_the_suffix(tmp_path):
+def test_the_format_is_recognized_from_the_content_not_the_suffix(tmp_path):
     e = truth()
     npz(tmp_path / "a.npz", e).rename(tmp_path / "a.raw")
     (tmp_path / "b.npy").write_bytes(evt2(e))
@@ -133,7 +133,7 @@ def test_prophesee_files_give_back_what_was_written(tmp_path, write):
 
 
 @pytest.mark.parametrize(("write", "word"), [(evt2, "u4"), (evt3, "u2")])
-def test_the_header_says_which_byte_comes_first(tmp_path, write, word):
+def test_the_header_states_the_byte_order(tmp_path, write, word):
     e = truth()
     swapped = np.frombuffer(write(e, b""), "<" + word).astype(">" + word).tobytes()
     header = f"% evt {'2.0' if write is evt2 else '3.0'}\n% endianness big\n% end\n".encode()
@@ -142,7 +142,7 @@ def test_the_header_says_which_byte_comes_first(tmp_path, write, word):
 
 
 @pytest.mark.parametrize("write", [dat, evt2, evt3])
-def test_a_file_cut_in_the_middle_of_a_word_says_so(tmp_path, caplog, write):
+def test_a_file_truncated_inside_a_word_is_logged(tmp_path, caplog, write):
     (tmp_path / "e.raw").write_bytes(write(truth())[:-1])
     assert len(load_events(tmp_path / "e.raw")["t"]) in (59, 60)
     assert "the last" in log_of(caplog) and "bytes are dropped" in log_of(caplog)
@@ -339,7 +339,7 @@ def test_events_outside_the_sensor_are_dropped_and_counted(tmp_path, caplog):
         load_events(tmp_path / "f.dat")
 
 
-def test_the_same_treatment_is_logged_once(tmp_path, caplog):
+def test_the_same_repair_is_logged_once(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     path = npz(tmp_path / "a.npz", truth(), p=2 * truth()["p"] - 1)
     for _ in range(3):
@@ -360,7 +360,7 @@ def test_long_streams_are_cut_to_a_stated_window(tmp_path, write):
 @pytest.mark.parametrize(
     ("window", "start", "message"), [(101, 0, "at most 100"), (0, 0, "more than 0"), (50, -1, "0 or more"), (None, 5, "together")]
 )
-def test_windows_that_make_no_sense_are_refused(tmp_path, window, start, message):
+def test_invalid_windows_are_refused(tmp_path, window, start, message):
     with pytest.raises(UserError, match=message):
         load_events(npz(tmp_path / "a.npz", truth()), window, start)
 

@@ -1,4 +1,4 @@
-"""Random event files by an independent writer (struct, NumPy, h5py): what is read equals what was written, or is refused.
+"""Random event files by an independent writer (struct, NumPy, h5py): the stream read equals the one written, or is refused.
 
 formats x layouts x spellings x column orders x units x number types x origins x polarities x truncations
 """
@@ -36,7 +36,7 @@ def recording(rng):
 
 
 def stamps(rng, t_ns):
-    """The times as a file may hold them, with their unit and whether they can be told from other units at all."""
+    """The times as a file may hold them, with their unit and whether the unit is unambiguous."""
     unit = str(rng.choice(list(PER_SECOND)))
     kind = str(rng.choice(["int", "float64", "float32"], p=[0.5, 0.4, 0.1]))
     origin_ns = int(rng.choice([0, 0, 1_700_000_000_123_456_000, 51_648_500_652_000]))
@@ -196,7 +196,7 @@ def rows(e):
 
 
 def wrong(got, e, t_us, start_us, window_us, slack_us, truncated):
-    """What differs from the truth, or None. slack_us: how far a time may be off by the file's own number type."""
+    """Difference from the written stream, or None. slack_us: largest error of a time through the number type of the file."""
     begin = t_us[0] + start_us
     t = got["t"] - got["t"][0] + 0
     surely = (t_us >= begin + slack_us) & (t_us < begin + window_us - slack_us)
@@ -214,7 +214,7 @@ def wrong(got, e, t_us, start_us, window_us, slack_us, truncated):
 
 
 def one_file(seed, folder):
-    """(what was made, None or what is wrong, was it refused) for one random file."""
+    """(description, difference or None, whether it was refused) of one random file."""
     rng = np.random.default_rng(seed)
     e = recording(rng)
     path, asked, slack = folder / f"{seed}.bin", None, 2
@@ -260,7 +260,7 @@ def test_no_wrong_stream_of_200_random_files_is_accepted(tmp_path):
 
 
 def test_whole_files_are_read_where_their_unit_is_stated(tmp_path):
-    """The other side: every writer's file is read, not refused, if it is whole, dense and its unit asked for."""
+    """Every complete and dense file is read, not refused, if its unit is given."""
     for number, write in enumerate([*TABLES, *CAMERAS]):
         rng = np.random.default_rng(number)
         e = recording(rng)

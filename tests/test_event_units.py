@@ -50,7 +50,7 @@ def npz(path, **columns):
         ("e13_v2e_events_table.h5", 1500),
     ],
 )
-def test_reported_files_are_read_whole(name, count):
+def test_reported_files_are_read_completely(name, count):
     if name.endswith(".h5"):
         pytest.importorskip("h5py")
         pytest.importorskip("hdf5plugin")
@@ -93,7 +93,7 @@ def test_a_unit_that_was_asked_for_is_used_and_recorded(tmp_path, unit, dtype):
         (lambda e: e["t"].astype(float), "us"),
     ],
 )
-def test_units_that_can_be_told_are_recognized(tmp_path, t, unit):
+def test_unambiguous_units_are_recognized(tmp_path, t, unit):
     e = clip()
     got = load_events(npz(tmp_path / "e.npz", **{**e, "t": t(e)}), 50)
     slack = 1000 if unit == "ms" else 1
@@ -110,7 +110,7 @@ def test_units_that_can_be_told_are_recognized(tmp_path, t, unit):
         (lambda e: (1.7e9 + e["t"] / 1e6).astype(np.float32), "all 1,500 events have the time"),
     ],
 )
-def test_units_that_nobody_can_tell_are_asked_for(tmp_path, t, message):
+def test_ambiguous_units_are_refused(tmp_path, t, message):
     e = clip()
     with pytest.raises(UserError, match=message):
         load_events(npz(tmp_path / "e.npz", **{**e, "t": t(e)}), 50)
@@ -148,7 +148,7 @@ def test_no_event_of_a_large_camera_is_dropped(tmp_path, stated):
     assert len(load_events(tmp_path / "e.npz")["t"]) == 1500
 
 
-def test_dropping_more_than_one_percent_is_a_warning_of_its_own(tmp_path):
+def test_dropping_more_than_one_percent_has_its_own_warning(tmp_path):
     h5py = pytest.importorskip("h5py")
     pytest.importorskip("hdf5plugin")
     for outside, kind in ((10, "events outside the sensor dropped"), (20, "more than 1 % of the events outside the sensor dropped")):
@@ -213,7 +213,7 @@ def test_a_zip_that_holds_no_events_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("columns", [lambda e: [e["p"], e["t"], e["x"], e["y"]], lambda e: [e["x"], e["y"], e["x"], e["y"]]])
-def test_a_table_whose_columns_nobody_can_tell_is_refused(tmp_path, columns):
+def test_a_table_with_ambiguous_columns_is_refused(tmp_path, columns):
     np.save(tmp_path / "e.npy", np.stack(columns(clip()), 1))
     with pytest.raises(UserError, match="columns without names"):
         load_events(tmp_path / "e.npy")
@@ -300,7 +300,7 @@ def test_a_table_that_fits_two_orders_is_refused(tmp_path):
         load_events(tmp_path / "e.npy")
 
 
-def test_a_number_cut_off_at_the_end_of_a_text_is_not_used(tmp_path):
+def test_a_truncated_number_at_the_end_of_a_text_is_not_used(tmp_path):
     rows = "".join(f"{10_000 * i},1,5,{300 + i}\n" for i in range(9))
     (tmp_path / "e.csv").write_text("t,p,y,x\n" + rows[:-2])  # 30 of 308
     assert load_events(tmp_path / "e.csv")["x"].tolist() == [300 + i for i in range(8)]

@@ -54,7 +54,7 @@ def stream(n=20, **changes):
     return {**made, **changes}
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_a_written_stream_is_read_back(tmp_path):
     events = load_events(write(tmp_path / "e.npy", stream()))
     assert events["x"].tolist() == list(range(20)) and events["p"].dtype == np.uint8
 
@@ -97,7 +97,7 @@ def test_an_empty_stream_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUM", b"not numpy at all", b"\x93NUMPY\x01\x00"])
-def test_files_that_are_no_npy_are_refused(tmp_path, content):
+def test_files_other_than_npy_are_refused(tmp_path, content):
     (tmp_path / "e.npy").write_bytes(content)
     with pytest.raises(UserError, match=r"e\.npy"):
         load_events(tmp_path / "e.npy")

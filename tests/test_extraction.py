@@ -181,7 +181,7 @@ def test_shards_merge_to_the_whole(tiny_run, whole, tmp_path):
         extract_hidden_states.main(flags(tiny_run, tmp_path, "--merge"))
     extract_hidden_states.main(flags(tiny_run, tmp_path, "--shard", "1/2"))
     assert not (tmp_path / "token_pairs").exists()
-    with pytest.raises(UserError, match=r"max_new_tokens: 12 there, 9 now"):
+    with pytest.raises(UserError, match=r"max_new_tokens: 12 recorded, 9 now"):
         extract_hidden_states.main(flags(tiny_run, tmp_path, "--merge", "--max_new_tokens", "9"))
     extract_hidden_states.main(flags(tiny_run, tmp_path, "--merge"))
     assert hashes(tmp_path) == hashes(whole)
@@ -193,7 +193,7 @@ def test_known_answers_are_read_and_change_nothing(tiny_run, whole, tmp_path, mo
     known = ["--answers", str(whole / "token_pairs" / "train.json")]
     extract_hidden_states.main(flags(tiny_run, tmp_path, *known))
     assert hashes(tmp_path) == hashes(whole)
-    with pytest.raises(UserError, match="max_new_tokens: 12 there, 9 now"):
+    with pytest.raises(UserError, match="max_new_tokens: 12 recorded, 9 now"):
         extract_hidden_states.main(flags(tiny_run, tmp_path / "b", *known, "--max_new_tokens", "9"))
 
 

@@ -601,6 +601,6 @@ def test_a_head_that_a_device_map_put_elsewhere_stays_there():
 
     model = tiny_llama(0)
     before = model.lm_head.weight
-    decoder = Decoder(model.model, model.lm_head, None, None, None, None, None, device="meta", whole=model)
+    decoder = Decoder(model.model, model.lm_head, None, None, None, None, None, device="meta", full_model=model)
     assert model.lm_head.weight is before and before.device.type == "cpu"
     assert decoder.device.type == "meta" and decoder.head_weight.device.type == "meta"

@@ -35,7 +35,7 @@ MAX = 24
 
 
 class Bench:
-    """A pair, some of its prompts, what it says without settings, and drafters that are often right."""
+    """A pair, some prompts, its answers without settings, and drafters that are often right."""
 
     def __init__(self, cfg: Common, split: str) -> None:
         self.pair = load_pair(cfg)
@@ -129,14 +129,14 @@ def demo() -> Bench:
     return Bench(dataclasses.replace(cfg, manifests={"test": ROOT / "data" / "demo" / "test.jsonl"}), "test")
 
 
-def test_texts_are_transformers_own_under_random_settings(tiny):
+def test_texts_equal_those_of_generate_under_random_settings(tiny):
     found = [tiny.check(seed) for seed in range(15)]
     assert sum(kept for kept, _ in found) > 0 and sum(changed for _, changed in found) > 7
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
-def test_texts_of_the_demo_pair_are_transformers_own_under_200_random_settings(demo, part):
+def test_texts_of_the_demo_pair_equal_those_of_generate_under_200_random_settings(demo, part):
     found = [demo.check(seed) for seed in range(1000 + 50 * part, 1050 + 50 * part)]
     assert sum(kept for kept, _ in found) > 50 and sum(changed for _, changed in found) > 15  # many settings change nothing
 
@@ -176,7 +176,7 @@ FAST = [("hybrid", 0, 400, False), ("own", 3, 400, True)]
     [*FAST, *[pytest.param(["own", "hybrid", "ngram"][i % 3], i, 20_000, i % 2 == 1, marks=pytest.mark.slow) for i in range(len(SAMPLED))]],
 )
 @torch.inference_mode()
-def test_sampled_texts_have_transformers_law(source, which, n, shared):
+def test_sampled_texts_follow_the_distribution_of_generate(source, which, n, shared):
     model = tiny_llama(5)
     decoder = as_decoder(model)
     settings = GenerationConfig(**{"eos_token_id": [2], **SAMPLED[which]})
@@ -234,12 +234,12 @@ def test_the_public_cases_give_the_text_of_generate(tmp_path, name):
         ({"eos_token_id": []}, {2}),
     ],
 )
-def test_what_ends_a_text_is_the_checkpoints_set(tiny_run, tmp_path, content, ids):
+def test_texts_end_at_the_eos_ids_of_the_checkpoint(tiny_run, tmp_path, content, ids):
     pair = load_pair(copied(tiny_run, tmp_path, content))
     assert pair.target.eos_ids == ids and pair.draft.eos_ids == {2}
 
 
-def test_where_no_config_says_what_ends_a_text_the_tokenizer_does(tiny, tmp_path):
+def test_without_eos_ids_in_a_config_the_tokenizers_applies(tiny, tmp_path):
     config = tiny.target.full_model.config.__class__.from_dict(tiny.target.full_model.config.to_dict())
     config.eos_token_id = config.text_config.eos_token_id = None
     assert read_settings(tmp_path, config, tiny.target.tokenizer).eos_token_id == tiny.target.tokenizer.eos_token_id is not None
@@ -260,7 +260,7 @@ def test_where_no_config_says_what_ends_a_text_the_tokenizer_does(tiny, tmp_path
         ("[1, 2]", "mapping|JSON object"),
     ],
 )
-def test_settings_that_are_not_carried_out_are_refused_by_name(tiny_run, tmp_path, content, message):
+def test_unsupported_settings_are_refused_by_name(tiny_run, tmp_path, content, message):
     with pytest.raises(UserError, match=message) as found:
         load_pair(copied(tiny_run, tmp_path, content))
     assert "generation_config.json" in str(found.value) or "mapping" in message
@@ -299,8 +299,8 @@ def test_flags_change_the_answer_and_a_seed_repeats_it(tmp_path):
     assert fixed[0] == fixed[1] and adaptive[0]["token_ids"] == adaptive[1]["token_ids"] and all(a["exact_match"] for a in adaptive)
 
 
-def test_no_constant_ends_a_text():
-    """What ends a text is read from the checkpoint; the demo's builder alone may know its own vocabulary."""
+def test_no_hard_coded_id_ends_a_text():
+    """EOS ids are read from the checkpoint; only the builder of the demo pair knows its vocabulary."""
     package = ROOT / "feature_alignment"
     guilty = [
         f"{file.name}: {line.strip()}"
@@ -312,7 +312,7 @@ def test_no_constant_ends_a_text():
     assert guilty == []
 
 
-def test_a_prompts_tokens_count_for_the_penalty():
+def test_prompt_tokens_count_for_the_repetition_penalty():
     """`generate` sees the prompt's ids; so do the rules, at every drafted position."""
     model = tiny_llama(0)
     target, prompt = as_decoder(model), prompt_of(1, 5, 9, 13)
@@ -348,7 +348,7 @@ NOTHING = {
 
 
 @pytest.mark.parametrize("name", NOTHING)
-def test_a_setting_that_states_what_does_nothing_is_accepted(tiny, tmp_path, name):
+def test_a_setting_without_effect_is_accepted(tiny, tmp_path, name):
     """And makes no processor: logits go through as they are, sampled or not."""
     config, tokenizer = tiny.target.full_model.config, tiny.target.tokenizer
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, name: NOTHING[name]}))

@@ -1,4 +1,4 @@
-"""What only a GPU can show: recorded and compiled steps, and two models reading their prompts side by side. Skipped where there is none."""
+"""Tests that need a GPU: captured and compiled steps, and two models that prefill in parallel. Skipped without one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def on_gpu(steps, taps=None, noise=0.0):
 
 
 @pytest.fixture(autouse=True)
-def all_recorded(monkeypatch):
+def all_captured(monkeypatch):
     found: list[str] = []
     monkeypatch.setattr(fixed, "eager_fallbacks", found)
     yield
@@ -65,7 +65,7 @@ def test_texts_are_those_of_plain_decoding(steps):
 
 
 @torch.inference_mode()
-def test_a_drafter_reads_beside_the_target():
+def test_the_drafter_prefills_while_the_target_prefills():
     """On a stream of its own: its reading begins before the target's has ended."""
     target, draft = on_gpu("eager"), on_gpu("eager")
     prompt = prompt_of(1, *[5] * 200)
@@ -76,9 +76,9 @@ def test_a_drafter_reads_beside_the_target():
     assert spans["draft_prefill, beside"][0] < spans["target_prefill"][1]
 
 
-def test_a_forgotten_decoder_spoils_no_recording():
+def test_a_garbage_decoder_does_not_invalidate_a_capture():
     for _ in range(3):
         target = on_gpu("graphs")
         greedy(target, prompt_of(1, 5, 9), 8)
         del target
-        greedy(on_gpu("graphs"), prompt_of(1, 5, 9), 8)  # `all_recorded` looks whether it could be
+        greedy(on_gpu("graphs"), prompt_of(1, 5, 9), 8)  # `all_captured` looks whether it could be

@@ -22,7 +22,7 @@ from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.row_identity import identify
 from feature_alignment.inputs.samples import Sample, read_samples
 from feature_alignment.models.batches import ClipBatch, plan_batches
-from feature_alignment.storage import identity
+from feature_alignment.storage import artifacts, identity
 from feature_alignment.storage.files import altered_files, file_hash, read_json, write_hashed_json
 from feature_alignment.storage.hidden_states import load_hidden_states
 from feature_alignment.storage.identity import RunIdentity, code_of, hub_revision, identity_of
@@ -141,6 +141,77 @@ def test_another_machine_counts_for_timings_only():
     assert timed.changes(recorded) == [f"processor: another → {timed.machine['processor']}"]
     assert not identity_of("measurement.metrics", SomeConfig(), {}).changes(recorded)
     assert {"processor", "cores", "threads", "torch"} <= timed.machine.keys()
+
+
+def test_one_hash_stands_for_everything_that_is_compared_but_the_machine():
+    one = RunIdentity({"a": 1}, {"target": "t", "rows": "r"}, {"m": "c"}, {"cpu": "x"}, frozenset({"rows"}))
+    same = dataclasses.replace(one, made_from={"target": "t", "rows": "other"}, machine=None)
+    others = [dataclasses.replace(one, **{part: {"target": "other"}}) for part in ("settings", "made_from", "code")]
+    assert one.hash == same.hash and len({one.hash, *(o.hash for o in others)}) == 4
+    assert one.changes(same.as_dict() | {"machine": {"cpu": "x"}}) == [] != one.changes(same.as_dict())
+    assert one.compared() == "1 settings, the contents of target, the code of 1 modules, the machine"
+    assert same.compared(ignore_code=True) == "1 settings, the contents of target"
+    assert dataclasses.replace(same, made_from={"rows": "r"}).compared() == "1 settings, the code of 1 modules"
+
+
+def test_what_a_machine_is(monkeypatch):
+    found = identity.machine()
+    processors = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    assert not processors or found["processor"] == processors[0]
+    assert found["threads"] == torch.get_num_threads() and identity.machine(7)["threads"] == 7
+    assert found["torch"] == torch.__version__ and "gpu" not in found
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    assert identity.machine() == found | {"gpu": "H200"}
+
+
+def test_what_made_a_result_is_recorded_with_it(tmp_path, monkeypatch):
+    """Places next to hashes; the commit where there is one."""
+    ran = []
+
+    def git(command, **options):
+        ran.append((command, options["cwd"]))
+        return subprocess.CompletedProcess(command, 0, stdout="abc\n")
+
+    monkeypatch.setattr(artifacts.subprocess, "run", git)
+    (tmp_path / "a").write_text("1")
+    sources = {"a": tmp_path / "a", "more": [tmp_path / "a", tmp_path / "a"]}
+    cfg = SomeConfig(threads=3)
+    meta = artifacts.provenance("measurement.metrics", cfg, sources, rows=5)
+    assert meta.items() >= identity_of("measurement.metrics", cfg, sources).as_dict().items() and meta["made_by"] == "measurement.metrics"
+    assert meta["inputs"] == {"a": str(tmp_path / "a"), "more": [str(tmp_path / "a")] * 2} and meta["rows"] == 5
+    assert meta["git_commit"] == "abc" and ran == [(["git", "rev-parse", "HEAD"], Path(artifacts.__file__).resolve().parent)]
+    assert meta["machine"]["threads"] == 3 and set(meta["packages"]) == {"torch", "transformers", "numpy"} and meta["created"].endswith("Z")
+    given = RunIdentity({"x": 1}, {}, {})
+    assert artifacts.provenance("measurement.metrics", cfg, sources, given)["settings"] == {"x": 1}
+    for error in (OSError, subprocess.SubprocessError):
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(artifacts.subprocess, "run", fail)
+        assert artifacts.provenance("measurement.metrics", cfg, sources, given)["git_commit"] is None
+
+
+def test_a_result_is_reused_only_whole_and_unchanged(tmp_path, caplog):
+    path, now = tmp_path / "a.json", RunIdentity({"a": 1}, {}, {"m": "c"})
+    (tmp_path / "beside.txt").write_text("b")
+    write_hashed_json(path, {"meta": now.as_dict(), "n": 1}, ["beside.txt"])
+    reused = artifacts.cached_result(path, SomeConfig(), now)
+    assert reused["n"] == 1 and "the recorded hashes of 2 files" in caplog.text
+    assert artifacts.cached_result(path, SomeConfig(resume=False), now) is None
+    assert artifacts.cached_result(tmp_path / "b.json", SomeConfig(), now) is None
+    other = dataclasses.replace(now, code={"m": "d"})
+    assert artifacts.cached_result(path, SomeConfig(), other) is None and "code: m changed" in caplog.text
+    assert artifacts.cached_result(path, SomeConfig(), other, ignore_code=True)["n"] == 1 and "kept because of --ignore_code" in caplog.text
+    (tmp_path / "beside.txt").write_text("c")
+    assert artifacts.cached_result(path, SomeConfig(), now) is None and "beside.txt was altered or is gone" in caplog.text
+    path.write_text("{")
+    assert artifacts.cached_result(path, SomeConfig(), now) is None and "It is made again." in caplog.text
+    with pytest.raises(UserError, match="is a folder"):
+        artifacts.cached_result(tmp_path, SomeConfig(), now)
+    write_hashed_json(tmp_path / "meta.json", now.as_dict())  # a record that is its own meta
+    assert artifacts.cached_result(tmp_path / "meta.json", SomeConfig(), now)["settings"] == {"a": 1}
 
 
 @pytest.mark.parametrize("recorded", [{}, {"schema": 3}, [], None, {"schema": 4, "settings": 7, "made_from": [], "code": "x"}])
@@ -306,7 +377,8 @@ def test_another_question_under_the_same_id_is_never_given_the_old_answer(scene,
 def test_answers_of_other_settings_are_refused_by_name(scene):
     scene.extract()
     answers = ["--answers", str(scene.root / "out" / "token_pairs" / "test.json")]
-    for flag, name in ((["--event_window_ms", "30"], "event_window_ms: None there, 30.0 now"), (["--dtype", "bfloat16"], "dtype: float32")):
+    window = (["--event_window_ms", "30"], "event_window_ms: None recorded, 30.0 now")
+    for flag, name in (window, (["--dtype", "bfloat16"], "dtype: float32")):
         with pytest.raises(UserError, match=name):
             scene.extract(*answers, *flag, out="refused")
     scene.extract(*answers, "--prefix", "drafter", "--store_dtype", "bfloat16", "--draft_layers", "1", out="other states")  # no other text

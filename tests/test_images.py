@@ -55,7 +55,7 @@ def test_numbered_frames_come_in_the_order_of_their_numbers(names):
         assert sorted_by_number(shuffled, Path("folder")) == wanted
 
 
-def test_names_without_one_pattern_are_sorted_by_text_and_number_and_said(caplog):
+def test_names_without_a_common_pattern_are_sorted_by_text_and_number_and_logged(caplog):
     wanted = [Path(f"{n}.png") for n in ("-3", "1", "2a", "3", "10.30.2", "10.30.15", "frame_2", "frame_2.5", "frame_10", "thumbnail")]
     assert sorted_by_number(wanted[::-1], Path("folder")) == wanted
     assert "names do not share one pattern" in caplog.text
@@ -168,7 +168,7 @@ def test_values_without_a_known_range_are_refused(tmp_path, content, message):
         read_frames(tmp_path)
 
 
-def test_one_dark_float_frame_is_scaled_as_the_others(tmp_path):
+def test_a_dark_float_frame_is_scaled_like_the_others(tmp_path):
     for i, value in enumerate([0.5, 100, 200, 250]):
         Image.fromarray(np.full((6, 8), value, np.float32)).save(tmp_path / f"{i}.tif")
     assert shown(tmp_path)[0] == 0 and shown(tmp_path)[-1] == 250
@@ -209,7 +209,7 @@ def is_upright(frame: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
-def test_images_are_shown_as_their_exif_data_say(tmp_path, suffix, orientation):
+def test_images_are_oriented_by_their_exif_data(tmp_path, suffix, orientation):
     save_turned(tmp_path / f"0{suffix}", orientation)
     (tmp_path / "folder").mkdir()
     save_turned(tmp_path / "folder" / f"0{suffix}", orientation)
@@ -221,7 +221,7 @@ def test_images_are_shown_as_their_exif_data_say(tmp_path, suffix, orientation):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_exif_data_that_cannot_be_read_turn_nothing(tmp_path):
+def test_unreadable_exif_data_are_ignored(tmp_path):
     Image.fromarray(UPRIGHT).save(tmp_path / "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
     np.testing.assert_array_equal(read_frames(tmp_path / "a.png")[0], UPRIGHT)
 
@@ -249,7 +249,7 @@ def test_an_animated_png_is_a_clip(tmp_path):
     assert shown(tmp_path / "a.png") == [10 * i for i in sample_indices(20)]
 
 
-def test_hidden_files_are_no_frames(tmp_path):
+def test_hidden_files_are_not_frames(tmp_path):
     for i in range(12):
         Image.fromarray(gray(10 * i)).save(tmp_path / f"{i}.png")
         (tmp_path / f"._{i}.png").write_bytes(b"\0\5\26\7" + bytes(80))
@@ -268,7 +268,7 @@ def test_hidden_files_are_no_frames(tmp_path):
     assert shown(tmp_path / "clip.zip") == wanted
 
 
-def test_zips_that_hold_no_clip_are_refused(tmp_path):
+def test_zips_without_a_clip_are_refused(tmp_path):
     def refused(names, message):
         with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
             for name in names:

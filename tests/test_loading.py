@@ -1,4 +1,4 @@
-"""Both checkpoints in every form they come in; what does not fit is refused with its name."""
+"""Both checkpoints in every released form; mismatched files are refused by name."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(copied):
         pair.load_draft(copied)
 
 
-def test_ids_that_mean_other_pieces_are_refused(copied):
+def test_tokenizers_with_different_pieces_are_refused(copied):
     path = copied.draft_id / "tokenizer.json"
     content = json.loads(path.read_text())
     vocab = content["model"]["vocab"]
@@ -187,10 +187,10 @@ def test_the_preprocessor_must_fit_its_tower(copied, caplog):
     (copied.draft_id / "preprocessor_config.json").unlink()  # the released EventGPT names its tower's directory instead of having one
     caplog.set_level("INFO")
     assert pair.load_draft(copied).read_pixels(read_samples(copied.manifests, "test")[0]).shape == (5, 3, 72, 72)
-    assert "CLIP's own at 72 pixels" in caplog.text
+    assert "CLIP's at 72 pixels" in caplog.text
 
 
-def test_only_a_sentencepiece_model(tmp_path, monkeypatch):
+def test_a_checkpoint_with_only_a_sentencepiece_model(tmp_path, monkeypatch):
     sentencepiece = pytest.importorskip("sentencepiece")
     pytest.importorskip("google.protobuf")
     text = tmp_path / "text"
@@ -221,7 +221,7 @@ def test_prompt_lengths_are_held_for_the_released_vocabulary_only():
 # ---- ways to run
 
 
-def test_four_bits_leave_towers_projectors_and_heads_alone(wide):
+def test_four_bits_do_not_apply_to_towers_projectors_and_heads(wide):
     pytest.importorskip("bitsandbytes")
     cfg = dataclasses.replace(wide, quantize="nf4", dtype="bfloat16")
     for opened, keep in ((pair.open_draft(cfg), eventgpt.UNQUANTIZED), (pair.open_target(cfg), video_llava.UNQUANTIZED)):
@@ -234,7 +234,7 @@ def test_four_bits_leave_towers_projectors_and_heads_alone(wide):
     assert all(len(rows[0]) > 1 for rows in answer(cfg))
 
 
-def test_four_bits_without_the_library(wide, monkeypatch):
+def test_four_bits_without_bitsandbytes_are_refused(wide, monkeypatch):
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"bitsandbytes is not installed. Type:\n  pip install"):
         pair.load_draft(dataclasses.replace(wide, quantize="nf4"))
@@ -251,7 +251,7 @@ def test_flash_attention_falls_back(wide, caplog):
     assert eager.config._attn_implementation == eager.config.vision_config._attn_implementation == "eager"
 
 
-def test_random_weights_say_so_and_repeat(copied, caplog):
+def test_random_weights_are_logged_and_reproducible(copied, caplog):
     cfg = dataclasses.replace(copied, random_weights=True)
     for folder in (copied.draft_id, copied.target_id):
         (folder / "model.safetensors").unlink()
@@ -262,7 +262,7 @@ def test_random_weights_say_so_and_repeat(copied, caplog):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there(wide):
+def test_a_missing_device_is_refused(wide):
     with pytest.raises(UserError, match=r"sees no GPU\. Pass --device cpu"):
         pair.load_pair(dataclasses.replace(wide, device="cuda"))
     with pytest.raises(UserError, match="wanted cpu, cuda"):
@@ -288,7 +288,7 @@ def test_the_check_prints_one_table(tiny_run):
         pair.main(["--config", str(tiny_run / "tiny.yaml"), "--target_id", "absent"])
 
 
-def test_the_7b_geometry_on_paper(geometry):
+def test_the_7b_geometry_without_weights(geometry):
     """Names and shapes only: parameters, tokens and memory of the released pair."""
     cfg = parse_config(Common, ["--config", str(geometry / "random_7b.yaml"), "--device", "cpu"], "models/pair")
     found = pair.check_pair(cfg).to_json()["models"]
@@ -330,7 +330,7 @@ def test_settings_of_the_inputs_are_used_and_recorded(tiny_run, tmp_path):
     assert main([*argv, *settings, "--no_resume"])["rows"] == 4
 
 
-def test_a_hub_name_that_cannot_be_had(wide, monkeypatch):
+def test_a_hub_name_that_cannot_be_downloaded_is_refused(wide, monkeypatch):
     import huggingface_hub
 
     def offline(name):
@@ -343,8 +343,8 @@ def test_a_hub_name_that_cannot_be_had(wide, monkeypatch):
     assert pair.load_target(dataclasses.replace(wide, target_id=Path("hub:someone/pair"))).num_layers == 2
 
 
-def test_the_whole_way_on_random_weights(tiny_run, tmp_path):
-    """What a GPU run at 7B geometry does, at a tiny one: seven scripts, and every file says that the weights were random."""
+def test_all_scripts_run_on_random_weights(tiny_run, tmp_path):
+    """The run of a GPU at 7B geometry, with tiny models: all seven scripts, and every file records that the weights were random."""
     shutil.copytree(tiny_run / "pair", tmp_path / "pair", ignore=shutil.ignore_patterns("*.safetensors"))
     argv = ["--config", str(tiny_run / "tiny.yaml"), "--output_dir", str(tmp_path / "out"), "--random_weights"]
     argv += ["--target_id", str(tmp_path / "pair" / "video_llava"), "--draft_id", str(tmp_path / "pair" / "eventgpt")]
@@ -381,7 +381,7 @@ def test_every_drafter_is_restricted_to_the_shared_ids(wide, monkeypatch, rows):
 def test_only_the_pair_loads_drafters():
     """So that none is left unrestricted."""
     loads = [f.name for f in sorted((ROOT / "feature_alignment").rglob("*.py")) if re.search(r"\bload_draft\(", f.read_text())]
-    assert loads == ["build_pair.py", "language_grounding.py", "pair.py"]  # the first two look at one model alone
+    assert loads == ["build_pair.py", "pair.py"]  # The first looks at one model alone.
 
 
 def test_a_prompt_longer_than_the_model_has_positions_for_is_refused(wide):

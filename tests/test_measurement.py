@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from feature_alignment.adapters import closed_form, hidden
 from feature_alignment.adapters import token as token_adapter
+from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.cli.console import UserError
 from feature_alignment.compare_token_baseline import ComparisonConfig, token_adapter_report
 from feature_alignment.decoding.acceptance import accepted_drafts
@@ -506,7 +508,7 @@ def test_what_controls_cost_and_when_there_is_no_identity(monkeypatch):
     found = scoring.null_predictors(train, validation, test, 2, head)
     wanted = {"identity": (0, 0.0), "target_mean": (D, 3.0), "position_mean": (S * D, 3.0), "shuffled": (0, 0.0)}
     wanted |= {"ridge": (D * D + D, 8.0), "ridge_rank_r": (2 * D + 2 * D + D, 8.0)}
-    assert {name: (f.parameters, f.seconds) for name, f in found.items()} == wanted and list(found)[0] == "identity"
+    assert {name: (f.parameters, f.seconds) for name, f in found.items()} == wanted and next(iter(found)) == "identity"
     some = next(closed_form.positions(test, number=10_000))
     shown = scoring.shuffled_pairs(test, "cpu")["shuffled"].predict(some)
     partner = scoring.other_clip(test)
@@ -590,3 +592,19 @@ def test_draft_tokens_accepted_by_cosine_by_plain_loops(steps):
             about = {"source": "one", "sample": names[row], "before": before, "drafted": drafted, "said": said}
             wanted.append({**about, "verdict": kind[drafted, said][0], "cosine": pytest.approx(c)})
     assert [e.to_json() for e in examples] == wanted and len(wanted) == 10 and {e.verdict for e in examples} > {"other_word"}
+
+
+def test_a_chain_may_be_shown_the_events_of_another_row():
+    """Scores with other rows' events are those of states that have them; beyond a text there is no draft."""
+    torch.manual_seed(0)
+    states, adapter = random_states(3), ChainedAdapter(D, 4, 2, 8).eval()
+    events = torch.randn(N, 2, 4)
+    head, embeddings = torch.randn(V, D), torch.randn(V, D)
+    own = dataclasses.replace(states, events=events)
+    turned = [*range(1, N), 0]
+    shown, there = scoring.chain_scores(adapter, own, head, embeddings, G, turned)
+    wanted, _ = scoring.chain_scores(adapter, dataclasses.replace(states, events=events[turned]), head, embeddings, G)
+    usual, _ = scoring.chain_scores(adapter, own, head, embeddings, G)
+    assert torch.equal(shown.cosine, wanted.cosine) and torch.equal(shown.says, wanted.says) and not torch.equal(shown.cosine, usual.cosine)
+    by_hand = torch.tensor([[[t >= 1 and t + k < int(n) for k in range(G)] for t in range(S)] for n in states.lengths])
+    assert torch.equal(there, by_hand) and not shown.cosine[~there].any() and not shown.says[~there].any()

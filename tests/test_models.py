@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,21 +15,23 @@ from conftest import as_decoder, prompt_of, tiny_llama
 from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import read_samples
-from feature_alignment.models import loading, pair, preprocessing
+from feature_alignment.inputs.video import NUM_FRAMES
+from feature_alignment.models import eventgpt, loading, pair, preprocessing, video_llava
 from feature_alignment.models.batches import _common_prefix, _keep_rows, _Texts, _truncated_to, _with_room
+from feature_alignment.models.decoder import Decoder, position_limit
 from feature_alignment.models.eventgpt import EventGPTConfig, EventGPTForCausalLM, load_eventgpt
 
 PROMPTS = [(1, 5, 9, 13), (1, 40, 3, 8), (1, 7, 7, 20), (1, 9, 33, 4)]
 
 
 def alone(model, prompt, texts):
-    """The states behind each of `texts`, read in one pass of its own after the prompt."""
+    """The states on the tokens of each of `texts`, each read in its own pass after the prompt."""
     return [model.step(model.prefill([prompt_of(*prompt)]), torch.tensor([text]))[0] for text in texts]
 
 
 @pytest.mark.parametrize("leaving", [(0,), (3,), (1, 2), (0, 3), (0, 1, 2), (2, 3)])
 @torch.inference_mode()
-def test_what_clips_say_does_not_depend_on_which_others_have_left(leaving):
+def test_answers_do_not_depend_on_finished_clips(leaving):
     """Two texts of each of four clips; the clips that are done leave one after the other, from the front, the middle and the end."""
     model = as_decoder(tiny_llama(0))
     state = model.prefill([prompt_of(*p) for p in PROMPTS])
@@ -48,7 +52,7 @@ def test_what_clips_say_does_not_depend_on_which_others_have_left(leaving):
 
 
 @torch.inference_mode()
-def test_a_cache_with_room_holds_what_was_read_and_leaves_the_original_alone():
+def test_a_cache_with_room_is_a_copy_of_the_original():
     model = as_decoder(tiny_llama(0))
     state = model.prefill([prompt_of(*p) for p in PROMPTS])
     roomy = _with_room(state, 5)
@@ -63,7 +67,7 @@ def test_a_cache_with_room_holds_what_was_read_and_leaves_the_original_alone():
     assert all(torch.equal(layer._buffers[0][:, :, :4], old[[3, 1]]) for layer, old in zip(roomy.cache.layers, before, strict=True))
 
 
-def test_a_shallower_model_goes_on_from_what_the_deeper_one_has_read():
+def test_a_shallower_model_reuses_the_cache_of_the_deeper_one():
     deep, shallow = as_decoder(tiny_llama(0, layers=3)), as_decoder(tiny_llama(0, layers=3), taps=[2])
     prompt = prompt_of(*PROMPTS[0])
     state = _truncated_to(deep.prefill([prompt]), 2)
@@ -75,14 +79,14 @@ def test_a_shallower_model_goes_on_from_what_the_deeper_one_has_read():
     ("prompts", "shared"),
     [([(1, 2, 3)], 2), ([(1, 2, 3), (1, 2, 3)], 2), ([(1, 2, 3, 4), (1, 2, 9)], 2), ([(1, 2), (3, 2)], 0), ([(1,)], 0)],
 )
-def test_every_prompt_keeps_a_token_of_its_own(prompts, shared):
+def test_every_prompt_keeps_at_least_one_token_after_the_shared_prefix(prompts, shared):
     assert _common_prefix([torch.tensor(p) for p in prompts]) == shared
 
 
 # ---- one decoder
 
 
-def test_ids_outside_the_shared_vocabulary_are_neither_said_nor_read():
+def test_ids_outside_the_shared_vocabulary_are_neither_emitted_nor_read():
     model = as_decoder(tiny_llama(0))
     before = model.lm_head(torch.ones(3, 32))
     model.restrict_vocabulary(40)
@@ -100,14 +104,14 @@ def test_ids_outside_the_shared_vocabulary_are_neither_said_nor_read():
         ([1], {1: "pre"}, "pre", False),
     ],
 )
-def test_a_state_says_which_of_its_layers_passed_the_final_norm(taps, norms, norm, own):
+def test_meta_states_which_layers_passed_the_final_norm(taps, norms, norm, own):
     model = as_decoder(tiny_llama(0, layers=3), taps)
     assert (model.norms, model.norm, model.has_own_head) == (norms, norm, own)
     assert model.hidden_size == 32 * len(norms) and model.width == 32 and len(model.llama.layers) == max(norms)
 
 
 @pytest.mark.parametrize("taps", [[0], [4], [2, 1], [1, 1], [-1], [1, 4]])
-def test_layers_that_are_not_there_are_refused(taps):
+def test_missing_layers_are_refused(taps):
     with pytest.raises(UserError, match="ascending layer numbers from 1 to 3"):
         as_decoder(tiny_llama(0, layers=3), taps)
 
@@ -131,7 +135,7 @@ def test_texts_end_with_their_end_or_at_the_limit():
 
 
 @pytest.mark.parametrize("ends", [0, 3, 8])
-def test_a_text_is_cut_off_after_its_end(ends):
+def test_a_text_is_truncated_after_its_end(ends):
     model = as_decoder(tiny_llama(0))
     text = model.generate(model.prefill([prompt_of(*PROMPTS[0])]), 9)[0]
     model.eos_ids = frozenset({text[ends]})
@@ -151,7 +155,7 @@ LARGEST |= {"image_size": 4096, "patch_size": 4096, "shortest_edge": 4096}
 
 
 @pytest.mark.parametrize(("key", "most"), LARGEST.items())
-def test_sizes_have_a_largest_one(tmp_path, key, most):
+def test_sizes_above_their_limit_are_refused(tmp_path, key, most):
     assert loading.LARGEST == LARGEST
     for fine in (1, most, None, [1, most]):
         loading.refuse_executable_code(folder_with(tmp_path, **{key: fine}))
@@ -170,7 +174,7 @@ def test_sizes_have_a_largest_one(tmp_path, key, most):
         ({"weight_map": ["a"]}, "weights outside its directory"),
     ],
 )
-def test_what_reaches_outside_a_checkpoint_is_refused(tmp_path, content, message):
+def test_references_outside_a_checkpoint_are_refused(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         loading.refuse_executable_code(folder_with(tmp_path, "other.json", **content))
     folder_with(tmp_path, "other.json", auto_map=None, trust_remote_code=False, attn_implementation="sdpa", weight_map={"a": "b"})
@@ -222,7 +226,7 @@ def test_a_config_may_not_describe_far_more_parameters_than_the_weights_hold(tmp
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_states_that_are_not_finite_are_the_weights_fault(tmp_path, bad):
+def test_states_that_are_not_finite_are_refused(tmp_path, bad):
     with pytest.raises(UserError, match="not finite in float16"), loading.report_load_errors(tmp_path) as made:
         made += [torch.zeros(2, dtype=torch.float16), torch.tensor([0.0, bad])]
     with pytest.raises(UserError, match="does not fit its weights: no such shape"), loading.report_load_errors(tmp_path) as made:
@@ -235,7 +239,7 @@ def test_states_that_are_not_finite_are_the_weights_fault(tmp_path, bad):
     ("files", "kind"),
     [(["tokenizer.model"], "LLaMA's"), (["tokenizer.model", "tokenizer.json"], "any"), (["tokenizer.json"], "any"), ([], "any")],
 )
-def test_only_a_sentencepiece_model_needs_its_own_reader_and_libraries(tmp_path, monkeypatch, files, kind):
+def test_a_lone_sentencepiece_model_needs_its_own_class_and_libraries(tmp_path, monkeypatch, files, kind):
     class Reader:
         def __init__(self, name):
             self.name = name
@@ -278,8 +282,8 @@ class Pieces:
         return [self.pieces[i] for i in ids]
 
 
-def test_one_id_that_means_another_piece_is_named(tmp_path):
-    preprocessing.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abcd"))  # what only one of them has is no matter
+def test_an_id_of_another_piece_is_named(tmp_path):
+    preprocessing.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abcd"))  # extra ids of one tokenizer are ignored
     preprocessing.check_shared_ids(tmp_path, Pieces("abcd"), tmp_path, Pieces("abc"))
     with pytest.raises(UserError, match=r"1 of 3 differ, e\.g\. 2 is 'c' in the former and 'x' in the latter"):
         preprocessing.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abx"))
@@ -289,7 +293,7 @@ def test_one_id_that_means_another_piece_is_named(tmp_path):
         preprocessing.check_shared_ids(tmp_path, Pieces("abc"), tmp_path, Pieces("abc", lambda text: [1, 3]))
 
 
-def test_memory_that_is_free_is_that_of_the_gpus_in_use(monkeypatch):
+def test_free_memory_is_that_of_the_gpus_in_use(monkeypatch):
     import psutil
 
     free = {0: 10, 1: 30, torch.device("cuda:1"): 30, torch.device("cuda"): 10}
@@ -302,7 +306,7 @@ def test_memory_that_is_free_is_that_of_the_gpus_in_use(monkeypatch):
     assert [loading.available_memory(*asked) for asked in (("cuda", None), ("cuda:1", None), ("cuda", "auto"))] == [10, 30, 40]
 
 
-def test_a_pair_says_only_what_both_know_and_runs_on_the_gpu_it_is_told(monkeypatch, tmp_path):
+def test_a_pair_is_restricted_to_shared_ids_and_runs_on_the_chosen_gpu(monkeypatch, tmp_path):
     decoders = {}
     for name, size in (("target", 60), ("draft", 50)):
         decoders[name] = as_decoder(tiny_llama(0))
@@ -322,7 +326,7 @@ def test_a_pair_says_only_what_both_know_and_runs_on_the_gpu_it_is_told(monkeypa
     assert found.target.steps == found.draft.steps == "graphs"
 
 
-def test_the_check_knows_how_long_a_prompt_is_and_what_it_costs(tiny_run):
+def test_the_check_computes_prompt_length_and_memory(tiny_run):
     cfg = parse_config(Common, ["--config", str(tiny_run / "tiny.yaml"), "--device", "cpu"], "models/pair")
     report, both = pair.check_pair(cfg).to_json(), pair.load_pair(cfg)
     sample = dataclasses.replace(read_samples(cfg.manifests, "test")[0], question=preprocessing.PROBE_QUESTION)
@@ -339,7 +343,7 @@ def test_the_check_knows_how_long_a_prompt_is_and_what_it_costs(tiny_run):
     assert report["needed_bytes"] == needed
 
 
-def test_a_checkpoint_is_looked_through_where_it_is_found(tmp_path):
+def test_finding_a_checkpoint_checks_it(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint at .*config\.json is missing"):
         loading.find_checkpoint(tmp_path, "--target_id")
     assert loading.find_checkpoint(folder_with(tmp_path), "--target_id") == tmp_path
@@ -347,7 +351,7 @@ def test_a_checkpoint_is_looked_through_where_it_is_found(tmp_path):
         loading.find_checkpoint(folder_with(tmp_path, auto_map={"AutoModel": "x.py"}), "--target_id")
 
 
-def test_transformers_own_classes_know_what_an_eventgpt_is(tiny_run):
+def test_auto_classes_load_an_eventgpt(tiny_run):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = tiny_run / "pair" / "eventgpt"
@@ -376,7 +380,7 @@ def test_event_tokens_are_means_over_patches_then_over_time(tiny_run):
 
 
 def test_a_config_without_a_vision_tower_has_clips_large_one_at_336_pixels():
-    """As the released EventGPT, whose config.json says nothing of it."""
+    """The released EventGPT has a config.json without vision geometry."""
     vision = EventGPTConfig().vision_config
     assert (vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads) == (1024, 4096, 24, 16)
     assert (vision.image_size, vision.patch_size, vision.hidden_act, vision.layer_norm_eps) == (336, 14, "quick_gelu", 1e-5)
@@ -384,7 +388,7 @@ def test_a_config_without_a_vision_tower_has_clips_large_one_at_336_pixels():
 
 
 @pytest.mark.parametrize(("beyond", "start"), [((0, 0), None), ((0, 0), 20.0), ((1, 0), None), ((0, 1), None)])
-def test_events_are_drawn_on_the_cameras_canvas_unless_they_reach_beyond_it(tiny_run, monkeypatch, beyond, start):
+def test_events_are_drawn_on_the_canvas_unless_they_exceed_it(tiny_run, monkeypatch, beyond, start):
     cfg = parse_config(
         Common,
         ["--config", str(tiny_run / "tiny.yaml"), "--device", "cpu", "--event_start_ms", "5", "--event_window_ms", "50"],
@@ -405,3 +409,154 @@ def test_events_are_drawn_on_the_cameras_canvas_unless_they_reach_beyond_it(tiny
     pixels = pair.load_draft(cfg).read_pixels(sample)
     assert asked == [(sample.events, cfg.event_window_ms, 5.0 if start is None else 20.0), (5, None if any(beyond) else tuple(canvas))]
     assert torch.equal(pixels, pixels.bfloat16().float()) and len(pixels) == 5
+
+
+# ---- how a model is loaded
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ({}, {}),
+        ({"device": "cuda:1"}, {"device_map": {"": "cuda:1"}}),
+        ({"device": "meta"}, {"device_map": {"": "meta"}}),
+        ({"device_map": "auto"}, {"device_map": "auto"}),
+        ({"device": "cuda", "device_map": "auto"}, {"device_map": "auto"}),
+        ({"quantize": "nf4"}, {"device_map": {"": "cpu"}, "quantization_config": "4 bits"}),
+        ({"quantize": "nf4", "device": "cuda"}, {"device_map": {"": "cuda"}, "quantization_config": "4 bits"}),
+        ({"quantize": "nf4", "device": "meta"}, {"device_map": {"": "meta"}}),
+        ({"attn_implementation": "eager"}, {"attn_implementation": "eager"}),
+        ({"attn_implementation": "flash_attention_2"}, {}),
+        (
+            {"attn_implementation": "flash_attention_2", "device": "cuda"},
+            {"attn_implementation": "flash_attention_2", "device_map": {"": "cuda"}},
+        ),
+    ],
+)
+def test_a_model_goes_straight_to_where_it_runs(monkeypatch, tmp_path, asked, wanted):
+    seen, checked, promised = [], [], []
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(
+        loading, "load_complete", lambda cls, path, what, config, **options: (seen.append((cls, path, what, config, options)), model)[1]
+    )
+    monkeypatch.setattr(loading, "check_device", checked.append)
+    monkeypatch.setattr(loading, "_refuse_missing_weights", lambda *given: promised.append(given))
+    monkeypatch.setattr(loading, "_nf4", lambda dtype, names: {(torch.float16, ("head",)): "4 bits"}[dtype, names])
+    monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: True)
+    found = loading.load_model(int, tmp_path, "a model", dtype=torch.float16, unquantized=("head",), config="c", **asked)
+    ((cls, path, what, config, options),) = seen
+    assert (cls, path, what, config) == (int, tmp_path, "a model", "c") and promised == [(int, tmp_path, "a model", "c")]
+    assert options == {"dtype": torch.float16, "attn_implementation": "sdpa"} | wanted and found is model and not model.training
+    assert checked == ([] if asked.get("device") == "meta" else [asked.get("device", "cpu")])
+
+
+def test_a_model_of_which_a_part_fits_nowhere_is_refused(monkeypatch, tmp_path):
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta")])
+    monkeypatch.setattr(loading, "load_complete", lambda *_, **__: model)
+    monkeypatch.setattr(loading, "_refuse_missing_weights", lambda *_: None)
+    with pytest.raises(UserError, match="does not fit into the GPUs of --device_map auto"):
+        loading.load_model(int, tmp_path, "a model", dtype=torch.float32, device_map="auto")
+    assert loading.load_model(int, tmp_path, "a model", dtype=torch.float32, device="meta") is model
+
+
+def test_four_bits_are_nf4_with_double_quantization(monkeypatch):
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(loading, "BitsAndBytesConfig", dict)
+    wanted = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    assert loading._nf4(torch.bfloat16, ("a", "b")) == {
+        **wanted,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+        "llm_int8_skip_modules": ["a", "b"],
+    }
+
+
+def test_only_checkpoints_of_the_hub_are_fetched(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(loading, "find_checkpoint", lambda *what: fetched.append(what))
+    both = {"target_id": Path("hub:a/b"), "draft_id": Path("hub:c/d")}
+    for here in ({}, {"target_id": Path("a")}, {"draft_id": Path("c")}, {"target_id": Path("a"), "draft_id": Path("c")}):
+        loading.fetch_checkpoints(Common(**(both | here)))
+    first, second = (Path("hub:a/b"), "--target_id"), (Path("hub:c/d"), "--draft_id")
+    assert fetched == [first, second, second, first]
+
+
+def test_an_error_is_quoted_by_its_first_line():
+    assert loading.first_line(ValueError("\n first\nsecond")) == "first" and loading.first_line(ValueError("")) == "ValueError"
+    assert loading.first_line(ValueError("x" * 500)) == "x" * 200
+    assert (
+        preprocessing._installed("torch")
+        and not preprocessing._installed("no_such_module")
+        and not preprocessing._installed("no_such.module")
+    )
+
+
+def test_a_missing_preprocessor_is_clips_own(tmp_path):
+    made = preprocessing.load_processor(tmp_path, 48, default=True)
+    assert dict(made.size) == {"shortest_edge": 48} and dict(made.crop_size) == {"height": 48, "width": 48}
+    pixels = preprocessing.clip_pixels([np.full((30, 60, 3), 200, np.uint8)], made)
+    assert pixels.shape == (1, 3, 48, 48)
+    made.save_pretrained(tmp_path)
+    assert dict(preprocessing.load_processor(tmp_path, 48).size) == {"shortest_edge": 48}
+    with pytest.raises(UserError, match="crops to 48 x 48, the vision tower expects 49 x 49"):
+        preprocessing.load_processor(tmp_path, 49)
+
+
+def test_facts_of_the_released_pair():
+    """Read from the released code and tokenizers; nothing here could recompute them."""
+    assert (eventgpt.EVENT_TOKEN_INDEX, eventgpt.NUM_EVENT_SLICES, eventgpt.KNOWN_TEXT_TOKENS) == (-200, 5, (59,))
+    assert video_llava.KNOWN_TEXT_TOKENS == (20, 21) and preprocessing.LLAMA_VOCABULARY == 32_000 and NUM_FRAMES == 8
+    assert pytest.approx(0.516, abs=1e-3) == loading.NF4_BYTES
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        (None, 100),
+        ({}, 100),
+        ({"rope_type": "default"}, 100),
+        ({"rope_type": "linear", "factor": 2.5}, 250),
+        ({"rope_type": "default", "factor": None}, 100),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 25}, 100),  # the config states the product
+    ],
+)
+def test_positions_are_what_the_rotary_embedding_is_stretched_to(rope, positions):
+    assert position_limit(SimpleNamespace(max_position_embeddings=100, rope_parameters=rope)) == positions
+    assert position_limit(SimpleNamespace(max_position_embeddings=100)) == 100
+
+
+def test_without_vision_a_prompt_is_as_long_as_its_ids():
+    model = tiny_llama(0)
+    prompts = {"fits": torch.ones(255, dtype=torch.long), "too long": torch.ones(256, dtype=torch.long)}
+    decoder = Decoder(model.model, model.lm_head, None, prompts.__getitem__, None, lambda pixels: pixels, None)
+    assert len(decoder.encode_prompt("fits")) == 255
+    with pytest.raises(UserError, match=r"makes a prompt of 256 tokens.*for 256 positions"):
+        decoder.encode_prompt("too long")
+
+
+@pytest.mark.parametrize("taps", [None, [1, 2], [1]])
+@torch.inference_mode()
+def test_states_on_vision_tokens_know_what_stands_before_them_alone(taps):
+    """Of the last tapped layer, from the first vision token to the last; whatever follows is not read."""
+    model, decoder = tiny_llama(0), as_decoder(tiny_llama(0), taps)
+    for ids, first, last in (([7, 1, 9], 1, 1), ([7, 8, 1, 1, 1, 9, 9], 2, 4), ([1, 5], 0, 0)):
+        found = decoder.vision_states(torch.tensor([ids, ids]), torch.zeros(2, 1))
+        every = model.model(input_ids=torch.tensor([ids[: last + 1]]), output_hidden_states=True).hidden_states
+        wanted = every[taps[-1] if taps else 2][:, first:]
+        torch.testing.assert_close(found, wanted.expand(2, -1, -1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_pair_that_does_not_fit_into_memory_is_refused_after_its_table(monkeypatch, capsys, missing):
+    numbers = {f.name: 1000 + i for i, f in enumerate(dataclasses.fields(pair.ModelReport))}
+    model = pair.ModelReport(**numbers | {"checkpoint": "here", "weights": "complete", "weight_bytes": 1 << 30, "cache_bytes": 1 << 29})
+    report = pair.PairReport({"EventGPT": model, "Video-LLaVA": model}, (3 << 30) + missing, 3 << 30)
+    monkeypatch.setattr(pair, "check_pair", lambda cfg: report)
+    if not missing:
+        assert pair.main(["--quantize", "nf4"]) == json.loads(capsys.readouterr().out.splitlines()[-1]) == report.to_json()
+        assert report.to_json()["there_bytes"] == 3 << 30 and report.to_json()["models"]["EventGPT"]["layers"] == 1003
+    else:
+        with pytest.raises(UserError, match=r"the pair needs 3\.00 GiB and cpu has 3\.00 GiB free.*--quantize nf4"):
+            pair.main([])
+        said = capsys.readouterr().out
+        lines = ("layers", "1,003", "weights as float32", "1.00 GiB", "cache of one prompt and 64 tokens", "0.50 GiB", "3.00 GiB")
+        assert all(line in said for line in lines)

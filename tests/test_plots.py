@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import runpy
 from dataclasses import replace
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,17 @@ def legend_of(axis) -> list[str]:
 def bars_of(container) -> list[tuple[float, float, float]]:
     """(left, bottom, height) of each bar."""
     return [(p.get_x(), p.get_y(), p.get_height()) for p in container.patches]
+
+
+def test_pictures_are_drawn_without_a_screen(monkeypatch):
+    asked = []
+    monkeypatch.setattr(matplotlib, "use", asked.append)
+    runpy.run_module("feature_alignment.measurement.plots")
+    assert asked == ["Agg"]
+
+
+def has_grid(axis) -> bool:
+    return all(line.get_visible() for line in (*axis.get_xgridlines(), *axis.get_ygridlines()))
 
 
 def test_a_picture_is_saved_whole_at_150_dots_an_inch_and_closed(tmp_path):
@@ -97,6 +110,7 @@ def test_reliability_has_both_shares_and_the_interval_of_one(drawn, tmp_path):
             assert x0 == x1 == r.cosine and (low, high) == pytest.approx((r.token_match - half, r.token_match + half))
     assert {f"{name}: at this cosine, n = 50" for name in found} <= set(legend_of(axis)) and len(legend_of(axis)) == 4
     assert axis.get_ylim() == (0, 1.02) and "cosine" in axis.get_xlabel() and axis.get_ylabel() and axis.get_title()
+    assert has_grid(axis)
 
 
 def test_accepted_lengths_are_shares_of_rounds_side_by_side(drawn, tmp_path):
@@ -131,6 +145,7 @@ def test_positions_that_few_texts_reach_have_no_rate(drawn, tmp_path):
         assert corners >= {(t, round(0.5 + t / 10 + by, 6)) for t in range(shown) for by in (-0.1, 0.2)}
         assert max(x for x, _ in corners) == shown - 1 and band.get_linewidth() == [0]
     assert "n falls from 30 to 27" in axis.get_title() and axis.get_ylim() == (0, 1.02) and axis.get_xlabel()
+    assert has_grid(axis)
 
 
 def rate(value, low, high):

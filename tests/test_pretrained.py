@@ -67,7 +67,7 @@ def other_geometry(folder):
         (other_geometry, "was altered after it was written"),
         (lambda folder: (folder / "adapter.safetensors").unlink(), "is not the file that config.json describes"),
         (lambda folder: (folder / "config.json").unlink(), "no adapter at"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "does not say its own hash|record"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "records no hash of itself|record"),
         (lambda folder: shutil.rmtree(folder), "no adapter at"),
     ],
 )

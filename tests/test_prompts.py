@@ -64,7 +64,7 @@ def altered(tiny_run, tmp_path):
 
 @pytest.mark.parametrize("processor", processors())
 @pytest.mark.parametrize("name", MODELS)
-def test_whatever_a_tokenizer_adds_the_prompt_is_the_same(tiny_run, altered, name, processor):
+def test_the_prompt_does_not_depend_on_what_the_tokenizer_adds(tiny_run, altered, name, processor):
     wanted = prompt(name, load_tokenizer(tiny_run / "pair" / name))
     tokenizer = load_tokenizer(altered(name, processor))
     assert tokenizer("").input_ids == {"begin": [1], "end": [2], "begin and end": [1, 2]}.get(processor, [])
@@ -82,7 +82,7 @@ def test_settings_of_the_tokenizer_change_no_prompt(tiny_run, altered, name, set
     assert prompt(name, load_tokenizer(altered(name, **setting))) == prompt(name, load_tokenizer(tiny_run / "pair" / name))
 
 
-def test_a_begin_token_that_nobody_adds_stays_away(altered):
+def test_a_bos_that_is_not_added_and_not_llamas_is_left_out(altered):
     """A vocabulary of another kind: its first token is a mark of the chat template, not of every text."""
     tokenizer = load_tokenizer(altered("eventgpt", "none"))
     tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
@@ -145,7 +145,7 @@ def test_any_question_goes_through_a_template(altered, question):
         assert question.strip() in text_of(tokenizer, prompt(name, tokenizer, question))
 
 
-def test_an_end_token_that_a_template_writes_last_is_no_part_of_the_prompt(altered):
+def test_an_eos_at_the_end_of_a_template_is_removed(altered):
     for name in MODELS:
         tokenizer = load_tokenizer(altered(name, chat_template=TEXT + "{{ eos_token }}"))
         assert 2 not in prompt(name, tokenizer)
@@ -167,7 +167,7 @@ def test_the_template_of_the_released_video_llava_gives_the_prompt_it_was_traine
     ],
 )
 @pytest.mark.parametrize("name", MODELS)
-def test_a_template_that_makes_no_prompt_is_refused(altered, name, template, why):
+def test_a_template_without_the_marker_or_the_question_is_refused(altered, name, template, why):
     tokenizer = load_tokenizer(altered(name, chat_template=template))
     with pytest.raises(UserError, match=why):
         prompt(name, tokenizer)
@@ -191,7 +191,7 @@ def test_a_damaged_template_file_is_named(altered, content):
         {"model_type": "llama", "architectures": ["LlavaLlamaForCausalLM"]},
     ],
 )
-def test_the_layout_that_video_llava_was_released_in_is_named_with_a_way_out(tmp_path, config):
+def test_the_layout_of_the_llava_code_is_refused_with_a_remedy(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         UserError, match=r"layout of the LLaVA code(.|\n)*--target_id hub:LanguageBind/Video-LLaVA-7B-hf\n(.|\n)*convert_video"

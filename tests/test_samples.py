@@ -35,7 +35,7 @@ def dsec(tmp_path, *rows):
     return dict.fromkeys(("train", "validation", "test"), path)
 
 
-def test_lines_give_samples_in_their_order(tmp_path):
+def test_samples_keep_the_order_of_the_lines(tmp_path):
     samples = read_samples(lines(tmp_path, row(1), row(0, answer="A car.", event_start_ms=250)), "test")
     assert [s.id for s in samples] == ["c1-q0", "c0-q0"]
     assert samples[1].answer == "A car." and samples[1].event_start_ms == 250.0 and samples[0].events == tmp_path / "1.npy"
@@ -92,7 +92,7 @@ def test_a_dsec_file_that_would_mislead_is_refused(tmp_path, rows, message):
         ([row(0, event_start_ms="soon")], "line 1"),
     ],
 )
-def test_malformed_lines_are_named(tmp_path, rows, message):
+def test_malformed_lines_are_refused_by_number(tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
         read_samples(lines(tmp_path, *rows), "test")
 
@@ -121,7 +121,7 @@ def test_the_ten_questions_of_the_data_set():
     ("text", "message"),
     [("", "holds no question"), ("[1]", "row 1: a number; wanted a text"), ('[""]', "empty"), ("[", "wanted a JSON list")],
 )
-def test_bad_question_files_are_named(tmp_path, text, message):
+def test_bad_question_files_are_refused_by_name(tmp_path, text, message):
     (tmp_path / "q").write_text(text)
     with pytest.raises(UserError, match=message):
         read_questions(tmp_path / "q")
@@ -145,7 +145,7 @@ def test_rows_end_at_newlines_only_and_blank_ones_are_skipped(tmp_path, mark, en
     assert [s.answer for s in samples] == [inside] * 2
 
 
-def test_joined_files_leave_a_byte_order_mark_inside(tmp_path):
+def test_a_byte_order_mark_inside_a_file_is_ignored(tmp_path):
     one = BOM + json.dumps(row(0)).encode() + b"\n"
     (tmp_path / "test.jsonl").write_bytes(one + BOM + json.dumps(row(1)).encode())
     assert len(read_samples({"test": tmp_path / "test.jsonl"}, "test")) == 2
@@ -203,7 +203,7 @@ def test_question_files_that_cannot_be_used_are_named(tmp_path, content, message
         (dsec_row("1", conversations=[{"from": "human", "value": 5}]), "line 1: value of a turn: wanted a text, got a number"),
     ],
 )
-def test_messages_say_what_is_wrong_with_a_row(tmp_path, wrong, message):
+def test_messages_state_what_is_wrong_with_a_row(tmp_path, wrong, message):
     rows = [row(0), wrong] if isinstance(wrong, list) else [wrong]
     with pytest.raises(UserError, match=message) as error:
         read_samples(lines(tmp_path, *rows), "test")
@@ -241,7 +241,7 @@ def test_eventgpt_rows_as_json_lines_are_the_same_samples(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["", "./", "event_npy/", "events/"])
-def test_clips_without_a_folder_of_their_own_are_sequences_of_their_own(tmp_path, folder):
+def test_a_clip_without_a_folder_is_its_own_sequence(tmp_path, folder):
     samples = read_samples(dsec(tmp_path, *(dsec_row("x", event_data=f"{folder}{i}.npy", id=i) for i in range(3))), "test")
     assert [s.sequence for s in samples] == ["0", "1", "2"]
     nested = read_samples(dsec(tmp_path, *(dsec_row("x", event_data=f"{folder}thun_00_a/{i}.npy", id=i) for i in range(3))), "test")

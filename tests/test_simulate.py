@@ -58,7 +58,7 @@ def test_half_the_threshold_gives_twice_the_events():
     assert counts == [25 * 10, 25 * 20, 25 * 40]
 
 
-def test_brightness_scales_out():
+def test_a_constant_brightness_factor_changes_nothing():
     log_intensity, times = scene()
     one, other = simulate_events(log_intensity, times), simulate_events(log_intensity + 2.0, times)
     assert abs(len(one["t"]) - len(other["t"])) <= 2  # a constant factor is a constant in the logarithm, up to rounding
@@ -73,7 +73,7 @@ def test_time_reversal_swaps_the_polarities():
     assert abs(len(on["t"]) - len(off["t"])) <= ramp[0].size
 
 
-def test_the_committed_scenes_come_out_again(tmp_path):
+def test_the_committed_scenes_are_reproduced(tmp_path):
     """The synthetic camera shares the crossing equation: the stream kept in git holds the same events at every pixel. Their times may
     differ by the last microsecond, and so may the order of events at one time: processors round a logarithm differently."""
     seed = scenes.SPLITS["test"][0]
@@ -99,7 +99,7 @@ def test_a_real_slow_motion_clip(tmp_path):
     assert len(events["t"]) > 1000 and events["x"].max() < 640 and events["y"].max() < 480 and len(set(events["p"])) == 2
 
 
-def test_mistakes_are_named(tmp_path):
+def test_invalid_input_is_refused(tmp_path):
     from test_video import write_video
 
     write_video(tmp_path / "still.mp4", "libx264", [3] * 10)
@@ -146,7 +146,7 @@ def test_a_video_is_read_as_the_logarithm_of_its_brightness(tmp_path):
         read_log_intensity(tmp_path / "v.mkv", 35.0)
 
 
-def test_senseless_sequences_are_refused():
+def test_invalid_sequences_are_refused():
     log_intensity, times = scene(n=3)
     for images, when, contrast in (
         (log_intensity, times[:2], 0.2),
@@ -179,7 +179,7 @@ def test_the_command_writes_the_window_it_was_asked_for(tmp_path):
         assert done.returncode == 2 and "--contrast" in done.stderr and not (tmp_path / "f.npy").exists()
 
 
-def test_events_of_one_moment_come_in_the_order_of_their_pixels():
+def test_simultaneous_events_come_in_pixel_order():
     ramp = np.linspace(0, 0.65, 2)[:, None, None] * np.ones((1, 20, 20))
     e = simulate_events(ramp, np.array([0, 900]))
     assert len(e["t"]) == 3 * 400 and len(set(e["t"].tolist())) == 3

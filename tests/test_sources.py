@@ -107,7 +107,7 @@ def test_texts_of_another_vocabulary_are_refused(tmp_path):
     with_texts(tmp_path, [4, 63])
     assert opened(tmp_path).texts == [("q", [4, 63])]
     with_texts(tmp_path, [4, 64])
-    with pytest.raises(UserError, match=r"holds ids beyond the 64 of this pair"):
+    with pytest.raises(UserError, match=r"holds token ids beyond the 64 of this pair"):
         opened(tmp_path).texts  # noqa: B018
     with_texts(tmp_path, [])
     assert opened(tmp_path).texts == [("q", [])]
@@ -157,7 +157,7 @@ def test_a_trained_adapter_is_used_wherever_there_is_one(tmp_path, untrained):
     other = opened(tmp_path, taps=(1, 3))
     for name in ("adapter", "chained_adapter"):
         if name == "adapter":
-            with pytest.raises(UserError, match="reads states of width 32, these are 64 wide"):
+            with pytest.raises(UserError, match="reads states of width 32, these have width 64"):
                 getattr(other, name)
         else:
             assert getattr(other, name).geometry == chained.geometry  # only the last layer's states are read

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from conftest import as_decoder, main_of, noisy_copy, prompt_of, tiny_llama
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.overlap import _in_thread
 from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
@@ -364,3 +367,104 @@ def test_a_watch_adds_up_its_stages(monkeypatch):
             raise ArithmeticError
     assert watch.ms == {"draft": 3000.0, "verify": 500.0} == watch.ms and watch.now() == 10_500.0
     assert watch.spans == [("draft", 7000.0, 9000.0), ("verify", 9000.0, 9500.0), ("draft", 9500.0, 10_500.0)]
+
+
+class FakeGpu:
+    """What torch.cuda is asked for, in order."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.done, self.capture = [], {}
+        gpu = self
+
+        class Stream:
+            def __init__(self, device=None) -> None:
+                self.name = "side" if device is None else f"side of {device}"
+
+            def wait_stream(self, other):
+                gpu.done.append(f"{self.name} waits for {other.name}")
+
+            def synchronize(self):
+                gpu.done.append(f"all of {self.name}")
+
+        @contextlib.contextmanager
+        def inside(what):
+            gpu.done.append(f"begin {what.name}")
+            yield
+            gpu.done.append(f"end {what.name}")
+
+        usual = Stream()
+        usual.name = "usual"
+        fakes = {"Stream": Stream, "current_stream": lambda: usual, "stream": inside, "CUDAGraph": lambda: SimpleNamespace(name="graph")}
+        fakes["graph"] = lambda graph, **options: (self.capture.update(options), inside(graph))[1]
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_a_step_is_warmed_up_aside_and_captured_once(monkeypatch):
+    """Libraries choose kernels and lay out workspaces on a side stream that waits and is waited for; other threads go on."""
+    gpu = FakeGpu(monkeypatch)
+
+    def call(x):
+        gpu.done.append("call")
+        return x + 1
+
+    inputs, graph, outputs = fixed.CapturedStep(call)._capture((torch.ones(2),))
+    calls = ["begin side", "call", "call", "call", "end side"]
+    assert gpu.done == ["side waits for usual", *calls, "usual waits for side", "begin graph", "call", "end graph"]
+    assert gpu.capture == {"capture_error_mode": "thread_local"} and graph.name == "graph"
+    assert inputs[0].tolist() == [1, 1] and outputs.tolist() == [2, 2] and gc.isenabled()
+
+
+def test_a_thread_of_its_own_has_a_stream_of_its_own_on_a_gpu(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    _in_thread(torch.device("cuda:1"), lambda: gpu.done.append("call")).result()
+    assert gpu.done == ["begin side of cuda:1", "call", "all of side of cuda:1", "end side of cuda:1"]
+
+
+def test_garbage_stays_uncollected_where_it_was():
+    gc.disable()
+    try:
+        with fixed.gc_paused():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    with pytest.raises(ArithmeticError), fixed.gc_paused():
+        raise ArithmeticError
+    assert gc.isenabled()
+
+
+def test_each_length_is_compiled_for_its_own_shape_and_a_capture_is_not_left_half(monkeypatch):
+    asked, limits = [], []
+
+    def compiler(call, **options):
+        asked.append(options)
+        return lambda *inputs: (limits.append(torch._dynamo.config.recompile_limit), call(*inputs))[1]
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(fixed, "eager_fallbacks", [])
+    usual = torch._dynamo.config.recompile_limit
+    assert fixed.compiled(lambda x: x + 1)(2) == 3
+    assert asked == [{"dynamic": False}] and limits == [64] and torch._dynamo.config.recompile_limit == usual
+
+    def broken(x):
+        raise RuntimeError("while capturing")
+
+    monkeypatch.setattr(torch, "compile", lambda call, **_: broken)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    run = fixed.compiled(lambda x: x + 1)
+    with pytest.raises(RuntimeError, match="while capturing"):
+        run(2)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert run(2) == 3 and run(3) == 4 and len(fixed.eager_fallbacks) == 1
+    with pytest.raises(RuntimeError, match="while capturing"):  # what fails uncompiled as well is the function's own fault
+        fixed.compiled(broken)(2)
+
+
+@pytest.mark.parametrize(("change", "why"), [({"hidden_act": "gelu"}, "the activation gelu"), ({"hidden_act": "silu"}, None)])
+def test_an_activation_that_is_not_read_is_named(change, why):
+    llama = tiny_llama(0).model
+    for name, value in change.items():
+        setattr(llama.config, name, value)
+    assert fused.unsupported_reason(llama) == why

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import json
 import os
 import pickle
 import pickletools
+import signal
+import time
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage import pickles, state_files
+from feature_alignment.storage import hidden_states, pickles, state_files
 from feature_alignment.storage.files import (
     altered_files,
     atomic_write,
+    config_hash,
     content_hash,
     file_hash,
     load_pt,
     read_hashed_json,
     read_json,
     save_pt,
+    trained_layers,
     weights_hash,
     write_hashed_json,
     write_json,
@@ -31,7 +39,15 @@ from feature_alignment.storage.files import (
 )
 from feature_alignment.storage.identity import source_hash
 from feature_alignment.storage.pickles import ArraysOnly, check_pickle, check_pt
-from feature_alignment.storage.processes import _name, exclusive_lock, process_group, temporary_name
+from feature_alignment.storage.processes import (
+    _name,
+    check_device,
+    check_writable,
+    children_ignore_interrupts,
+    exclusive_lock,
+    process_group,
+    temporary_name,
+)
 from feature_alignment.storage.verification import main, verify
 
 # ---- pickles
@@ -84,14 +100,14 @@ def test_a_torch_file_holds_one_program_once_and_unpacked(tmp_path, monkeypatch)
     for more in ([("good/other.pkl", b"N.")], [("good/data/0", b"twice")]):
         with pytest.raises(pickle.UnpicklingError, match=r"wanted one data\.pkl"):
             check_pt(torch_file(tmp_path / "good.pt", more=more))
-    with pytest.raises(pickle.UnpicklingError, match="packed"):
+    with pytest.raises(pickle.UnpicklingError, match="compressed"):
         check_pt(torch_file(tmp_path / "good.pt", compression=zipfile.ZIP_DEFLATED))
     with zipfile.ZipFile(torch_file(good)) as archive:
         size = next(m.file_size for m in archive.infolist() if m.filename.endswith("data.pkl"))
     monkeypatch.setattr(pickles, "MAX_PT_PICKLE", size)
     check_pt(good)
     monkeypatch.setattr(pickles, "MAX_PT_PICKLE", size - 1)
-    with pytest.raises(pickle.UnpicklingError, match="packed, or larger"):
+    with pytest.raises(pickle.UnpicklingError, match="compressed, or larger"):
         check_pt(good)
 
 
@@ -109,6 +125,30 @@ def test_arrays_survive_the_reader_that_calls_nothing(protocol, order):
         np.testing.assert_array_equal(back[name], there[name])
         assert back[name].dtype == pickle.loads(pickle.dumps(there[name], protocol)).dtype and type(back["one"]) is np.float64
     assert np.dtype("i4").byteorder == "=" and back["words"] == there["words"]
+
+
+def test_limits_of_pickles_and_of_what_is_compared_at_once():
+    """Figures of the design: an adapter has a hundred tuples, a `.pt`'s pickle holds names alone, a gigabyte is hashed in a second."""
+    assert (pickles.MAX_TUPLES, pickles.MAX_OPCODES, pickles.MAX_PT_PICKLE) == (10_000, 5_000_000, 64 << 20)
+    assert hidden_states.MAX_BYTES_CHECKED_ON_LOAD == 1 << 30
+
+
+@pytest.mark.parametrize(("fields", "size", "fits"), [(1, 1, True), (16, 16, True), (17, 17, False), (2, 999, True), (2, 1000, False)])
+def test_a_record_has_at_most_sixteen_fields_and_999_bytes(fields, size, fits):
+    names = [f"f{i}" for i in range(fields)]
+    dtype = np.dtype({"names": names, "formats": ["u1"] * fields, "offsets": list(range(fields)), "itemsize": size})
+    there = np.zeros(3, dtype)
+    there["f0"] = [5, 6, 7]
+    if not fits:
+        with pytest.raises(pickle.UnpicklingError, match=r"no plain list of fields|asks for"):
+            ArraysOnly(io.BytesIO(pickle.dumps(there, 2))).load()
+        return
+    back = ArraysOnly(io.BytesIO(pickle.dumps(there, 2))).load()
+    assert back["f0"].tolist() == [5, 6, 7] and back.dtype == dtype
+    for offsets in ([0, 0], [1, 1]):
+        overlapping = np.zeros(3, np.dtype({"names": ["a", "b"], "formats": ["u2", "u2"], "offsets": offsets, "itemsize": 8}))
+        with pytest.raises(pickle.UnpicklingError, match="no numbers, or overlap"):
+            ArraysOnly(io.BytesIO(pickle.dumps(overlapping, 2))).load()
 
 
 # ---- locks
@@ -164,6 +204,90 @@ def test_a_process_alone_is_the_first_of_one(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     rank, number, device, wait = process_group("cpu")
     assert (rank, number, device, wait()) == (0, 1, "cpu", None)
+
+
+def test_a_process_of_several_learns_its_place_from_accelerate(monkeypatch):
+    import accelerate
+
+    asked = []
+
+    def state(**given):
+        asked.append(given)
+        return SimpleNamespace(process_index=1, num_processes=3, device="cuda:1", wait_for_everyone=lambda: "all are here")
+
+    monkeypatch.setattr(accelerate, "PartialState", state)
+    monkeypatch.setattr("feature_alignment.storage.processes.check_device", lambda device: None)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for device, own in (("cpu", "cpu"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0")):
+        rank, number, found, wait = process_group(device)
+        assert (rank, number, found, wait()) == (1, 3, own, "all are here")
+    assert [a["cpu"] for a in asked] == [True, False, False] and all(a["timeout"].days == 7 for a in asked)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert process_group("cuda")[:3] == (0, 1, "cuda") and len(asked) == 3
+
+
+def test_a_device_is_the_processor_or_a_gpu_of_this_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device("cpu")
+    for device in ("cuda", "cuda:0"):
+        with pytest.raises(UserError, match=r"sees no GPU"):
+            check_device(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in ("cuda", "cuda:0", "cuda:1"):
+        check_device(device)
+    for device in ("cuda:2", "cuda:10"):
+        with pytest.raises(UserError, match=r"this machine has 2 GPU\(s\), cuda:0 to cuda:1"):
+            check_device(device)
+
+
+def test_children_ignore_an_interrupt_that_the_parent_hears():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ArithmeticError), children_ignore_interrupts():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        raise ArithmeticError
+    assert signal.getsignal(signal.SIGINT) is before is not signal.SIG_IGN
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
+    check_writable(tmp_path / "new" / "deep" / "a.json")
+    (tmp_path / "a.json").write_text("old")
+    check_writable(tmp_path / "a.json")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.json", "old")]
+    with pytest.raises(UserError, match="is a folder"):
+        check_writable(tmp_path)
+    with pytest.raises(UserError, match=r"nothing can be written to .*a.json"):
+        check_writable(tmp_path / "a.json" / "b")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="nothing can be written"):
+        check_writable(tmp_path / "link" / "b")
+
+
+def test_a_lock_of_the_dead_is_written_anew_from_its_first_byte(tmp_path):
+    (tmp_path / "adapter.lock").write_text(json.dumps({"pid": 1, "host": os.uname().nodename, "since": 1.0, "more": "x" * 500}))
+    with exclusive_lock(tmp_path / "adapter"):
+        owner = json.loads((tmp_path / "adapter.lock").read_text())
+        assert owner["pid"] == os.getpid() and abs(owner["since"] - time.time()) < 60 and set(owner) == {"pid", "host", "since"}
+        with (
+            pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on .*\(0\.0 minutes\)"),
+            exclusive_lock(tmp_path / "adapter"),
+        ):
+            pass
+    assert "(2.0 minutes)" in _name(owner | {"since": time.time() - 120})
+
+
+def test_a_disk_too_full_for_a_name_leaves_no_lock(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(UserError, match=r"nothing can be written to .*No space left"), exclusive_lock(tmp_path / "adapter"):
+            pass
+    assert not any(tmp_path.iterdir()) and len(os.listdir("/proc/self/fd")) == before
+    with exclusive_lock(tmp_path / "adapter"):  # the lock was let go of
+        assert (tmp_path / "adapter.lock").is_file()
 
 
 # ---- files of hidden states
@@ -233,13 +357,13 @@ def test_a_sealed_file_tells_what_was_altered(tmp_path):
     for unsealed in ({"n": 1}, [1]):
         write_json(path, unsealed)
         assert read_json(path, "make it") == unsealed
-        with pytest.raises(UserError, match=r"(?s)does not say its own hash.*make it"):
+        with pytest.raises(UserError, match=r"(?s)records no hash of itself.*make it"):
             read_hashed_json(path, "make it")
     path.write_text("{")
     for read in (read_json, read_hashed_json):
         with pytest.raises(UserError, match="not valid JSON"):
             read(path, "make it")
-        with pytest.raises(UserError, match=r"is not there\. Make it first:\n  make it"):
+        with pytest.raises(UserError, match=r"does not exist\. Make it first:\n  make it"):
             read(tmp_path / "absent.json", "make it")
 
 
@@ -279,6 +403,25 @@ def test_a_tensor_that_shows_more_than_its_file_holds_is_refused(tmp_path):
         save_pt(path, bad)
         with pytest.raises(UserError, match=r"(?s)shows more than the file holds.*make it"):
             load_pt(path, "make it")
+
+
+def test_hashes_are_of_the_content_whatever_its_order():
+    assert config_hash({"b": 1, "a": [2]}) == config_hash({"a": [2], "b": 1}) == short(b'{"a": [2], "b": 1}')
+    assert weights_hash({"ab": torch.tensor([1, 2], dtype=torch.uint8)}) == short(b"ab\x01\x02")
+
+
+def test_a_torch_file_is_mapped_not_read(tmp_path):
+    save_pt(tmp_path / "a.pt", torch.ones(1000))
+    tensor = load_pt(tmp_path / "a.pt", "make it")
+    with open("/proc/self/maps") as maps:
+        assert str(tmp_path / "a.pt") in maps.read() and tensor.sum() == 1000
+
+
+@pytest.mark.parametrize("layers", [None, [], (1, 2), ["1"], [1, True], [1, 2.0], 3])
+def test_an_adapter_says_which_layers_it_reads(tmp_path, layers):
+    assert trained_layers(tmp_path, {"draft_layers": [1, 3]}, "train it") == [1, 3]
+    with pytest.raises(UserError, match=r"(?s)does not record which of EventGPT's layers it reads.*train it"):
+        trained_layers(tmp_path, {} if layers is None else {"draft_layers": layers}, "train it")
 
 
 # ---- a whole run looked through
@@ -339,7 +482,7 @@ def test_what_was_left_by_a_killed_run_is_named_and_is_no_fault(tmp_path, capsys
     assert (found["unfinished"], found["left over"], found["altered"], found["missing"], found["stale"]) == (1, 1, 0, 0, 0)
     assert found["compared"] == {"files": 5, "rows": 0, "sources": 3}
     (out / "adapter" / "meta.json").write_text("{}")
-    with pytest.raises(UserError, match=r"2 things in .* are not what they were"):
+    with pytest.raises(UserError, match=r"2 things in .* are altered, missing or stale"):
         main([str(out)])
     for nothing in (tmp_path / "absent", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Frames: exactly those wanted, from whatever container."""
+"""Frames: exactly those wanted, from every container."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_video(path, codec, frames, pts=None):
 
 
 @pytest.mark.parametrize(("codec", "suffix"), [("libx264", "mp4"), ("mpeg4", "mp4"), ("libx264", "mkv"), ("libvpx-vp9", "webm")])
-def test_the_eight_frames_are_the_ones_wanted(tmp_path, codec, suffix):
+def test_the_eight_frames_are_evenly_spaced(tmp_path, codec, suffix):
     write_video(tmp_path / f"v.{suffix}", codec, range(300))
     frames = read_frames(tmp_path / f"v.{suffix}")
     assert [number_of(f) for f in frames] == [0, 42, 85, 128, 170, 213, 256, 299] == sample_indices(300)
@@ -87,14 +87,14 @@ def test_arange_takes_the_model_cards_frames(tmp_path):
     assert [number_of(f) for f in read_frames(tmp_path / "v.mp4", sampling="arange")] == sample_indices(90, sampling="arange")
 
 
-def test_fewer_frames_than_wanted_are_repeated_and_said(tmp_path, caplog):
+def test_fewer_frames_than_wanted_are_repeated_and_logged(tmp_path, caplog):
     write_video(tmp_path / "v.mp4", "libx264", range(5))
     assert [number_of(f) for f in read_frames(tmp_path / "v.mp4")] == [0, 0, 1, 1, 2, 2, 3, 4]
     assert "has 5 frames where 8 are wanted" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm", "gif"])
-def test_a_cut_video_is_refused(tmp_path, suffix):
+def test_a_truncated_video_is_refused(tmp_path, suffix):
     whole = tmp_path / f"v.{suffix}"
     if suffix == "gif":
         write_gif(whole, 40)
@@ -135,7 +135,7 @@ def test_bad_videos_are_refused(tmp_path):
 @pytest.mark.parametrize("hw", [(480, 640), (640, 480), (72, 72), (101, 300), (337, 336), (30, 41)])
 @pytest.mark.parametrize("settings", [{}, {"size": 336, "crop_size": 336}, {"size": 90, "crop_size": 72}, {"image_mean": [0.9] * 3}])
 @pytest.mark.parametrize("unusual", [{}, {"do_center_crop": False, "size": {"height": 50, "width": 60}}, {"size": 40, "crop_size": 60}])
-def test_pixels_are_the_processors_own(hw, settings, unusual):
+def test_pixels_equal_those_of_the_processor(hw, settings, unusual):
     processor = CLIPImageProcessorPil(**{**settings, **unusual})
     images = np.random.default_rng(0).integers(0, 256, (2, *hw, 3), dtype=np.uint8)
     wanted = np.stack(processor([Image.fromarray(i) for i in images], return_tensors="np")["pixel_values"])
@@ -206,21 +206,21 @@ def test_the_matrix_of_the_whole_movie_counts_too(tmp_path):
     assert all(is_upright(frame) for frame in read_frames(tmp_path / "v.mp4"))
 
 
-def test_an_angle_that_is_no_quarter_turn_is_refused(tmp_path):
+def test_an_angle_that_is_not_a_quarter_turn_is_refused(tmp_path):
     write_pictures(tmp_path / "v.mp4", upright_picture())
     set_matrix(tmp_path / "v.mp4", (0.8, 0.6, -0.6, 0.8))
     with pytest.raises(UserError, match=r"turned by -?3\d degrees; wanted a multiple of 90"):
         read_frames(tmp_path / "v.mp4")
 
 
-def test_a_matrix_of_zeros_turns_nothing(tmp_path):
+def test_a_zero_matrix_is_ignored(tmp_path):
     write_pictures(tmp_path / "v.mp4", upright_picture())
     set_matrix(tmp_path / "v.mp4", (0, 0, 0, 0))
     assert all(is_upright(frame) for frame in read_frames(tmp_path / "v.mp4"))
 
 
 @pytest.mark.parametrize("name", ["rotated by 90", "rotated by 180", "rotated by 270"])
-def test_a_video_with_side_data_that_pyav_does_not_know_is_upright_all_the_same(tmp_path, name):
+def test_a_video_with_side_data_unknown_to_pyav_is_upright(tmp_path, name):
     """PyAV then shows no side data at all, the angle only."""
     numbers, stored = MATRICES[name]
     write_pictures(tmp_path / "v.mp4", stored(upright_picture()))
@@ -242,7 +242,7 @@ def test_a_video_with_side_data_that_pyav_does_not_know_is_upright_all_the_same(
 
 
 @pytest.mark.parametrize("orientation", [2, 5, 6])
-def test_an_animated_png_is_shown_as_its_exif_data_say(tmp_path, orientation):
+def test_an_animated_png_is_oriented_by_its_exif_data(tmp_path, orientation):
     from test_images import save_turned
 
     save_turned(tmp_path / "0.png", orientation)
@@ -254,7 +254,7 @@ def test_an_animated_png_is_shown_as_its_exif_data_say(tmp_path, orientation):
 
 
 @pytest.mark.parametrize("orientation", [2, 3, 5, 6, 8])
-def test_motion_jpeg_is_shown_as_its_exif_data_say(tmp_path, orientation):
+def test_motion_jpeg_is_oriented_by_its_exif_data(tmp_path, orientation):
     from test_images import save_turned
 
     save_turned(tmp_path / "0.jpg", orientation)
@@ -337,8 +337,8 @@ def test_more_than_8_bits_are_scaled(tmp_path, codec, pix_fmt, suffix):
     np.testing.assert_allclose([f[20, 20].mean() for f in read_frames(tmp_path / f"v.{suffix}")], values, atol=3)
 
 
-def test_reference_frames_that_are_never_shown_are_not_missing(tmp_path, caplog):
-    """VP8 has packets of their own for them. Here frame 20 is made one: bit 4 of its first byte says whether it is shown."""
+def test_hidden_reference_frames_are_not_counted_as_missing(tmp_path, caplog):
+    """VP8 stores hidden frames in separate packets. Here frame 20 is made hidden by bit 4 of its first byte."""
     with av.open(str(tmp_path / "v.ivf"), "w") as container:
         stream = container.add_stream("libvpx", rate=30, options={"b": "1M"})
         stream.width = stream.height = 64
@@ -404,7 +404,7 @@ def test_a_cut_mp4_whose_index_comes_first(tmp_path, caplog):
         read_frames(tmp_path / "cut.mp4")
 
 
-def test_a_cover_picture_is_no_video(tmp_path):
+def test_a_cover_image_is_not_a_video(tmp_path):
     """An audio file with a cover: FFmpeg calls the cover a video stream."""
     Image.fromarray(numbered(1)).save(tmp_path / "cover.png")
     with av.open(str(tmp_path / "v.m4a"), "w", format="mp4") as container:

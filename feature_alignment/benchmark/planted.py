@@ -82,6 +82,7 @@ def measure(cfg: Common, settings: PlantedSettings, samples: Sequence[Sample], m
     target = pair.target
     pair.use_steps(settings.steps)
     target.head_weight[sorted(target.eos_ids)] = 0  # No text ends early: all are `max_new_tokens` long.
+    pair.choose_linear()  # After the head was changed: packed weights are a copy.
     sources = Sources(pair, cfg, untrained=True)
     prompts = [(target.prepare(s), pair.draft.prepare(s)) for s in samples]
     proposers = {name: sources.open(name) for name in DRAFTERS}
@@ -119,9 +120,13 @@ def measure(cfg: Common, settings: PlantedSettings, samples: Sequence[Sample], m
         total_ms=float(plain.per_prompt(total_ms).sum()),
         decode_ms=float(plain.per_prompt(decode_ms).sum()),
     )
-    memory = {"peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None, "unrecorded": fixed.eager_fallbacks}
+    facts = {
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "unrecorded": fixed.eager_fallbacks,
+        "linear": {"target": target.linear.to_json(), "draft": pair.draft.linear.to_json()},
+    }
     return PlantedReport(
-        meta={**meta, **memory},
+        meta={**meta, **facts},
         planted=True,
         baselines=[baseline],
         rows=[planted_row(key, timed[key], plain, clips, costs, pair.draft.taps) for key in planted],

@@ -192,10 +192,11 @@ def note_of(result: BenchmarkReport) -> str:
     """The paragraph that opens the report: machine, versions, and how numbers are to be read."""
     meta, fastest = result.meta, result.fastest_lossless
     return (
-        f"{meta['device']}, {meta['dtype']}, {meta['machine']['threads']} thread(s), torch {meta['packages']['torch']}, "
-        f"transformers {meta['packages']['transformers']}, commit {meta['git_commit']}, {meta['created']}. Speed-up is the sum of baseline "
-        "seconds over the sum of method seconds, end to end: vision, prefill and decoding of everything that ran. Brackets are 95 % "
-        "intervals that resample clips. A target is met only if its whole interval is on the right side."
+        f"{meta['device']}, {meta['dtype']}, {meta['machine']['threads']} thread(s), linear layers: {meta['linear']['target']['kind']}, "
+        f"torch {meta['packages']['torch']}, transformers {meta['packages']['transformers']}, commit {meta['git_commit']}, "
+        f"{meta['created']}. Speed-up is the sum of baseline seconds over the sum of method seconds, end to end: vision, prefill and "
+        "decoding of everything that ran. Brackets are 95 % intervals that resample clips. A target is met only if its whole interval is "
+        "on the right side."
         + (f" The fastest lossless row is {fastest.how}, so that its interval has no selection bias." if fastest else "")
     )
 

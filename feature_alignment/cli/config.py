@@ -1,6 +1,6 @@
 """How settings merge: defaults < `common:` of the YAML < the script's own section < flags.
 
-A config file is read as a list of flags, so both are typed and refused by one parser (jsonargparse). `-` and `_` are the same in
+jsonargparse checks the types of the file and of the flags. `-` and `_` are the same in
 flag names; a bare `--resume` is true, `--no_resume` false; lists take several words (`--draft_layers 2 4`).
 """
 
@@ -41,29 +41,29 @@ class Common:
     """Settings all seven scripts share.
 
     Args:
-        target_id: checkpoint directory of the verifier (Video-LLaVA)
-        draft_id: checkpoint directory of the drafter (EventGPT)
+        target_id: checkpoint directory of the target, Video-LLaVA
+        draft_id: checkpoint directory of the drafter, EventGPT
         manifests: sample list of each split, JSON lines or the EventGPT/DSEC JSON
-        questions: ask every clip these instead of its own: a JSON list, or one per line
-        lexicon: JSON file of the words that state facts; with the manifest's `facts` it tells synonyms from errors (docs/formats.md)
+        questions: questions asked about every clip instead of its own: a JSON list, or one per line
+        lexicon: JSON file of words that state facts; with the manifest's `facts` it separates synonyms from errors (docs/formats.md)
         allow_outside: clips of a manifest may lie outside its own folder
         event_window_ms: cut event streams to this many milliseconds, at most 100 (default: whole; 100 ms or more are refused)
         event_start_ms: where the window begins, from a file's first event on; a sample's own `event_start_ms` wins
         event_time_unit: unit of the times in event files that state none (default: recognized, or refused where it cannot be); a sample's
             own `event_time_unit` wins
         frame_sampling: which eight frames: linspace (first to last, as Video-LLaVA was trained) or arange (as its model card shows)
-        output_dir: everything is written under it; default outputs/<name of the config file>
-        device: where models run
+        output_dir: folder of all outputs; default outputs/<name of the config file>
+        device: device of the models: cpu, cuda or cuda:<number>
         device_map: spread each model's layers over all GPUs, e.g. auto (default: each model whole on `device`)
-        dtype: what models run in
+        dtype: number format in which models run
         quantize: nf4 holds the text layers in 4 bits (bitsandbytes); vision towers, projectors and heads keep `dtype`
         attn_implementation: flash_attention_2 falls back to sdpa where it is not installed
         random_weights: random weights at the checkpoints' geometry, to try out speed and memory; the text is noise
-        seed: of everything random
+        seed: seed of all random numbers
         threads: CPU threads of torch; 0 leaves its own choice
         draft_layers: which of the drafter's layers the adapter reads; it runs no deeper than the last of them (default: all)
         limit: at most this many samples
-        resume: reuse what is complete and was made from the same inputs, continue what was stopped; --no_resume starts over
+        resume: reuse cached results of the same inputs and continue interrupted runs; --no_resume starts over
         ignore_code: reuse hidden states, answers and adapters although the code that made them has changed since; never timings
         quiet: results and errors only, no logs and no progress bars
     """
@@ -95,14 +95,22 @@ class Common:
 
     @property
     def out(self) -> Path:
+        """Folder of all outputs."""
         assert self.output_dir is not None  # parse_config fills it
         return self.output_dir
 
 
 def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant: str | None = None) -> T:
-    """The settings of one script. Exits after `--help` and `--print_config`; raises UserError for anything it does not know.
+    """The settings of one script; `--help` and `--print_config` print and exit.
 
-    variant: a setting whose value names a section of its own, which wins over the script's: `train_hidden_adapter.chained`
+    Args:
+        cls: dataclass of the script's settings
+        argv: command line without the program name; None is that of this process
+        section: name of the script, and of its section in the YAML file
+        variant: setting whose value names a section that overrides the script's own, e.g. `train_hidden_adapter.chained`
+
+    Raises:
+        UserError: unknown, repeated or invalid settings
     """
     words = _normalise(cls, list(sys.argv[1:] if argv is None else argv))
     config_path, words = _take_option(words, "--config")
@@ -110,7 +118,7 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
     words = [w for w in words if w != "--print_config"]
     _refuse_empty(cls, words)
     chosen = next((w.partition("=")[2] for w in words if variant and w.startswith(f"--{variant}=")), None)
-    from_file = _file_flags(cls, Path(config_path), section, chosen) if config_path else []
+    from_file = _file_settings(cls, Path(config_path), section, chosen) if config_path else {}
 
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -136,7 +144,7 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
         flag = group.add_argument(f"--{f.name}", type=hints[f.name], default=default, help=text)
         flag.option_strings = flag.option_strings[:1]  # not the library's `--name+` for lists
     try:
-        namespace = parser.parse_args(from_file + words)
+        namespace = parser.parse_args(words, namespace=parser.parse_object(from_file))
         values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)}
     except (ArgumentError, ValueError, TypeError, RecursionError) as error:
         said = "too many brackets" if isinstance(error, RecursionError) else str(error)[:1000]
@@ -157,7 +165,8 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
 
 def as_plain(cfg: Any) -> dict[str, Any]:
     """Settings as JSON-plain values."""
-    return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+    return plain
 
 
 def _field_helps(cls: type) -> dict[str, str]:
@@ -226,12 +235,12 @@ def _take_option(words: list[str], name: str) -> tuple[str | None, list[str]]:
     if len(given) > 1:
         raise UserError(f"{name} was given {len(given)} times; wanted once.")
     if name in words:
-        raise UserError(f"{name} wants a value, e.g. {name} configs/demo.yaml")
+        raise UserError(f"{name} has no value; expected {name} FILE.")
     return (given[0].partition("=")[2] if given else None), [w for w in words if w not in given]
 
 
-def _file_flags(cls: type, path: Path, section: str, chosen: str | None) -> list[str]:
-    """A YAML file as flags. All scalars are read as strings, so `1e-3` means the same as on the command line."""
+def _file_settings(cls: type, path: Path, section: str, chosen: str | None) -> dict[str, Any]:
+    """The settings of a YAML file that apply to one script. Scalars stay strings, so `1e-3` means the same as on the command line."""
     validate_text("config", path)
     if not path.is_file():
         found = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none here"
@@ -251,7 +260,7 @@ def _file_flags(cls: type, path: Path, section: str, chosen: str | None) -> list
         raise UserError(f"{path}: unknown section {extra}; wanted `common` and script names: {', '.join(SCRIPTS)}.")
     names = {f.name for f in dataclasses.fields(cls)}
     shared = {f.name for f in dataclasses.fields(Common)}
-    flags = []
+    merged: dict[str, Any] = {}
     for part, allowed in (("common", shared), (section, names), *([(f"{section}.{chosen}", names)] if chosen else [])):
         settings = content.get(part) or {}
         if not isinstance(settings, dict):
@@ -261,12 +270,12 @@ def _file_flags(cls: type, path: Path, section: str, chosen: str | None) -> list
                 raise UserError(f"{path}: unknown key `{part}.{key}`; known here: {', '.join(sorted(allowed))}.")
             if value is None or value == "":
                 raise UserError(f"{path}: `{part}.{key}` is empty; wanted a value, or `null` for none.")
-            flags.append(f"--{key}={value if isinstance(value, str) else json.dumps(_unquoted_numbers(value))}")
-    return flags
+            merged[key] = value
+    return merged
 
 
 def _refuse_endless(path: Path, text: str) -> None:
-    """raises UserError for YAML that is small to write and large to read: aliases multiply, brackets in brackets take for ever"""
+    """Raise UserError for YAML that takes very long to read: large, deeply nested, or with aliases, which can multiply its size."""
     import yaml
 
     depth = 0
@@ -292,15 +301,3 @@ def _refuse_duplicates(path: Path, node: Any, prefix: str = "") -> None:
             raise UserError(f"{path}: `{prefix}{name}` is given in line {lines[name]} and again in line {line}. Remove one of them.")
         lines[name] = line
         _refuse_duplicates(path, value, f"{prefix}{name}.")
-
-
-def _unquoted_numbers(value: Any) -> Any:
-    """Strings of a nested YAML value back to numbers where they are numbers, so that `[2, 4]` is a list of integers."""
-    if isinstance(value, dict):
-        return {k: _unquoted_numbers(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_unquoted_numbers(v) for v in value]
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value

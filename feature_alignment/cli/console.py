@@ -1,7 +1,7 @@
-"""What a script says and how it ends: logs on stderr, results on stdout, a user's mistake as one message and exit code 2.
+"""Console output and exit codes: logs on stderr, results on stdout, errors that the user can fix as one message.
 
-Exit codes: 0 done; 2 something the user can mend, said in one message (a mistake, a damaged file, a full disk, too little memory);
-130 Ctrl-C; 143 SIGTERM. Whatever the code, what has its final name is complete.
+Exit codes: 0 success; 2 an error that the user can fix (wrong setting, damaged file, full disk, too little memory), reported in one
+message; 130 Ctrl-C; 143 SIGTERM. Outputs are published atomically: a file under its final name is always complete.
 """
 
 from __future__ import annotations
@@ -32,20 +32,23 @@ _quiet = False
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what was seen, what was wanted and what to type."""
+    """An error that the user can fix. The message says what was found, what was expected and which command to run next."""
 
 
 def set_quiet(quiet: bool) -> None:
-    """Results and errors only, or logs and progress bars too."""
+    """Print results and errors only (`quiet`), or logs and progress bars as well."""
     global _quiet
     _quiet = quiet
     logging.disable(logging.WARNING if quiet else logging.NOTSET)
 
 
-def progress(iterable: Iterable | None = None, first: bool = True, **about: Any) -> Any:
-    """A progress bar with rate and time left on stderr, if that is a terminal; none for --quiet, or where another process speaks.
+def progress(iterable: Iterable[Any] | None = None, first: bool = True, **about: Any) -> Any:
+    """A progress bar on stderr with rate and remaining time; nothing if stderr is no terminal, or with --quiet.
 
-    about: total, initial, desc, unit, as tqdm takes them
+    Args:
+        iterable: what to iterate over; without it, call `update` on the result
+        first: whether this is the one process of the run that prints
+        **about: `total`, `initial`, `desc`, `unit` of tqdm
     """
     from tqdm import tqdm
 
@@ -53,7 +56,7 @@ def progress(iterable: Iterable | None = None, first: bool = True, **about: Any)
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a script's `main` and end with one of the exit codes above. SIGTERM unwinds like Ctrl-C: locks and temporary files go."""
+    """Run a script's `main` and end with one of the exit codes above. SIGTERM, like Ctrl-C, removes locks and temporary files."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("transformers", "httpx", "matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -79,13 +82,13 @@ def run(main: Callable[[], object]) -> None:
 
 
 def run_module(name: str) -> NoReturn:
-    """`run` the `main` of a module that is imported only now: Ctrl-C during a slow import then ends without a traceback too."""
+    """Import a module and `run` its `main`, so that Ctrl-C during a slow import ends without a traceback too."""
     run(lambda: import_module(name).main())
     sys.exit()
 
 
 def _count_interrupts() -> list[int]:
-    """A list that grows with every Ctrl-C; the handler raises KeyboardInterrupt as Python's own does."""
+    """Install a handler that records each Ctrl-C in the returned list and raises KeyboardInterrupt as Python's own does."""
     seen: list[int] = []
 
     def interrupted(number: int, _: object) -> None:
@@ -98,8 +101,8 @@ def _count_interrupts() -> list[int]:
 
 
 def _explain(error: Exception) -> NoReturn:
-    """End with exit code 2 for what the machine lacks (disk, permission, memory); raise everything else again."""
-    if isinstance(error, BrokenPipeError):  # `… | head` closed our stdout: not an error of ours
+    """End with exit code 2 if the disk, a permission or memory is missing; raise any other error again."""
+    if isinstance(error, BrokenPipeError):  # `… | head` closed standard output, which is no error of this program
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     if isinstance(error, OSError):
@@ -112,7 +115,7 @@ def _explain(error: Exception) -> NoReturn:
 
 @contextmanager
 def file_named(path: Path | str) -> Iterator[None]:
-    """Let an OSError from inside name `path`: a failed write, unlike a failed open, does not say which file it was."""
+    """Add `path` to an OSError raised inside: a failed write, unlike a failed open, does not name its file."""
     try:
         yield
     except OSError as error:
@@ -122,7 +125,7 @@ def file_named(path: Path | str) -> Iterator[None]:
 
 
 def disk_error(error: OSError) -> str:
-    """`file: cause`, and for a full disk the disk and what it has free."""
+    """The file and the cause of an error; for a full disk also its mount point and free bytes."""
     said = f"{error.filename or 'a file or standard output'}: {error.strerror or error}"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename in (None, STDOUT):
         return said
@@ -142,9 +145,12 @@ _repairs: dict[str, dict[str, str]] = {}  # file -> kind -> message
 
 
 def record_repair(path: str | Path, kind: str, message: str) -> None:
-    """Say once what was changed in a file before it was used; it is counted in the `meta` of what comes of it.
+    """Log once that the content of an input file was repaired, and count it in the `meta` of every result made from the file.
 
-    kind: what is counted, a few words; message: what was done, with its numbers
+    Args:
+        path: input file
+        kind: name under which repairs are counted, a few words
+        message: what was changed, with numbers
     """
     known = _repairs.setdefault(str(path), {})
     if known.get(kind) != message:
@@ -153,18 +159,25 @@ def record_repair(path: str | Path, kind: str, message: str) -> None:
 
 
 def repairs_of(*paths: str | Path) -> list[str]:
-    """The kinds of changes made in these files."""
+    """The kinds of repairs made in these files."""
     return [kind for path in paths for kind in _repairs.get(str(path), {})]
 
 
 def repaired_files() -> dict[str, int]:
-    """Kind -> number of files that this process has mended."""
+    """Kind -> number of files that this process has repaired."""
     return dict(Counter(kind for kinds in _repairs.values() for kind in kinds))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """An aligned plain-text table on stdout, the first column left, the others right, at most CONSOLE characters wide: columns that
-    do not fit follow in a block below, behind the first column again; longer texts are folded."""
+    """Print an aligned plain-text table on stdout, at most TABLE_WIDTH characters wide.
+
+    Columns that do not fit follow in a block below, which repeats the first column; long texts are folded.
+
+    Args:
+        title: line above the table
+        header: names of the columns
+        rows: one value per column each; floats get four digits, or two from 10 on
+    """
     cells = [list(map(str, header)), *[[_cell(c) for c in row] for row in rows]]
     first = max(len(row[0]) for row in cells)
     folded = [[[row[0]], *(textwrap.wrap(c, max(20, TABLE_WIDTH - first - 4)) or [""] for c in row[1:])] for row in cells]
@@ -188,6 +201,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[objec
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown, with values formatted as in `print_table`."""
     lines = [header, ["---"] * len(header), *[[_cell(c) for c in row] for row in rows]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -203,20 +217,27 @@ def _cell(value: object) -> str:
 
 
 def rate_text(rate: dict[str, Any], digits: int = 4, scale: float = 1.0, unit: str = "") -> str:
-    """`value unit [lo, hi]` of {"value", "ci95"}; a dash for what was not measured, no interval where there is none."""
+    """A rate as text, `value unit [low, high]`.
+
+    Args:
+        rate: {"value", "ci95"}; a value of None or NaN, which was not measured, becomes a dash
+        digits: digits after the decimal point
+        scale: factor, e.g. 100 for percent
+        unit: text after the value
+    """
     numbers = [None if x is None or x != x else f"{scale * x:.{digits}f}" for x in (rate["value"], *rate["ci95"])]
     if numbers[0] is None:
         return "-"
     return f"{numbers[0]}{unit}" + ("" if None in numbers else f" [{numbers[1]}, {numbers[2]}]")
 
 
-def print_json_line(summary: dict) -> None:
-    """The last line on stdout: one JSON object for whoever reads the script by machine."""
+def print_json_line(summary: dict[str, Any]) -> None:
+    """Print the last line on stdout, one JSON object that programs can read."""
     print(json.dumps(finite(summary), allow_nan=False, separators=(", ", ": ")))
 
 
 def finite(value: Any) -> Any:
-    """A JSON value with `inf` and `nan` as null: strict JSON has neither."""
+    """A JSON value with infinities and NaN as null, which strict JSON cannot hold."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

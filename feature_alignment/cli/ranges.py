@@ -24,6 +24,7 @@ class Range(NamedTuple):
     or_zero: bool = False
 
     def has(self, value: float) -> bool:
+        """Whether `value` is valid."""
         inside = self.low < value < self.high if self.is_open else self.low <= value <= self.high
         return inside or (self.or_zero and value == 0)
 
@@ -50,6 +51,7 @@ RANGES = {
     "cosine_weight": _WEIGHT,
     "contrast": Range(0.001, 100),
     "delta": Range(0, 1, is_open=True),
+    "draft_vocabulary": Range(1, 2**22),
     "draft_layers": Range(1, 1024),
     "duration_ms": Range(0.001, 1e12),
     "epsilon": Range(0, 1, is_open=True),
@@ -165,7 +167,7 @@ def _validate_path(name: str, path: Path) -> None:
 _ADVICE = {"exit_adapters": " Train one for the layer with train_hidden_adapter.py --draft_layers K."}
 
 
-def _validate_list(name: str, values: list, may_be_empty: bool) -> None:
+def _validate_list(name: str, values: list[Any], may_be_empty: bool) -> None:
     if not values and not may_be_empty:
         raise UserError(f"--{name}: wanted at least one value, got an empty list.")
     if len(set(values)) < len(values):
@@ -175,8 +177,18 @@ def _validate_list(name: str, values: list, may_be_empty: bool) -> None:
 
 
 def validate_together(cfg: Any) -> None:
-    """Check the settings whose valid values depend on one another, of whichever script has them."""
-    get = lambda name: getattr(cfg, name, None)  # noqa: E731
+    """Check the settings whose valid values depend on one another; a script that lacks one of them passes.
+
+    Args:
+        cfg: any dataclass of settings
+
+    Raises:
+        UserError: the settings and the combination that is valid
+    """
+
+    def get(name: str) -> Any:
+        return getattr(cfg, name, None)
+
     if get("event_start_ms") and get("event_window_ms") is None:
         raise UserError(f"--event_start_ms {cfg.event_start_ms:g}: wanted together with --event_window_ms.")
     if get("random_weights") and get("quantize") not in (None, "none"):
@@ -206,7 +218,7 @@ def validate_together(cfg: Any) -> None:
 
 
 def path_argument(text: str) -> Path:
-    """A path on the command line of a command without a config file; for argparse's `type`."""
+    """A path given on the command line, checked; for argparse's `type` in commands without a config file."""
     try:
         validate_text("path", text)
         _validate_path("path", Path(text))
@@ -215,8 +227,13 @@ def path_argument(text: str) -> Path:
     return Path(text)
 
 
-def number_argument(name: str, kind: type = int) -> Callable[[str], float]:
-    """For argparse's `type`: a number in the range that the table has for `name`."""
+def number_argument(name: str, kind: type[int] | type[float] = int) -> Callable[[str], float]:
+    """A parser for argparse's `type` that accepts numbers in the range that RANGES has for `name`.
+
+    Args:
+        name: setting
+        kind: int or float
+    """
 
     def number(text: str) -> float:
         try:

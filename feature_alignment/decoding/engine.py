@@ -159,7 +159,7 @@ class Speculation:
     @property
     def is_finished(self) -> bool:
         """Whether the text has ended or is as long as allowed."""
-        return self._has_ended() or len(self.emitted) >= self._max_new_tokens
+        return len(self.emitted) >= self._max_new_tokens or self._selector.rules.end_of(self.emitted[:-1], self.emitted[-1:]) is not None
 
     @torch.inference_mode()
     def advance(self) -> list[int]:
@@ -303,7 +303,7 @@ class Speculation:
                 hidden.append(self._target.step(self._state, last[None])[:, -1])
                 last = self._selector.select(self._target.lm_head(hidden[-1]), self.emitted).token
                 self.emitted.append(int(last))
-                if self._has_ended():
+                if self.is_finished:
                     break
         self._states[first : len(self.emitted)] = torch.cat(hidden)
         self.passes += len(hidden)
@@ -311,9 +311,6 @@ class Speculation:
             self.rounds += [Round([], [], [], None, token, False, {}, "off") for token in self.emitted[first:]]
 
     # ---- bookkeeping
-
-    def _has_ended(self) -> bool:
-        return self._selector.rules.end_of(self.emitted[:-1], self.emitted[-1:]) is not None
 
     def _start_drafter(self, reading: Future[None] | None) -> None:
         """Let the drafter read its prompt, or wait until the second thread has read it."""

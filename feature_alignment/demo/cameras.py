@@ -92,7 +92,7 @@ def _draw_road_user(layer: _Layer, kind: str, x: float, lane: str, rgb: tuple[fl
 def _draw_background(layer: _Layer, s: Scene, rng: np.random.Generator, width: int) -> None:
     layer.box(0, 0, width, 34, (0.62, 0.76, 0.92))  # sky
     layer.box(0, 34, width, SIZE - 34, (0.40, 0.40, 0.42))  # road
-    layer.box(0, 34, width, 1.5, (0.62, 0.60, 0.56))  # kerb
+    layer.box(0, 34, width, 1.5, (0.62, 0.60, 0.56))  # curb
     for x in range(int(rng.integers(0, 9)), width, 18):
         layer.box(x, 52, 8, 1, (0.75, 0.75, 0.72))
 

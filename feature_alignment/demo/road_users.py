@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 RGB = tuple[float, ...]
-GREY, DARK, GLASS, SKIN = (0.55, 0.55, 0.55), (0.05, 0.05, 0.06), (0.55, 0.75, 0.85), (0.9, 0.7, 0.55)
+GRAY, DARK, GLASS, SKIN = (0.55, 0.55, 0.55), (0.05, 0.05, 0.06), (0.55, 0.75, 0.85), (0.9, 0.7, 0.55)
 
 
 class Box(NamedTuple):
@@ -37,7 +37,7 @@ def _wheel(x: float, r: float) -> Disc:
 
 
 def _hub(x: float, y: float, r: float) -> Disc:
-    return Disc(x - r, 2 * r, y, r, GREY)
+    return Disc(x - r, 2 * r, y, r, GRAY)
 
 
 # kind -> (length, height)
@@ -58,7 +58,7 @@ SHAPES: dict[str, tuple[Box | Disc, ...]] = {
     "van": (Box(0, 11, 13, 10), Box(13, 7, 4, 6), Box(12, 10, 3, 3, GLASS), _wheel(3.5, 2), _wheel(13.5, 2)),
     "truck": (
         Box(0, 13, 18, 11),
-        Box(20, 9, 6, 8, GREY),
+        Box(20, 9, 6, 8, GRAY),
         Box(23, 8, 3, 3, GLASS),
         _wheel(4, 2),
         _wheel(9, 2),
@@ -83,7 +83,7 @@ SHAPES: dict[str, tuple[Box | Disc, ...]] = {
     "tractor": (Box(4, 12, 6, 7), Box(5, 11, 4, 4, GLASS), Box(8, 6.5, 7, 4), _wheel(4, 4), _wheel(13, 2)),
     "motorcycle": (Box(2, 4.5, 8, 2.5), Box(4, 8, 3, 4), _wheel(2.2, 2.2), _wheel(9.8, 2.2)),
     "cyclist": (
-        Box(2, 4, 7, 1, GREY),
+        Box(2, 4, 7, 1, GRAY),
         Box(4, 10, 3, 6),
         Disc(4, 3, 11, 1.6, SKIN),
         _wheel(2.2, 2.4),

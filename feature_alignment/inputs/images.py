@@ -181,7 +181,7 @@ def _largest_value(image: Image.Image) -> int:
     """The value of white in an image of more than 8 bits. Pillow widens 9 to 15 bits of PPM to 16, but not those of TIFF."""
     tags = getattr(image, "tag_v2", {})
     bits = int(tags.get(_BITS_PER_SAMPLE, (16,))[0])
-    signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == 2
+    signed = bool(tags.get(_SAMPLE_FORMAT, (1,))[0] == 2)
     return (1 << (bits - signed)) - 1
 
 

@@ -13,6 +13,7 @@ is bit-identical only if its batches are the same.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,10 +91,29 @@ class ClipBatch:
 
     @torch.inference_mode()
     def states(self, answers: Sequence[Sequence[int]]) -> list[Tensor]:
-        """The hidden states [n, d] that emit the given answers of n tokens each, from one forward pass."""
+        """The hidden states [n, d] that emit the given answers of n tokens each.
+
+        One forward pass reads one question of every clip. With all questions of a clip in one row, most of the attention would be
+        computed between questions, where the mask discards it.
+        """
         tails = [[*tail, *answer[:-1]] for tail, answer in zip(self._tails, answers, strict=True)]
-        states = _Texts(self.model, self._state, self._clip_of, self._max_tail_tokens(tails)).read(tails)
-        return [hidden[len(tail) - len(answer) :].cpu() for hidden, tail, answer in zip(states, tails, answers, strict=True)]
+        found: dict[int, Tensor] = {}
+        for texts in self._one_of_each_clip():
+            room = max(len(tails[text]) for text in texts)
+            read = _Texts(self.model, self._state, self._clip_of, room).read([tails[text] for text in texts], texts)
+            found |= {text: states[len(tails[text]) - len(answers[text]) :].cpu() for text, states in zip(texts, read, strict=True)}
+        return [found[text] for text in range(len(tails))]
+
+    def _one_of_each_clip(self) -> list[list[int]]:
+        """All texts, as groups that hold at most one text of a clip."""
+        groups: list[list[int]] = []
+        seen: Counter[int] = Counter()
+        for text, clip in enumerate(self._clip_of):
+            if seen[clip] == len(groups):
+                groups.append([])
+            groups[seen[clip]].append(text)
+            seen[clip] += 1
+        return groups
 
     def predict_tokens(self, answers: Sequence[Sequence[int]]) -> list[list[int]]:
         """The model's argmax token at each position of the given answers, given the answer tokens before it."""

@@ -154,7 +154,9 @@ def load_eventgpt(
     Raises:
         UserError: If tensors are missing or unexpected.
     """
-    return load_model(EventGPTForCausalLM, path, "EventGPT", dtype=dtype, device=device, config=config, unquantized=UNQUANTIZED, **options)
+    options = {"dtype": dtype, "device": device, "config": config, "unquantized": UNQUANTIZED, **options}
+    model: EventGPTForCausalLM = load_model(EventGPTForCausalLM, path, "EventGPT", **options)
+    return model
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:

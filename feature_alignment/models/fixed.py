@@ -190,7 +190,8 @@ class FixedCache:
             for old, new in zip(before, self._layers, strict=True):
                 new.keys[:, :length], new.values[:, :length] = old.keys[:, :length], old.values[:, :length]
         self._length.fill_(length)
-        return self._step(torch.nn.functional.pad(ids, (0, padded - k)))[:, :k]
+        hidden: Tensor = self._step(torch.nn.functional.pad(ids, (0, padded - k)))
+        return hidden[:, :k]
 
     def _allocate(self, size: int) -> None:
         """Allocate empty buffers and drop all graphs, which know the old buffers by address."""

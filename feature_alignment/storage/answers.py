@@ -1,4 +1,4 @@
-"""What both models answered on their own: `{meta, results: [{sample_id, query, egpt_tokens, egpt_text, vl_tokens, vl_text}]}`."""
+"""Token pairs, both models' free-running answers: `{meta, results: [{sample_id, query, egpt_tokens, egpt_text, vl_tokens, vl_text}]}`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ log = logging.getLogger(__name__)
 
 
 def write_token_pairs(path: Path, meta: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
-    """{meta, results: [{sample_id, sequence, query, and of both models the tokens and the text of its own answer}]}, row by row."""
+    """Write {meta, results: [{sample_id, sequence, query, tokens and text of both models}]}, row by row in constant memory.
+
+    Args:
+        path: file to write
+        meta: `meta` of the extraction
+        rows: entries of samples.jsonl
+    """
     keys = ("egpt_tokens", "egpt_text", "vl_tokens", "vl_text")
     plain = json.loads(json.dumps(finite(meta), allow_nan=False))
     begin = json.dumps({"meta": plain}, sort_keys=True)[:-1]
-    digest = hashlib.sha256(begin.encode() + b', "results": [')  # what `content_hash` takes of the whole, piece by piece
+    digest = hashlib.sha256(begin.encode() + b', "results": [')  # equals `content_hash` of the whole file
     with atomic_write(path) as temporary, temporary.open("w") as stream:
         stream.write(begin + ',\n"results": [')
         for i, r in enumerate(rows):
@@ -40,7 +46,8 @@ def write_token_pairs(path: Path, meta: dict[str, Any], rows: Iterable[dict[str,
 
 def read_token_pairs(path: Path) -> list[dict[str, Any]]:
     """Rows with `egpt_tokens` and `vl_tokens`, from `{"results": [...]}`; of our own files also `sample_id` and `query`."""
-    return _read(path, command_for("extract_hidden_states", split=path.stem))["results"]
+    rows: list[dict[str, Any]] = _read(path, command_for("extract_hidden_states", split=path.stem))["results"]
+    return rows
 
 
 def eos_ids(path: Path) -> list[int]:
@@ -50,10 +57,10 @@ def eos_ids(path: Path) -> list[int]:
 
 
 def _read(path: Path, remake_command: str) -> dict[str, Any]:
-    content = read_json(path, remake_command)
+    content: dict[str, Any] = read_json(path, remake_command)
     rows = content.get("results") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows:
-        raise UserError(f'{path} holds no rows; wanted {{"results": [{{"egpt_tokens": […], "vl_tokens": […], …}}]}}.')
+        raise UserError(f'{path} holds no rows; expected {{"results": [{{"egpt_tokens": […], "vl_tokens": […], …}}]}}.')
     for i, row in enumerate(rows):
         for key in ("egpt_tokens", "vl_tokens"):
             tokens = row.get(key) if isinstance(row, dict) else None
@@ -64,8 +71,8 @@ def _read(path: Path, remake_command: str) -> dict[str, Any]:
     return content
 
 
-Answers = dict[str, tuple[array, array]]  # sample id -> Video-LLaVA's tokens, EventGPT's tokens
-# Settings of an extraction that change what is stored, and no text
+Answers = dict[str, "tuple[array[int], array[int]]"]  # sample id -> Video-LLaVA's tokens, EventGPT's tokens
+# Settings of an extraction that do not change the models' answers
 SETTINGS_WITHOUT_EFFECT_ON_TEXTS = {
     "split",
     "prefix",
@@ -77,13 +84,21 @@ SETTINGS_WITHOUT_EFFECT_ON_TEXTS = {
     "draft_layers",
     "shard",
 }
-SOURCES_COMPARED_BY_ROW = frozenset({"manifest", "questions", "answers"})  # sources of which every row's question and clip are compared
+SOURCES_COMPARED_BY_ROW = frozenset({"manifest", "questions", "answers"})  # sources that are compared by each row's question and clip
 
 
 def known_answers(
     asked: Path | None, earlier: Path | None, identity: RunIdentity, rows: Sequence[dict[str, Any]], ignore_code: bool = False
 ) -> Answers:
-    """Answers to read instead of generating them: those of the file that the user named, or what an earlier run left."""
+    """Known answers, which need not be generated: from the file that the user named, else from an earlier run.
+
+    Args:
+        asked: setting `--answers`
+        earlier: token pairs of an earlier run; None with --no_resume
+        identity: identity of the extraction
+        rows: id, question and identity of its samples
+        ignore_code: accept answers of other code
+    """
     if asked:
         return load_answers(asked, identity, rows, ignore_code)
     return earlier_answers(earlier, identity, rows) if earlier and earlier.is_file() else {}
@@ -93,13 +108,13 @@ def load_answers(path: Path, identity: RunIdentity, rows: Sequence[dict[str, Any
     """Both models' own answers from the token pairs file that the user named.
 
     Args:
-        path: the file; one that records no identity (somebody else's) is taken at its word, except for ids, questions and lengths
-        identity: of the extraction that wants them
-        rows: its samples: id, question, identity
+        path: the file; without a recorded identity only ids, questions and lengths are compared
+        identity: identity of the extraction
+        rows: id, question and identity of its samples
         ignore_code: accept answers of other code
 
     Raises:
-        UserError: if they are of another run, or a sample has none that fits
+        UserError: the answers are of another run, or a sample has no matching answer
     """
     leave_out = "Leave --answers out to generate them."
     content = _read(path, "leave --answers out, and they are generated")
@@ -119,12 +134,12 @@ def load_answers(path: Path, identity: RunIdentity, rows: Sequence[dict[str, Any
 
 
 def earlier_answers(path: Path, identity: RunIdentity, rows: Sequence[dict[str, Any]]) -> Answers:
-    """The answers that an earlier run left at `path`, of those rows that it read in the same batches; the others are generated.
+    """The answers of an earlier run for rows that it read in the same batches; others are generated.
 
     Args:
         path: token pairs of this split
-        identity: of the extraction that wants them
-        rows: its samples: id, question, identity
+        identity: identity of the extraction
+        rows: id, question and identity of its samples
     """
     try:
         content = _read(path, "")
@@ -158,7 +173,7 @@ def _for_texts(identity: RunIdentity) -> RunIdentity:
 
 
 def _texts_of(recorded: Any) -> dict[str, Any]:
-    """The same part of what a file recorded."""
+    """The part of a recorded identity that `_for_texts` keeps."""
     recorded = recorded if isinstance(recorded, dict) else {}
     settings = recorded.get("settings")
     kept = {k: v for k, v in settings.items() if k not in SETTINGS_WITHOUT_EFFECT_ON_TEXTS} if isinstance(settings, dict) else None
@@ -166,10 +181,10 @@ def _texts_of(recorded: Any) -> dict[str, Any]:
 
 
 def _fitting(path: Path, results: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], longest: int, kind: str | None) -> Answers:
-    """Answers to the very questions of `rows`.
+    """Answers to the questions of `rows`.
 
     Args:
-        path: of the file, for messages
+        path: the file, for messages
         results: its rows
         rows: id, question and identity of the samples
         longest: most tokens an answer may have

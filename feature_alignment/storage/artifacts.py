@@ -1,6 +1,6 @@
-"""Provenance and reuse: what made a result, and whether it may be used again.
+"""Provenance of results, and the decision whether a cached result is reused.
 
-`meta` of every result records its identity (`identity.py`), where its sources lay, and the versions that made it. To compare a whole
+`meta` of every result records its identity (`identity.py`), the paths of its sources, and the versions that made it. To compare a whole
 run with its recorded hashes:
 
     python -m feature_alignment.storage.verification outputs/demo
@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 
 
 def provenance(script: str, cfg: Common, made_from: Sources, identity: RunIdentity | None = None, **facts: Any) -> dict[str, Any]:
-    """The `meta` of everything a script writes.
+    """The `meta` of a result.
 
     Args:
         script: name of the script
         cfg: its settings
-        made_from: name -> the files it read; their places are recorded, next to the hashes of the identity
-        identity: where it has been computed already
-        **facts: more entries
+        made_from: name -> files that it read; their paths are recorded next to the hashes of the identity
+        identity: identity of the run, if it has been computed already
+        **facts: further entries
     """
     return {
         "made_by": script,
@@ -55,16 +55,16 @@ def provenance(script: str, cfg: Common, made_from: Sources, identity: RunIdenti
 
 
 def cached_result(path: Path, cfg: Common, identity: RunIdentity, ignore_code: bool = False) -> dict[str, Any] | None:
-    """The JSON at `path` if it may be used again, else None; one log line says what was compared, or what differs.
+    """The cached JSON at `path` if it is reusable, else None; a log line names what was compared or what differs.
 
     Args:
         path: a JSON file with `meta`, or a `meta.json`
         cfg: settings; without `--resume` nothing is reused
-        identity: of what would be made now
-        ignore_code: the result holds no timings, and the user asked to keep what other code made
+        identity: identity of the current run
+        ignore_code: reuse a result of other code; never for timings
 
     Raises:
-        UserError: where a folder lies at `path`
+        UserError: `path` is a folder
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder, and a file is to be written there; move it away.")
@@ -91,9 +91,9 @@ def log_reuse(path: Path, identity: RunIdentity, meta: dict[str, Any], *more: st
 
     Args:
         path: the result
-        identity: of what would be made now
-        meta: of the result
-        *more: what was compared besides the identity
+        identity: identity of the current run
+        meta: `meta` of the result
+        *more: what else was compared
     """
     modules = identity.changed_code(meta)
     log.info("reused  %s: unchanged are %s", path, ", ".join((identity.compared(bool(modules)), *more)))

@@ -1,7 +1,7 @@
-"""What an earlier extraction has left, row by row: whether all of it may be reused, and which rows are kept where it may not.
+"""Reuse of an earlier extraction: as a whole if it is the requested run, otherwise row by row.
 
-The last bits of a float depend on the batch in which it is computed. So a row is kept only where the same rows form the same batch,
-and the result is, byte for byte, what extracting everything from scratch gives. Rows that are appended to a manifest are extracted
+The last bits of a float depend on the batch in which it is computed. A row is therefore reused only if the same rows form its batch, and
+the result equals a new extraction byte for byte. Rows that are appended to a manifest are extracted
 together with the rows of the last batch; all batches before it are copied. Renaming a sample, or moving its files, changes no row.
 """
 
@@ -32,18 +32,18 @@ from feature_alignment.storage.identity import RunIdentity
 from feature_alignment.storage.state_files import frame_hash, row_hashes
 
 log = logging.getLogger(__name__)
-_TOGETHER = 64  # rows that are copied before they are noted
-Row = dict[str, Any]  # what a row's entry in samples.jsonl says of its sample: the keys NAMED, see `inputs/row_identity.py`
+_TOGETHER = 64  # rows that are copied between two commits
+Row = dict[str, Any]  # the keys SAMPLE_KEYS of a row's entry in samples.jsonl, see `inputs/row_identity.py`
 
 
 def find_complete_run(directory: Path, identity: RunIdentity, rows: Sequence[Row], ignore_code: bool = False) -> dict[str, Any] | None:
-    """The meta of the complete run in `directory`, if it is the run that is asked for and every byte of it is as it was written.
+    """The meta of the complete run in `directory` if it is the requested run and matches all its hashes, else None.
 
     Args:
-        directory: of one split
-        identity: of the run that is asked for
-        rows: its rows; of a merge, which has no clips to look at, without `identity` and `clip`
-        ignore_code: accept what other code made
+        directory: folder of one split
+        identity: identity of the requested run
+        rows: its rows; in a merge, which needs no clips, without `identity` and `clip`
+        ignore_code: accept a run of other code
     """
     if unfinished_folder(directory).is_dir() or not (directory / "meta.json").is_file():
         return None
@@ -68,7 +68,7 @@ def _same_rows(directory: Path, meta: dict[str, Any], rows: Sequence[Row]) -> bo
 
 
 def _entries(directory: Path) -> Iterator[dict[str, Any]]:
-    """What the samples.jsonl of a complete run says of every row; nothing where it was altered."""
+    """The entries in samples.jsonl of a complete run; none if the file was altered."""
     meta = read_json(directory / "meta.json", REMAKE)
     if not altered_files(directory / "meta.json", meta, ["samples.jsonl"]):
         with (directory / "samples.jsonl").open() as stream:
@@ -76,7 +76,7 @@ def _entries(directory: Path) -> Iterator[dict[str, Any]]:
 
 
 def _damaged(directory: Path, meta: dict[str, Any]) -> list[str]:
-    """Files of states that are gone, or that do not have the hashes they were written with."""
+    """Files of states that are missing or do not match their recorded hashes."""
     rows = [about["sha256"] for about in _entries(directory)]
     wrong = []
     for name, frame in meta["frames"].items():
@@ -92,17 +92,17 @@ def _damaged(directory: Path, meta: dict[str, Any]) -> list[str]:
 
 
 def refuse_changes(directory: Path, identity: RunIdentity, rows: Sequence[Row], limited: bool, ignore_code: bool = False) -> None:
-    """Refuse to replace hours of work without being asked: where settings, sources or code changed, or most rows would be lost.
+    """Refuse to replace hours of work if settings, sources or code changed, or if most rows would be lost.
 
     Args:
-        directory: of one split; a complete or an unfinished run may lie there
-        identity: of the run that is asked for
+        directory: folder of one split, with a complete or unfinished run or none
+        identity: identity of the requested run
         rows: its rows
-        limited: whether `--limit` leaves rows out
-        ignore_code: keep what other code made
+        limited: whether `--limit` is given
+        ignore_code: accept a run of other code
 
     Raises:
-        UserError: names what changed, and how to keep or replace what is there
+        UserError: names what changed, and how to keep or replace the earlier run
     """
     for path in (unfinished_folder(directory) / "settings.json", directory / "meta.json"):
         if not path.is_file():
@@ -117,17 +117,22 @@ def refuse_changes(directory: Path, identity: RunIdentity, rows: Sequence[Row], 
                 f"Compared: {identity.compared()}. To go on, {keep}keep both with another --output_dir, or make it anew with "
                 "--no_resume (the old rows are lost)."
             )
-        return  # an unfinished run is there to replace the complete one
+        return  # an unfinished run takes precedence over the complete one that it will replace
 
 
 def with_recorded_code(directory: Path, identity: RunIdentity) -> RunIdentity:
-    """The identity with the code that made the earlier run in `directory`: with --ignore_code its rows are kept, and stay that code's."""
+    """The identity with the recorded code of an earlier run in `directory`, whose rows --ignore_code keeps.
+
+    Args:
+        directory: folder of one split
+        identity: identity of the requested run
+    """
     recorded = _recorded(unfinished_folder(directory)) or _recorded(directory)
     return replace(identity, code=recorded["code"]) if recorded and not identity.changes(recorded, ignore_code=True) else identity
 
 
 def _lost(folder: Path, rows: Sequence[Row], limited: bool) -> list[str]:
-    """A line where a new run would drop most rows of an earlier one, or any because of --limit."""
+    """A message if a new run would drop most rows of an earlier one, or any row because of --limit; else none."""
     named = {about["identity"]["row"]: about["id"] for about, _ in _stored(folder)}
     count = Counter(about["identity"]["row"] for about, _ in _stored(folder))
     lost = count - Counter(row["identity"]["row"] for row in rows)
@@ -139,22 +144,22 @@ def _lost(folder: Path, rows: Sequence[Row], limited: bool) -> list[str]:
 
 
 def copy_unchanged_rows(writer: HiddenStatesWriter, identity: RunIdentity, rows: Sequence[Row], ignore_code: bool = False) -> None:
-    """Copy every intact row of earlier runs whose batch is also one of this run.
+    """Copy every undamaged row of earlier runs whose batch is also a batch of this run.
 
     Args:
-        writer: of the run that is asked for
-        identity: of that run; an earlier run of another identity has no rows to keep
-        rows: of that run
-        ignore_code: keep what other code made
+        writer: writer of the requested run
+        identity: its identity; runs of another identity are skipped
+        rows: its rows
+        ignore_code: accept runs of other code
     """
-    place = {row["identity"]["batch"]: i for i, row in enumerate(rows)}
+    row_of = {row["identity"]["batch"]: i for i, row in enumerate(rows)}
     asked = {row["identity"]["row"] for row in rows}
     kept = damaged = regrouped = 0
     for folder in (writer.directory, *superseded_runs(writer.directory)):
         if identity.changes(_recorded(folder), ignore_code):
             continue
         for n, (about, source_row) in enumerate(_stored(folder, texts=True)):
-            row = place.get(about["identity"]["batch"])
+            row = row_of.get(about["identity"]["batch"])
             if row is None or row in writer.done:
                 regrouped += row is None and about["identity"]["row"] in asked
                 continue
@@ -173,7 +178,7 @@ def copy_unchanged_rows(writer: HiddenStatesWriter, identity: RunIdentity, rows:
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
-    """The identity that a complete or unfinished run recorded; empty where there is none."""
+    """The identity that a complete or unfinished run recorded; empty if there is no run."""
     path = next((p for p in (folder / "meta.json", folder / "settings.json") if p.is_file()), None)
     return read_json(path, REMAKE) if path else {}
 

@@ -18,19 +18,19 @@ from feature_alignment.cli.text_files import read_text, rows_of
 from feature_alignment.storage.files import altered_files, load_pt, read_hashed_json
 from feature_alignment.storage.state_files import frame_hash, row_hashes
 
-DEFAULT_EOS_IDS = [2]  # of every file written before its meta said so
+DEFAULT_EOS_IDS = [2]  # files written before their meta recorded the ids
 
 log = logging.getLogger(__name__)
 
 EVENT_STATES = "egpt_event_states.pt"
-MAX_BYTES_CHECKED_ON_LOAD = 1 << 30  # bytes of states that are compared with their hashes whenever they are loaded
+MAX_BYTES_CHECKED_ON_LOAD = 1 << 30  # larger files are compared with their hashes by `verification` only
 
 
 @dataclass(frozen=True)
 class HiddenStates:
     """One split of paired hidden states, memory-mapped.
 
-    draft:     [n, s, d_draft]   EventGPT's states (its tapped layers side by side, or the one asked for), zero where padded
+    draft:     [n, s, d_draft]   EventGPT's states of its tapped layers, concatenated, or of one requested layer; zero where padded
     target:    [n, s, d_target]  Video-LLaVA's, post-norm
     token_ids: [n, s] int64      the tokens both models read; state t *emits* token t
     mask:      [n, s] bool       real positions, EOS included
@@ -49,7 +49,12 @@ class HiddenStates:
     events: Tensor | None = None
 
     def refuse_non_finite(self, rows: Tensor | Sequence[int], *states: Tensor) -> None:
-        """raises UserError, naming the first sample of `rows` [b] of which one of `states` [b, ...] is not finite"""
+        """Raise UserError for states with infinities or NaN; it names the first sample.
+
+        Args:
+            rows: [b] int64, rows of this split
+            *states: [b, ...] float, states of these rows
+        """
         for part in states:
             bad = ~torch.isfinite(part.flatten(1)).all(1)
             if bad.any():
@@ -74,7 +79,12 @@ class HiddenStates:
 
 
 def eos_ids_of(meta: dict[str, Any] | None, key: str = "eos_token_ids") -> list[int]:
-    """The token ids that end the target's texts (or the drafter's, by its key), as the meta of an extraction or its token pairs says."""
+    """The EOS token ids recorded in the meta of an extraction or of its token pairs.
+
+    Args:
+        meta: the meta; None gives DEFAULT_EOS_IDS
+        key: `eos_token_ids` for the target, `draft_eos_token_ids` for the drafter
+    """
     ids = (meta or {}).get(key, DEFAULT_EOS_IDS)
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise UserError(f"{key} in a meta.json: wanted a list of token ids, got {str(ids)[:80]}. Extract again with --no_resume.")
@@ -82,34 +92,38 @@ def eos_ids_of(meta: dict[str, Any] | None, key: str = "eos_token_ids") -> list[
 
 
 def layer_file(layer: int) -> str:
-    """Where one of several separately stored draft layers lies."""
+    """Name of the file that holds one draft layer, if layers are stored separately."""
     return f"egpt_hidden_states.layer{layer:02d}.pt"
 
 
 def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, events: bool = False) -> HiddenStates:
-    """One split of a complete extraction; refuses an incomplete directory or files that do not fit each other.
+    """One split of a complete extraction.
 
-    layers: EventGPT's layers that are wanted (default: what is there). Where they were stored apart (`--separate_layers`) it must be
-            one of them, and `meta` then speaks of this layer alone
-    events: read EventGPT's event states as well
+    Args:
+        directory: folder of the split
+        layers: EventGPT's layers to load; None loads all. With `--separate_layers` it must be one layer, and `meta` then describes it alone
+        events: load EventGPT's event states as well
+
+    Raises:
+        UserError: the extraction is incomplete or altered, lacks the requested states, or its files do not fit each other
     """
     command = command_for("extract_hidden_states", split=directory.name)
     meta = read_hashed_json(directory / "meta.json", command)
     small = [n for n in meta["files"] if n.endswith((".pt", ".jsonl"))]
     if changed := altered_files(directory / "meta.json", meta, small):
         raise UserError(f"{directory}: {', '.join(changed)} was altered after this split was extracted. Make it again:\n  {command}")
-    name, there = "egpt_hidden_states.pt", meta["draft_layers"]
+    name, stored = "egpt_hidden_states.pt", meta["draft_layers"]
     if meta.get("separate_layers"):
-        if layers is None or len(layers) != 1 or layers[0] not in there:
+        if layers is None or len(layers) != 1 or layers[0] not in stored:
             raise UserError(
-                f"{directory} holds EventGPT's layers {there} apart; wanted one of them, got {layers}: --draft_layers {there[-1]}"
+                f"{directory} holds EventGPT's layers {stored} separately; expected one of them, got {layers}: --draft_layers {stored[-1]}"
             )
         name = layer_file(layers[0])
-        norm, width = meta["draft_norms"][str(layers[0])], meta["hidden_size_draft"] // len(there)
+        norm, width = meta["draft_norms"][str(layers[0])], meta["hidden_size_draft"] // len(stored)
         meta = {**meta, "draft_layers": list(layers), "draft_norm": norm, "hidden_size_draft": width}
-    elif layers is not None and list(layers) != list(there):
+    elif layers is not None and list(layers) != list(stored):
         raise UserError(
-            f"{directory} holds EventGPT's layers {there} as one state, not {list(layers)}. Extract those, or all with --separate_layers."
+            f"{directory} holds EventGPT's layers {stored} as one state, not {list(layers)}. Extract those, or all with --separate_layers."
         )
     positions = load_pt(directory / "positions.pt", command)
     rows = [json.loads(row) for _, row in rows_of(read_text(directory / "samples.jsonl"))]
@@ -120,18 +134,20 @@ def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, eve
     for file, tensor, width in ((name, draft, "hidden_size_draft"), ("vl_hidden_states.pt", target, "hidden_size_target")):
         if tensor.shape[-1] != meta[width]:
             raise UserError(f"{directory}/{file} is {tensor.shape[-1]} wide, its meta.json says {meta[width]}: files swapped?")
-    seen = None
+    event_states = None
     if events:
         if not meta.get("event_states"):
             raise UserError(
                 f"{directory} holds no event states, which the chained adapter reads. Extract them:\n  {command} --event_states"
             )
-        seen = _load_states(directory / EVENT_STATES, rows, meta, command)
-    return HiddenStates(draft, target, **{k: positions[k] for k in ("token_ids", "mask", "lengths")}, rows=rows, meta=meta, events=seen)
+        event_states = _load_states(directory / EVENT_STATES, rows, meta, command)
+    return HiddenStates(
+        draft, target, **{k: positions[k] for k in ("token_ids", "mask", "lengths")}, rows=rows, meta=meta, events=event_states
+    )
 
 
 def _load_states(path: Path, rows: Sequence[dict[str, Any]], meta: dict[str, Any], command: str) -> Tensor:
-    """One file of states, memory-mapped. Its frame is compared with its hash, its rows with theirs where that takes a second."""
+    """One memory-mapped file of states [n, s, d]. Its frame is compared with the recorded hash, and so are its rows in a small file."""
     states = load_pt(path, command)
     if not isinstance(states, Tensor) or states.ndim != 3 or not 0 < len(states) == len(rows):
         raise UserError(f"{path} does not hold the {len(rows)} rows of samples.jsonl. Make it again:\n  {command}")

@@ -1,11 +1,11 @@
-"""Hidden-state files written in place: flat memory at any number of rows, safe to kill, filled by many processes at once.
+"""Hidden-state files written in place: constant memory for any number of rows, resumable, filled by several processes.
 
     train.unfinished/  settings.json  egpt_hidden_states.pt  vl_hidden_states.pt  progress-0.txt  progress-1.txt
     train/             the same .pt files, positions.pt, samples.jsonl, meta.json: one rename, once every row is there
 
-Every `.pt` has its full size from the start and is sparse; a row is written at its place in the file, not through a memory map,
-whose touched pages would count as this process's memory. A process notes its rows in its own progress file after their states,
-each with the hashes of its states; a resumed run does again what does not have its hash, or whose note is damaged.
+Every `.pt` file is sparse and has its full size from the start. A row is written at its offset in the file, not through a memory map,
+whose touched pages would count as this process's memory. Each process records its finished rows, with the hashes of their states, in
+its own progress file. A resumed run repeats rows whose states do not match their hash or whose record is damaged.
 """
 
 from __future__ import annotations
@@ -35,34 +35,34 @@ from feature_alignment.storage.state_files import frame_hash, row_hash, row_hash
 
 log = logging.getLogger(__name__)
 REMAKE = "the same command with --no_resume"
-SAMPLE_KEYS = ("identity", "id", "sequence", "question", "facts", "clip")  # of a row's entry, what its sample says
+SAMPLE_KEYS = ("identity", "id", "sequence", "question", "facts", "clip")  # keys of a row's entry that describe its sample
 
 
 def unfinished_folder(directory: Path) -> Path:
-    """Where a run is filled in before it gets its final name."""
+    """Folder in which a run is written before it gets its final name."""
     return directory.with_name(directory.name + ".unfinished")
 
 
 def begin_run(directory: Path, identity: RunIdentity, plan: str, resume: bool) -> bool:
-    """Make the unfinished folder, or keep the one that is there if it is of the same rows.
+    """Create the unfinished folder, or keep an existing one that has the same rows.
 
-    An unfinished folder of other rows is set aside, so that the rows it shares with this run can be copied. A complete run stays until
-    the new one takes its place.
+    An unfinished folder with other rows is renamed, so that rows shared with this run can be copied. A complete run stays until the new
+    one replaces it.
 
     Args:
-        directory: where the complete run will lie
-        identity: of the run
+        directory: final folder of the run
+        identity: identity of the run
         plan: `plan_hash` of its rows
-        resume: whether what is unfinished is kept; otherwise it is deleted
+        resume: keep unfinished rows; otherwise they are deleted
 
     Returns:
-        Whether rows of earlier runs may be copied: not where --no_resume began this run.
+        Whether rows of earlier runs may be copied; False if --no_resume started this run.
     """
     part = unfinished_folder(directory)
     recorded = part / "settings.json"
     if resume and recorded.is_file() and (found := read_json(recorded, REMAKE)).get("plan") == plan:
         return not found.get("anew")
-    for notes in part.glob("progress-*.txt"):  # nobody's rows are thrown away while they are being written
+    for notes in part.glob("progress-*.txt"):  # raises UserError while another process is writing there
         os.close(_open_progress(notes))
     if resume and recorded.is_file():
         os.rename(part, directory.with_name(f"{directory.name}.earlier-{len(superseded_runs(directory)) + 1}.unfinished"))
@@ -75,15 +75,15 @@ def begin_run(directory: Path, identity: RunIdentity, plan: str, resume: bool) -
 
 
 def superseded_runs(directory: Path) -> list[Path]:
-    """Unfinished runs of other rows, whose rows may be copied."""
+    """Unfinished runs with other rows, from which shared rows are copied."""
     return sorted(directory.parent.glob(f"{directory.name}.earlier-*.unfinished"))
 
 
 def plan_hash(rows: Iterable[Mapping[str, Any]]) -> str:
-    """One hash of all rows in their order: what they depend on, and how they are named.
+    """Hash of all rows in order: their sources, ids and questions.
 
     Args:
-        rows: entries of samples.jsonl, or what `row_identity.identify` says of the samples
+        rows: entries of samples.jsonl, or of `row_identity.identify`
     """
     digest = hashlib.sha256()
     for about in rows:
@@ -92,7 +92,7 @@ def plan_hash(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _open_progress(path: Path) -> int:
-    """The progress file at `path`, ours alone as long as it is open; a note cut off by a kill is removed."""
+    """Open a progress file and lock it until it is closed; an incomplete last record is removed."""
     stream = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,30 +104,30 @@ def _open_progress(path: Path) -> int:
 
 
 def rows_done(directory: Path) -> set[int]:
-    """Rows that an unfinished run has noted."""
+    """Rows that an unfinished run has recorded as finished."""
     return {row for row, *_ in _notes(unfinished_folder(directory))}
 
 
 def progress_entries(folder: Path) -> Iterator[dict[str, Any]]:
-    """The last whole note of every row of an unfinished run: `row`, its text as `read`, and what samples.jsonl will say."""
+    """The last complete record of every row of an unfinished run: `row`, its token ids `read`, and its entry of samples.jsonl."""
     for path, at in {row: (path, at) for row, path, at in _notes(folder)}.values():
         yield _about(path, at)
 
 
 def _note(about: dict[str, Any]) -> bytes:
-    """One line of a progress file: a checksum, and what it is of."""
+    """One line of a progress file: a checksum and the record."""
     text = json.dumps(about).encode()
     return f"{zlib.crc32(text):08x} ".encode() + text + b"\n"
 
 
 def _read_note(line: bytes) -> dict[str, Any] | None:
-    """What a line says; None for one that a kill cut off or something altered."""
+    """The record in a line; None if it is incomplete or altered."""
     checksum, _, text = line.rstrip(b"\n").partition(b" ")
     return json.loads(text) if line.endswith(b"\n") and checksum == f"{zlib.crc32(text):08x}".encode() else None
 
 
 def _notes(part: Path) -> Iterator[tuple[int, Path, int]]:
-    """Every row that has a whole note, with its progress file and the byte its note begins at."""
+    """Every row that has a complete record, with its progress file and the byte at which the record begins."""
     for path in sorted(part.glob("progress-*.txt")):
         at = 0
         with path.open("rb") as stream:
@@ -144,7 +144,7 @@ def _about(path: Path, at: int) -> dict[str, Any]:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove from a complete run what only the unfinished one needed; done after the rename, so that no kill can lose rows."""
+    """Remove progress files from a complete run; after the rename, so that an interruption cannot lose rows."""
     for leftover in (*directory.glob("progress-*.txt"), directory / "settings.json"):
         leftover.unlink(missing_ok=True)
 
@@ -161,15 +161,24 @@ def check_disk_space(directory: Path, needed_bytes: int) -> None:
 
 
 def row_bytes(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
-    """What one row may take in files of these shapes per row; a short text takes less, because what is not written is not stored."""
+    """Largest number of bytes of one row; a short text takes less, because the files are sparse.
+
+    Args:
+        shapes: (positions, size) of a row in each file
+        dtype: number format of the files
+    """
     return sum(positions * size for positions, size in shapes) * dtype.itemsize
 
 
 class HiddenStatesWriter:
-    """The unfinished folder of one run, opened by one of the processes that fill it. Make it after `begin`.
+    """The unfinished folder of one run, opened by one of the processes that fill it, after `begin_run`.
 
-    shapes: file name -> (positions, size); each file holds [rows, positions, size], zero where no text is
-    rank:  this process's number. Rank 0 must be made first and be the only one to `finish`
+    Args:
+        directory: final folder of the run
+        rows: number of rows
+        shapes: file name -> (positions, size); each file holds [rows, positions, size], zero after the end of a text
+        dtype: number format of the files
+        rank: number of this process. Rank 0 must be created first, and it alone calls `finish`
     """
 
     def __init__(self, directory: Path, rows: int, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, rank: int = 0) -> None:
@@ -186,7 +195,7 @@ class HiddenStatesWriter:
         self._waiting: list[dict[str, Any]] = []
 
     def _lay_out(self, name: str, rows_bytes: int) -> None:
-        """A new sparse file at full size, unless one is there that has this very frame."""
+        """Create a sparse file of full size, unless one with an equal frame exists."""
         fresh = self.part / "fresh" / name  # torch writes the file's name into the file: it must be the final one
         fresh.parent.mkdir(exist_ok=True)
         try:
@@ -198,11 +207,11 @@ class HiddenStatesWriter:
             if (self.part / name).is_file() and frame_hash(self.part / name, rows_bytes) == frame_hash(fresh, rows_bytes):
                 return
         except UserError:
-            log.warning("%s was damaged; its rows are done again.", self.part / name)
+            log.warning("%s was damaged; its rows are extracted again.", self.part / name)
         os.replace(fresh, self.part / name)
 
     def _intact(self) -> set[int]:
-        """Noted rows whose states have the hashes they were noted with; others are done again."""
+        """Recorded rows whose states match their hashes; other rows are extracted again."""
         noted = {row: _about(path, at)["sha256"] for row, path, at in _notes(self.part)}
         wrong: set[int] = set()
         for name in self._shapes if noted else ():
@@ -210,12 +219,12 @@ class HiddenStatesWriter:
                 if row in noted and noted[row][name] != found:
                     wrong.add(row)
         if wrong:
-            log.warning("%s: %d of %d noted rows were altered since; they are done again.", self.part, len(wrong), len(noted))
+            log.warning("%s: %d of %d recorded rows were altered since; they are extracted again.", self.part, len(wrong), len(noted))
             self._forget(wrong)
         return set(noted) - wrong
 
     def _forget(self, rows: set[int]) -> None:
-        """Take the notes of `rows` out of every progress file."""
+        """Delete the records of `rows` from every progress file."""
         for path in self.part.glob("progress-*.txt"):
             kept = [line for line in path.read_bytes().splitlines(keepends=True) if (a := _read_note(line)) and a["row"] not in rows]
             with path.open("r+b") as stream:  # in place: the open file is the lock
@@ -223,14 +232,20 @@ class HiddenStatesWriter:
                 stream.write(b"".join(kept))
 
     def write(self, row: int, states: Mapping[str, Tensor], token_ids: Sequence[int], about: dict[str, Any]) -> None:
-        """Store one row; it counts from the next `commit` on.
+        """Store one row; it is recorded by the next `commit`.
 
-        states: file name -> [n, size], any dtype; of event states all positions. token_ids: n
-        raises: UserError for states that are not finite
+        Args:
+            row: number of the row in the files
+            states: file name -> [n, size] float of any dtype; event states have all their positions
+            token_ids: n token ids that the states emit
+            about: entry of samples.jsonl
+
+        Raises:
+            UserError: states that are not finite
         """
         n, hashes = len(token_ids), {}
         for name, tensor in states.items():
-            stored = tensor.to(self._dtype)  # where float16 ends, bfloat16 goes on
+            stored = tensor.to(self._dtype)  # values above the largest float16 become infinite
             if not torch.isfinite(stored).all():
                 raise UserError(
                     f"sample {about['id']}: {name} would hold non-finite states as {str(self._dtype)[6:]}; "
@@ -245,9 +260,16 @@ class HiddenStatesWriter:
         self._waiting.append({"row": row, "read": list(token_ids), **about, "sha256": hashes})
 
     def copy(self, row: int, source: Path, source_row: int, about: dict[str, Any]) -> None:
-        """Store a row of another complete run, whose files have the same names, shapes and dtype; `about` has its text as `read`.
+        """Store a row of another run, whose files have the same names, shapes and dtype.
 
-        raises: UserError for states that do not have the hash they were written with
+        Args:
+            row: number of the row in this run's files
+            source: folder of the other run
+            source_row: number of the row there
+            about: its entry of samples.jsonl, with its token ids as `read`
+
+        Raises:
+            UserError: its states do not match their recorded hash
         """
         for name, (positions, size) in self._shapes.items():
             length = row_bytes([(positions, size)], self._dtype)
@@ -268,7 +290,7 @@ class HiddenStatesWriter:
                 data, at = data[sent:], at + sent
 
     def commit(self) -> None:
-        """Note the rows written since the last commit. States reach the disk first: a noted row is there even if the power fails."""
+        """Record the rows written since the last commit. Their states are synced to disk first: a power failure loses no recorded row."""
         for name, stream in self._files.items():
             with file_named(self.part / name):
                 os.fdatasync(stream)
@@ -281,7 +303,7 @@ class HiddenStatesWriter:
         self._waiting.clear()
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """What was said about every row, in their order, one at a time; `read` is the text the states stand on."""
+        """The entry of every row in order, with its token ids as `read`."""
         where = {row: (path, at) for row, path, at in _notes(self.part)}
         for row in range(self._rows):
             about = _about(*where[row])
@@ -289,7 +311,7 @@ class HiddenStatesWriter:
             yield about
 
     def finish(self, meta: dict[str, Any], token_pairs: Path | None = None) -> None:
-        """Write what goes beside the states (and the answers to `token_pairs`) and give everything its final name at once."""
+        """Write the remaining files of the run, and its answers to `token_pairs`, and rename the folder to its final name."""
         count, width = self._rows, self._longest
         counts: dict[str, Counter[str]] = {"mended": Counter(), "cut": Counter()}
         token_ids, lengths = torch.zeros(count, width, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
@@ -303,12 +325,12 @@ class HiddenStatesWriter:
         save_pt(self.part / "positions.pt", {"token_ids": token_ids, "mask": torch.arange(width) < lengths[:, None], "lengths": lengths})
         sizes = {name: row_bytes([shape], self._dtype) for name, shape in self._shapes.items()}
         meta = {**meta, "plan": plan_hash(self.rows()), "positions": int(lengths.sum()), **counts, "row_bytes": sizes}
-        beside = ["positions.pt", "samples.jsonl", *[f"../{p.name}" for p in sorted(self.directory.parent.glob("vl_*.pt"))]]
+        companions = ["positions.pt", "samples.jsonl", *[f"../{p.name}" for p in sorted(self.directory.parent.glob("vl_*.pt"))]]
         if token_pairs:
             write_token_pairs(token_pairs, meta, self.rows())
-            beside.append(os.path.relpath(token_pairs, self.directory))
+            companions.append(os.path.relpath(token_pairs, self.directory))
         frames = {name: frame_hash(self.part / name, count * size) for name, size in sizes.items()}
-        write_hashed_json(self.part / "meta.json", {**meta, "frames": frames}, beside)
+        write_hashed_json(self.part / "meta.json", {**meta, "frames": frames}, companions)
         shutil.rmtree(self.part / "fresh", ignore_errors=True)
         if self.directory.is_dir():  # of other rows, damaged, or of other settings and --no_resume was given
             shutil.rmtree(self.directory)
@@ -319,7 +341,7 @@ class HiddenStatesWriter:
         self.close()
 
     def close(self) -> None:
-        """Let go of the files; a second call does nothing."""
+        """Close the files; a second call does nothing."""
         open_files = [*self._files.values(), self._progress] if self._files else []
         for stream in open_files:
             os.close(stream)

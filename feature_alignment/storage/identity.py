@@ -1,4 +1,4 @@
-"""The identity of a run: everything that decides whether a result that is already there may be reused.
+"""The identity of a run: everything that decides whether a cached result is reused.
 
     settings    every setting that can change a result; paths are left out, because files are compared by content
     made_from   content hash of every source; of a `hub:` checkpoint its name and the revision in the local cache
@@ -37,14 +37,14 @@ import feature_alignment
 from feature_alignment.cli.config import Common, as_plain
 from feature_alignment.storage.files import config_hash, file_hash
 
-SCHEMA = 4  # of what is recorded; a file of an older version does not say enough to be reused
-RECORDED_AND_CURRENT = "{}: {} there, {} now"
+SCHEMA = 4  # version of the recorded identity; files of older versions are not reused
+RECORDED_AND_CURRENT = "{}: {} recorded, {} now"
 PACKAGE = "feature_alignment"
 RECORDS_ONLY = {
     *("cli.advice", "cli.config", "cli.console", "cli.ranges"),
     *("storage.artifacts", "storage.identity", "storage.processes", "storage.verification"),
 }
-# Settings that name places (their contents are hashed instead) or say how to run, not what to compute
+# Settings that name paths, whose contents are hashed instead, and settings that change how a script runs but not its result
 PATH_SETTINGS = {
     *("target_id", "draft_id", "manifests", "questions", "lexicon", "answers", "token_pairs", "exit_adapters"),
     *("output_dir", "allow_outside"),
@@ -63,7 +63,7 @@ class RunIdentity:
         made_from: name of a source -> its content hash
         code: module -> hash of its parsed source
         machine: of results that hold timings, else None
-        not_compared: sources that are recorded only, because what is read of them is compared elsewhere, row by row
+        not_compared: sources that are recorded only; the rows read from them are compared one by one in `earlier_rows.py`
     """
 
     settings: dict[str, Any]
@@ -104,7 +104,7 @@ class RunIdentity:
         return lines
 
     def changed_code(self, recorded: Mapping[str, Any]) -> list[str]:
-        """The modules whose source is not what it was when a result was made."""
+        """The modules whose source has changed since a result was made."""
         return [module for module, _, _ in _differing(recorded.get("code"), self.code)]
 
     def compared(self, ignore_code: bool = False) -> str:
@@ -124,13 +124,13 @@ def _differing(old: Any, new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any
 
 
 def identity_of(stage: str, cfg: Common, made_from: Sources, *, timed: bool = False, without: Sequence[str] = ()) -> RunIdentity:
-    """The identity of what a script would make now.
+    """The identity of the current run of a script.
 
     Args:
         stage: name of the script
         cfg: its settings
-        made_from: its sources; a file that does not exist does not count
-        timed: the result holds timings, so the machine counts
+        made_from: its sources; missing files are left out
+        timed: the result holds timings, so the machine is part of the identity
         without: settings that cannot change this stage's result
     """
     left_out = {*PATH_SETTINGS, *EXECUTION_SETTINGS, *without}
@@ -143,7 +143,7 @@ def identity_of(stage: str, cfg: Common, made_from: Sources, *, timed: bool = Fa
 
 
 def source_hash(source: Path | Sequence[Path]) -> str:
-    """Hash of a file, of a checkpoint directory, or of several files in their order; of a `hub:` checkpoint see `hub_revision`."""
+    """Hash of a file, a checkpoint directory, or several files in order; `hub_revision` of a `hub:` checkpoint."""
     if not isinstance(source, Path):
         return config_hash({str(i): file_hash(path) for i, path in enumerate(source)})
     return hub_revision(source) if is_hub(source) else file_hash(source)
@@ -243,10 +243,10 @@ def _plain(node: Any) -> Any:
 
 
 def machine(threads: int = 0) -> dict[str, Any]:
-    """What the time of a computation depends on: processor, cores, threads, GPU, library versions.
+    """The properties of the machine that timings depend on: processor, cores, threads, GPU, library versions.
 
     Args:
-        threads: CPU threads that were asked for; 0 is torch's own choice
+        threads: setting `--threads`; 0 is torch's default
     """
     return {
         "cpu": platform.machine(),

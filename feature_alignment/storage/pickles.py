@@ -1,7 +1,7 @@
-"""Pickles from strangers: looked through before anything opens them, then opened by readers that know a handful of names.
+"""Untrusted pickles: checked before they are opened, then opened by readers that accept few names.
 
-A pickle is a program. Which functions it may call is one question; the other is what it can do with none: a tuple a million deep
-crashes Python when it becomes a key, 300 bytes can ask for gigabytes. Both `.npy` of EventGPT and every `.pt` pass through here.
+A pickle is a program. Restricting the functions it may call is not enough: a tuple nested a million levels deep crashes Python when it
+is hashed, and 300 bytes can request gigabytes. EventGPT's `.npy` files and every `.pt` file are checked here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 MAX_TUPLES = 10_000  # an adapter has about a hundred; hashing Python's tuples, nested, recurses in C without a limit
 MAX_OPCODES = 5_000_000
-MAX_PT_PICKLE = 1 << 26  # the pickle of a `.pt` holds names and shapes; its numbers lie beside it
+MAX_PT_PICKLE = 1 << 26  # the pickle of a `.pt` holds names and shapes; its numbers are separate records
 _TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"}
 _BY_NAME = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"}
 _TORCH = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"} | {
@@ -26,7 +26,15 @@ _TORCH = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"} | {
 
 
 def check_pickle(data: bytes, names: set[str] | None = None) -> None:
-    """raises pickle.UnpicklingError for a pickle that is cut off or too deep, or asks for a name outside `names` (None: any)"""
+    """Check a pickle without running it.
+
+    Args:
+        data: the pickle
+        names: names that it may refer to; None allows any
+
+    Raises:
+        pickle.UnpicklingError: it is cut off, takes too many steps, or refers to another name
+    """
     tuples = 0
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
@@ -40,8 +48,11 @@ def check_pickle(data: bytes, names: set[str] | None = None) -> None:
 
 
 def check_pt(path: Path) -> None:
-    """raises pickle.UnpicklingError for a `.pt` that torch.save has not written: another format, packed, or asking for anything but
-    tensors, numbers and plain containers"""
+    """Check that torch.save wrote a `.pt` file, with tensors, numbers and plain containers only.
+
+    Raises:
+        pickle.UnpicklingError: another format, compressed, or with other objects
+    """
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
@@ -51,13 +62,13 @@ def check_pt(path: Path) -> None:
             if len(programs) != 1 or not programs[0].filename.endswith("data.pkl") or len(set(names)) < len(names):
                 raise pickle.UnpicklingError(f"it holds {', '.join(p.filename for p in programs) or 'no data.pkl'}; wanted one data.pkl")
             if any(m.compress_type != zipfile.ZIP_STORED or m.file_size > size for m in members) or programs[0].file_size > MAX_PT_PICKLE:
-                raise pickle.UnpicklingError("parts of it are packed, or larger than the file")
+                raise pickle.UnpicklingError("parts of it are compressed, or larger than the file")
             check_pickle(archive.read(programs[0]), _TORCH)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
         raise pickle.UnpicklingError(f"it is no zip of torch.save, or damaged: {error}") from None
 
 
-# ---- plain arrays: what NumPy's own pickles call, by functions that can do nothing else
+# ---- plain arrays: replacements for the functions that NumPy's pickles call
 
 _DTYPE = re.compile(r"[<>|=]?([biuf]\d{1,2}|\?|O8?|[bhilqBHILQefd])")
 _RECORD = re.compile(r"[|<>=]?V\d{1,3}")
@@ -147,6 +158,7 @@ class ArraysOnly(pickle.Unpickler):
     """Builds dicts, lists and NumPy arrays, and calls nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """The replacement for a name in a pickle; UnpicklingError for any other name."""
         if (module, name) not in _READERS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return _READERS[module, name]

@@ -1,4 +1,4 @@
-"""Parts of one split that several machines extracted, put together."""
+"""Shards: parts of one split that several machines extract, and their merge."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def parse_shard(shard: str | None, merge: bool) -> tuple[int, int]:
     """
     i, _, n = (shard or "1/1").partition("/")
     if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)) or (shard and merge):
-        raise UserError(f"--shard wants i/n with i from 1 to n, e.g. 1/3, and no --merge beside it; got {shard!r}.")
+        raise UserError(f"--shard wants i/n with i from 1 to n, e.g. 1/3, and no --merge; got {shard!r}.")
     return int(i), int(n)
 
 
@@ -43,14 +43,14 @@ def shard_name(split: str, shard: int, shards: int) -> str:
 def merge_shards(
     directory: Path, identity: RunIdentity, rows: Sequence[Row], token_pairs: Path, resume: bool, ignore_code: bool = False
 ) -> None:
-    """Put the shards that lie next to `directory` together, as if one machine had done all. A killed merge goes on.
+    """Merge the shards next to `directory` into the files that one machine would have written. A killed merge can be resumed.
 
     Args:
-        directory: of the whole split
-        identity: of the whole run
+        directory: folder of the whole split
+        identity: identity of the whole run
         rows: id, sequence, question and facts of every sample, in order
-        token_pairs: where both models' answers go
-        resume: whether an unfinished merge goes on
+        token_pairs: file for both models' answers
+        resume: continue an unfinished merge
         ignore_code: merge shards that other code made
 
     Raises:
@@ -62,7 +62,7 @@ def merge_shards(
         if changes := of_shard.changes(metas[folder], ignore_code, RECORDED_AND_CURRENT):
             raise UserError(f"{folder} cannot be merged:\n  " + "\n  ".join(changes))
     if not (head := directory.parent / "vl_lm_head.pt").is_file():
-        raise UserError(f"{head} is not there: copy it from any of the machines.")
+        raise UserError(f"{head} is missing: copy it from any of the machines.")
     entries = _entries_in_order(folders, metas, rows)
     first = load_pt(folders[0] / "vl_hidden_states.pt", "copy it again")
     shapes = {name: tuple(load_pt(folders[0] / name, "copy it again").shape[1:]) for name in metas[folders[0]]["frames"]}
@@ -71,13 +71,13 @@ def merge_shards(
         refuse_changes(directory, identity, entries, False, ignore_code)
     begin_run(directory, identity, plan_hash(entries), resume)
     writer = HiddenStatesWriter(directory, len(rows), shapes, first.dtype)
-    places = {row["id"]: place for place, row in enumerate(rows)}
+    row_of = {row["id"]: i for i, row in enumerate(rows)}
     for folder in folders:
         positions = load_pt(folder / "positions.pt", "copy it again")
         for i, about in enumerate(_lines(folder)):
-            if places[about["id"]] not in writer.done:
+            if row_of[about["id"]] not in writer.done:
                 read = positions["token_ids"][i, : int(positions["lengths"][i])].tolist()
-                writer.copy(places[about["id"]], folder, i, {"read": read, **about})
+                writer.copy(row_of[about["id"]], folder, i, {"read": read, **about})
         writer.commit()
     meta = {**metas[folders[0]], "settings": identity.settings, "rows": len(rows), "merged_shards": len(folders)}
     writer.finish(meta, token_pairs)
@@ -98,7 +98,7 @@ def _complete_shards(directory: Path) -> tuple[list[Path], dict[Path, dict[str, 
 
 
 def _entries_in_order(folders: Sequence[Path], metas: dict[Path, dict[str, Any]], rows: Sequence[Row]) -> list[Row]:
-    """What the shards say of every sample, in the order of `rows`; UserError where they were extracted from other samples."""
+    """The shards' entries of every sample, in the order of `rows`; UserError if they were extracted from other samples."""
     by_id = {about["id"]: {key: about.get(key) for key in SAMPLE_KEYS} for folder in folders for about in _lines(folder)}
     wrong = [row["id"] for row in rows if any(by_id.get(row["id"], {}).get(key) != value for key, value in row.items())]
     if wrong or len(by_id) != len(rows) or sum(meta["rows"] for meta in metas.values()) != len(rows):

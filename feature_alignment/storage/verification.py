@@ -1,14 +1,14 @@
-"""Is a run what it was when it was made? Every file against its hash, every result against what it was made from, clips included.
+"""Verification of a run: every file against its recorded hash, every result against its sources, clips included.
 
     python -m feature_alignment.storage.verification outputs/demo
 
-altered      a file, or the states of a sample, is not what was written
-missing      it is gone
-stale        it was made from something that has changed since, or is itself stale
-unfinished   a run that was stopped; the command that made it goes on
-left over    a temporary file of a run that was killed; it may be removed
+altered      a file, or the states of a sample, differs from its hash
+missing      the file does not exist
+stale        a source of the result has changed since, or is itself stale
+unfinished   an interrupted run; the command that started it continues it
+left over    a temporary file of a killed run; it may be deleted
 
-Hashes tell what changed by accident, or by somebody who left the records alone: they are no signature.
+Hashes detect accidents, not forgery: a person who changes a file can change its recorded hash as well.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from feature_alignment.storage.identity import is_hub, source_hash
 from feature_alignment.storage.state_files import frame_hash, row_hashes
 
 WRONG = ("altered", "missing", "stale")
-# The JSON files that say what they, and the files beside them, are
+# JSON files that record hashes of themselves and of the files next to them
 _RECORDS = ("hidden_states/*/meta.json", "*/meta.json", "token_pairs/*.json", *(f"{d}/*.json" for d in ("acceptance", "token_baseline")))
 _RECORDS += ("sd/*.json", "benchmark/*.json")
 _SHOWN = 40
@@ -49,7 +49,7 @@ class Finding(NamedTuple):
 
 
 def verify(out: Path) -> tuple[list[Finding], Counter[str]]:
-    """All findings in a run's directory, and how many files, rows of states and sources were compared with their hashes."""
+    """All findings in the directory of a run, and the numbers of files, rows of states and sources compared with their hashes."""
     if not out.is_dir():
         raise UserError(f"no outputs at {out}; wanted the directory of a run, e.g. outputs/demo.")
     run = _Run(out)
@@ -68,7 +68,7 @@ def verify(out: Path) -> tuple[list[Finding], Counter[str]]:
 
 
 class _Run:
-    """What is found out about one outputs directory."""
+    """The findings about one outputs directory."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -81,7 +81,7 @@ class _Run:
         self.findings.setdefault((state, about), Finding(state, about, why))
 
     def check(self, path: Path) -> None:
-        """One record: itself, the files beside it, its sources, and of hidden states every row and clip."""
+        """Check one record: itself, the files next to it, its sources, and for hidden states every row and clip."""
         self.compared["files"] += 1
         try:
             content = json.loads(read_text(path))
@@ -116,7 +116,7 @@ class _Run:
             self.find("stale", record, f"made from another {name} than {', '.join(map(str, paths[:2]))}{' …' * (len(paths) > 2)} is now")
 
     def here(self, path: Path, meta: dict[str, Any]) -> Path:
-        """Where a source lies now: beside the results, if it lay beside them and the whole run was moved."""
+        """Current path of a source; sources in the outputs directory move with it."""
         made_in = Path(meta.get("config", {}).get("output_dir") or self.out)
         return self.out / path.relative_to(made_in) if path.is_relative_to(made_in) else path
 
@@ -150,7 +150,7 @@ class _Run:
                 self.find("stale", folder, f"extracted from another {path} than it is now")
 
     def follow(self) -> None:
-        """What was made from something wrong is stale, and so is what was made from that."""
+        """Mark everything stale that was made, directly or indirectly, from something wrong."""
         wrong = {self.unit(self.out / f.about) for f in self.findings.values() if f.state in WRONG}
         found = True
         while found:
@@ -163,7 +163,7 @@ class _Run:
                     found = True
 
     def unit(self, path: Path) -> tuple[str, ...]:
-        """What is made by one command: a folder of results, a split of hidden states, or a file where a folder holds several such."""
+        """The output of one command: a folder of results, a split of hidden states, or one file of token_pairs or sd."""
         parts = Path(os.path.relpath(path, self.out)).parts
         return parts if parts[0] in ("token_pairs", "sd", "..") else parts[:2] if parts[0] == "hidden_states" else parts[:1]
 
@@ -173,6 +173,7 @@ def _against_hashes(path: Path, rows: Sequence[dict[str, Any]], row_bytes: int) 
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Print all findings about a run; UserError if anything is altered, missing or stale."""
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m feature_alignment.storage.verification", description=__doc__, formatter_class=kind)
     parser.add_argument("out", type=path_argument, help="the folder of a run, e.g. outputs/demo")
@@ -187,5 +188,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print_table(f"{out}: compared with their hashes", tuple(compared), [tuple(compared.values())])
     print_json_line({"verified": str(out), **summary})
     if wrong := sum(counts[state] for state in WRONG):
-        raise UserError(f"{wrong} things in {out} are not what they were. Make them again in the order of run_all.sh, --no_resume first.")
+        raise UserError(
+            f"{wrong} things in {out} are altered, missing or stale. Make them again in the order of run_all.sh, --no_resume first."
+        )
     return {**summary, "findings": findings}
