@@ -114,7 +114,8 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     timed = take_turns(setup, ways, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
     measurements = Measurements.of(setup, timed, part_cost)
     contents, shown = results_of(cfg, measurements, acceptance, list(ways)[1:])
-    about = {"device": cfg.device, "dtype": cfg.dtype, "unrecorded": fixed.eager_fallbacks}
+    about: dict[str, Any] = {"device": cfg.device, "dtype": cfg.dtype, "unrecorded": fixed.eager_fallbacks}
+    about["linear"] = {role: decoder.linear.to_json() for role, decoder in (("target", target), ("draft", setup.pair.draft))}
     result = {"meta": provenance("benchmark_feature_sd", cfg, made_from, identity, **about), **contents}
     report.write_benchmark_report(result, shown, target.tokenizer.decode, out)
     files = ("report.md", "report.html", *(f"{name}.png" for name in report.PICTURES))
@@ -184,6 +185,7 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: dict[str
             raise UserError(f"{acceptance_path(cfg)} does not know {path} yet. Measure again:\n  {measure_again}")
     pair = load_pair(cfg)
     pair.use_steps(cfg.steps)
+    pair.choose_linear()
     sources = Sources(pair, cfg, cfg.train_split)
     exits = dict(sources.load_exit_drafter(path) for path in cfg.exit_adapters)
     if len(exits) < len(cfg.exit_adapters):

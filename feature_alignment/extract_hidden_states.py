@@ -201,8 +201,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     else:
         rows = identify(samples, parts, cfg.manifests[cfg.split], cfg.event_start_ms)
     out = cfg.out / "hidden_states" / (shards.shard_name(cfg.split, shard, of) if cfg.shard else cfg.split)
-    process = process_group(cfg.device)
-    rank = process.rank
+    rank = (process := process_group(cfg.device)).rank
     if cfg.resume and earlier_rows.find_complete_run(out, identity, rows, cfg.ignore_code):
         return report(cfg, out, reused=True, first=rank == 0)
     check_writable(cfg.out / "token_pairs" / f"{cfg.split}.json")
@@ -251,6 +250,8 @@ def fill(
     full_depth_draft = pair.draft
     if (cfg.own_drafts or len(answers) < len(rows)) and not pair.draft.has_own_head:
         full_depth_draft = pair.draft_with(None, dataclasses.replace(cfg, device=device))
+    for decoder in (pair.target, pair.draft, full_depth_draft):
+        decoder.pack_linear()  # Without a trial, so that every process and every resumed run writes the same bytes.
     file_row = {row: i for i, row in enumerate(row for part in parts for row in part)}
     width, dtype = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens), getattr(torch, cfg.store_dtype)
     shapes = shapes_of(pair, width, cfg.separate_layers, cfg.event_states, cfg.prompt_states)

@@ -72,13 +72,13 @@ def by_model(model, taps: Sequence[int], prompt: Sequence[int], adapter, head) -
 
 def by_chain(draft: Decoder, draft_prompt, adapter, target: Decoder, prompt: Sequence[int]) -> NextDraft:
     def next_draft(emitted: list[int], drafts: list[int]) -> tuple[int, Tensor]:
-        seen = adapter.see(draft.vision_states(draft_prompt.ids[None], draft.encode_vision(draft_prompt.pixels[None])))
+        seen = adapter.encode_events(draft.vision_states(draft_prompt.ids[None], draft.encode_vision(draft_prompt.pixels[None])))
         table = adapter.tokens(target.embeddings)
         states = states_behind(target.llama, [*prompt, *emitted])[len(prompt) - 1 : -1]  # states[i] emitted emitted[i]
         memory = adapter.read(states[None], table[torch.tensor([emitted])], None)[:, -1:]
         for token in drafts:
-            memory = adapter.read(adapter.expect(memory, seen), table[torch.tensor([[token]])], memory[:, -1])
-        expected = adapter.expect(memory, seen)[0, 0]
+            memory = adapter.read(adapter.predict(memory, seen), table[torch.tensor([[token]])], memory[:, -1])
+        expected = adapter.predict(memory, seen)[0, 0]
         return int(target.lm_head(expected).argmax()), expected
 
     return next_draft

@@ -9,7 +9,7 @@ import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 from oracle import by_chain
 
-from feature_alignment.adapters.chained import ChainedAdapter, chain_over, load_chained_adapter, text_batches
+from feature_alignment.adapters.chained import ChainedAdapter, chained_predictions, load_chained_adapter, text_batches
 from feature_alignment.adapters.training import train_chained
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.baseline_drafters import HybridProposer, NGram
@@ -48,7 +48,7 @@ def test_parameters_at_width_4096():
 @torch.inference_mode()
 def test_it_never_sees_what_comes_later():
     adapter, (states, ids, embeddings, events) = an_adapter(), a_text()
-    tokens, seen = adapter.tokens(embeddings)[ids], adapter.see(events)
+    tokens, seen = adapter.tokens(embeddings)[ids], adapter.encode_events(events)
     before = adapter.roll_out(states, tokens, seen, 4)
     changed, other = states.clone(), tokens.clone()
     changed[:, 5:] += 1
@@ -63,11 +63,11 @@ def test_it_never_sees_what_comes_later():
 @torch.inference_mode()
 def test_a_roll_out_is_chaining_by_hand():
     adapter, (states, ids, embeddings, events) = an_adapter(), a_text()
-    tokens, seen = adapter.tokens(embeddings)[ids], adapter.see(events)
+    tokens, seen = adapter.tokens(embeddings)[ids], adapter.encode_events(events)
     for start in range(4):
         memory = adapter.read(states[:, : start + 1], tokens[:, : start + 1], None)[:, -1:]
         for k, expected in enumerate(adapter.roll_out(states, tokens, seen, 4)):
-            by_hand = adapter.expect(memory, seen)
+            by_hand = adapter.predict(memory, seen)
             torch.testing.assert_close(by_hand[:, 0], expected[:, start], atol=1e-5, rtol=1e-5)
             memory = adapter.read(by_hand, tokens[:, start + k + 1, None], memory[:, -1])
 
@@ -78,7 +78,7 @@ def test_a_blind_one_sees_nothing():
     for blind in (True, False):
         adapter = an_adapter(blind=blind)
         tokens = adapter.tokens(embeddings)[ids]
-        a, b = (adapter.roll_out(states, tokens, adapter.see(e), 2)[1] for e in (events, events + 1))
+        a, b = (adapter.roll_out(states, tokens, adapter.encode_events(e), 2)[1] for e in (events, events + 1))
         assert torch.equal(a, b) is blind
 
 
@@ -86,10 +86,10 @@ def test_a_blind_one_sees_nothing():
 @torch.inference_mode()
 def test_scales_fold_into_the_weights(blind):
     adapter, (states, ids, embeddings, events) = an_adapter(blind=blind), a_text()
-    adapter.standardise(states[0] * 3 + 1, embeddings * 0.1 - 2, torch.randn(5, EVENTS, D) * 7 + 4)
+    adapter.standardize(states[0] * 3 + 1, embeddings * 0.1 - 2, torch.randn(5, EVENTS, D) * 7 + 4)
     plain = adapter.folded()
     assert plain.scale is None and adapter.scale is not None
-    a, b = (m.roll_out(states, m.tokens(embeddings)[ids], m.see(events), 3) for m in (adapter, plain))
+    a, b = (m.roll_out(states, m.tokens(embeddings)[ids], m.encode_events(events), 3) for m in (adapter, plain))
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
 
@@ -150,14 +150,14 @@ def test_live_drafts_are_what_a_fresh_start_would_draft(accept, seed):
     rule = {"accept": accept, "threshold": 0.1, "num_draft_tokens": 3, "max_new_tokens": 20}
     got = speculate(target, proposer, prompt_of(*prompt), prompt_of(*prompt), **rule)
     draft = proposer._draft
-    seen = adapter.see(draft.vision_states(torch.tensor([prompt]), draft.encode_vision(torch.zeros(1, 1))))
+    seen = adapter.encode_events(draft.vision_states(torch.tensor([prompt]), draft.encode_vision(torch.zeros(1, 1))))
     table, at = adapter.tokens(target.embeddings), 1
     for r in got.rounds:
         text = got.token_ids[:at]
         states = full_states(model, [*prompt, *text])[len(prompt) - 1 : -1]  # states[i] emitted text[i]
         memory = adapter.read(states[None], table[torch.tensor([text])], None)[:, -1:]
         for drafted in r.proposed:
-            expected = adapter.expect(memory, seen)
+            expected = adapter.predict(memory, seen)
             assert int(target.lm_head(expected[0, 0]).argmax()) == drafted
             memory = adapter.read(expected, table[torch.tensor([[drafted]])], memory[:, -1])
         at += (len(r.accepted) if accept == "relaxed" else r.num_accepted) + (r.extra_token is not None)
@@ -212,7 +212,7 @@ def test_a_shift_by_one_is_seen(learnt):
     (texts,) = text_batches(states, [torch.arange(len(states.target))], "cpu")
     shifted = type(texts)(texts.states, texts.token_ids.roll(1, 1), texts.mask, texts.events)
     with torch.inference_mode():
-        right, wrong = (next(chain_over(adapter, t, target.embeddings, 1)) for t in (texts, shifted))
+        right, wrong = (next(chained_predictions(adapter, t, target.embeddings, 1)) for t in (texts, shifted))
     cosine = [float(torch.cosine_similarity(e, w, dim=-1)[m].mean()) for e, w, m in (right, wrong)]
     assert cosine[0] > cosine[1] + 0.1
 

@@ -16,7 +16,7 @@ def setup(num_events, dtype=torch.float64, seed=0):
     adapter = ChainedAdapter(D_TARGET, D_EVENT, num_events, WIDTH)
     for p in adapter.parameters():
         torch.nn.init.normal_(p, std=0.4)
-    adapter.standardise(torch.randn(40, D_TARGET) * 3 + 1, torch.randn(VOCAB, D_TARGET), torch.randn(40, num_events, D_EVENT) - 2)
+    adapter.standardize(torch.randn(40, D_TARGET) * 3 + 1, torch.randn(VOCAB, D_TARGET), torch.randn(40, num_events, D_EVENT) - 2)
     adapter = adapter.folded().to(dtype).eval()
     head, embeddings = torch.randn(VOCAB, D_TARGET, dtype=dtype), torch.randn(VOCAB, D_TARGET, dtype=dtype)
     return adapter, head, embeddings
@@ -24,10 +24,10 @@ def setup(num_events, dtype=torch.float64, seed=0):
 
 def unfolded_chain(adapter, head, embeddings, events, states, tokens, steps):
     """The way without folding: expected states, tokens and logits of a greedy chain after a verified text."""
-    table, seen = adapter.tokens(embeddings), adapter.see(events)
+    table, seen = adapter.tokens(embeddings), adapter.encode_events(events)
     memory, found = adapter.read(states, table[tokens], None)[:, -1:], []
     for _ in range(steps):
-        expected = adapter.expect(memory, seen)[:, 0]
+        expected = adapter.predict(memory, seen)[:, 0]
         logits = expected @ head.T
         found.append((expected, logits, logits.argmax(-1)))
         memory = adapter.read(expected[:, None], table[found[-1][2]][:, None], memory[:, -1])
@@ -36,7 +36,7 @@ def unfolded_chain(adapter, head, embeddings, events, states, tokens, steps):
 
 def folded_chain(adapter, head, embeddings, events, states, tokens, steps):
     chain = FoldedChain(adapter, head, embeddings)
-    context = chain.context(adapter.see(events))
+    context = chain.context(adapter.encode_events(events))
     memory, zs, logits = adapter.read(states, chain.tokens[tokens], None)[:, -1], [], []
     for _ in range(steps):
         zs.append(chain.expect(memory, context))
@@ -76,7 +76,7 @@ def test_a_head_over_fewer_ids_gives_their_logits():
 
 def test_an_adapter_that_still_standardizes_is_refused():
     adapter, head, embeddings = setup(4)
-    adapter.standardise(torch.randn(9, D_TARGET), embeddings, torch.randn(9, 4, D_EVENT))
+    adapter.standardize(torch.randn(9, D_TARGET), embeddings, torch.randn(9, 4, D_EVENT))
     with pytest.raises(ValueError, match="folded"):
         FoldedChain(adapter, head, embeddings)
 

@@ -95,6 +95,12 @@ def test_prompts_follow_the_checkpoints_own_chat_template(role, text_model):
     assert text.count("<|im_start|>") == 3
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_the_chat_template_kept_in_git_is_the_one_that_the_code_writes(role):
+    kept = ROOT / "data" / "language" / language_models.FOLDERS[role] / "chat_template.jinja"
+    assert kept.read_text() == language_models.chat_template(role)
+
+
 def test_a_checkpoint_is_assembled_again_only_if_what_it_is_made_of_changed(text_model):
     folder, _ = assembled("draft", text_model)
     before = (folder / "model.safetensors").stat().st_mtime_ns

@@ -1,15 +1,15 @@
-"""The chained adapter: from the target's last verified state it goes on alone, token by token, remembering what EventGPT saw.
+"""The chained adapter: it continues from the target's last verified state, token by token, and attends to EventGPT's view of the clip.
 
-    v̂[t+1] = f(v[t], x[t], m[t-1], events)      x[t]: the token v[t] emits; m: a recurrent memory of the text so far
+    v̂[t+1] = f(v[t], x[t], m[t-1], events)      x[t]: the token that v[t] emits; m: a recurrent memory of the text so far
 
     token x[t] ─┐
     state v[t] ─┴─> GRU, memory m[t] ──> attends to EventGPT's states over its event tokens ──> v̂[t+1] ──W──> next draft x̂[t+1]
                         ^                                                                          │
                         └───────────────────────── the next step reads v̂[t+1] and x̂[t+1] ──────────┘
 
-EventGPT is asked once per clip: its decoder never steps, so a draft costs this adapter and the target's head. It never sees v[t+1] or
-anything later. Predicting the target's next state from its last one and the sampled token is EAGLE's idea (Li et al. 2401.15077);
-here the head is recurrent, low-rank, and reads another model's eyes.
+EventGPT runs once per clip and its decoder does no steps, so a draft token costs this adapter and the target's LM head. The adapter never
+sees v[t+1] or anything later. Predicting the target's next state from its last one and the sampled token is EAGLE's idea (Li et al.
+2401.15077); here the head is recurrent, low-rank, and attends to states of another model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from feature_alignment.storage.pretrained import load_pretrained, save_pretraine
 HEADS = 4
 
 
-class Seen(NamedTuple):
+class EventKeyValues(NamedTuple):
     """EventGPT's event states as keys and values: [b, heads, e, width / heads] each."""
 
     keys: Tensor
@@ -41,7 +41,7 @@ class Seen(NamedTuple):
 
 
 class _Scale(NamedTuple):
-    """Mean and standard deviation per channel of what is read. Channels differ in size by orders of magnitude."""
+    """Mean and standard deviation per channel of the inputs. Channels differ in size by orders of magnitude."""
 
     target: tuple[Tensor, Tensor]
     token: tuple[Tensor, Tensor]
@@ -57,9 +57,14 @@ def _standard(x: Tensor, scale: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class ChainedAdapter(nn.Module):
-    """d_event: width of EventGPT's states; num_events: how many event tokens a clip has; width: of everything inside.
+    """Predicts the target's next state from its last one.
 
-    blind: pay no attention to the events; what is lost is what they add
+    Args:
+        d_target: width of the target's states
+        d_event: width of EventGPT's states
+        num_events: number of event tokens of a clip
+        width: of all layers inside
+        blind: do not attend to the events, to measure what they add
     """
 
     def __init__(self, d_target: int, d_event: int, num_events: int, width: int = 192, blind: bool = False) -> None:
@@ -73,9 +78,9 @@ class ChainedAdapter(nn.Module):
         self.state, self.token = nn.Linear(d_target, width), nn.Linear(d_target, width, bias=False)
         self.memory = nn.GRU(width, width, batch_first=True)
         self.query, self.key, self.value = nn.Linear(width, width), nn.Linear(d_event, width), nn.Linear(d_event, width)
-        self.place = nn.Parameter(torch.randn(num_events, width) * 0.02)  # which event token is which
+        self.place = nn.Parameter(torch.randn(num_events, width) * 0.02)  # position embedding of the event tokens
         self.mix, self.out = nn.Linear(2 * width, width), nn.Linear(width, d_target)
-        self.scale: _Scale | None = None  # only while it learns
+        self.scale: _Scale | None = None  # during training only
 
     @property
     def num_parameters(self) -> int:
@@ -95,13 +100,19 @@ class ChainedAdapter(nn.Module):
         """Load an adapter from a directory that `save_pretrained` wrote; raises UserError if it is altered or of another kind."""
         return load_pretrained(cls, "chained", directory)[0]
 
-    def standardise(self, target: Tensor, embeddings: Tensor, events: Tensor) -> None:
-        """Learn on standardised inputs from now on: states [p, d_target], embeddings [v, d_target], event states [.., d_event]."""
+    def standardize(self, target: Tensor, embeddings: Tensor, events: Tensor) -> None:
+        """Standardize all inputs from now on, by the statistics of a sample.
+
+        Args:
+            target: [p, d_target], the target's states
+            embeddings: [v, d_target], its input embeddings
+            events: [.., d_event], EventGPT's event states
+        """
         self.scale = _Scale(*(_mean_and_std(x.float()) for x in (target, embeddings, events.flatten(0, -2))))
 
     @torch.no_grad()
     def folded(self) -> ChainedAdapter:
-        """A copy that gives the same and has the scales in its weights: what is saved, and faster."""
+        """A copy with the scales folded into its weights. It predicts the same and is what is saved."""
         plain = copy.deepcopy(self)
         if self.scale is None:
             return plain
@@ -109,7 +120,7 @@ class ChainedAdapter(nn.Module):
         plain.scale = None
         for layer, mean, std in ((plain.state, v_mean, v_std), (plain.token, x_mean, x_std)):
             layer.weight /= std
-            plain.state.bias.sub_(layer.weight @ mean)  # the two are only ever added
+            plain.state.bias.sub_(layer.weight @ mean)  # states and tokens are only added
         for layer in () if self.geometry["blind"] else (plain.key, plain.value):
             layer.weight /= e_std
             layer.bias.sub_(layer.weight @ e_mean)
@@ -118,56 +129,90 @@ class ChainedAdapter(nn.Module):
         return plain
 
     def tokens(self, embeddings: Tensor) -> Tensor:
-        """The target's input embeddings [v, d_target] as this adapter reads them: [v, width], made once."""
-        return self.token(embeddings if self.scale is None else _standard(embeddings, self.scale.token))
+        """Token inputs [v, width], from the target's input embeddings [v, d_target]; computed once."""
+        inputs: Tensor = self.token(embeddings if self.scale is None else _standard(embeddings, self.scale.token))
+        return inputs
 
-    def see(self, events: Tensor) -> Seen:
-        """EventGPT's states over its event tokens, [b, e, d_event]."""
+    def encode_events(self, events: Tensor) -> EventKeyValues:
+        """Keys and values of EventGPT's event states.
+
+        Args:
+            events: [b, e, d_event]
+        """
         x = (events if self.scale is None else _standard(events, self.scale.event)) * (not self.geometry["blind"])
-        split = lambda y: y.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # noqa: E731
-        return Seen(split(self.key(x) + self.place), split(self.value(x)))
+        keys, values = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (self.key(x) + self.place, self.value(x)))
+        return EventKeyValues(keys, values)
 
     def read(self, states: Tensor, tokens: Tensor, memory: Tensor | None) -> Tensor:
-        """Memories [b, n, width] behind n states [b, n, d_target] and the tokens they emitted [b, n, width], in order.
+        """Read n states and the tokens that they emitted, in order.
 
-        memory: [b, width] what was remembered before, None at the beginning of a text
+        Args:
+            states: [b, n, d_target]
+            tokens: [b, n, width], token inputs, rows of `tokens`
+            memory: [b, width], the memory of the text before; None at its beginning
+
+        Returns:
+            [b, n, width], the memory after each of them
         """
         x = self._joined(states, tokens)
-        if x.shape[1] == 1 and memory is not None:  # drafting: the bare cell is twice as fast as the module around it
+        if x.shape[1] == 1 and memory is not None:  # one draft token: the bare cell takes half the time of the module
             return self._one_step(x, memory[:, None])
-        return self.memory(x, None if memory is None else memory[None])[0]
+        memories: Tensor = self.memory(x, None if memory is None else memory[None])[0]
+        return memories
 
-    def expect(self, memory: Tensor, seen: Seen) -> Tensor:
-        """The target states [b, n, d_target] that come next, for memories [b, n, width]."""
+    def predict(self, memory: Tensor, seen: EventKeyValues) -> Tensor:
+        """Predict the target's next states.
+
+        Args:
+            memory: [b, n, width]
+            seen: of the same b clips
+
+        Returns:
+            [b, n, d_target]
+        """
         query = self.query(memory).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         found = F.scaled_dot_product_attention(query, *seen).transpose(1, 2).flatten(2)
         expected = self.out(F.gelu(self.mix(torch.cat([memory, found], -1))))
         return expected if self.scale is None else expected * self.scale.target[1] + self.scale.target[0]
 
-    def roll_out(self, states: Tensor, tokens: Tensor, seen: Seen, steps: int) -> list[Tensor]:
-        """What chaining from every position expects, with the text known: `[k][:, t]` is v̂[t+1+k] from v[t], k states of its own.
+    def roll_out(self, states: Tensor, tokens: Tensor, seen: EventKeyValues, steps: int) -> list[Tensor]:
+        """Chain from every position of known texts: entry k at position t is v̂[t+1+k], from v[t] and k predicted states.
 
-        states: [b, n, d_target]; tokens: [b, n, width]; the k-th tensor is [b, n - k, d_target]
+        Args:
+            states: [b, n, d_target]
+            tokens: [b, n, width], token inputs
+            seen: of the same b clips
+            steps: number of predictions of a chain
+
+        Returns:
+            `steps` tensors, the k-th [b, n - k, d_target]
         """
         memory = self.read(states, tokens, None)
-        expected = [self.expect(memory, seen)]
+        expected = [self.predict(memory, seen)]
         for k in range(1, steps):
             memory = self._one_step(self._joined(expected[-1][:, :-1], tokens[:, k:]), memory[:, :-1])
-            expected.append(self.expect(memory, seen))
+            expected.append(self.predict(memory, seen))
         return expected
 
     def _joined(self, states: Tensor, tokens: Tensor) -> Tensor:
         return F.gelu(self.state(states if self.scale is None else _standard(states, self.scale.target)) + tokens)
 
     def _one_step(self, x: Tensor, memory: Tensor) -> Tensor:
-        """The GRU's step from every position at once: [b, n, width] each."""
+        """One step of the GRU from every position: x and memory [b, n, width] -> [b, n, width]."""
         w_ih, w_hh, b_ih, b_hh = self.memory.all_weights[0]
         return torch.gru_cell(x.flatten(0, 1), memory.flatten(0, 1), w_ih, w_hh, b_ih, b_hh).unflatten(0, x.shape[:2])
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Some rows, cut to the longest: states [b, s, d_target], token_ids [b, s], mask [b, s], events [b, e, d_event]."""
+    """Some rows, cut to the longest.
+
+    Args:
+        states: [b, s, d_target] float32
+        token_ids: [b, s] int64
+        mask: [b, s] bool, real positions
+        events: [b, e, d_event] float32
+    """
 
     states: Tensor
     token_ids: Tensor
@@ -176,8 +221,14 @@ class Texts:
 
 
 def text_batches(states: HiddenStates, batches: Iterable[Tensor], device: str) -> Iterator[Texts]:
-    """The rows of each batch. States stay in order: the chained adapter reads texts."""
-    assert states.events is not None  # asked for when they were loaded
+    """The rows of each batch, on a device; positions stay in order, because the chained adapter reads texts.
+
+    Args:
+        states: with event states
+        batches: row numbers of each batch
+        device: where the batch goes
+    """
+    assert states.events is not None
     for rows in batches:
         s = int(states.lengths[rows].max())
         parts = (states.target[rows, :s].float(), states.token_ids[rows, :s], states.mask[rows, :s], states.events[rows].float())
@@ -185,20 +236,35 @@ def text_batches(states: HiddenStates, batches: Iterable[Tensor], device: str) -
         yield Texts(*(part.to(device) for part in parts))
 
 
-def chain_over(adapter: ChainedAdapter, texts: Texts, embeddings: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Chained from every position: per step k, what is expected [b, s-1-k, d_target], the true states, and where they are real.
+def chained_predictions(adapter: ChainedAdapter, texts: Texts, embeddings: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Chain from every position of the target's own texts, which is what drafting does as long as its draft tokens are correct.
 
-    embeddings: [v, d_target], the target's; the text is the target's own, so this is what drafting meets as long as it is right
+    Args:
+        adapter: the chained adapter
+        texts: b rows of s positions
+        embeddings: [v, d_target], the target's input embeddings
+        steps: draft tokens of a chain
+
+    Yields:
+        for each step k: predicted states [b, s-1-k, d_target], true states of the same shape, and a mask [b, s-1-k] of real positions
     """
     tokens = adapter.tokens(embeddings)[texts.token_ids]
     steps = min(steps, texts.states.shape[1] - 1)
-    inputs = texts.states[:, :-1], tokens[:, :-1]  # nothing follows the last token
-    for k, expected in enumerate(adapter.roll_out(*inputs, adapter.see(texts.events), steps)):
+    inputs = texts.states[:, :-1], tokens[:, :-1]  # no state follows the last token
+    for k, expected in enumerate(adapter.roll_out(*inputs, adapter.encode_events(texts.events), steps)):
         yield expected, texts.states[:, 1 + k :], texts.mask[:, 1 + k :]
 
 
 def load_chained_adapter(path: Path, draft_layers: Sequence[int] | None = None) -> tuple[ChainedAdapter, dict[str, Any]]:
-    """A chained adapter and its meta. Refuses (UserError) one trained on states of another layer of EventGPT."""
+    """Load a chained adapter and its meta.
+
+    Args:
+        path: adapter.pt of train_hidden_adapter
+        draft_layers: EventGPT's layers of this run; None skips the check
+
+    Raises:
+        UserError: the file is missing or damaged, or was trained on event states of another layer
+    """
     remake_command = command_for("train_hidden_adapter", adapter="chained")
     adapter, meta = load_trained(path, "a chained adapter", ChainedAdapter, "num_events", remake_command)
     layers = trained_layers(path, meta, remake_command)

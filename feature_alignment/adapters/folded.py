@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from feature_alignment.adapters.chained import HEADS, ChainedAdapter, Seen
+from feature_alignment.adapters.chained import HEADS, ChainedAdapter, EventKeyValues
 
 
 class EventContext(NamedTuple):
@@ -77,7 +77,7 @@ class FoldedChain:
         self.folds_attention = e * (HEADS - 1) < width
 
     @torch.inference_mode()
-    def context(self, seen: Seen) -> EventContext:
+    def context(self, seen: EventKeyValues) -> EventContext:
         """What drafts after a prompt attend to.
 
         Args:
@@ -135,4 +135,5 @@ class FoldedChain:
 
     def states(self, z: Tensor) -> Tensor:
         """The expected target states [.., d_target] of hidden layers z [.., w]: one product for a whole round."""
-        return self.adapter.out(z)
+        states: Tensor = self.adapter.out(z)
+        return states

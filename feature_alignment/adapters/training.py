@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from feature_alignment.adapters.chained import ChainedAdapter, Texts, chain_over, text_batches
+from feature_alignment.adapters.chained import ChainedAdapter, Texts, chained_predictions, text_batches
 from feature_alignment.adapters.closed_form import RIDGE_STRENGTHS, Affine, moments, positions
 from feature_alignment.adapters.fitting import (
     Batch,
@@ -251,14 +251,14 @@ def train_chained(
     variance = mean_variance(real)
     num_events, d_event = sample.events.shape[1:]
     adapter = ChainedAdapter(states.target.shape[-1], d_event, num_events, settings.bottleneck, settings.blind).to(settings.device)
-    adapter.standardise(real, embeddings, sample.events)
+    adapter.standardize(real, embeddings, sample.events)
 
     def score(texts: Texts) -> Batch:
         """Loss and parts as means over the positions of all roll-out steps."""
         with mixed_precision(settings.device):
             found = [
                 (int(mask.sum()), losses(expected[mask], wanted[mask], head, variance, settings)[1])
-                for expected, wanted, mask in chain_over(adapter, texts, embeddings, settings.roll_out_steps)
+                for expected, wanted, mask in chained_predictions(adapter, texts, embeddings, settings.roll_out_steps)
                 if mask.any()
             ]
         n = sum(number for number, _ in found)

@@ -57,6 +57,7 @@ def run(
     pair = load_pair(cfg)
     pair.use_steps(steps)
     pair.target.head_weight[sorted(pair.target.eos_ids)] = 0  # no text ends early: all are `max_new_tokens` long
+    pair.choose_linear()  # After the head was changed: packed weights are a copy.
     sources = Sources(pair, cfg, untrained=True)
     prompts = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]
     proposers = {name: sources.open(name) for name in drafters}
@@ -100,6 +101,7 @@ def run(
     meta = provenance("benchmark_feature_sd", cfg, made_from, identity, device=cfg.device, dtype=cfg.dtype, planted=True)
     meta["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else None
     meta["unrecorded"] = fixed.eager_fallbacks
+    meta["linear"] = {"target": pair.target.linear.to_json(), "draft": pair.draft.linear.to_json()}
     return {"meta": meta, "planted": True, "baselines": [baseline], "rows": rows, "cost": cost, "best": best_lengths(planted, timed, clips)}
 
 

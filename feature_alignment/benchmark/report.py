@@ -171,11 +171,11 @@ def write_benchmark_report(result: dict[str, Any], shown: dict[str, Generation],
     benchmark_plots.all_of_them(result, shown, out)
     parts, meta = tables(result), result["meta"]
     note = (
-        f"{meta['device']}, {meta['dtype']}, {meta['machine']['threads']} thread(s), torch {meta['packages']['torch']}, "
-        f"transformers {meta['packages']['transformers']}, commit {meta['git_commit']}, {meta['created']}. Speed-up is the sum of baseline "
-        "seconds over the sum of method seconds, end to end: vision, prefill and decoding of everything that ran; brackets are 95 % "
-        "intervals that resample clips. A target is met only if its whole interval is on the right side. The fastest lossless row is "
-        f"{result['fastest_lossless']['how']}, so its interval is not that of a maximum."
+        f"{meta['device']}, {meta['dtype']}, {meta['machine']['threads']} thread(s), linear layers: {meta['linear']['target']['kind']}, "
+        f"torch {meta['packages']['torch']}, transformers {meta['packages']['transformers']}, commit {meta['git_commit']}, "
+        f"{meta['created']}. Speed-up is the sum of baseline seconds over the sum of method seconds, end to end: vision, prefill and "
+        "decoding of everything that ran; brackets are 95 % intervals that resample clips. A target is met only if its whole interval is "
+        f"on the right side. The fastest lossless row is {result['fastest_lossless']['how']}, so its interval is not that of a maximum."
     )
     name, example = list(shown.items())[-1]
     trace = trace_lines(example, decode, color=False)

@@ -149,8 +149,8 @@ def chained_ms(adapter: ChainedAdapter, repeats: int = 200, steps: Steps = "eage
     size = adapter.geometry
     events = torch.randn(1, size["num_events"], size["d_event"], device=like.device, dtype=like.dtype)
     state, token = events.new_ones(1, 1, size["d_target"]), events.new_ones(1, 1, size["width"])
-    seen, memory = adapter.see(events), token[:, 0]
-    draft = captured(lambda state, token, memory: adapter.expect(adapter.read(state, token, memory), seen), steps)
+    seen, memory = adapter.encode_events(events), token[:, 0]
+    draft = captured(lambda state, token, memory: adapter.predict(adapter.read(state, token, memory), seen), steps)
     return call_ms(lambda: draft(state, token, memory), repeats, like.device.type)
 
 

@@ -171,7 +171,7 @@ class ChainedProposer(Proposer):
         """See `Proposer`."""
         with watch("draft_prefill"):
             vision = self._draft.encode_vision(prompt.pixels[None])
-            context = self._chain.context(self._adapter.see(self._draft.vision_states(prompt.ids[None], vision)))
+            context = self._chain.context(self._adapter.encode_events(self._draft.vision_states(prompt.ids[None], vision)))
             self._context = self._context or context
             for buffer, new in zip(self._context, context, strict=True):
                 buffer.copy_(new)  # a CUDA graph reads the buffers of the first prompt

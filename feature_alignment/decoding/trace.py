@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from feature_alignment.decoding.engine import Generation, Round
+from feature_alignment.decoding.generation import Generation, Round
 
 # kind of token -> (terminal color, marks in plain text)
 STYLES = {"accepted": ("\033[32m", ("", "")), "rejected": ("\033[31;9m", ("(", ")")), "own": ("\033[1;34m", ("[", "]"))}

@@ -101,6 +101,7 @@ def answer_all(role: Role, checkpoints: Path, samples: Sequence[Sample]) -> list
     cfg = Common(target_id=checkpoints / FOLDERS["target"], draft_id=checkpoints / FOLDERS["draft"], threads=1)
     torch.set_num_threads(1)
     model = load_draft(cfg) if role == "draft" else load_target(cfg)
+    model.pack_linear()
     answers, begin = [], time.perf_counter()
     with progress(total=len(samples), desc=f"answers of {NAMES[role]}", unit="answer") as bar:
         for rows in plan_batches(samples, 25):

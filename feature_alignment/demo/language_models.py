@@ -58,7 +58,7 @@ NORMALIZATION: dict[Role, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "draft": (EVENT_MEAN, EVENT_STD),
 }
 INSTRUCTIONS: dict[Role, tuple[str, str]] = {  # the system prompt; what follows the question
-    "target": ("You are a helpful AI assistant named SmolLM, trained by Hugging Face", " Answer briefly, with colors."),
+    "target": ("You watch the road through a camera and explain to people what you see, with colors and reasons.", ""),
     "draft": ("You are an event sensor on a car. You report motion and shapes.", " Answer briefly."),
 }
 
@@ -165,9 +165,10 @@ def chat_template(role: Role) -> str:
         )
     else:  # the text model has no marks for the begin and the end of events
         content = "{{ message['content'] | replace('<ev_start>', '') | replace('<ev_end>', '') }}"
+    appended = f"{{% if message['role'] == 'user' %}}{{{{ '{instruction}' }}}}{{% endif %}}" if instruction else ""
     return (
         "{{ '<|im_start|>system\n" + system + "<|im_end|>\n' }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-        f"{content}{{% if message['role'] == 'user' %}}{{{{ '{instruction}' }}}}{{% endif %}}{{{{ '<|im_end|>\n' }}}}{{% endfor %}}"
+        f"{content}{appended}{{{{ '<|im_end|>\n' }}}}{{% endfor %}}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
 

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 # split -> (first seed, clips, questions asked about each); the pair's own training scenes lie below 5,000,000
 SPLITS = {
-    "train": (5_000_000, 400, 3),
+    "train": (5_000_000, 480, 6),
     "validation": (5_400_000, 30, 3),
     "calibration": (5_600_000, 60, 2),
     "test": (5_800_000, 75, 4),

@@ -40,16 +40,16 @@ SURROUNDINGS = {
     "farm": "Open fields and wooden fences run along the road.",
 }
 QUESTIONS = (
-    "What can be seen in this video?",
-    "What is happening on the road?",
-    "Who or what is moving, and where to?",
-    "Where was this video taken?",
-    "What is in the near lane and what is in the far lane?",
-    "What stands next to the road?",
-    "What is the weather like, and how is the road?",
-    "Which vehicles, people or animals are there?",
-    "Describe the place in this video.",
-    "What should a driver watch for?",
+    "Describe this video to a blind passenger.",
+    "What should a driver do here, and why?",
+    "What will probably happen next?",
+    "Which dangers are there in this scene?",
+    "What can be seen on the road and next to it?",
+    "Who or what is moving, and where is it going?",
+    "What does the weather change for the traffic?",
+    "Write a short report about this scene.",
+    "What makes this place special?",
+    "Tell a child what happens in this video.",
 )
 
 

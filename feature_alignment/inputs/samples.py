@@ -298,16 +298,16 @@ def _question(path: Path, number: int, row: Any) -> str:
 def _ask(samples: list[Sample], questions: list[str]) -> list[Sample]:
     """Every clip with every question. Facts of the clip are kept; an answer is kept with its own question."""
     clips: dict[tuple[object, ...], Sample] = {}
-    answers = {}
+    answers: dict[tuple[object, ...], str | None] = {}
     for s in samples:
         clip = (s.events, s.video, s.event_start_ms, s.event_time_unit)
         clips.setdefault(clip, s)
         answers[clip, s.question] = s.answer
     asked = []
-    for clip, s in clips.items():
+    for key, s in clips.items():
         name = re.sub(r"-q\d+$", "", s.id)
         asked += [
-            dataclasses.replace(s, id=f"{name}-q{k}", question=question, answer=answers.get((clip, question)))
+            dataclasses.replace(s, id=f"{name}-q{k}", question=question, answer=answers.get((key, question)))
             for k, question in enumerate(questions)
         ]
     return asked

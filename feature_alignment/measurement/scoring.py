@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feature_alignment.adapters.chained import ChainedAdapter, chain_over, text_batches
+from feature_alignment.adapters.chained import ChainedAdapter, chained_predictions, text_batches
 from feature_alignment.adapters.closed_form import POSITIONS, RIDGE_STRENGTHS, Affine, Moments, PositionMeans, Positions, positions
 from feature_alignment.decoding.acceptance import cosine_per_position
 from feature_alignment.measurement import metrics
@@ -156,7 +156,7 @@ def chain_scores(
         rows = slice(first, first + len(texts.states))
         first = rows.stop
         emitted = (texts.states @ head.T).argmax(-1)
-        for k, (expected, wanted, mask) in enumerate(chain_over(adapter, texts, embeddings, steps)):
+        for k, (expected, wanted, mask) in enumerate(chained_predictions(adapter, texts, embeddings, steps)):
             starts = slice(1, 1 + mask.shape[1])  # position 0 comes from the target's prefill
             said = (expected @ head.T).argmax(-1)
             cosine[rows, starts, k] = (cosine_per_position(expected, wanted) * mask).cpu()

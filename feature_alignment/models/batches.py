@@ -13,6 +13,7 @@ is bit-identical only if its batches are the same.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,7 +92,10 @@ class ClipBatch:
 
     @torch.inference_mode()
     def states(self, answers: Sequence[Sequence[int]], before: int = 0) -> list[Tensor]:
-        """The hidden states [before + n, d] that emit the given answers of n tokens each, from one forward pass.
+        """The hidden states [before + n, d] that emit the given answers of n tokens each.
+
+        One forward pass reads one question of every clip. With all questions of a clip in one row, most of the attention would be
+        computed between questions, where the mask discards it.
 
         Args:
             answers: Token ids.
@@ -99,21 +103,36 @@ class ClipBatch:
                 where the prompt is shorter.
         """
         tails = [[*tail, *answer[:-1]] for tail, answer in zip(self._tails, answers, strict=True)]
-        states = _Texts(self.model, self._state, self._clip_of, self._max_tail_tokens(tails)).read(tails)
-        whole = [torch.cat([self._prompt_end(clip, before), hidden]) for clip, hidden in zip(self._clip_of, states, strict=True)]
-        wanted = [before + len(answer) for answer in answers]
-        return [F.pad(hidden, (0, 0, max(0, n - len(hidden)), 0))[-n:].cpu() for hidden, n in zip(whole, wanted, strict=True)]
+        found: dict[int, Tensor] = {}
+        for texts in self._one_of_each_clip():
+            room = max(len(tails[text]) for text in texts)
+            read = _Texts(self.model, self._state, self._clip_of, room).read([tails[text] for text in texts], texts)
+            found |= {text: self._last(text, states, before + len(answers[text])).cpu() for text, states in zip(texts, read, strict=True)}
+        return [found[text] for text in range(len(tails))]
 
-    def _prompt_end(self, clip: int, most: int) -> Tensor:
-        """The last states [n, d], at most `most`, on the prompt that all questions about a clip share."""
-        if not most:
-            return self._state.last.new_empty(0, self.model.hidden_size)
-        assert self._state.prompt is not None  # prefilled by this model, which reads one layer
-        return self._state.prompt[clip, -most:]
+    def _last(self, text: int, tail: Tensor, n: int) -> Tensor:
+        """The last n states of a text [n, d], from those on its tail and, where these are too few, on the prompt that it shares."""
+        missing = n - len(tail)
+        if missing > 0:
+            assert self._state.prompt is not None  # prefilled by this model, which reads one layer
+            shared = self._state.prompt[self._clip_of[text], -missing:]
+            tail = F.pad(torch.cat([shared, tail]), (0, 0, missing - len(shared), 0))
+        return tail[-n:]
 
     def prompt_ids(self, most: int) -> list[list[int]]:
         """The last token ids of each prompt, at most `most`, as `Decoder.text_ids` gives them."""
         return [self.model.text_ids([*self._shared[0].tolist(), *tail][-most:]) for tail in self._tails]
+
+    def _one_of_each_clip(self) -> list[list[int]]:
+        """All texts, as groups that hold at most one text of a clip."""
+        groups: list[list[int]] = []
+        seen: Counter[int] = Counter()
+        for text, clip in enumerate(self._clip_of):
+            if seen[clip] == len(groups):
+                groups.append([])
+            groups[seen[clip]].append(text)
+            seen[clip] += 1
+        return groups
 
     def predict_tokens(self, answers: Sequence[Sequence[int]]) -> list[list[int]]:
         """The model's argmax token at each position of the given answers, given the answer tokens before it."""

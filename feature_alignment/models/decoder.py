@@ -8,8 +8,8 @@ Hidden state t of a text is the state that *emits* token t:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +19,11 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTr
 from feature_alignment.cli.config import Steps
 from feature_alignment.cli.console import UserError, log
 from feature_alignment.inputs.samples import Sample
+from feature_alignment.models import tree_attention
 from feature_alignment.models.fixed import FixedCache
 from feature_alignment.models.fused import unsupported_reason
 from feature_alignment.models.generation import GenerationRules, eos_set, most_likely
+from feature_alignment.models.packed import LinearChoice, best_cpu_linear, pack, packed_product, unsupported
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Decoder:
         self.llama, self.tokenizer, self._encode_prompt, self.read_pixels = llama, tokenizer, encode_prompt, read_pixels
         self._encode_vision, self._splice = encode_vision, splice
         self.num_layers: int = llama.config.num_hidden_layers
-        self.taps = tuple(taps or (self.num_layers,))
+        self.taps: tuple[int, ...] = tuple(taps or (self.num_layers,))
         if list(self.taps) != sorted(set(self.taps)) or not 1 <= self.taps[0] <= self.taps[-1] <= self.num_layers:
             raise UserError(f"--draft_layers {list(self.taps)}: expected ascending layer numbers from 1 to {self.num_layers}.")
         self.settings = settings
@@ -116,6 +118,9 @@ class Decoder:
         self.hidden_size = self.width * len(self.taps)
         # A device map may have put the head elsewhere, with hooks that move its input: the module stays there, its weight is copied.
         self._head_weight = lm_head.weight if device is None else lm_head.weight.detach().to(device)
+        self._lm_head = lm_head
+        self._packed_head: Callable[[Tensor], Tensor] | None = None
+        self.linear = LinearChoice("torch", "not tried", {}, {})
         self.vocab_size = lm_head.weight.shape[0]
         self.steps: Steps = "eager"
         self._fixed: FixedCache | None = None
@@ -142,6 +147,8 @@ class Decoder:
     def restrict_vocabulary(self, rows: int) -> None:
         """Use only the first `rows` ids of the head, so that no mode emits ids for which the drafter has no embedding."""
         self.vocab_size = rows
+        if self._packed_head is not None:
+            self._packed_head = packed_product(self.head_weight)
 
     def use_steps(self, steps: Steps) -> None:
         """Choose how steps run from the next prompt on.
@@ -158,6 +165,27 @@ class Decoder:
         self.steps = steps if reason is None else "eager"
         self._fixed = None if self.steps == "eager" else FixedCache(self.llama, self.taps, self.steps)
 
+    def choose_linear(self) -> LinearChoice:
+        """On a CPU, run the linear layers over packed weights from now on if a trial of about a second says that this is faster."""
+        if self.steps != "eager":
+            self.linear = LinearChoice("torch", f"steps are {self.steps}", {}, {})
+        elif self.linear.kind == "torch":
+            self._set_linear(best_cpu_linear(self.llama, self._lm_head if self.has_own_head else None))
+        return self.linear
+
+    def pack_linear(self) -> None:
+        """Run the linear layers over packed weights wherever they can be packed, without a trial, so that every process does the same."""
+        if self.linear.kind == "torch" and unsupported(self.llama) is None:
+            pack(self.llama)
+            self._set_linear(LinearChoice("packed", "asked for", {}, {}))
+
+    def _set_linear(self, choice: LinearChoice) -> None:
+        self.linear = choice
+        if choice.kind == "packed" and self.has_own_head:
+            self._packed_head = packed_product(self.head_weight)
+            if self.full_model is not None:  # so that transformers' own `generate` runs the same products
+                pack(self.full_model)
+
     @property
     def head_weight(self) -> Tensor:
         """[v, d]: weight of the LM head on the shared ids."""
@@ -166,12 +194,13 @@ class Decoder:
     @property
     def has_own_head(self) -> bool:
         """Whether the model runs to its last layer, so that its own LM head applies."""
-        return self.taps[-1] == self.num_layers
+        return bool(self.taps[-1] == self.num_layers)
 
     @torch.inference_mode()
     def lm_head(self, hidden: Tensor) -> Tensor:
         """Logits [.., v] over the shared ids of post-norm states [.., d]; of several taps only the last is used."""
-        return nn.functional.linear(hidden[..., -self.width :], self.head_weight)
+        hidden = hidden[..., -self.width :]
+        return nn.functional.linear(hidden, self.head_weight) if self._packed_head is None else self._packed_head(hidden)
 
     def encode_prompt(self, question: str) -> Tensor:
         """Prompt ids [s] int64 with vision placeholders; UserError if the prompt exceeds the model's positions."""
@@ -221,7 +250,8 @@ class Decoder:
     @property
     def embeddings(self) -> Tensor:
         """[v, d]: input embeddings of the shared ids."""
-        return self.llama.embed_tokens.weight[: self.vocab_size].detach().to(self.device)
+        weight: Tensor = self.llama.embed_tokens.weight
+        return weight[: self.vocab_size].detach().to(self.device)
 
     def prefill(self, prompts: Sequence[Prompt]) -> State:
         """Read prompts of equal length, vision included. Afterwards `state.last` is h0."""
@@ -269,8 +299,13 @@ class Decoder:
 
     def _forward(self, inputs: dict[str, Tensor], cache: DynamicCache, keep: int | None = None) -> Tensor:
         mask, config = inputs.get("attention_mask"), self.llama.config
-        needs_sdpa = mask is not None and mask.ndim == 4 and config._attn_implementation.startswith("flash")  # flash takes no 4-D mask
-        with _using_sdpa(config) if needs_sdpa else nullcontext():
+        usual = name = config._attn_implementation
+        if mask is not None and mask.ndim == 4:
+            if usual.startswith("flash"):  # flash takes no 4-D mask
+                name = "sdpa"
+            elif usual == "sdpa" and mask.device.type == "cpu":
+                name = tree_attention.NAME
+        with tree_attention.attention(config, name) if name != usual else nullcontext():
             out = self.llama(**inputs, cache=cache, use_cache=True, output_hidden_states=len(self.taps) > 1)
         if len(self.taps) == 1:
             last: Tensor = out.last_hidden_state
@@ -325,12 +360,3 @@ def position_limit(config: PreTrainedConfig) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     scaling = 1.0 if "original_max_position_embeddings" in rope else rope.get("factor") or 1.0  # then the config states the product
     return int(config.max_position_embeddings * scaling)
-
-
-@contextmanager
-def _using_sdpa(config: PreTrainedConfig) -> Iterator[None]:
-    before, config._attn_implementation = config._attn_implementation, "sdpa"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

@@ -263,5 +263,5 @@ def most_likely(rules: Sequence[GenerationRules], logits: Tensor, texts: Sequenc
         texts: n texts emitted so far.
     """
     scores = torch.cat([rule.scores(row, text) for rule, row, text in zip(rules, logits.split(1), texts, strict=True)])
-    tokens: list[int] = scores.argmax(-1).tolist()
+    tokens: list[int] = scores.float().argmax(-1).tolist()
     return tokens

@@ -30,6 +30,7 @@ from feature_alignment.inputs.samples import Sample
 from feature_alignment.inputs.video import NUM_FRAMES, read_frames
 from feature_alignment.models import generation, loading, preprocessing
 from feature_alignment.models.decoder import Decoder, State
+from feature_alignment.models.packed import LinearChoice
 from feature_alignment.storage.processes import check_device
 
 _ANSWER_TOKENS = 64  # for the estimate of the cache
@@ -56,6 +57,10 @@ class Pair:
         self.target.use_steps(steps)
         self.draft.use_steps(steps)
 
+    def choose_linear(self) -> dict[str, LinearChoice]:
+        """Choose the product of both models' linear layers by a trial; see `Decoder.choose_linear`."""
+        return {"target": self.target.choose_linear(), "draft": self.draft.choose_linear()}
+
     def draft_with(self, layers: list[int] | None, cfg: Common) -> Decoder:
         """Load the drafter's checkpoint again with other layers, and with the pair's vocabulary and steps.
 
@@ -68,6 +73,8 @@ class Pair:
     def _adapted(self, draft: Decoder) -> Decoder:
         draft.restrict_vocabulary(self.target.vocab_size)
         draft.use_steps(self.draft.steps)
+        if self.draft.linear.kind == "packed":
+            draft.pack_linear()
         return draft
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from feature_alignment.adapters.chained import ChainedAdapter, Seen, load_chained_adapter, text_batches
+from feature_alignment.adapters.chained import ChainedAdapter, EventKeyValues, load_chained_adapter, text_batches
 from feature_alignment.adapters.folded import FoldedChain
 from feature_alignment.cli.console import print_json_line, print_table, run
 from feature_alignment.storage.files import load_pt
@@ -33,13 +33,13 @@ BLOCK, TIES = 8, 1e-4
 class Unfolded:
     """The chained adapter as it was trained: a predicted state for every draft token, then the target's head."""
 
-    def __init__(self, adapter: ChainedAdapter, head: Tensor, embeddings: Tensor, seen: Seen) -> None:
+    def __init__(self, adapter: ChainedAdapter, head: Tensor, embeddings: Tensor, seen: EventKeyValues) -> None:
         self.adapter, self.head, self.tokens, self.seen = adapter, head, adapter.tokens(embeddings), seen
 
     def step(self, state: Tensor, token: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Read a state [b, d_target] and its token [b]; returns the memory [b, w] and the next predicted state [b, d_target]."""
         memory = self.adapter.read(state[:, None], self.tokens[token][:, None], memory)[:, -1]
-        return memory, self.adapter.expect(memory[:, None], self.seen)[:, 0]
+        return memory, self.adapter.predict(memory[:, None], self.seen)[:, 0]
 
     def logits(self, state: Tensor) -> Tensor:
         return state @ self.head.T
@@ -65,7 +65,7 @@ def cost(name: str, seconds: float) -> dict[str, float]:
     torch.manual_seed(0)
     adapter = ChainedAdapter(d_target, d_event, num_events).eval()
     head, embeddings = torch.randn(vocabulary, d_target) * d_target**-0.5, torch.randn(vocabulary, d_target)
-    seen = adapter.see(torch.randn(1, num_events, d_event))
+    seen = adapter.encode_events(torch.randn(1, num_events, d_event))
     old, new = Unfolded(adapter, head, embeddings, seen), FoldedChain(adapter, head, embeddings)
     context = new.context(seen)
     memory, token = torch.randn(1, adapter.geometry["width"]), torch.tensor([5])
@@ -113,12 +113,12 @@ def differences(outputs: Path, steps: int = 5) -> dict[str, object]:
         n = int(texts.mask.sum()) - 1
         if n < 1:
             continue
-        seen = adapter.see(texts.events)
-        old, context = Unfolded(adapter, head, embeddings, Seen(*(x.expand(n, -1, -1, -1) for x in seen))), new.context(seen)
+        seen = adapter.encode_events(texts.events)
+        old, context = Unfolded(adapter, head, embeddings, EventKeyValues(*(x.expand(n, -1, -1, -1) for x in seen))), new.context(seen)
         context = type(context)(*(x.expand(n, *x.shape[1:]) for x in context))
         memory = adapter.read(texts.states[:, :n], new.tokens[texts.token_ids[:, :n]], None)[0]
         old_memory, new_memory = memory, memory
-        state, z = adapter.expect(memory[:, None], old.seen)[:, 0], new.expect(memory, context)
+        state, z = adapter.predict(memory[:, None], old.seen)[:, 0], new.expect(memory, context)
         same = torch.ones(n, dtype=torch.bool)
         for _ in range(steps):
             a, b = old.logits(state), new.logits(z)

@@ -1,0 +1,161 @@
+"""Packed linear weights on a CPU: the same products, chosen only where they are faster, and left alone where they cannot be made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import as_decoder, prompt_of, tiny_llama
+from torch import nn
+
+from feature_alignment.decoding.plain import greedy
+from feature_alignment.models import packed
+from feature_alignment.models.packed import PackedLinear, best_cpu_linear, pack, packed_product, unsupported
+
+CAN_PACK = unsupported(nn.Linear(8, 8)) is None
+needs_packing = pytest.mark.skipif(not CAN_PACK, reason="this torch or this CPU packs no linear weights")
+TIMES = {"torch": {"1": 2.0, "6": 4.0}, "packed": {"1": 1.0, "6": 1.5}}
+
+
+def timed(monkeypatch, torch_ms, packed_ms):
+    """Let the trial find these times."""
+    monkeypatch.setattr(packed, "_milliseconds", lambda *ways: [torch_ms, packed_ms])
+
+
+def packed_layers(model):
+    return sum(isinstance(module, PackedLinear) for module in model.modules())
+
+
+@pytest.fixture
+def small_layers(monkeypatch):
+    """Layers of the tests' tiny models count as large enough."""
+    monkeypatch.setattr(packed, "SMALLEST", 1)
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (9, 24), (2, 3, 24), (64, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_product_is_torchs_own(dtype, shape, bias):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(24, 40, bias=bias).to(dtype), torch.randn(shape).to(dtype)
+    with torch.inference_mode():
+        wanted, found = linear(x), PackedLinear(linear)(x)
+    assert found.shape == wanted.shape and found.dtype == dtype
+    torch.testing.assert_close(found, wanted, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@needs_packing
+def test_an_input_that_is_a_slice_of_another_is_read_right():
+    torch.manual_seed(0)
+    linear, wide = nn.Linear(24, 40, bias=False), torch.randn(3, 5, 48)
+    with torch.inference_mode():
+        for x in (wide[..., 24:], wide[..., ::2], wide.transpose(0, 1)[..., :24]):
+            torch.testing.assert_close(packed_product(linear.weight)(x), linear(x), atol=1e-6, rtol=1e-5)
+
+
+@needs_packing
+def test_a_packed_decoder_writes_the_same_texts(small_layers, monkeypatch):
+    timed(monkeypatch, TIMES["torch"], TIMES["packed"])
+    usual, other = as_decoder(tiny_llama(0)), as_decoder(tiny_llama(0))
+    assert other.choose_linear().kind == "packed" and packed_layers(other.llama) == 14 and other._packed_head is not None
+    for prompt in (prompt_of(1, 5, 9, 3), prompt_of(1, 7)):
+        assert greedy(other, prompt, 20).token_ids == greedy(usual, prompt, 20).token_ids
+        a, b = usual.prefill([prompt]), other.prefill([prompt])
+        ids = torch.tensor([[4, 8, 15, 16, 23, 42]])
+        torch.testing.assert_close(other.lm_head(other.step(b, ids)), usual.lm_head(usual.step(a, ids)), atol=1e-4, rtol=1e-4)
+
+
+@needs_packing
+def test_an_early_exit_has_no_head_to_pack(small_layers):
+    decoder = as_decoder(tiny_llama(0), [1])
+    decoder.pack_linear()
+    assert decoder.linear.kind == "packed" and packed_layers(decoder.llama) == 7 and decoder._packed_head is None
+
+
+@needs_packing
+def test_a_smaller_vocabulary_packs_its_own_head(small_layers):
+    decoder = as_decoder(tiny_llama(0))
+    decoder.pack_linear()
+    decoder.restrict_vocabulary(9)
+    hidden = torch.randn(2, decoder.width)
+    torch.testing.assert_close(decoder.lm_head(hidden), hidden @ decoder.head_weight.T, atol=1e-5, rtol=1e-5)
+    assert decoder.lm_head(hidden).shape == (2, 9)
+
+
+@needs_packing
+@pytest.mark.parametrize(
+    ("torch_ms", "packed_ms", "kind"), [("torch", "packed", "packed"), ("packed", "torch", "torch"), ("torch", "torch", "torch")]
+)
+def test_the_faster_product_is_chosen_and_the_choice_says_why(small_layers, monkeypatch, torch_ms, packed_ms, kind):
+    timed(monkeypatch, TIMES[torch_ms], TIMES[packed_ms])
+    llama = tiny_llama(0).model
+    choice = best_cpu_linear(llama)
+    assert choice.kind == kind and (packed_layers(llama) > 0) is (kind == "packed")
+    assert (
+        choice.to_json()["torch_ms"] == TIMES[torch_ms] and choice.to_json()["packed_ms"] == TIMES[packed_ms] and "faster" in choice.reason
+    )
+
+
+def test_a_torch_without_the_operators_keeps_its_own_product(small_layers, monkeypatch):
+    def missing(weight, bias=None):
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
+
+    monkeypatch.setattr(packed, "unsupported", lambda model: None)
+    monkeypatch.setattr(packed, "packed_product", missing)
+    decoder = as_decoder(tiny_llama(0))
+    choice = decoder.choose_linear()
+    assert choice.kind == "torch" and "_reorder_linear_weight" in choice.reason and not packed_layers(decoder.llama)
+    assert greedy(decoder, prompt_of(1, 5), 4).token_ids
+
+
+def test_weights_that_no_cpu_kernel_reads_are_left_alone():
+    half, other = nn.Linear(8, 8).half(), nn.Linear(8, 8).double()
+    assert "float16" in unsupported(half) and "float64" in unsupported(other)
+    assert "CPU" in unsupported(nn.Linear(8, 8, device="meta"))
+    assert best_cpu_linear(half).kind == "torch" and best_cpu_linear(half).torch_ms == {}
+
+
+def test_steps_over_a_fixed_cache_keep_torchs_product():
+    decoder = as_decoder(tiny_llama(0))
+    decoder.use_steps("graphs")
+    assert decoder.choose_linear().kind == "torch" and "graphs" in decoder.linear.reason and not packed_layers(decoder.llama)
+
+
+@needs_packing
+def test_packing_leaves_weights_names_and_ties_as_they_are(small_layers):
+    model = tiny_llama(0)
+    before = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    pack(model)
+    assert {name: value.data_ptr() for name, value in model.state_dict().items()} == before
+    assert packed_layers(model) == 15 and type(model.lm_head) is PackedLinear
+    pack(model)  # a second time changes nothing
+    assert packed_layers(model) == 15
+
+
+def test_a_copy_that_does_not_fit_into_memory_is_not_made(small_layers, monkeypatch):
+    model = nn.Sequential(nn.Linear(1024, 1024))
+    monkeypatch.setattr(packed.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 5 << 20}))
+    assert unsupported(model) == "a packed copy takes 4 MiB and 5 MiB are free"
+    monkeypatch.setattr(packed.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 6 << 20}))
+    assert "MiB" not in (unsupported(model) or "")
+
+
+def test_the_trial_takes_the_best_of_several_turns(monkeypatch):
+    """A busy machine in the first turn, which slows one way down, does not decide."""
+    now, turns = [0.0], []
+    monkeypatch.setattr(packed, "TRIAL_SECONDS", 0.0)
+    monkeypatch.setattr(packed.time, "perf_counter", lambda: now[0])
+
+    class Timed(nn.Linear):
+        milliseconds = 1.0
+
+        def forward(self, x):
+            turns.append(self.milliseconds)
+            busy = len(turns) <= 2
+            now[0] += self.milliseconds * (1e-2 if busy else 1e-3)
+            return x
+
+    fast, slow = Timed(4, 4), Timed(4, 4)
+    slow.milliseconds = 2.0
+    assert packed._milliseconds([fast, fast], [slow]) == [{"1": 2.0, "6": 2.0}, {"1": 2.0, "6": 2.0}]
+    assert turns[:6] == [1.0, 1.0, 2.0] * 2 and len(turns) == 3 * 2 * packed.MIN_ROUNDS
