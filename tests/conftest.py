@@ -17,8 +17,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from feature_alignment.cli.config import SCRIPTS
-from feature_alignment.models.decoder import Decoder, Prompt
+from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.preprocessing import load_tokenizer
+from feature_alignment.models.state import Prompt
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]

@@ -29,7 +29,8 @@ from feature_alignment.decoding.proposers import ChainedProposer, Draft, ModelPr
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
-from feature_alignment.models.decoder import Decoder, State
+from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.state import State
 
 ERROR = 1e-4
 VOCAB, TEMPERATURE, LENGTH = 6, 1.3, 3

@@ -13,7 +13,8 @@ from feature_alignment.adapters.tables import question_number
 from feature_alignment.decoding.proposers import Draft, Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import Selected
-from feature_alignment.models.decoder import Decoder, Prompt
+from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.state import Prompt
 
 Proposed = list[tuple[int, int]]
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from feature_alignment.decoding.proposers import Draft, Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
-from feature_alignment.models.decoder import Prompt
+from feature_alignment.models.state import Prompt
 
 Text = tuple[str, Sequence[int]]  # question, token ids up to EOS
 

@@ -19,7 +19,8 @@ from transformers import DynamicCache
 from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
-from feature_alignment.models.decoder import Decoder, Prompt, State
+from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.state import Prompt, State
 
 
 @dataclass

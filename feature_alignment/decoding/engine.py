@@ -25,7 +25,8 @@ from feature_alignment.decoding.proposers import Draft, Proposer
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
-from feature_alignment.models.decoder import Decoder, Prompt, State
+from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.state import Prompt, State
 
 
 def speculate(
@@ -309,8 +310,6 @@ class Speculation:
         self.passes += len(hidden)
         if record:
             self.rounds += [Round([], [], [], None, token, False, {}, "off") for token in self.emitted[first:]]
-
-    # ---- bookkeeping
 
     def _start_drafter(self, reading: Future[None] | None) -> None:
         """Let the drafter read its prompt, or wait until the second thread has read it."""

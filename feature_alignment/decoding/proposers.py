@@ -14,8 +14,9 @@ from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.folded import EventContext, FoldedChain
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import Selected, TokenSelector
-from feature_alignment.models.decoder import Decoder, Prompt, State
+from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.fixed import captured
+from feature_alignment.models.state import Prompt, State
 
 BLOCK_LENGTHS = (4, 8, 16, 24, 32)  # of a whole block at a confidence floor; few, because each is one CUDA graph
 

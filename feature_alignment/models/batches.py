@@ -24,8 +24,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from feature_alignment.inputs.samples import Sample
-from feature_alignment.models.decoder import Decoder, State
+from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.generation import most_likely
+from feature_alignment.models.state import State
 
 _PADDING = -1  # text number of padding tokens
 
@@ -107,21 +108,10 @@ class ClipBatch:
         for texts in self._one_of_each_clip():
             room = max(len(tails[text]) for text in texts)
             read = _Texts(self.model, self._state, self._clip_of, room).read([tails[text] for text in texts], texts)
-            found |= {text: self._last(text, states, before + len(answers[text])).cpu() for text, states in zip(texts, read, strict=True)}
+            for text, states in zip(texts, read, strict=True):
+                full, wanted = torch.cat([self._prompt_end(self._clip_of[text], before), states]), before + len(answers[text])
+                found[text] = F.pad(full, (0, 0, max(0, wanted - len(full)), 0))[-wanted:].cpu()
         return [found[text] for text in range(len(tails))]
-
-    def _last(self, text: int, tail: Tensor, n: int) -> Tensor:
-        """The last n states of a text [n, d], from those on its tail and, where these are too few, on the prompt that it shares."""
-        missing = n - len(tail)
-        if missing > 0:
-            assert self._state.prompt is not None  # prefilled by this model, which reads one layer
-            shared = self._state.prompt[self._clip_of[text], -missing:]
-            tail = F.pad(torch.cat([shared, tail]), (0, 0, missing - len(shared), 0))
-        return tail[-n:]
-
-    def prompt_ids(self, most: int) -> list[list[int]]:
-        """The last token ids of each prompt, at most `most`, as `Decoder.text_ids` gives them."""
-        return [self.model.text_ids([*self._shared[0].tolist(), *tail][-most:]) for tail in self._tails]
 
     def _one_of_each_clip(self) -> list[list[int]]:
         """All texts, as groups that hold at most one text of a clip."""
@@ -133,6 +123,17 @@ class ClipBatch:
             groups[seen[clip]].append(text)
             seen[clip] += 1
         return groups
+
+    def _prompt_end(self, clip: int, most: int) -> Tensor:
+        """The last states [n, d], at most `most`, on the prompt that all questions about a clip share."""
+        if not most:
+            return self._state.last.new_empty(0, self.model.hidden_size)
+        assert self._state.prompt is not None  # prefilled by this model, which reads one layer
+        return self._state.prompt[clip, -most:]
+
+    def prompt_ids(self, most: int) -> list[list[int]]:
+        """The last token ids of each prompt, at most `most`, as `Decoder.text_ids` gives them."""
+        return [self.model.text_ids([*self._shared[0].tolist(), *tail][-most:]) for tail in self._tails]
 
     def predict_tokens(self, answers: Sequence[Sequence[int]]) -> list[list[int]]:
         """The model's argmax token at each position of the given answers, given the answer tokens before it."""

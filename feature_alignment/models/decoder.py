@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from feature_alignment.cli.config import Steps
 from feature_alignment.cli.console import UserError, log
@@ -24,45 +23,7 @@ from feature_alignment.models.fixed import FixedCache
 from feature_alignment.models.fused import unsupported_reason
 from feature_alignment.models.generation import GenerationRules, eos_set, most_likely
 from feature_alignment.models.packed import LinearChoice, best_cpu_linear, pack, packed_product, unsupported
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A sample ready for one model.
-
-    Args:
-        ids: [s] int64, prompt tokens with vision placeholders.
-        pixels: [t, 3, h, w] float32, normalized video frames or event images.
-        question: Text of the question.
-    """
-
-    ids: Tensor
-    pixels: Tensor
-    question: str = ""
-
-
-@dataclass
-class State:
-    """Progress of a decoder in a batch of texts.
-
-    Args:
-        cache: Keys and values of all positions read.
-        last: [b, d], hidden state on the last token read.
-        length: Number of positions read.
-        ids: [b, s] int64, prompt tokens.
-        prompt: [b, s, d], hidden states on the prompt, of a decoder that reads one layer.
-    """
-
-    cache: DynamicCache | FixedCache
-    last: Tensor
-    length: int
-    ids: Tensor | None = None
-    prompt: Tensor | None = None
-
-    def prompt_states(self, row: int = 0) -> Tensor:
-        """[s, d], the hidden states on the prompt of one row."""
-        assert self.prompt is not None  # the target reads its last layer only
-        return self.prompt[row]
+from feature_alignment.models.state import Prompt, State, position_limit
 
 
 class Decoder:
@@ -153,8 +114,7 @@ class Decoder:
     def use_steps(self, steps: Steps) -> None:
         """Choose how steps run from the next prompt on.
 
-        Captured steps need a single prompt and layers that `fused` supports. Batches of prompts run eagerly, and so does a model whose
-        layers are not supported, with a warning; `steps` then stays "eager".
+        Captured steps need a single prompt and layers that `fused` supports. Batches, and models with other layers, run eagerly.
 
         Args:
             steps: "eager", "graphs" (CUDA graphs over a fixed cache) or "compiled" (also fused by torch.compile).
@@ -353,10 +313,3 @@ class Decoder:
         """
         first = state.last[:, None]
         return first if token_ids.shape[1] == 1 else torch.cat([first, self.step(state, token_ids[:, :-1])], dim=1)
-
-
-def position_limit(config: PreTrainedConfig) -> int:
-    """The number of positions a text may have: the config's value times the scaling factor of its rotary embedding."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    scaling = 1.0 if "original_max_position_embeddings" in rope else rope.get("factor") or 1.0  # then the config states the product
-    return int(config.max_position_embeddings * scaling)
