@@ -122,12 +122,16 @@ def profile_of(
     """
     rounds = [_drafted(generations) for generations in runs.generations]
     every = [r for some in rounds for r in some]
+
+    def accepted_at(i: int) -> Callable[[Round], float]:
+        return lambda r: float(r.num_accepted > i)
+
+    def reached_at(i: int) -> Callable[[Round], float]:
+        return lambda r: float(r.num_accepted >= i and len(r.proposed) > i)
+
     positions = range(num_draft_tokens)
-    marginal = [_rate(rounds, clips, lambda r, i=i: r.num_accepted > i, lambda r: 1) for i in positions]
-    conditional = [
-        _rate(rounds, clips, lambda r, i=i: r.num_accepted > i, lambda r, i=i: r.num_accepted >= i and len(r.proposed) > i)
-        for i in positions
-    ]
+    marginal = [_rate(rounds, clips, accepted_at(i), lambda r: 1) for i in positions]
+    conditional = [_rate(rounds, clips, accepted_at(i), reached_at(i)) for i in positions]
     lengths = Counter(r.num_accepted for r in every)
     accepted = sum(r.num_accepted for r in every)
     return SpeculationProfile(

@@ -18,6 +18,7 @@ import multiprocessing
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     from feature_alignment.cli.console import run_module
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from feature_alignment.demo import cameras, language_world
 from feature_alignment.demo.language_models import (

@@ -9,6 +9,7 @@ repeat itself. Spaces in front of the description do not: the first six frames s
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
