@@ -136,9 +136,8 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[Row], eos_ids: Se
     with torch.device("meta"):
         at_7b = token_adapter.TokenAdapter(*LAYOUT_7B).num_parameters
     width = max(len(r["vl_tokens"]) for r in rows)
-    correct = torch.nn.functional.pad(
-        token_adapter.token_matches(model, rows, min(eos_ids, default=0)), (0, max(0, width - text.shape[1]))
-    )[:, :width]
+    matches = token_adapter.token_matches(model, rows, min(eos_ids, default=0))
+    correct = torch.nn.functional.pad(matches, (0, max(0, width - text.shape[1])))[:, :width]
     report = verified(correct, rows, cfg.num_draft_tokens, eos_ids, model.num_parameters)
     return replace(report, params_7b=at_7b, overhead_ms=ms, seconds=meta["seconds"])
 
