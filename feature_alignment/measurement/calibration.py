@@ -42,7 +42,7 @@ class ScoredPositions:
     weight: float = 1.0
 
     def excess(self, threshold: float, epsilon: float) -> NDArray[np.float64]:
-        """z of each clip, Σ weight · accepted · (wrong - ε), in the order of clip names: [clips] float64."""
+        """Sum z of each clip, Σ weight · accepted · (wrong - ε), in the order of clip names: [clips] float64."""
         _, index = np.unique(np.asarray(self.clip), return_inverse=True)
         return np.bincount(index, self.weight * (self.score > threshold) * (self.wrong - epsilon))
 
