@@ -23,7 +23,7 @@ from torch import Tensor, nn
 TOKENS = (1, 6)  # tokens per forward in the trial: a step of plain decoding, a verification of five draft tokens
 TRIAL_BYTES = 256 << 20  # of weights in the trial, beyond what a CPU caches
 TRIAL_SECONDS, MIN_ROUNDS = 1.0, 3
-WORTHWHILE = 0.95  # of torch's time, above which packing is not worth its memory
+WORTHWHILE = 0.8  # of torch's time, above which packing is not worth its memory and a choice that changes from run to run
 SMALLEST = 1 << 14  # weights of a layer below which a call costs more than its product
 FREE_MEMORY = 0.7  # of what is free, the most that a packed copy may take
 LAYOUT_TOKENS = 9  # for which oneDNN chooses the layout
