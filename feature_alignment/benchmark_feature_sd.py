@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_alignment.cli.advice import command_for
-from feature_alignment.cli.config import Common, Steps, parse_config
+from feature_alignment.cli.config import Common, StepsSetting, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, run
 
 if TYPE_CHECKING:
@@ -44,8 +44,10 @@ class BenchmarkConfig(Common):
         planted_acceptance: measure wall clock alone, with drafts kept by chance at these rates instead of by what they say: for a pair
             with --random_weights, whose text is noise; untrained adapters will do. Writes planted.json, judges no target
         max_new_tokens: longest answer, EOS included
-        steps: how models step: eager; graphs = over caches of a fixed size, recorded once and replayed (CUDA graphs; on
-            other devices only the fixed size); compiled = recorded steps that torch.compile has fused, after a minute of compiling
+        steps: how models step: auto = compiled on a GPU, eager on a CPU; eager; graphs = CUDA graphs over caches of a fixed size (on
+            other devices the fixed cache alone); compiled = also fused by torch.compile, after a minute of compiling
+        draft_vocabulary: the chained adapter drafts only this many token ids, the most frequent ones of the training answers; the text
+            stays the same, because Video-LLaVA may emit any id. Default: all ids
         assistant_layers: how many of Video-LLaVA's own layers assist transformers' generate, for comparison
         repeats: timed runs of every method on every prompt
         warmup: prompts run before, untimed
@@ -59,7 +61,8 @@ class BenchmarkConfig(Common):
     exit_adapters: list[Path] = dataclasses.field(default_factory=list)
     planted_acceptance: list[float] = dataclasses.field(default_factory=list)
     max_new_tokens: int = 64
-    steps: Steps = "eager"
+    steps: StepsSetting = "auto"
+    draft_vocabulary: int | None = None
     assistant_layers: int = 1
     repeats: int = 3
     warmup: int = 3
@@ -180,7 +183,7 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: dict[str
     pair = load_pair(cfg)
     pair.use_steps(cfg.steps)
     pair.choose_linear()
-    sources = Sources(pair, cfg, cfg.train_split)
+    sources = Sources(pair, cfg, cfg.train_split, draft_vocabulary=cfg.draft_vocabulary)
     exits = dict(sources.load_exit_drafter(path) for path in cfg.exit_adapters)
     if len(exits) < len(cfg.exit_adapters):
         raise UserError(f"--exit_adapters: {len(cfg.exit_adapters)} files read layers {sorted(exits)}; wanted one for each layer.")
@@ -218,7 +221,9 @@ def results_of(
     plain = plain_report(measurements, fastest)
     baselines = [plain, *(generate_report(measurements, fastest, name) for name in names)]
     dtype = setup.pair.target.head_weight.dtype
-    in_use = targets.adapter_in_use(best_row, setup.sources.adapter, setup.chained, acceptance, cost, cfg.device, dtype, cfg.steps)
+    in_use = targets.adapter_in_use(
+        best_row, setup.sources.adapter, setup.chained, acceptance, cost, cfg.device, dtype, setup.pair.draft.steps
+    )
     contents = {
         "baselines": baselines,
         "rows": rows,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from feature_alignment.cli.config import Common, Steps, parse_config
+from feature_alignment.cli.config import Common, StepsSetting, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, print_table, run
 
 if TYPE_CHECKING:
@@ -59,8 +59,10 @@ class InferenceConfig(Common):
         min_new_tokens: shortest answer
         repetition_penalty: above 1, tokens of prompt and answer become less likely
         stop: the answer also ends with the first of these strings
-        steps: how models step: eager; graphs = CUDA graphs over a cache of fixed size (on other devices the fixed cache alone);
-            compiled = also fused by torch.compile, which takes a minute
+        steps: how models step: auto = compiled on a GPU, eager on a CPU; eager; graphs = CUDA graphs over a cache of fixed size (on
+            other devices the fixed cache alone); compiled = also fused by torch.compile, which takes a minute
+        draft_vocabulary: the chained adapter drafts only this many token ids, the most frequent ones of the training answers; the text
+            stays the same, because Video-LLaVA may emit any id. Default: all ids
         verbose: print every round with its milliseconds per stage and the reason why drafting stopped, in color on a terminal
     """
 
@@ -84,7 +86,8 @@ class InferenceConfig(Common):
     min_new_tokens: int | None = None
     repetition_penalty: float | None = None
     stop: list[str] | None = None
-    steps: Steps = "eager"
+    steps: StepsSetting = "auto"
+    draft_vocabulary: int | None = None
     verbose: bool = False
 
 
@@ -144,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     pair.choose_linear()
     flags = {name: getattr(cfg, name) for name in ("top_p", "top_k", "min_p", "min_new_tokens", "repetition_penalty")}
     pair.target.settings = with_flags(pair.target.settings, **flags, stop_strings=cfg.stop)
-    sources = Sources(pair, cfg, cfg.train_split)
+    sources = Sources(pair, cfg, cfg.train_split, draft_vocabulary=cfg.draft_vocabulary)
     generation, alone = decode_both_ways(cfg, pair, sources, sample)
     files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, **sources.files(cfg.draft)}
     made_from = files | {"clip": [sample.events, sample.video]}

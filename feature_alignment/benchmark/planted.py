@@ -17,7 +17,7 @@ from torch import Tensor
 from feature_alignment.benchmark import speed_model, timing
 from feature_alignment.benchmark.rows import Mode, answering, speeds
 from feature_alignment.benchmark.timing import Timed
-from feature_alignment.cli.config import Common, Steps
+from feature_alignment.cli.config import Common, StepsSetting
 from feature_alignment.cli.console import markdown_table, print_table, progress, rate_text
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.generation import Generation
@@ -42,7 +42,7 @@ def kept_by_chance(rate: float, seed: int, device: torch.device) -> Callable[...
 @torch.inference_mode()
 def run(
     cfg: Common,
-    steps: Steps,
+    steps: StepsSetting,
     samples: Sequence[Sample],
     drafters: Sequence[str],
     gammas: Sequence[int],
