@@ -46,8 +46,8 @@ class BenchmarkConfig(Common):
         max_new_tokens: longest answer, EOS included
         steps: how models step: auto = compiled on a GPU, eager on a CPU; eager; graphs = CUDA graphs over caches of a fixed size (on
             other devices the fixed cache alone); compiled = also fused by torch.compile, after a minute of compiling
-        draft_vocabulary: the chained adapter drafts only this many token ids, the most frequent ones of the training answers; the text
-            stays the same, because Video-LLaVA may emit any id. Default: all ids
+        draft_vocabulary: chained drafts only this many token ids, those most frequent in training answers, which makes the head
+            cheaper and changes no text (default: all)
         assistant_layers: how many of Video-LLaVA's own layers assist transformers' generate, for comparison
         repeats: timed runs of every method on every prompt
         warmup: prompts run before, untimed

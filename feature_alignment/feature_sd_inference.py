@@ -15,21 +15,20 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from feature_alignment.cli.config import Common, StepsSetting, parse_config
+from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import UserError, print_json_line, print_table, run
+from feature_alignment.decoding.settings import DecodingConfig
 
 if TYPE_CHECKING:
     from feature_alignment.decoding.generation import Generation
-    from feature_alignment.decoding.sources import Sources
+    from feature_alignment.decoding.speculative_pair import SpeculativePair
     from feature_alignment.inputs.samples import Sample
-    from feature_alignment.models.decoder import Decoder
-    from feature_alignment.models.pair import Pair
 
 
 @dataclass(frozen=True)
-class InferenceConfig(Common):
+class InferenceConfig(DecodingConfig):
     """Decode one answer speculatively, show every round, and compare it with plain decoding.
 
     Reads both checkpoints, files of the drafter and one sample; writes sd/<sample id>.json.
@@ -40,29 +39,6 @@ class InferenceConfig(Common):
         events: event file to use instead of a sample's, together with --video and --question
         video: video file or folder of frames to use instead of a sample's
         question: question about them
-        draft: drafter: own = EventGPT's own tokens; aligned = its adapted states through the target's head; chained = the chained adapter
-            from the target's last state; ngram, template, lookup and previous read no image; hybrid = ngram where it is confident,
-            else chained (aligned where no chained adapter has been trained)
-        train_split: split whose answers ngram, template and previous are built from
-        accept: token is lossless; feature and relaxed accept draft tokens by cosine
-        threshold: cosine above which feature and relaxed accept a draft token
-        num_draft_tokens: draft tokens per round; with --adaptive the maximum
-        adaptive: choose the draft length of each round by expected gain and cost, down to no drafting at all
-        overlap: prefill EventGPT in a thread of its own while Video-LLaVA prefills; needs a second core
-        max_new_tokens: longest answer, EOS included
-        temperature: above 0 the answer is sampled from the same distribution as from Video-LLaVA alone; --accept token only. The same
-            --seed gives the same answer; with --adaptive it is the answer of Video-LLaVA alone, at a somewhat lower acceptance
-        top_p: sample from the most likely tokens with this total probability; this flag and the next five default to the checkpoint's
-            generation_config.json
-        top_k: sample from this many of the most likely tokens
-        min_p: sample from tokens with at least this fraction of the most likely token's probability
-        min_new_tokens: shortest answer
-        repetition_penalty: above 1, tokens of prompt and answer become less likely
-        stop: the answer also ends with the first of these strings
-        steps: how models step: auto = compiled on a GPU, eager on a CPU; eager; graphs = CUDA graphs over a cache of fixed size (on
-            other devices the fixed cache alone); compiled = also fused by torch.compile, which takes a minute
-        draft_vocabulary: the chained adapter drafts only this many token ids, the most frequent ones of the training answers; the text
-            stays the same, because Video-LLaVA may emit any id. Default: all ids
         verbose: print every round with its milliseconds per stage and the reason why drafting stopped, in color on a terminal
     """
 
@@ -71,23 +47,6 @@ class InferenceConfig(Common):
     events: Path | None = None
     video: Path | None = None
     question: str | None = None
-    draft: Literal["own", "aligned", "chained", "hybrid", "ngram", "template", "lookup", "previous"] = "aligned"
-    train_split: str = "train"
-    accept: Literal["token", "feature", "relaxed"] = "token"
-    threshold: float = 0.9
-    num_draft_tokens: int = 5
-    adaptive: bool = False
-    overlap: bool = False
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    min_new_tokens: int | None = None
-    repetition_penalty: float | None = None
-    stop: list[str] | None = None
-    steps: StepsSetting = "auto"
-    draft_vocabulary: int | None = None
     verbose: bool = False
 
 
@@ -136,27 +95,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sample = choose_sample(cfg)
     out = cfg.out / "sd" / f"{sample.id}.json"
     check_writable(out)
-    from feature_alignment.decoding.sources import Sources
-    from feature_alignment.models.generation import with_flags
-    from feature_alignment.models.pair import load_pair
+    from feature_alignment.decoding.speculative_pair import SpeculativePair
     from feature_alignment.storage.artifacts import provenance
     from feature_alignment.storage.files import write_hashed_json
 
-    pair = load_pair(cfg)
-    pair.use_steps(cfg.steps)
-    pair.choose_linear()
-    flags = {name: getattr(cfg, name) for name in ("top_p", "top_k", "min_p", "min_new_tokens", "repetition_penalty")}
-    pair.target.settings = with_flags(pair.target.settings, **flags, stop_strings=cfg.stop)
-    sources = Sources(pair, cfg, cfg.train_split, draft_vocabulary=cfg.draft_vocabulary)
-    generation, alone = decode_both_ways(cfg, pair, sources, sample)
-    files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, **sources.files(cfg.draft)}
+    pair = SpeculativePair(cfg)
+    generation, alone = decode_both_ways(pair, sample)
+    files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, **pair.sources.files(cfg.draft)}
     made_from = files | {"clip": [sample.events, sample.video]}
     result = {
         "meta": provenance("feature_sd_inference", cfg, made_from),
         "sample": {"id": sample.id, "question": sample.question, "events": str(sample.events), "video": str(sample.video)},
-        "text": _text(pair.target, generation.token_ids),
+        "text": pair.text_of(generation.token_ids),
         **generation.to_json(),
-        "plain_text": _text(pair.target, alone.token_ids),
+        "plain_text": pair.text_of(alone.token_ids),
         "plain_ms": alone.total_ms,
         # Two sampled answers can only be compared if they share their noise.
         "exact_match": generation.token_ids == alone.token_ids if not cfg.temperature or cfg.adaptive else None,
@@ -170,46 +122,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return result
 
 
-def decode_both_ways(cfg: InferenceConfig, pair: Pair, sources: Sources, sample: Sample) -> tuple[Generation, Generation]:
+def decode_both_ways(pair: SpeculativePair, sample: Sample) -> tuple[Generation, Generation]:
     """Decode the answer speculatively and by the target alone, each twice: the first run warms up and trains the adaptive draft length.
 
     Args:
-        cfg: Settings.
-        pair: Both models.
-        sources: Drafters by name.
+        pair: Both models and the drafter.
         sample: Clip and question.
 
     Returns:
         The speculative generation and the plain one, both of the second run.
     """
-    from feature_alignment.decoding.draft_length import DraftLengthController
-    from feature_alignment.decoding.engine import speculate
-    from feature_alignment.decoding.plain import decode_plainly
-    from feature_alignment.decoding.sampling import Sampler
-
-    sampler = Sampler(cfg.temperature, cfg.seed, pair.target.device, shared_noise=cfg.adaptive) if cfg.temperature else None
-    proposer = sources.open(cfg.draft, cfg.accept != "token")
-    prompt, draft_prompt = pair.target.prepare(sample), pair.draft.prepare(sample)
-    controller = DraftLengthController(sources.known_acceptance(cfg.draft)) if cfg.adaptive else None
+    prompts = pair.prepare(sample)
     for _ in range(2):
-        if sampler is not None:
-            sampler.restart(cfg.seed)
-        alone = decode_plainly(pair.target, prompt, cfg.max_new_tokens, sampler)
-        if sampler is not None:
-            sampler.restart(cfg.seed)
-        generation = speculate(
-            pair.target,
-            proposer,
-            prompt,
-            draft_prompt,
-            accept=cfg.accept,
-            threshold=cfg.threshold,
-            num_draft_tokens=cfg.num_draft_tokens,
-            max_new_tokens=cfg.max_new_tokens,
-            sampler=sampler,
-            controller=controller,
-            overlap=cfg.overlap,
-        )
+        alone = pair.decode_plainly(prompts)
+        generation = pair.decode(prompts)
     return generation, alone
 
 
@@ -233,11 +159,6 @@ def print_summary(result: dict[str, Any], generation: Generation, alone: Generat
             "written": str(out),
         }
     )
-
-
-def _text(target: Decoder, token_ids: list[int]) -> str:
-    text: str = target.tokenizer.decode(token_ids, skip_special_tokens=True)
-    return text
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def test_one_of_several_layers_is_read(tmp_path):
     read = load_hidden_states(tmp_path / "a", [4])
     assert (read.draft[0, :2] == 4).all() and read.meta["draft_layers"] == [4] and read.meta["draft_norm"] == "post"
     for layers in (None, [3], [2, 4]):
-        with pytest.raises(UserError, match=r"layers \[2, 4\] apart"):
+        with pytest.raises(UserError, match=r"layers \[2, 4\] separately"):
             load_hidden_states(tmp_path / "a", layers)
 
 
@@ -506,7 +506,7 @@ def test_shards_make_the_whole_in_the_manifests_order(tmp_path):
     with pytest.raises(UserError, match=r"lacks train.shard-2-of-2"):
         merge(tmp_path)
     second = shard(tmp_path, 2, [4, 1, 2])
-    with pytest.raises(UserError, match=r"vl_lm_head.pt is not there"):
+    with pytest.raises(UserError, match=r"vl_lm_head.pt is missing"):
         merge(tmp_path)
     save_pt(tmp_path / "vl_lm_head.pt", torch.ones(2))
     with pytest.raises(UserError, match=r"hold 5 samples, the manifest 4; 0 of these differ\."):
@@ -557,7 +557,7 @@ def test_a_shard_is_one_of_several(text, found):
         with pytest.raises(UserError, match=r"--shard wants i/n with i from 1 to n"):
             parse_shard(wrong, False)
     assert parse_shard(None, True) == (1, 1)
-    with pytest.raises(UserError, match="no --merge beside it"):
+    with pytest.raises(UserError, match="and no --merge"):
         parse_shard("1/3", True)
 
 

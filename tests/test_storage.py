@@ -100,14 +100,14 @@ def test_a_torch_file_holds_one_program_once_and_unpacked(tmp_path, monkeypatch)
     for more in ([("good/other.pkl", b"N.")], [("good/data/0", b"twice")]):
         with pytest.raises(pickle.UnpicklingError, match=r"wanted one data\.pkl"):
             check_pt(torch_file(tmp_path / "good.pt", more=more))
-    with pytest.raises(pickle.UnpicklingError, match="packed"):
+    with pytest.raises(pickle.UnpicklingError, match="compressed"):
         check_pt(torch_file(tmp_path / "good.pt", compression=zipfile.ZIP_DEFLATED))
     with zipfile.ZipFile(torch_file(good)) as archive:
         size = next(m.file_size for m in archive.infolist() if m.filename.endswith("data.pkl"))
     monkeypatch.setattr(pickles, "MAX_PT_PICKLE", size)
     check_pt(good)
     monkeypatch.setattr(pickles, "MAX_PT_PICKLE", size - 1)
-    with pytest.raises(pickle.UnpicklingError, match="packed, or larger"):
+    with pytest.raises(pickle.UnpicklingError, match="compressed, or larger"):
         check_pt(good)
 
 
@@ -420,7 +420,7 @@ def test_a_torch_file_is_mapped_not_read(tmp_path):
 @pytest.mark.parametrize("layers", [None, [], (1, 2), ["1"], [1, True], [1, 2.0], 3])
 def test_an_adapter_says_which_layers_it_reads(tmp_path, layers):
     assert trained_layers(tmp_path, {"draft_layers": [1, 3]}, "train it") == [1, 3]
-    with pytest.raises(UserError, match=r"(?s)does not say which of EventGPT's layers it reads.*train it"):
+    with pytest.raises(UserError, match=r"(?s)does not record which of EventGPT's layers it reads.*train it"):
         trained_layers(tmp_path, {} if layers is None else {"draft_layers": layers}, "train it")
 
 

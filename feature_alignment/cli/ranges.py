@@ -51,6 +51,7 @@ RANGES = {
     "cosine_weight": _WEIGHT,
     "contrast": Range(0.001, 100),
     "delta": Range(0, 1, is_open=True),
+    "draft_vocabulary": Range(1, 2**22),
     "draft_layers": Range(1, 1024),
     "duration_ms": Range(0.001, 1e12),
     "epsilon": Range(0, 1, is_open=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class Sources:
         self, pair: Pair, cfg: Common, train_split: str = "train", untrained: bool = False, draft_vocabulary: int | None = None
     ) -> None:
         self._pair, self._cfg, self._untrained, self._draft_vocabulary = pair, cfg, untrained, draft_vocabulary
+        self._acceptance: dict[str, float | None] = {}  # of adapters that were given
         self.texts_path = cfg.out / "token_pairs" / f"{train_split}.json"
         self.adapter_path = cfg.out / "adapter" / "adapter.pt"
         self.chained_path = cfg.out / "chained_adapter" / "adapter.pt"
@@ -60,6 +62,28 @@ class Sources:
         else:
             adapter = load_chained_adapter(self.chained_path, draft.taps)[0]
         return adapter.to(target.device, target.head_weight.dtype)
+
+    def use_adapter(self, adapter: HiddenAdapter | ChainedAdapter, meta: dict[str, Any]) -> None:
+        """Use this adapter instead of the one under the output directory.
+
+        Args:
+            adapter: hidden or chained
+            meta: of the adapter
+
+        Raises:
+            UserError: it does not fit the pair's layers or widths
+        """
+        pair, geometry = self._pair, adapter.geometry
+        reads = geometry["d_draft"] if isinstance(adapter, HiddenAdapter) else geometry["d_event"]
+        width = pair.draft.hidden_size if isinstance(adapter, HiddenAdapter) else pair.draft.width
+        if (reads, geometry["d_target"]) != (width, pair.target.hidden_size):
+            raise UserError(
+                f"the adapter maps states of width {reads} to {geometry['d_target']}; "
+                f"the states of this pair have widths {width} and {pair.target.hidden_size}."
+            )
+        name = "adapter" if isinstance(adapter, HiddenAdapter) else "chained_adapter"
+        self.__dict__[name] = adapter.to(pair.target.device, pair.target.head_weight.dtype)  # in place of the cached property
+        self._acceptance["aligned" if name == "adapter" else "chained"] = meta.get("validation", {}).get("token_match")
 
     @cached_property
     def texts(self) -> list[tuple[str, list[int]]]:
@@ -162,6 +186,8 @@ class Sources:
     def known_acceptance(self, name: str) -> float | None:
         """Share of a drafter's correct draft tokens on the clips its adapter was validated on; None where no adapter records it."""
         name = self._hybrid_model if name == "hybrid" else name
+        if name in self._acceptance:
+            return self._acceptance[name]
         path = {"aligned": self.adapter_path, "chained": self.chained_path}.get(name)
         if path is None:
             return None

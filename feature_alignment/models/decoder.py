@@ -147,7 +147,7 @@ class Decoder:
         """Choose how steps run from the next prompt on.
 
         Captured steps need a single prompt and layers that `fused` supports. Batches of prompts run eagerly, and so does a model whose
-        layers are not supported, with a warning that the report repeats; `steps` is then "eager".
+        layers are not supported, with a warning that `fixed.eager_fallbacks` keeps for the benchmark's meta; `steps` is then "eager".
 
         Args:
             steps: "eager", "graphs" (CUDA graphs over a fixed cache), "compiled" (also fused by torch.compile), or "auto": compiled on

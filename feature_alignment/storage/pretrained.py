@@ -45,6 +45,14 @@ def save_pretrained(module: torch.nn.Module, kind: str, meta: dict[str, Any], di
     write_hashed_json(directory / CONFIG, {"adapter_type": kind, "geometry": module.geometry, "meta": meta}, (WEIGHTS,))
 
 
+def adapter_type(directory: Path | str) -> str:
+    """The kind of adapter that a directory holds; UserError if it holds none."""
+    path = Path(directory) / CONFIG
+    if not path.is_file():
+        raise UserError(f"no adapter at {directory}: expected a directory with {CONFIG} and {WEIGHTS}.")
+    return str(read_hashed_json(path, f"copy {directory} again from where it was published").get("adapter_type"))
+
+
 def load_pretrained(build: Callable[..., Module], kind: str, directory: Path | str) -> tuple[Module, dict[str, Any]]:
     """An adapter from a directory that `save_pretrained` wrote, and its meta.
 

@@ -1,0 +1,220 @@
+"""Both models and a drafter as one object: answer a question about a clip from Python.
+
+from feature_alignment import SpeculativePair
+
+pair = SpeculativePair.from_config("configs/demo.yaml", draft="chained")
+print(pair.answer(events="e.npy", video="v.mp4", question="What is happening?").text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.adapters.hidden import HiddenAdapter
+from feature_alignment.cli.config import parse_config
+from feature_alignment.cli.console import UserError
+from feature_alignment.decoding.draft_length import DraftLengthController
+from feature_alignment.decoding.engine import Speculation
+from feature_alignment.decoding.generation import Generation, Round
+from feature_alignment.decoding.plain import decode_plainly
+from feature_alignment.decoding.sampling import Sampler
+from feature_alignment.decoding.settings import DecodingConfig
+from feature_alignment.decoding.sources import Sources
+from feature_alignment.inputs.samples import Sample
+from feature_alignment.models.decoder import Prompt
+from feature_alignment.models.generation import with_flags
+from feature_alignment.models.pair import load_pair
+from feature_alignment.storage.pretrained import adapter_type, load_pretrained
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for an incomplete UTF-8 sequence
+SETTINGS = ("top_p", "top_k", "min_p", "min_new_tokens", "repetition_penalty")
+
+
+class Prompts(NamedTuple):
+    """One sample, ready for both models."""
+
+    target: Prompt
+    draft: Prompt
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer.
+
+    Args:
+        text: without special tokens
+        token_ids: up to and including the end of the text
+        rounds: of speculative decoding; empty for plain decoding
+        stats: `tokens_per_pass`, `passes`, `total_ms`, `decode_ms` and `ms` per stage
+    """
+
+    text: str
+    token_ids: list[int]
+    rounds: list[Round]
+    stats: dict[str, Any]
+
+
+class SpeculativePair:
+    """A target, a drafter and how they decode.
+
+    Args:
+        cfg: settings, as of feature_sd_inference.py
+        trained: adapter and its meta to use instead of the one under the output directory
+
+    Raises:
+        UserError: a checkpoint or a file of the drafter is missing or does not fit
+    """
+
+    def __init__(self, cfg: DecodingConfig, trained: tuple[HiddenAdapter | ChainedAdapter, dict[str, Any]] | None = None) -> None:
+        self.cfg = cfg
+        pair = load_pair(cfg)
+        pair.use_steps(cfg.steps)
+        pair.choose_linear()
+        self.target, self.draft = pair.target, pair.draft
+        flags = {name: getattr(cfg, name) for name in SETTINGS}
+        self.target.settings = with_flags(self.target.settings, **flags, stop_strings=cfg.stop)
+        self.sources = Sources(pair, cfg, cfg.train_split, draft_vocabulary=cfg.draft_vocabulary)
+        if trained is not None:
+            self.sources.use_adapter(*trained)
+        self.proposer = self.sources.open(cfg.draft, cfg.accept != "token")
+        self._controller = DraftLengthController(self.sources.known_acceptance(cfg.draft)) if cfg.adaptive else None
+
+    @classmethod
+    def from_config(cls, config: Path | str, **settings: Any) -> SpeculativePair:
+        """Load a pair from a config file.
+
+        Args:
+            config: YAML file; its sections `common` and `feature_sd_inference` are read
+            **settings: settings by name that win over the file, for example draft="chained"
+
+        Raises:
+            UserError: an unknown or invalid setting, and as the class
+        """
+        return cls(parse_config(DecodingConfig, ["--config", str(config), *_words(settings)], "feature_sd_inference"))
+
+    @classmethod
+    def from_pretrained(cls, target: Path | str, draft: Path | str, adapter: Path | str, **settings: Any) -> SpeculativePair:
+        """Load a pair from checkpoint directories and a shared adapter directory.
+
+        Args:
+            target: checkpoint of Video-LLaVA
+            draft: checkpoint of EventGPT
+            adapter: directory that `save_pretrained` or `python -m feature_alignment.adapters.share` wrote
+            **settings: settings by name
+
+        Raises:
+            UserError: as the class; the adapter directory is altered or of another kind than `draft`
+        """
+        kind = adapter_type(adapter)
+        build: type[HiddenAdapter] | type[ChainedAdapter] = ChainedAdapter if kind == "chained" else HiddenAdapter
+        module, meta = load_pretrained(build, kind, adapter)
+        assert isinstance(module, HiddenAdapter | ChainedAdapter)
+        flags = {"target_id": target, "draft_id": draft, "draft": "chained" if kind == "chained" else "aligned", **settings}
+        words = [*_words(flags), "--draft_layers", *map(str, meta["draft_layers"])]
+        return cls(parse_config(DecodingConfig, words, "feature_sd_inference"), (module, meta))
+
+    def answer(self, *, events: Path | str, video: Path | str, question: str) -> Answer:
+        """Answer a question about a clip speculatively.
+
+        Args:
+            events: event file
+            video: video file or folder of frames
+            question: what is asked
+
+        Raises:
+            UserError: a file cannot be read
+        """
+        return self._answer(self.decode(self.prepare(sample_of(events, video, question))))
+
+    def answer_plain(self, *, events: Path | str, video: Path | str, question: str) -> Answer:
+        """Answer by the target alone: the baseline. Arguments as in `answer`."""
+        return self._answer(self.decode_plainly(self.prepare(sample_of(events, video, question))))
+
+    def stream(self, *, events: Path | str, video: Path | str, question: str) -> Iterator[str]:
+        """Answer a question and yield pieces of the text as rounds end; only whole characters. Arguments as in `answer`."""
+        speculation = self._speculation(prompts := self.prepare(sample_of(events, video, question)))
+        speculation.prefill(prompts.draft, self.cfg.overlap)
+        shown = ""
+        while True:
+            is_finished = speculation.is_finished
+            text = self.text_of(speculation.emitted)
+            if is_finished or not text.endswith(REPLACEMENT):  # else the last character is not complete
+                yield text[len(shown) :]
+                shown = text
+            if is_finished:
+                speculation.finish()
+                return
+            speculation.advance()
+
+    def prepare(self, sample: Sample) -> Prompts:
+        """Read a sample's files for both models."""
+        return Prompts(self.target.prepare(sample), self.draft.prepare(sample))
+
+    def decode(self, prompts: Prompts) -> Generation:
+        """Decode speculatively."""
+        speculation = self._speculation(prompts)
+        speculation.prefill(prompts.draft, self.cfg.overlap)
+        while not speculation.is_finished:
+            speculation.advance()
+        return speculation.finish()
+
+    def decode_plainly(self, prompts: Prompts) -> Generation:
+        """Decode by the target alone."""
+        return decode_plainly(self.target, prompts.target, self.cfg.max_new_tokens, self._sampler())
+
+    def text_of(self, token_ids: list[int]) -> str:
+        """Text of an answer, without special tokens."""
+        text: str = self.target.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    def _speculation(self, prompts: Prompts) -> Speculation:
+        cfg = self.cfg
+        return Speculation(
+            self.target,
+            self.proposer,
+            prompts.target,
+            cfg.max_new_tokens,
+            cfg.accept,
+            cfg.threshold,
+            cfg.num_draft_tokens,
+            self._sampler(),
+            self._controller,
+        )
+
+    def _sampler(self) -> Sampler | None:
+        """A sampler that starts with the seed, so that every answer is reproducible; None for greedy decoding."""
+        cfg = self.cfg
+        return Sampler(cfg.temperature, cfg.seed, self.target.device, shared_noise=cfg.adaptive) if cfg.temperature else None
+
+    def _answer(self, generation: Generation) -> Answer:
+        stats: dict[str, Any] = {
+            "tokens_per_pass": generation.tokens_per_pass,
+            "passes": generation.passes,
+            "total_ms": generation.total_ms,
+        }
+        stats |= {"decode_ms": generation.decode_ms, "ms": dict(generation.ms)}
+        return Answer(self.text_of(generation.token_ids), generation.token_ids, generation.rounds, stats)
+
+
+def sample_of(events: Path | str, video: Path | str, question: str) -> Sample:
+    """A sample that belongs to no manifest."""
+    events, video = Path(events), Path(video)
+    for path in (events, video):
+        if not path.exists():
+            raise UserError(f"nothing at {path}: expected an event file and a video file or a folder of frames.")
+    return Sample(id=f"{video.stem}--{events.stem}", sequence="user", question=question, events=events, video=video)
+
+
+def _words(settings: dict[str, Any]) -> list[str]:
+    """Settings as flags."""
+    words: list[str] = []
+    for name, value in settings.items():
+        if isinstance(value, list | tuple):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
+    return words
