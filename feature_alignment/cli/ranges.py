@@ -58,7 +58,6 @@ RANGES = {
     "event_start_ms": Range(0, 1e12),
     "event_window_ms": Range(0.001, 100),  # events are timed in microseconds
     "hidden_size": _WIDTH,
-    "draft_vocabulary": Range(1, 2**22),
     "kl_weight": _WEIGHT,
     "limit": Range(1, _LARGEST),
     "linear_units": Range(0, 2**16),
