@@ -87,7 +87,7 @@ def config_class(script):
     (cls,) = [
         c
         for c in vars(module).values()
-        if dataclasses.is_dataclass(c) and isinstance(c, type) and issubclass(c, Common) and c is not Common
+        if dataclasses.is_dataclass(c) and isinstance(c, type) and issubclass(c, Common) and c.__module__ == module.__name__
     ]
     return cls
 

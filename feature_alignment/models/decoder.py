@@ -146,19 +146,15 @@ class Decoder:
     def use_steps(self, steps: StepsSetting) -> None:
         """Choose how steps run from the next prompt on.
 
-        Captured steps need a single prompt and layers that `fused` supports. Batches of prompts run eagerly, and so does a model whose
-        layers are not supported, with a warning that `fixed.eager_fallbacks` keeps for the benchmark's meta; `steps` is then "eager".
+        Captured steps need a single prompt and layers that `fused` supports; otherwise steps run eagerly. Unsupported layers are noted.
 
         Args:
-            steps: "eager", "graphs" (CUDA graphs over a fixed cache), "compiled" (also fused by torch.compile), or "auto": compiled on
-                a GPU, eager elsewhere.
+            steps: "eager", "graphs" (CUDA graphs over a fixed cache), "compiled" (also fused), "auto": compiled on a GPU, else eager.
         """
         wanted: Steps = steps if steps != "auto" else "compiled" if self.device.type == "cuda" else "eager"
         reason = None if wanted == "eager" else unsupported_reason(self.llama)
         if reason is not None:
-            note_eager_fallback(
-                f"steps of {type(self.llama).__name__} with {self.num_layers} layers run eagerly", f"{wanted} steps do not support {reason}"
-            )
+            note_eager_fallback(f"{wanted} steps of {type(self.llama).__name__} run eagerly", f"{reason} are not supported")
         self.steps = wanted if reason is None else "eager"
         self._fixed = None if self.steps == "eager" else FixedCache(self.llama, self.taps, self.steps)
 
