@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from feature_alignment.benchmark.run import Measurements, Setup
     from feature_alignment.decoding.generation import Generation
     from feature_alignment.inputs.samples import Sample
-    from feature_alignment.models.decoder import Prompt
+    from feature_alignment.models.state import Prompt
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,10 @@ def chained_path(cfg: BenchmarkConfig) -> Path:
     return cfg.out / "chained_adapter" / "adapter.pt"
 
 
+def attending_path(cfg: BenchmarkConfig) -> Path:
+    return cfg.out / "attending_adapter" / "adapter.pt"
+
+
 def inputs_of(cfg: BenchmarkConfig, samples: Sequence[Sample]) -> dict[str, Path | Sequence[Path]]:
     """Every file that benchmark.json depends on, for its recorded hashes."""
     return {
@@ -152,6 +156,7 @@ def inputs_of(cfg: BenchmarkConfig, samples: Sequence[Sample]) -> dict[str, Path
         "acceptance": acceptance_path(cfg),
         "adapter": cfg.out / "adapter" / "adapter.pt",
         "chained_adapter": chained_path(cfg),
+        **({"attending_adapter": attending_path(cfg)} if attending_path(cfg).is_file() else {}),
         "texts": cfg.out / "token_pairs" / f"{cfg.train_split}.json",
         "manifest": cfg.manifests[cfg.split],
         "clips": clips_of(samples),
@@ -169,7 +174,7 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: dict[str
         samples: what is measured
         acceptance: content of acceptance.json, which must include the chained adapter where one is trained
     """
-    from feature_alignment.benchmark.rows import modes
+    from feature_alignment.benchmark.rows import attending_modes, modes
     from feature_alignment.benchmark.run import Setup
     from feature_alignment.decoding.sources import Sources
     from feature_alignment.measurement.lexicon import Lexicon
@@ -177,9 +182,10 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: dict[str
 
     lexicon = Lexicon.load(cfg.lexicon) if cfg.lexicon else None
     has_chain = chained_path(cfg).is_file()
-    if has_chain and "chained" not in acceptance["chains"]:
-        measure_again = command_for("measure_feature_acceptance")
-        raise UserError(f"{acceptance_path(cfg)} does not know {chained_path(cfg)} yet. Measure again:\n  {measure_again}")
+    for name, path in (("chained", chained_path(cfg)), ("attending", attending_path(cfg))):
+        if path.is_file() and name not in acceptance["chains"]:
+            measure_again = command_for("measure_feature_acceptance")
+            raise UserError(f"{acceptance_path(cfg)} does not know {path} yet. Measure again:\n  {measure_again}")
     pair = load_pair(cfg)
     pair.use_steps(cfg.steps)
     pair.choose_linear()
@@ -189,6 +195,8 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: dict[str
         raise UserError(f"--exit_adapters: {len(cfg.exit_adapters)} files read layers {sorted(exits)}; wanted one for each layer.")
     adapters = ("chained", "aligned") if has_chain else ("aligned",)
     rows = modes(cfg.num_draft_tokens, cfg.most_draft_tokens, cfg.threshold, adapters, sorted(exits))
+    if attending_path(cfg).is_file():
+        rows += attending_modes(cfg.num_draft_tokens, cfg.most_draft_tokens)
     proposers = {name: sources.open(name) for name in {mode.draft for mode in rows}}
     prompts = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]
     return Setup(pair, sources, sources.chained_adapter if has_chain else None, exits, proposers, rows, samples, prompts, lexicon)
@@ -221,9 +229,9 @@ def results_of(
     plain = plain_report(measurements, fastest)
     baselines = [plain, *(generate_report(measurements, fastest, name) for name in names)]
     dtype = setup.pair.target.head_weight.dtype
-    in_use = targets.adapter_in_use(
-        best_row, setup.sources.adapter, setup.chained, acceptance, cost, cfg.device, dtype, setup.pair.draft.steps
-    )
+    attending = setup.sources.attending_adapter if best_row["draft"] == "attending" else None
+    adapters = setup.sources.adapter, setup.chained, acceptance, cost, cfg.device, dtype, setup.pair.draft.steps
+    in_use = targets.adapter_in_use(best_row, *adapters, attending)
     contents = {
         "baselines": baselines,
         "rows": rows,

@@ -6,7 +6,8 @@
 
 reads   a manifest of clips and questions, both checkpoints
 writes  hidden_states/<split>/{egpt,vl}_hidden_states.pt, positions.pt, samples.jsonl; token_pairs/<split>.json; vl_lm_head.pt;
-        with --event_states also egpt_event_states.pt and vl_embeddings.pt, for the chained adapter
+        with --event_states also egpt_event_states.pt and vl_embeddings.pt, for the chained and the attending adapter; with
+        --prompt_states also vl_prompt_states.pt, for the attending adapter
 
     python feature_alignment/extract_hidden_states.py --config configs/demo.yaml --split train
     torchrun --nproc_per_node 2 feature_alignment/extract_hidden_states.py --config configs/demo.yaml --split train
@@ -30,9 +31,6 @@ from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, print_table, progress, run
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from feature_alignment.inputs.samples import Sample
     from feature_alignment.models.decoder import Decoder
     from feature_alignment.models.pair import Pair
@@ -62,6 +60,8 @@ class ExtractConfig(Common):
         store_dtype: number format of the files
         separate_layers: store each of draft_layers in a separate file, egpt_hidden_states.layer02.pt, …, instead of concatenated
         event_states: store EventGPT's states over its event tokens as well, which the chained adapter reads (4.8 MB a row at 7B)
+        prompt_states: store Video-LLaVA's states on this many of the last prompt positions as well, which the attending adapter reads
+            (160: 1.3 MB a row at 7B)
         own_drafts: store EventGPT's own next token after every prefix of the text, for token-level comparison; EventGPT runs at full depth
         answers: token pairs file whose answers are used instead of generating them (default: matching answers in output_dir)
         shard: extract only part i of n, e.g. 2/3
@@ -76,6 +76,7 @@ class ExtractConfig(Common):
     store_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     separate_layers: bool = False
     event_states: bool = False
+    prompt_states: int = 0
     own_drafts: bool = False
     answers: Path | None = None
     shard: str | None = None
@@ -110,7 +111,8 @@ def extract(
     """
     from feature_alignment.cli.console import repairs_of
     from feature_alignment.models.batches import ClipBatch
-    from feature_alignment.storage.hidden_states import EVENT_STATES
+    from feature_alignment.models.stored_states import draft_files
+    from feature_alignment.storage.hidden_states import EVENT_STATES, PROMPT_STATES
 
     todo = [rows for rows in own_batches if any(file_row[row] not in writer.done for row in rows)]
     total, began = sum(map(len, todo)), time.perf_counter()
@@ -127,10 +129,12 @@ def extract(
             target_reads, draft_reads = ([answer[: cfg.max_positions] for answer in text] for text in texts)
             seen = draft.vision_states() if cfg.event_states else [None] * len(asked)
             own = deep.predict_tokens(draft_reads) if cfg.own_drafts else [None] * len(asked)
-            found = target.states(target_reads), draft.states(draft_reads), seen, own
-            for row, sample, v, g, events, said, read, vl_tokens, egpt_tokens in zip(
+            p = cfg.prompt_states
+            found = target.states(target_reads, p), draft.states(draft_reads), seen, own, target.prompt_ids(p + 1)
+            for row, sample, pv, g, events, said, prompt_ids, read, vl_tokens, egpt_tokens in zip(
                 rows, asked, *found, target_reads, vl, egpt, strict=True
             ):
+                v = pv[p:]
                 length = min(len(v), len(g))  # `own` is paired by index, up to the shorter text
                 about: dict[str, Any] = dict(entries[file_row[row]])
                 if repairs := repairs_of(sample.events, sample.video):
@@ -138,9 +142,12 @@ def extract(
                 for model, decoder, tokens in (("vl", pair.target, vl_tokens), ("egpt", pair.draft, egpt_tokens)):
                     about |= {f"{model}_tokens": tokens, f"{model}_text": decoder.tokenizer.decode(tokens, skip_special_tokens=True)}
                 about["cut"] = cuts(vl_tokens, egpt_tokens, read, cfg, pair)
-                stored = {**draft_files(pair.draft, g[:length], cfg), "vl_hidden_states.pt": v[:length]}
+                stored = {**draft_files(pair.draft, g[:length], cfg.separate_layers), "vl_hidden_states.pt": v[:length]}
                 if events is not None:
                     stored[EVENT_STATES] = events
+                if p:
+                    stored[PROMPT_STATES] = pv[:p]
+                    about["prompt_ids"] = prompt_ids
                 if said is not None:
                     about["egpt_drafts"] = said[:length]
                 writer.write(file_row[row], stored, read[:length], about)
@@ -158,15 +165,6 @@ def cuts(vl_tokens: list[int], egpt_tokens: list[int], read: list[int], cfg: Ext
     found = [f"{name}'s answer reached max_new_tokens" for name, tokens in named.items() if tokens[-1] not in ends[name]]
     is_complete = read[-1] in ends["EventGPT" if cfg.prefix == "drafter" else "Video-LLaVA"]
     return [*found, "states beyond max_positions not kept"] if len(read) == cfg.max_positions and not is_complete else found
-
-
-def draft_files(draft: Decoder, hidden: Tensor, cfg: ExtractConfig) -> dict[str, Tensor]:
-    """File name -> the drafter's states [s, d] in it, from the states [s, taps * d] of its tapped layers."""
-    from feature_alignment.storage.hidden_states import layer_file
-
-    if not cfg.separate_layers:
-        return {"egpt_hidden_states.pt": hidden}
-    return {layer_file(k): part for k, part in zip(draft.taps, hidden.chunk(len(draft.taps), dim=-1), strict=True)}
 
 
 def identity_of(cfg: ExtractConfig) -> RunIdentity:
@@ -235,7 +233,10 @@ def fill(
         out: folder of the split
         process: this process
     """
+    import torch
+
     from feature_alignment.models.pair import load_pair
+    from feature_alignment.models.stored_states import shapes_of
     from feature_alignment.storage import earlier_rows
     from feature_alignment.storage import hidden_states_writer as files
     from feature_alignment.storage.answers import known_answers, refuse_foreign_ids
@@ -252,7 +253,8 @@ def fill(
     for decoder in (pair.target, pair.draft, full_depth_draft):
         decoder.pack_linear()  # Without a trial, so that every process and every resumed run writes the same bytes.
     file_row = {row: i for i, row in enumerate(row for part in parts for row in part)}
-    shapes, dtype = shapes_of(pair, cfg)
+    width, dtype = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens), getattr(torch, cfg.store_dtype)
+    shapes = shapes_of(pair, width, cfg.separate_layers, cfg.event_states, cfg.prompt_states)
     if cfg.resume:
         earlier_rows.refuse_changes(out, identity, rows, cfg.limit is not None, cfg.ignore_code)
         identity = earlier_rows.with_recorded_code(out, identity) if cfg.ignore_code else identity
@@ -282,21 +284,6 @@ def fill(
     wait()
 
 
-def shapes_of(pair: Pair, cfg: ExtractConfig) -> tuple[dict[str, tuple[int, int]], torch.dtype]:
-    """File name -> (positions, size) of one row in it, and the number format of the files."""
-    import torch
-
-    from feature_alignment.storage.hidden_states import EVENT_STATES
-
-    width = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens)
-    nothing = draft_files(pair.draft, torch.empty(0, pair.draft.hidden_size), cfg)
-    shapes = {name: (width, states.shape[-1]) for name, states in nothing.items()} | {
-        "vl_hidden_states.pt": (width, pair.target.hidden_size)
-    }
-    shapes |= {EVENT_STATES: (pair.draft.vision_tokens, pair.draft.width)} if cfg.event_states else {}
-    return shapes, getattr(torch, cfg.store_dtype)
-
-
 def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -> dict[str, Any]:
     """The `meta` of a run."""
     from feature_alignment.storage.artifacts import provenance
@@ -310,6 +297,7 @@ def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -
         rows=rows,
         separate_layers=cfg.separate_layers,
         event_states=cfg.event_states,
+        prompt_states=cfg.prompt_states,
         draft_layers=list(pair.draft.taps),
         draft_norm=pair.draft.norm,
         draft_norms=pair.draft.norms,

@@ -30,7 +30,15 @@ if TYPE_CHECKING:
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
 TASK_THRESHOLD = "0.90"
 Table = tuple[str, tuple[str, ...], list[tuple]]
-CHAINED = {"chained": "chained_adapter", "chained, without events": "chained_adapter_blind"}
+CHAINED = {
+    "chained": "chained_adapter",
+    "chained, without events": "chained_adapter_blind",
+    "attending": "attending_adapter",
+    "attending, without events": "attending_adapter_blind",
+    "attending, without prompt": "attending_adapter_without_prompt",
+    "attending, without candidates": "attending_adapter_without_candidates",
+}
+SEEING = ("chained", "attending")  # shown the events of other clips as well
 
 
 @dataclass(frozen=True)
@@ -117,10 +125,12 @@ def chain_report(scores: Scores, there: Tensor, states: HiddenStates) -> dict[st
 
 
 def score_chains(cfg: AcceptanceConfig, split: str, head: Tensor, all_of_them: bool) -> dict[str, tuple[Scores, Tensor, dict[str, Any]]]:
-    """The chained adapter, if there is one: name -> scores, their places, its meta. all_of_them: also the blind one, and the seeing
-    one with the events of other clips."""
+    """The chained adapter, if there is one: name -> scores, their places, its meta. all_of_them: also the attending one, those that do
+    without some of their parts, and the seeing ones with the events of other clips."""
+    from feature_alignment.adapters.attending import load_attending_adapter
     from feature_alignment.adapters.chained import load_chained_adapter
     from feature_alignment.measurement import scoring
+    from feature_alignment.measurement.attending_scoring import attending_scores
     from feature_alignment.storage.files import load_pt
     from feature_alignment.storage.hidden_states import load_hidden_states
 
@@ -128,15 +138,19 @@ def score_chains(cfg: AcceptanceConfig, split: str, head: Tensor, all_of_them: b
     paths = {name: path for name, path in adapter_paths(cfg).items() if name in CHAINED and (all_of_them or name == "chained")}
     if not paths:
         return found
-    states = load_hidden_states(cfg.out / "hidden_states" / split, cfg.draft_layers, events=True)
+    reads_prompt = any(name.startswith("attending") for name in paths)
+    states = load_hidden_states(cfg.out / "hidden_states" / split, cfg.draft_layers, events=True, prompt=reads_prompt)
     embeddings = load_pt(cfg.out / "hidden_states" / "vl_embeddings.pt", command_for("extract_hidden_states", split=split))
     embeddings = embeddings.float().to(head.device)
     for name, path in paths.items():
-        adapter, meta = load_chained_adapter(path, states.meta["draft_layers"])
-        others = scoring.other_clip(states) if all_of_them and name == "chained" else None
-        shown = {name: None} | ({} if others is None else {"chained, events of another clip": others})
+        load, score = (
+            (load_attending_adapter, attending_scores) if name.startswith("attending") else (load_chained_adapter, scoring.chain_scores)
+        )
+        adapter, meta = load(path, states.meta["draft_layers"])
+        others = scoring.other_clip(states) if all_of_them and name in SEEING else None
+        shown = {name: None} | ({} if others is None else {f"{name}, events of another clip": others})
         for label, events in shown.items():
-            scores = scoring.chain_scores(adapter.to(head.device), states, head, embeddings, cfg.num_draft_tokens, events)
+            scores = score(adapter.to(head.device), states, head, embeddings, cfg.num_draft_tokens, events)
             found[label] = (*scores, meta)
     return found
 

@@ -4,10 +4,13 @@
                                                           initialized as a low-rank linear map; the loss includes the target's head
     plain     the same adapter by TASKS.md's recipe       initialized as the identity; squared error and cosine only
     chained   f(v[t-1], x[t-1], memory, events) = v̂[t]    from the target's previous state and EventGPT's event states
+    attending the same by a transformer layer             that also attends to the target's prompt states and reads the candidates of
+                                                          n-gram tables of the training answers
 
-reads   hidden_states/<train and validation split>, vl_lm_head.pt; for `chained` also egpt_event_states.pt, vl_embeddings.pt
+reads   hidden_states/<train and validation split>, vl_lm_head.pt; for `chained` also egpt_event_states.pt, vl_embeddings.pt, for
+        `attending` vl_prompt_states.pt as well
 writes  adapter/adapter.pt (the best epoch on validation), adapter/history.jsonl, adapter/training_curves.png;
-        for `plain` and `chained` the same under plain_adapter/ and chained_adapter/
+        for the others the same under plain_adapter/, chained_adapter/ and attending_adapter/
 
 An interrupted run resumes after its last epoch. Several GPUs:
     `torchrun --nproc_per_node 2 feature_alignment/train_hidden_adapter.py …`
@@ -22,7 +25,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,18 +41,23 @@ if TYPE_CHECKING:
 class TrainConfig(Common):
     """Train an adapter on paired hidden states and keep its best epoch.
 
-    Reads hidden_states/ of two splits; writes adapter.pt, history.jsonl and training_curves.png under adapter/, plain_adapter/ or
-    chained_adapter/. An interrupted run resumes after its last epoch.
+    Reads hidden_states/ of two splits; writes adapter.pt, history.jsonl and training_curves.png under adapter/, plain_adapter/,
+    chained_adapter/ or attending_adapter/. An interrupted run resumes after its last epoch.
 
     Args:
         adapter: hidden maps EventGPT's state on the same text; plain is the same by TASKS.md's recipe, for comparison; chained predicts
-            from the target's previous state
-        blind: chained only: train without EventGPT's event states, to measure what they add; written to chained_adapter_blind/
+            from the target's previous state; attending does so by attention, and also reads the prompt's states and table candidates
+        blind: chained and attending only: train without EventGPT's event states, to measure what they add; written to
+            <adapter>_adapter_blind/
+        without: attending only: train without these inputs, to measure what they add; written to a folder of its own
         train_split: split to train on
         validation_split: split that chooses the best epoch; it must not share clips with the training split
         bottleneck: width of the adapter's hidden layer
         linear_units: hidden only: number of bottleneck units initialized as the best linear map of that rank; 0 = start as the identity
-        roll_out_steps: chained only: number of consecutive own drafts it is trained on
+        roll_out_steps: chained and attending only: number of consecutive own drafts it is trained on
+        origins: attending only: number of random positions of each text that a training step drafts from
+        soft_targets: attending only: share of the target's distribution in the cross-entropy; the rest is its token
+        dropout: attending only: dropout rate
         num_epochs: passes over the training rows
         patience: stop after this many epochs without a lower validation loss
         batch_size: rows (texts) per step
@@ -61,13 +69,17 @@ class TrainConfig(Common):
         kl_weight: weight of KL(softmax W v || softmax W A(g)) through the target's frozen head; plain has none
     """
 
-    adapter: Literal["hidden", "plain", "chained"] = "hidden"
+    adapter: Literal["hidden", "plain", "chained", "attending"] = "hidden"
     blind: bool = False
+    without: list[Literal["prompt", "candidates"]] = field(default_factory=list)
     train_split: str = "train"
     validation_split: str = "validation"
     bottleneck: int = 256
     linear_units: int = 32
     roll_out_steps: int = 3
+    origins: int = 16
+    soft_targets: float = 0.5
+    dropout: float = 0.15
     num_epochs: int = 20
     patience: int = 10
     batch_size: int = 16
@@ -124,8 +136,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def adapter_folder(cfg: TrainConfig) -> Path:
     """Folder of the adapter, its history and its curves."""
-    names = {"hidden": "adapter", "plain": "plain_adapter", "chained": "chained_adapter_blind" if cfg.blind else "chained_adapter"}
-    return cfg.out / names[cfg.adapter]
+    without = ["blind"] * cfg.blind + [f"without_{part}" for part in cfg.without]
+    kept = without if cfg.adapter in ("chained", "attending") else []
+    return cfg.out / "_".join(["adapter" if cfg.adapter == "hidden" else f"{cfg.adapter}_adapter", *kept])
 
 
 def _check_splits(cfg: TrainConfig, states: dict[str, HiddenStates]) -> None:
@@ -156,7 +169,7 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
     """
     import torch
 
-    from feature_alignment.adapters import fitting, training
+    from feature_alignment.adapters import attending_training, fitting, training
     from feature_alignment.storage.artifacts import cached_result, provenance
     from feature_alignment.storage.files import load_pt, save_pt, weights_hash, write_hashed_json, write_text
     from feature_alignment.storage.hidden_states import load_hidden_states
@@ -164,13 +177,14 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    chained, folder = cfg.adapter == "chained", cfg.out / "hidden_states"
+    attending, folder = cfg.adapter == "attending", cfg.out / "hidden_states"
+    chains = attending or cfg.adapter == "chained"
     if cfg.adapter == "plain":
         cfg = dataclasses.replace(cfg, kl_weight=0.0, linear_units=0)
     splits = {"train": folder / cfg.train_split, "validation": folder / cfg.validation_split}
-    states = {name: load_hidden_states(split, cfg.draft_layers, events=chained) for name, split in splits.items()}
+    states = {name: load_hidden_states(split, cfg.draft_layers, events=chains, prompt=attending) for name, split in splits.items()}
     _check_splits(cfg, states)
-    weights = {name: folder / f"{name}.pt" for name in (("vl_lm_head", "vl_embeddings") if chained else ("vl_lm_head",))}
+    weights = {name: folder / f"{name}.pt" for name in (("vl_lm_head", "vl_embeddings") if chains else ("vl_lm_head",))}
 
     out = adapter_folder(cfg)
     made_from = {k: split / "meta.json" for k, split in splits.items()} | weights
@@ -181,7 +195,8 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
     wait()  # all processes have checked before anything is overwritten
     start = time.time()
     matrices = [load_pt(path, command_for("extract_hidden_states", split=cfg.train_split)) for path in weights.values()]
-    learn: Callable[..., tuple[Any, fitting.History]] = training.train_chained if chained else training.train_hidden
+    ways = {"chained": training.train_chained, "attending": attending_training.train_attending}
+    learn: Callable[..., tuple[Any, fitting.History]] = ways.get(cfg.adapter, training.train_hidden)
     unfinished = fitting.Checkpoint(out / "unfinished.pt", identity.hash, cfg.resume)
     own_cfg = dataclasses.replace(cfg, device=device)
     adapter, history = learn(states["train"], states["validation"], *matrices, own_cfg, unfinished, fitting.ProcessShare(rank, world))

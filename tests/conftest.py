@@ -17,8 +17,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from feature_alignment.cli.config import SCRIPTS
-from feature_alignment.models.decoder import Decoder, Prompt
+from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.preprocessing import load_tokenizer
+from feature_alignment.models.state import Prompt
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,6 +131,7 @@ def tiny_run(tmp_path_factory) -> Path:
             "batch_size": 4,
             "store_dtype": "float32",
             "event_states": True,
+            "prompt_states": 6,
             "own_drafts": True,
         },
         "train_hidden_adapter": {"num_epochs": 2, "batch_size": 4},
@@ -152,6 +154,7 @@ def finished(tiny_run) -> Path:
         main_of("extract_hidden_states")([*config, "--split", split])
     for blind in ("false", "true"):
         main_of("train_hidden_adapter")([*config, "--adapter", "chained", "--bottleneck", "16", "--blind", blind])
+    main_of("train_hidden_adapter")([*config, "--adapter", "attending", "--bottleneck", "16", "--roll_out_steps", "2"])
     main_of("train_hidden_adapter")([*config, "--adapter", "plain"])
     for script in SCRIPTS[1:]:
         main_of(script)([*config, *(["--hidden_size", "64"] if script == "hidden_adapter" else [])])

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from feature_alignment.adapters import tables
+from feature_alignment.adapters.attending_training import PromptedTexts, Reader
 from feature_alignment.decoding.acceptance import cosine_per_position
 from feature_alignment.models.decoder import Decoder
 
@@ -81,6 +83,35 @@ def by_chain(draft: Decoder, draft_prompt, adapter, target: Decoder, prompt: Seq
         expected = adapter.predict(memory, seen)[0, 0]
         logits = target.lm_head(expected)
         return int(logits.argmax() if ids is None else ids[logits[ids].argmax()]), expected
+
+    return next_draft
+
+
+def by_attending(draft: Decoder, draft_prompt, adapter, target: Decoder, prompt: Sequence[int]) -> NextDraft:
+    """By the roll-out of training, from the target's states recomputed: no cache, no folded product."""
+    reader, table, p = Reader(adapter, target.head_weight, target.embeddings), tables.NGramTable(adapter.table), adapter.num_prompt
+    known = target.text_ids(prompt)[-p - 1 :]
+    question = tables.question_number("")
+
+    def next_draft(emitted: list[int], drafts: list[int]) -> tuple[int, Tensor]:
+        text = [*emitted, *drafts]
+        events = draft.vision_states(draft_prompt.ids[None], draft.encode_vision(draft_prompt.pixels[None]))
+        states = states_behind(target.llama, [*prompt, *emitted])
+        before, own = states[: len(prompt) - 1][-p:], states[len(prompt) - 1 : -1]
+        room = own.new_zeros(len(drafts) + 1, own.shape[1])  # what stands there must not matter
+        found = torch.tensor([[*tables.candidates_along(table, question, known, text), [(tables.NO_TOKEN, 0)] * tables.SOURCES]])
+        texts = PromptedTexts(
+            torch.cat([own, room])[None],
+            torch.tensor([[*text, 0]]),
+            torch.ones(1, len(text) + 1, dtype=torch.bool),
+            events,
+            torch.cat([before.new_zeros(p - len(before), before.shape[1]), before])[None],
+            torch.tensor([[-1] * (p + 1 - len(known)) + known]),
+            torch.arange(p)[None] >= p - len(before),
+            *found.unbind(-1),
+        )
+        *_, last = reader.roll_out(texts, torch.tensor([[len(emitted) - 1]]), len(drafts) + 1)
+        return int(adapter.ids[last.logits[0, 0].argmax()]), last.expected[0, 0]
 
     return next_draft
 

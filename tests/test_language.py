@@ -193,6 +193,25 @@ def test_true_claims_are_counted_and_the_control_is_another_clips_facts():
     assert language_grounding.count_claims(said[:2], others[:2], LEXICON)["kind"] == (0, 2)
 
 
+def test_stored_answers_are_judged_by_the_facts_of_their_own_scenes(tmp_path):
+    manifest = language_scenes.write_split(tmp_path, "test", clips=2)
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    pairs = [
+        {"sample_id": r["id"], "query": r["question"], "vl_tokens": [5, 6, 2], "egpt_tokens": [7]}
+        | {"vl_text": f"A {r['facts']['colour']} thing.", "egpt_text": "Nothing."}
+        for r in rows
+    ]
+    file = tmp_path / "pairs.json"
+    file.write_text(json.dumps({"meta": {"eos_token_ids": [2]}, "results": pairs}))
+    answers = language_grounding.read_answers(file, manifest)
+    assert [a.ended for a in answers["target"]] == [True] * 8 and [a.num_tokens for a in answers["draft"]] == [1] * 8
+    facts = [a.sample.facts for a in answers["target"]]
+    assert language_grounding.count_claims(answers["target"], facts, LEXICON) == {"colour": (8, 8), "all": (8, 8)}
+    file.write_text(json.dumps({"results": [pairs[0] | {"sample_id": "another"}]}))
+    with pytest.raises(UserError, match="answers another, which"):
+        language_grounding.read_answers(file, manifest)
+
+
 def test_every_question_is_asked_equally_often():
     asked = [q for clip in range(10) for q in language_scenes.questions_of(clip, 3)]
     assert sorted(asked) == sorted([*range(10)] * 3)
@@ -218,10 +237,16 @@ def test_the_pair_is_assembled_from_the_wheel_and_answers_about_its_clips(tmp_pa
     assert lengths == {74} and {len(tokenizer(language_world.draft_part(s)).input_ids) for s in SCENES} == {16}
     for role, folder in language_models.FOLDERS.items():
         language_models.assemble(role, text_model, ROOT / "data" / "language" / folder, tmp_path / folder)
+    from feature_alignment.cli.config import Common
     from feature_alignment.inputs.samples import read_samples
+    from feature_alignment.models.batches import ClipBatch
+    from feature_alignment.models.pair import load_pair
 
-    samples = read_samples({"held_out": language_scenes.write_split(tmp_path / "scenes", "held_out", clips=4)}, "held_out")
-    for role in ROLES:
-        said = language_grounding.answer_all(role, tmp_path, samples)
+    samples = read_samples({"test": language_scenes.write_split(tmp_path / "scenes", "test", clips=5)}, "test")
+    pair = load_pair(Common(target_id=tmp_path / "video_llava", draft_id=tmp_path / "eventgpt", threads=1))
+    for model in (pair.target, pair.draft):
+        model.pack_linear()
+        texts = [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in ClipBatch(model, samples).generate(64)]
+        said = [language_grounding.Answer(sample, text, 1, True) for sample, text in zip(samples, texts, strict=True)]
         true, stated = language_grounding.count_claims(said, [a.sample.facts for a in said], LEXICON)["all"]
         assert stated > len(said) and true / stated > 0.7

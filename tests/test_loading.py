@@ -22,7 +22,7 @@ from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models import eventgpt, loading, pair, preprocessing, video_llava
-from feature_alignment.models.decoder import position_limit
+from feature_alignment.models.state import position_limit
 
 MODELS = {"eventgpt": eventgpt.EventGPTForCausalLM, "video_llava": VideoLlavaForConditionalGeneration}
 
@@ -381,7 +381,7 @@ def test_every_drafter_is_restricted_to_the_shared_ids(wide, monkeypatch, rows):
 def test_only_the_pair_loads_drafters():
     """So that none is left unrestricted."""
     loads = [f.name for f in sorted((ROOT / "feature_alignment").rglob("*.py")) if re.search(r"\bload_draft\(", f.read_text())]
-    assert loads == ["build_pair.py", "language_grounding.py", "pair.py"]  # the first two look at one model alone
+    assert loads == ["build_pair.py", "pair.py"]  # The first looks at one model alone.
 
 
 def test_a_prompt_longer_than_the_model_has_positions_for_is_refused(wide):

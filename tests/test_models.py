@@ -18,8 +18,9 @@ from feature_alignment.inputs.samples import read_samples
 from feature_alignment.inputs.video import NUM_FRAMES
 from feature_alignment.models import eventgpt, loading, pair, preprocessing, video_llava
 from feature_alignment.models.batches import _common_prefix, _keep_rows, _Texts, _truncated_to, _with_room
-from feature_alignment.models.decoder import Decoder, position_limit
+from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.eventgpt import EventGPTConfig, EventGPTForCausalLM, load_eventgpt
+from feature_alignment.models.state import position_limit
 
 PROMPTS = [(1, 5, 9, 13), (1, 40, 3, 8), (1, 7, 7, 20), (1, 9, 33, 4)]
 

@@ -152,15 +152,15 @@ def test_a_second_run_reuses_everything(finished, capsys):
 @pytest.mark.parametrize(
     "extra",
     [
-        *[["--draft", source] for source in ("own", "chained", "hybrid", "ngram", "template", "lookup", "previous")],
-        *[["--draft", source, "--temperature", "0.8"] for source in ("own", "hybrid")],
+        *[["--draft", source] for source in ("own", "chained", "attending", "hybrid", "ngram", "template", "lookup", "previous")],
+        *[["--draft", source, "--temperature", "0.8"] for source in ("own", "attending", "hybrid")],
         ["--draft", "own", "--accept", "feature"],
-        ["--draft", "chained", "--accept", "relaxed", "--threshold", "0.1"],
+        *[["--draft", source, "--accept", "relaxed", "--threshold", "0.1"] for source in ("chained", "attending")],
         ["--accept", "feature", "--threshold", "0.5"],
         ["--accept", "relaxed"],
         ["--gamma", "1"],
-        ["--draft", "chained", "--adaptive", "--num_draft_tokens", "9", "--verbose"],
-        *[["--draft", source, "--overlap"] for source in ("aligned", "chained", "ngram")],
+        *[["--draft", source, "--adaptive", "--num_draft_tokens", "9", "--verbose"] for source in ("chained", "attending")],
+        *[["--draft", source, "--overlap"] for source in ("aligned", "chained", "attending", "ngram")],
     ],
 )
 def test_inference_in_every_mode(finished, extra):

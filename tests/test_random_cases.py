@@ -9,10 +9,13 @@ from functools import cache
 import pytest
 import torch
 from conftest import EOS, VOCAB, as_decoder, noisy_copy, prompt_of, tiny_llama
-from oracle import by_both, by_chain, by_model, by_table, oracle
+from oracle import by_attending, by_both, by_chain, by_model, by_table, oracle
 
+from feature_alignment.adapters.attending import AttendingAdapter
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
+from feature_alignment.adapters.tables import Answer, Counts, question_number
+from feature_alignment.decoding.attending_proposer import AttendingProposer
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
 from feature_alignment.decoding.engine import speculate
@@ -51,6 +54,23 @@ def a_chained(seed: int) -> ChainedAdapter:
     return adapter
 
 
+@cache
+def an_attending(seed: int) -> AttendingAdapter:
+    r = random.Random(seed)
+    texts = [r.choices(range(3, VOCAB), k=12) for _ in range(20)]
+    entries = Counts(Answer(str(i), question_number(""), text) for i, text in enumerate(texts)).entries()
+    torch.manual_seed(seed)
+    ids = torch.randperm(VOCAB)[: VOCAB - 10 * seed].sort().values
+    without = ((), ("prompt",), ("candidates", "events"))[seed]
+    adapter = AttendingAdapter(D, D, 1, len(ids), len(entries), num_prompt=3, width=16, without=without).double().eval()
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter *= 3
+    adapter.ids.copy_(ids)
+    adapter.table.copy_(entries)
+    return adapter
+
+
 class Case:
     """One random case: a target, a proposer, and the proposer's definition for the oracle.
 
@@ -60,7 +80,7 @@ class Case:
     def __init__(self, seed: int, like: Case | None = None) -> None:
         self.seed, r = seed, random.Random(seed)
         self.accept = "token" if like else r.choice(["token", "token", "feature", "relaxed"])
-        sources = ["own", "aligned", "chained"] + (["hybrid"] * 4 + [*BASELINE_DRAFTERS] if self.accept == "token" else [])
+        sources = ["own", "aligned", "chained", "attending"] + (["hybrid"] * 4 + [*BASELINE_DRAFTERS] if self.accept == "token" else [])
         self.source = r.choice(sources)
         self.gamma, self.limit = (like.gamma, like.limit) if like else (r.randint(1, 6), r.randint(1, 16))
         self.threshold = r.choice([-1.0, 0.0, 0.3, 0.7, 0.9, 0.97])
@@ -82,7 +102,7 @@ class Case:
         if self.source == "lookup":
             table = Lookup(encode=lambda question: self.prompt)
         layers = model.config.num_hidden_layers
-        model_source = r.choice(["aligned", "chained"]) if self.source == "hybrid" else self.source
+        model_source = r.choice(["aligned", "chained", "attending"]) if self.source == "hybrid" else self.source
         own_expects = self.accept != "token"
         taps = (layers,) if model_source == "own" else tuple(sorted(r.sample(range(1, layers + 1), r.randint(1, layers))))
         draft = as_decoder(drafter, taps)
@@ -96,6 +116,10 @@ class Case:
             ids = None if size is None else torch.tensor(sorted({EOS, *r.sample(range(VOCAB), size - 1)}))
             proposer = ChainedProposer(draft, chained, target.head_weight, target.embeddings, ids)
             definition = by_chain(draft, self.draft_prompt, chained, target, self.prompt, ids)
+        elif model_source == "attending":
+            attending = an_attending(r.randrange(3))
+            proposer = AttendingProposer(draft, attending, target)
+            definition = by_attending(draft, self.draft_prompt, attending, target, self.prompt)
         else:
             adapter = adapter if model_source == "aligned" or own_expects else None
             head = target.lm_head if model_source == "aligned" else None

@@ -15,9 +15,12 @@ from conftest import EOS, as_decoder, noisy_copy, prompt_of, tiny_llama
 from oracle import states_behind
 from torch import Tensor
 
+from feature_alignment.adapters.attending import AttendingAdapter
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
+from feature_alignment.adapters.tables import Answer, Counts, question_number
 from feature_alignment.decoding import sampling
+from feature_alignment.decoding.attending_proposer import AttendingProposer
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, HybridProposer, NGram, TableProposer
 from feature_alignment.decoding.draft_length import DraftLengthController
 from feature_alignment.decoding.engine import speculate
@@ -26,7 +29,8 @@ from feature_alignment.decoding.proposers import ChainedProposer, Draft, ModelPr
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
-from feature_alignment.models.decoder import Decoder, State
+from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.state import State
 
 ERROR = 1e-4
 VOCAB, TEMPERATURE, LENGTH = 6, 1.3, 3
@@ -79,7 +83,8 @@ class Remembered(Decoder):
     def prefill(self, prompts):
         state = State(None, None, len(prompts[0].ids))
         state.text = tuple(prompts[0].ids.tolist())
-        state.last = self._behind(state.text)[None]
+        state.prompt = torch.stack([self._behind(state.text[:end]) for end in range(1, state.length + 1)])[None]
+        state.last = state.prompt[:, -1]
         return state
 
     def step(self, state, token_ids):
@@ -110,6 +115,12 @@ def proposer_for(source: str, target):
         return ModelProposer(draft, adapter, target.lm_head if source == "aligned" else None)
     if source in BASELINE_DRAFTERS:
         return TableProposer(BASELINE_DRAFTERS[source](TEXTS))
+    if source == "attending":
+        entries = Counts(Answer(str(i), question_number(""), text) for i, (_, text) in enumerate(TEXTS)).entries()
+        attending = AttendingAdapter(32, 32, 1, 4, len(entries), num_prompt=2, width=16).eval()
+        attending.ids.copy_(torch.tensor([0, 2, 3, 5]))  # 1 and 4 are never drafted, and said as often as the target says them
+        attending.table.copy_(entries)
+        return AttendingProposer(draft, attending, target)
     ids = torch.arange(0, VOCAB, 2) if source == "chained, half the vocabulary" else None
     chained = ChainedProposer(draft, ChainedAdapter(32, 32, 1, 16).eval(), target.head_weight, target.embeddings, ids)
     return chained if source.startswith("chained") else HybridProposer(NGram(TEXTS), chained, sure=0.5)
@@ -131,8 +142,9 @@ def counted(target, proposer, sampler, n: int, gamma: int = 2, controller=None) 
 
 
 DRAWS = 20_000
-ALL = ["own", "aligned", "chained", "chained, half the vocabulary", "hybrid", *BASELINE_DRAFTERS]
-FAST = [("chained", 1, 400, False), ("chained, half the vocabulary", 2, 400, False), ("hybrid", 2, 400, False), ("own", 2, 400, True)]
+ALL = ["own", "aligned", "chained", "chained, half the vocabulary", "attending", "hybrid", *BASELINE_DRAFTERS]
+FAST = [("chained", 1, 400, False), ("chained, half the vocabulary", 2, 400, False), ("attending", 2, 400, False)]
+FAST += [("hybrid", 2, 400, False), ("own", 2, 400, True)]
 CASES = [*FAST, *[pytest.param(s, g, DRAWS, shared, marks=pytest.mark.slow) for s in ALL for g, shared in ((3, False), (2, True))]]
 
 
@@ -220,7 +232,7 @@ def test_with_shared_noise_a_text_is_plain_decodings(target):
     for seed in range(30):
         sampler = Sampler(TEMPERATURE, seed, shared_noise=True)
         wanted = decode_plainly(target, prompt, 12, sampler).token_ids
-        for source in ("own", "chained", "hybrid", "ngram"):
+        for source in ("own", "chained", "attending", "hybrid", "ngram"):
             got = speculate(
                 target,
                 proposer_for(source, target),

@@ -56,6 +56,11 @@ def modes(gammas: Sequence[int], most: int, thresholds: Sequence[float], adapter
     ]
 
 
+def attending_modes(gammas: Sequence[int], most: int) -> list[Mode]:
+    """The attending adapter at every number of draft tokens, and at most `most` of them where the length adapts."""
+    return [*[Mode("attending", "token", g) for g in gammas], Mode("attending", "token", most, adaptive=True)]
+
+
 def row_name(r: dict[str, Any]) -> str:
     layer = "" if r.get("exit_layer") is None else f" at layer {r['exit_layer']}"
     rule = r["accept"] if r["threshold"] is None else f"{r['accept']} > {r['threshold']:g}"

@@ -21,8 +21,8 @@ from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.measurement.lexicon import Lexicon
-from feature_alignment.models.decoder import Prompt
 from feature_alignment.models.pair import Pair
+from feature_alignment.models.state import Prompt
 
 
 @dataclass(frozen=True)

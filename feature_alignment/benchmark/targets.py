@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from feature_alignment.adapters.attending import AttendingAdapter
+from feature_alignment.adapters.attending_training import MOST_IDS
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.benchmark.rows import row_name
-from feature_alignment.benchmark.timing import Fastest, chained_ms, hidden_ms
+from feature_alignment.benchmark.timing import Fastest, attending_ms, chained_ms, hidden_ms
 from feature_alignment.cli.config import Steps
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS
 
@@ -102,6 +104,7 @@ def adapter_in_use(
     device: str,
     dtype: torch.dtype,
     steps: Steps,
+    attending: AttendingAdapter | None = None,
 ) -> InUse:
     """The adapter behind a row, the fastest lossless one, and the same recipe at the width of the 7B models."""
     live = row["adapter_ms_per_draft"] or cost["t_adapter_ms"]  # own drafts need no adapter
@@ -114,6 +117,18 @@ def adapter_in_use(
         wide = ChainedAdapter(WIDTH, WIDTH, EVENT_TOKENS, chained.geometry["width"]).to(device, dtype)
         ms = live, cost["t_chained_ms"], chained_ms(wide, steps=steps)
         return InUse("chained", chained.num_parameters, wide.num_parameters, ms, measured, where)
+    if attending is not None and row["draft"] == "attending":
+        measured = acceptance["chains"]["attending"]
+        where = f"test positions, same prefix, drafts 1 to {measured['num_draft_tokens']} of a chain"
+        large = AttendingAdapter(WIDTH, WIDTH, EVENT_TOKENS, MOST_IDS, width=attending.width).to(device, dtype)
+        return InUse(
+            "attending",
+            attending.num_parameters,
+            large.num_parameters,
+            (live, attending_ms(attending), attending_ms(large)),
+            measured,
+            where,
+        )
     taps = adapter.d_draft // adapter.d_target
     same = HiddenAdapter(WIDTH * taps, WIDTH, adapter.bottleneck).to(device, dtype)
     ms = live, cost["t_adapter_ms"], hidden_ms(same, 100, steps)

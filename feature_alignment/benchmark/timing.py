@@ -14,16 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from feature_alignment.adapters.attending import AttendingAdapter
+from feature_alignment.adapters.attending_drafts import FoldedAttending
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter, call_ms
+from feature_alignment.adapters.tables import NO_TOKEN, SOURCES
 from feature_alignment.cli.config import Steps
 from feature_alignment.decoding.generation import Generation
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.measurement.lexicon import Lexicon
 from feature_alignment.measurement.metrics import Counts
-from feature_alignment.models.decoder import Decoder, Prompt
+from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.fixed import captured
+from feature_alignment.models.state import Prompt
 
 VERIFIED = (*range(1, 13), 16, 20, 24, 28, 32)
 
@@ -149,6 +153,19 @@ def chained_ms(adapter: ChainedAdapter, repeats: int = 200, steps: Steps = "eage
     seen, memory = adapter.encode_events(events), token[:, 0]
     draft = captured(lambda state, token, memory: adapter.predict(adapter.read(state, token, memory), seen), steps)
     return call_ms(lambda: draft(state, token, memory), repeats, like.device.type)
+
+
+@torch.inference_mode()
+def attending_ms(adapter: AttendingAdapter, repeats: int = 200) -> float:
+    """Median milliseconds of one draft of an attending adapter without the head: a draft token read, the next state expected."""
+    like, size, n = adapter.out.bias, adapter.geometry, adapter.num_prompt
+    new = lambda *shape: torch.randn(*shape, device=like.device, dtype=like.dtype)  # noqa: E731
+    folded = FoldedAttending(adapter, new(int(adapter.ids.max()) + 1, size["d_target"]), new(16, size["d_target"]))
+    folded.start(new(1, size["num_events"], size["d_event"]))
+    folded.read_prompt(new(n, size["d_target"]), [3] * (n + 1))
+    none, two = [(NO_TOKEN, 0)] * SOURCES, torch.tensor([3, 4], device=like.device)
+    output = folded.read(0, new(1, size["d_target"]), two, [none])
+    return call_ms(lambda: folded.go_on(1, output, two, none), repeats, like.device.type)
 
 
 @torch.inference_mode()

@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from feature_alignment.decoding.generation import Generation
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.models.decoder import Decoder, Prompt
+from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.state import Prompt
 
 OF_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 

@@ -255,7 +255,7 @@ def _file_settings(cls: type, path: Path, section: str, chosen: str | None) -> d
         content = yaml.load(text, Loader=yaml.BaseLoader) or {}
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
-    known = {"common", *SCRIPTS, "train_hidden_adapter.plain", "train_hidden_adapter.chained"}
+    known = {"common", *SCRIPTS, "train_hidden_adapter.plain", "train_hidden_adapter.chained", "train_hidden_adapter.attending"}
     if not isinstance(content, dict) or not set(content) <= known:
         extra = sorted(set(content) - known) if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path}: unknown section {extra}; wanted `common` and script names: {', '.join(SCRIPTS)}.")

@@ -19,7 +19,8 @@ from transformers import DynamicCache
 from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
-from feature_alignment.models.decoder import Decoder, Prompt, State
+from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.state import Prompt, State
 
 
 @dataclass
@@ -100,9 +101,10 @@ def speculate_batch(
         first = [int(s.select(logits, []).token) for s, logits in zip(selectors, target.lm_head(state.last)[:, None], strict=True)]
     everyone = [Row(p, s, [token], h[None], []) for p, s, token, h in zip(proposers, selectors, first, state.last, strict=True)]
     if num_draft_tokens:
-        for row, draft_prompt in zip(everyone, draft_prompts, strict=True):
+        for i, (row, prompt, draft_prompt) in enumerate(zip(everyone, prompts, draft_prompts, strict=True)):
             row.proposer.selector = row.selector
             row.proposer.start(draft_prompt, watch)
+            row.proposer.read_target_prompt(prompt, state.prompt_states(i)[: len(prompt.ids)], watch)
     rows, passes = everyone, 0
     while True:
         going = [i for i, row in enumerate(rows) if not row.has_ended and len(row.emitted) < max_new_tokens]
@@ -199,6 +201,8 @@ def _prefill(target: Decoder, prompts: Sequence[Prompt]) -> tuple[State, Tensor,
     longest, shared = int(ends.max()), int(ends.min()) - 1
     ids = torch.stack([torch.cat([p.ids, p.ids.new_zeros(longest - len(p.ids))]) for p in prompts]).to(target.device)
     state = target.prefill_encoded(ids[:, :shared], target.encode_vision(torch.stack([p.pixels for p in prompts])))
-    tails = target.step(state, ids[:, shared:])
+    begin, tails = state.prompt, target.step(state, ids[:, shared:])
+    assert begin is not None  # of a decoder with one tap
+    state.prompt = torch.cat([begin, tails], 1)
     state.last = tails[torch.arange(len(prompts)), ends[:, 0] - 1 - shared]
     return state, (torch.arange(longest, device=target.device) < ends).long(), ends

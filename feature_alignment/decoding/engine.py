@@ -25,7 +25,8 @@ from feature_alignment.decoding.proposers import Draft, Proposer
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
-from feature_alignment.models.decoder import Decoder, Prompt, State
+from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.state import Prompt, State
 
 
 def speculate(
@@ -310,8 +311,6 @@ class Speculation:
         if record:
             self.rounds += [Round([], [], [], None, token, False, {}, "off") for token in self.emitted[first:]]
 
-    # ---- bookkeeping
-
     def _start_drafter(self, reading: Future[None] | None) -> None:
         """Let the drafter read its prompt, or wait until the second thread has read it."""
         assert self._draft_prompt is not None
@@ -321,6 +320,7 @@ class Speculation:
             with self._watch("draft_prefill"):
                 reading.result()
         self._draft_prompt = None
+        self._proposer.read_target_prompt(self._prompt, self._state.prompt_states(), self._watch)
         if self._controller is not None:
             self._controller.record_draft_prefill(self._watch.ms.get("draft_prefill", 0.0))
 

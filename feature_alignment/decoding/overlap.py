@@ -10,7 +10,7 @@ import torch
 
 from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.models.decoder import Prompt
+from feature_alignment.models.state import Prompt
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from feature_alignment.decoding.generation import Generation, relative_spans
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
-from feature_alignment.models.decoder import Decoder, Prompt
+from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.state import Prompt
 
 
 @torch.inference_mode()

@@ -14,8 +14,9 @@ from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.folded import EventContext, FoldedChain
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import Selected, TokenSelector
-from feature_alignment.models.decoder import Decoder, Prompt, State
+from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.fixed import captured
+from feature_alignment.models.state import Prompt, State
 
 OUTSIDE = -1e30  # logit of an id outside the draft vocabulary
 BLOCK_LENGTHS = (4, 8, 16, 24, 32)  # of a whole block at a confidence floor; few, because each is one CUDA graph
@@ -55,6 +56,10 @@ class Proposer(Protocol):
 
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """Read a new prompt."""
+
+    def read_target_prompt(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
+        """Receive the target's prompt and its hidden states [s, d_target] there; called once for each text, after `start`."""
+        return None
 
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:
         """Propose at most `num_tokens` draft tokens, none after a token that ends the text.

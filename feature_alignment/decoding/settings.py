@@ -14,8 +14,9 @@ class DecodingConfig(Common):
 
     Args:
         draft: drafter: own = EventGPT's own tokens; aligned = its adapted states through the target's head; chained = the chained adapter
-            from the target's last state; ngram, template, lookup and previous read no image; hybrid = ngram where it is confident,
-            else chained (aligned where no chained adapter has been trained)
+            from the target's last state; attending = the attending adapter, from there as well; ngram, template,
+            lookup and previous read no image; hybrid = ngram where it is confident, else chained (aligned where no chained adapter has
+            been trained)
         train_split: split whose answers ngram, template and previous are built from
         accept: token is lossless; feature and relaxed accept draft tokens by cosine
         threshold: cosine above which feature and relaxed accept a draft token
@@ -38,7 +39,7 @@ class DecodingConfig(Common):
             other devices the fixed cache alone); compiled = also fused by torch.compile, which takes a minute
     """
 
-    draft: Literal["own", "aligned", "chained", "hybrid", "ngram", "template", "lookup", "previous"] = "aligned"
+    draft: Literal["own", "aligned", "chained", "attending", "hybrid", "ngram", "template", "lookup", "previous"] = "aligned"
     train_split: str = "train"
     accept: Literal["token", "feature", "relaxed"] = "token"
     threshold: float = 0.9

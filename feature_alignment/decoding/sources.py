@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from feature_alignment.adapters.attending import AttendingAdapter, load_attending_adapter
+from feature_alignment.adapters.attending_training import MOST_IDS
 from feature_alignment.adapters.chained import ChainedAdapter, load_chained_adapter
 from feature_alignment.adapters.hidden import HiddenAdapter, load_adapter
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError, log
+from feature_alignment.decoding.attending_proposer import AttendingProposer
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
 from feature_alignment.models.decoder import Decoder
@@ -42,6 +45,7 @@ class Sources:
         self.texts_path = cfg.out / "token_pairs" / f"{train_split}.json"
         self.adapter_path = cfg.out / "adapter" / "adapter.pt"
         self.chained_path = cfg.out / "chained_adapter" / "adapter.pt"
+        self.attending_path = cfg.out / "attending_adapter" / "adapter.pt"
 
     @cached_property
     def adapter(self) -> HiddenAdapter:
@@ -84,6 +88,18 @@ class Sources:
         name = "adapter" if isinstance(adapter, HiddenAdapter) else "chained_adapter"
         self.__dict__[name] = adapter.to(pair.target.device, pair.target.head_weight.dtype)  # in place of the cached property
         self._acceptance["aligned" if name == "adapter" else "chained"] = meta.get("validation", {}).get("token_match")
+
+    @cached_property
+    def attending_adapter(self) -> AttendingAdapter:
+        """The attending adapter on the target's device."""
+        draft, target = self._pair.draft, self._pair.target
+        if self._untrained and not self.attending_path.is_file():
+            num_ids = min(MOST_IDS, target.vocab_size)
+            adapter = AttendingAdapter(target.hidden_size, draft.width, draft.vision_tokens, num_ids)
+            adapter.ids.copy_(torch.arange(num_ids))
+        else:
+            adapter = load_attending_adapter(self.attending_path, draft.taps)[0]
+        return adapter.to(target.device, target.head_weight.dtype).eval()
 
     @cached_property
     def texts(self) -> list[tuple[str, list[int]]]:
@@ -155,7 +171,7 @@ class Sources:
             UserError: a file that the drafter needs is missing, or it predicts no states
         """
         target, draft = self._pair.target, self._pair.draft
-        if predicts_states and (name not in ("own", "aligned", "chained") or (name == "own" and not draft.has_own_head)):
+        if predicts_states and (name not in ("own", "aligned", "chained", "attending") or (name == "own" and not draft.has_own_head)):
             raise UserError(
                 f"the feature and relaxed rules compare hidden states, {name} drafts have none"
                 + (
@@ -170,6 +186,8 @@ class Sources:
             return ModelProposer(draft, self.adapter, target.lm_head)
         if name == "chained":
             return ChainedProposer(draft, self.chained_adapter, target.head_weight, target.embeddings, self.draft_ids)
+        if name == "attending":
+            return AttendingProposer(draft, self.attending_adapter, target)
         if name == "hybrid":
             return HybridProposer(self.ngram, self.open(self._hybrid_model))
         if name == "ngram":
@@ -188,7 +206,7 @@ class Sources:
         name = self._hybrid_model if name == "hybrid" else name
         if name in self._acceptance:
             return self._acceptance[name]
-        path = {"aligned": self.adapter_path, "chained": self.chained_path}.get(name)
+        path = {"aligned": self.adapter_path, "chained": self.chained_path, "attending": self.attending_path}.get(name)
         if path is None:
             return None
         acceptance: float | None = load_pt(path, command_for("train_hidden_adapter"))["meta"].get("validation", {}).get("token_match")
@@ -202,6 +220,7 @@ class Sources:
     def files(self, name: str) -> dict[str, Path]:
         """The files that a drafter's draft tokens depend on."""
         chained = {"chained_adapter": self.chained_path} | ({} if self._draft_vocabulary is None else {"texts": self.texts_path})
-        models = {"own": {}, "aligned": {"adapter": self.adapter_path}, "chained": chained, "lookup": {}}
+        attending = {"attending_adapter": self.attending_path}
+        models = {"own": {}, "aligned": {"adapter": self.adapter_path}, "chained": chained, "attending": attending, "lookup": {}}
         texts = {"texts": self.texts_path}
         return models[self._hybrid_model] | texts if name == "hybrid" else models.get(name, texts)

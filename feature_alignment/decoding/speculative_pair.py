@@ -25,9 +25,9 @@ from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.settings import DecodingConfig
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample
-from feature_alignment.models.decoder import Prompt
 from feature_alignment.models.generation import with_flags
 from feature_alignment.models.pair import load_pair
+from feature_alignment.models.state import Prompt
 from feature_alignment.storage.pretrained import adapter_type, load_pretrained
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for an incomplete UTF-8 sequence

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from feature_alignment.decoding.sampling import Sampler
-from feature_alignment.models.decoder import Decoder, Prompt
+from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.generation import GenerationRules
+from feature_alignment.models.state import Prompt
 
 
 class Selected(NamedTuple):

@@ -1,19 +1,18 @@
 """Do the language pair's answers say what their videos and events show? Share of stated facts that are true, and the controls.
 
-    python -m feature_alignment.demo.language_grounding              prints the tables and writes them into data/language/MODEL_CARD.md
+    python -m feature_alignment.demo.language_grounding                                        prints the table
+    python -m feature_alignment.demo.language_grounding --card data/language/MODEL_CARD.md     writes it into the model card as well
 
-Held-out scenes, inputs through the real files. A fact is what `language_world.lexicon` reads from a text; a kind or a color is true
-if it is the moving road user's or the parked vehicle's, a thing is a color with the kind that follows it. The control judges the same
-answers by the facts of another clip that was asked the same question: an answer depends on nothing but its clip and its question, so
-this is what the model would say of another clip's video.
+Reads the answers that extraction has stored for the test split, whose scenes train nothing. A fact is what `language_world.lexicon`
+reads from a text; a kind or a color is true if it is the moving road user's or the parked vehicle's, a thing is a color with the kind
+that follows it. The control judges the same answers by the facts of another clip that was asked the same question: an answer depends on
+nothing but its clip and its question, so this is what the model would say of another clip's video.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import re
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,23 +23,17 @@ if __name__ == "__main__":
 
     run_module("feature_alignment.demo.language_grounding")
 
-import torch
-
-from feature_alignment.cli.config import Common
-from feature_alignment.cli.console import print_json_line, print_table, progress
-from feature_alignment.cli.ranges import number_argument, path_argument
+from feature_alignment.cli.console import UserError, print_json_line, print_table
+from feature_alignment.cli.ranges import path_argument
 from feature_alignment.demo import language_world
-from feature_alignment.demo.language_models import FOLDERS, Role
-from feature_alignment.demo.language_scenes import write_split
+from feature_alignment.demo.language_models import Role
 from feature_alignment.inputs.samples import Sample, read_samples
 from feature_alignment.measurement.lexicon import Fact, Lexicon
-from feature_alignment.models.batches import ClipBatch, plan_batches
-
-log = logging.getLogger(__name__)
+from feature_alignment.storage.answers import eos_ids, read_token_pairs
 
 MARK = "<!-- measured -->"
-LONGEST = 64  # tokens of an answer
 NAMES: dict[Role, str] = {"target": "Video-LLaVA", "draft": "EventGPT"}
+KEYS: dict[Role, str] = {"target": "vl", "draft": "egpt"}  # as token pairs files name them
 _KIND_OF = {word: kind for kind, words in language_world.lexicon()["facts"]["kind"].items() for word in words}
 _THING = re.compile(rf"\b({'|'.join(language_world.COLORS)}) ({'|'.join(sorted(_KIND_OF, key=len, reverse=True))})\b")
 
@@ -94,23 +87,23 @@ def others_facts(answers: Sequence[Answer]) -> list[Mapping[str, str]]:
     return [following[id(answer)] for answer in answers]
 
 
-def answer_all(role: Role, checkpoints: Path, samples: Sequence[Sample]) -> list[Answer]:
-    """Greedy answers of one model to every sample."""
-    from feature_alignment.models.pair import load_draft, load_target
+def read_answers(token_pairs: Path, manifest: Path) -> dict[Role, list[Answer]]:
+    """Both models' stored answers to the samples of a manifest.
 
-    cfg = Common(target_id=checkpoints / FOLDERS["target"], draft_id=checkpoints / FOLDERS["draft"], threads=1)
-    torch.set_num_threads(1)
-    model = load_draft(cfg) if role == "draft" else load_target(cfg)
-    model.pack_linear()
-    answers, begin = [], time.perf_counter()
-    with progress(total=len(samples), desc=f"answers of {NAMES[role]}", unit="answer") as bar:
-        for rows in plan_batches(samples, 25):
-            asked = [samples[i] for i in rows]
-            for sample, tokens in zip(asked, ClipBatch(model, asked).generate(LONGEST), strict=True):
-                text = model.tokenizer.decode(tokens, skip_special_tokens=True)
-                answers.append(Answer(sample, text, len(tokens), tokens[-1] in model.eos_ids))
-            bar.update(len(asked))
-    log.info("%s: %.2f answers per second", NAMES[role], len(answers) / (time.perf_counter() - begin))
+    Args:
+        token_pairs: token_pairs/<split>.json of an extraction.
+        manifest: of the same split, with the facts of each scene.
+    """
+    samples = {sample.id: sample for sample in read_samples({manifest.stem: manifest}, manifest.stem)}
+    rows, ends = read_token_pairs(token_pairs), eos_ids(token_pairs)
+    unknown = [row["sample_id"] for row in rows if row["sample_id"] not in samples]
+    if unknown:
+        raise UserError(f"{token_pairs} answers {unknown[0]}, which {manifest} does not have; expected the manifest it was made from.")
+    answers: dict[Role, list[Answer]] = {"target": [], "draft": []}
+    for row in rows:
+        for role, name in KEYS.items():
+            tokens = row[f"{name}_tokens"]
+            answers[role].append(Answer(samples[row["sample_id"]], row[f"{name}_text"], len(tokens), tokens[-1] in ends))
     return answers
 
 
@@ -132,7 +125,7 @@ def report(answers: Mapping[Role, Sequence[Answer]]) -> list[str]:
         mean, ended = sum(a.num_tokens for a in said) / len(said), sum(a.ended for a in said) / len(said)
         lines += [
             "",
-            f"{NAMES[role]}: {len(said)} answers, {mean:.1f} tokens on average, {ended:.0%} end with EOS within {LONGEST}. Examples:",
+            f"{NAMES[role]}: {len(said)} answers, {mean:.1f} tokens on average, {ended:.0%} end with EOS. Examples:",
             "",
         ]
         lines += [f"- *{a.sample.question}* {' '.join(a.text.split())}" for a in said[:: len(said) // 6 + 1]]
@@ -141,19 +134,17 @@ def report(answers: Mapping[Role, Sequence[Answer]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoints", type=path_argument, default=Path("outputs/language"))
-    parser.add_argument("--card", type=path_argument, default=Path("data/language/MODEL_CARD.md"))
-    parser.add_argument("--clips", type=number_argument("clips"), default=60)
+    parser.add_argument("--token_pairs", type=path_argument, default=Path("outputs/language/token_pairs/test.json"))
+    parser.add_argument("--manifest", type=path_argument, default=Path("outputs/language/scenes/test.jsonl"))
+    parser.add_argument("--card", type=path_argument, help="model card whose measured part is replaced")
     args = parser.parse_args()
-    split = "held_out"
-    manifest = write_split(args.checkpoints / "scenes", split, args.clips)
-    samples = read_samples({split: manifest}, split)
-    answers: dict[Role, list[Answer]] = {role: answer_all(role, args.checkpoints, samples) for role in FOLDERS}
+    answers = read_answers(args.token_pairs, args.manifest)
     lines = report(answers)
     rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines[2:] if line.startswith("|")]
     print_table(
         "grounding: share of stated facts that are true", ("claim", *(h for r in answers for h in (NAMES[r], "another clip's"))), rows
     )
-    text = args.card.read_text().split(MARK)[0] if args.card.is_file() else "# The language pair\n\n"
-    args.card.write_text(text + MARK + "\n" + "\n".join(lines) + "\n")
-    print_json_line({"model_card": str(args.card), "answers": {NAMES[role]: len(said) for role, said in answers.items()}})
+    if args.card is not None:
+        text = args.card.read_text().split(MARK)[0] if args.card.is_file() else "# The language pair\n\n"
+        args.card.write_text(text + MARK + "\n" + "\n".join(lines) + "\n")
+    print_json_line({"answers": {NAMES[role]: len(said) for role, said in answers.items()}})

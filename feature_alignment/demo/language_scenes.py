@@ -30,7 +30,6 @@ SPLITS = {
     "validation": (5_400_000, 30, 3),
     "calibration": (5_600_000, 60, 2),
     "test": (5_800_000, 75, 4),
-    "held_out": (6_000_000, 60, 5),  # for the model card
 }
 
 

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from feature_alignment.inputs.samples import Sample
-from feature_alignment.models.decoder import Decoder, State
+from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.generation import most_likely
+from feature_alignment.models.state import State
 
 _PADDING = -1  # text number of padding tokens
 
@@ -90,18 +92,25 @@ class ClipBatch:
         return self._rules[row].end_of(answer[:-1], answer[-1:]) is not None
 
     @torch.inference_mode()
-    def states(self, answers: Sequence[Sequence[int]]) -> list[Tensor]:
-        """The hidden states [n, d] that emit the given answers of n tokens each.
+    def states(self, answers: Sequence[Sequence[int]], before: int = 0) -> list[Tensor]:
+        """The hidden states [before + n, d] that emit the given answers of n tokens each.
 
         One forward pass reads one question of every clip. With all questions of a clip in one row, most of the attention would be
         computed between questions, where the mask discards it.
+
+        Args:
+            answers: Token ids.
+            before: Number of positions of each prompt to return as well, without its last, which emits the first token; zeros in front
+                where the prompt is shorter.
         """
         tails = [[*tail, *answer[:-1]] for tail, answer in zip(self._tails, answers, strict=True)]
         found: dict[int, Tensor] = {}
         for texts in self._one_of_each_clip():
             room = max(len(tails[text]) for text in texts)
             read = _Texts(self.model, self._state, self._clip_of, room).read([tails[text] for text in texts], texts)
-            found |= {text: states[len(tails[text]) - len(answers[text]) :].cpu() for text, states in zip(texts, read, strict=True)}
+            for text, states in zip(texts, read, strict=True):
+                full, wanted = torch.cat([self._prompt_end(self._clip_of[text], before), states]), before + len(answers[text])
+                found[text] = F.pad(full, (0, 0, max(0, wanted - len(full)), 0))[-wanted:].cpu()
         return [found[text] for text in range(len(tails))]
 
     def _one_of_each_clip(self) -> list[list[int]]:
@@ -114,6 +123,17 @@ class ClipBatch:
             groups[seen[clip]].append(text)
             seen[clip] += 1
         return groups
+
+    def _prompt_end(self, clip: int, most: int) -> Tensor:
+        """The last states [n, d], at most `most`, on the prompt that all questions about a clip share."""
+        if not most:
+            return self._state.last.new_empty(0, self.model.hidden_size)
+        assert self._state.prompt is not None  # prefilled by this model, which reads one layer
+        return self._state.prompt[clip, -most:]
+
+    def prompt_ids(self, most: int) -> list[list[int]]:
+        """The last token ids of each prompt, at most `most`, as `Decoder.text_ids` gives them."""
+        return [self.model.text_ids([*self._shared[0].tolist(), *tail][-most:]) for tail in self._tails]
 
     def predict_tokens(self, answers: Sequence[Sequence[int]]) -> list[list[int]]:
         """The model's argmax token at each position of the given answers, given the answer tokens before it."""

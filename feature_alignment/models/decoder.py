@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from feature_alignment.cli.config import Steps, StepsSetting
 from feature_alignment.cli.console import UserError
@@ -24,38 +23,7 @@ from feature_alignment.models.fixed import FixedCache, note_eager_fallback
 from feature_alignment.models.fused import unsupported_reason
 from feature_alignment.models.generation import GenerationRules, eos_set, most_likely
 from feature_alignment.models.packed import LinearChoice, best_cpu_linear, pack, packed_product, unsupported
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A sample ready for one model.
-
-    Args:
-        ids: [s] int64, prompt tokens with vision placeholders.
-        pixels: [t, 3, h, w] float32, normalized video frames or event images.
-        question: Text of the question.
-    """
-
-    ids: Tensor
-    pixels: Tensor
-    question: str = ""
-
-
-@dataclass
-class State:
-    """Progress of a decoder in a batch of texts.
-
-    Args:
-        cache: Keys and values of all positions read.
-        last: [b, d], hidden state on the last token read.
-        length: Number of positions read.
-        ids: [b, s] int64, prompt tokens.
-    """
-
-    cache: DynamicCache | FixedCache
-    last: Tensor
-    length: int
-    ids: Tensor | None = None
+from feature_alignment.models.state import Prompt, State, position_limit
 
 
 class Decoder:
@@ -146,10 +114,12 @@ class Decoder:
     def use_steps(self, steps: StepsSetting) -> None:
         """Choose how steps run from the next prompt on.
 
-        Captured steps need a single prompt and layers that `fused` supports; otherwise steps run eagerly. Unsupported layers are noted.
+        Captured steps need a single prompt and layers that `fused` supports. Batches run eagerly, and so do models with other
+        layers; for these there is a warning, which `fixed.eager_fallbacks` keeps for the benchmark's meta.
 
         Args:
-            steps: "eager", "graphs" (CUDA graphs over a fixed cache), "compiled" (also fused), "auto": compiled on a GPU, else eager.
+            steps: "eager", "graphs" (CUDA graphs over a fixed cache), "compiled" (also fused by torch.compile), or "auto": compiled on
+                a GPU, eager elsewhere.
         """
         wanted: Steps = steps if steps != "auto" else "compiled" if self.device.type == "cuda" else "eager"
         reason = None if wanted == "eager" else unsupported_reason(self.llama)
@@ -206,6 +176,10 @@ class Decoder:
             )
         return ids
 
+    def text_ids(self, ids: Sequence[int]) -> list[int]:
+        """Ids of a prompt, -1 where they stand for vision or are not shared by both models."""
+        return [-1 if i == self.placeholder or not 0 <= i < self.vocab_size else i for i in ids]
+
     def rules(self, prompt_ids: Tensor) -> GenerationRules:
         """The checkpoint's generation settings, applied to a text after the prompt `prompt_ids` [s]."""
         rows = self._head_weight.shape[0]
@@ -258,7 +232,7 @@ class Decoder:
         ids = ids.to(self.device)
         cache = DynamicCache(config=self.llama.config)
         state = State(cache, ids, 0, ids)
-        self._read(state, {"inputs_embeds": self._splice(ids, vision)}, keep=1)
+        state.prompt = self._read(state, {"inputs_embeds": self._splice(ids, vision)}, keep=1)
         if self._fixed is not None and len(ids) == 1:
             state.cache = self._fixed.load_prompt(cache, state)
         return state
@@ -342,10 +316,3 @@ class Decoder:
         """
         first = state.last[:, None]
         return first if token_ids.shape[1] == 1 else torch.cat([first, self.step(state, token_ids[:, :-1])], dim=1)
-
-
-def position_limit(config: PreTrainedConfig) -> int:
-    """The number of positions a text may have: the config's value times the scaling factor of its rotary embedding."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    scaling = 1.0 if "original_max_position_embeddings" in rope else rope.get("factor") or 1.0  # then the config states the product
-    return int(config.max_position_embeddings * scaling)

@@ -29,8 +29,9 @@ from feature_alignment.inputs.clip_pixels import clip_pixels
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.inputs.video import NUM_FRAMES, read_frames
 from feature_alignment.models import generation, loading, preprocessing
-from feature_alignment.models.decoder import Decoder, State
+from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.packed import LinearChoice
+from feature_alignment.models.state import State
 from feature_alignment.storage.processes import check_device
 
 _ANSWER_TOKENS = 64  # for the estimate of the cache

@@ -80,6 +80,7 @@ SETTINGS_WITHOUT_EFFECT_ON_TEXTS = {
     "store_dtype",
     "separate_layers",
     "event_states",
+    "prompt_states",
     "own_drafts",
     "draft_layers",
     "shard",

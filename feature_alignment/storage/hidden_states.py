@@ -22,7 +22,8 @@ DEFAULT_EOS_IDS = [2]  # files written before their meta recorded the ids
 
 log = logging.getLogger(__name__)
 
-EVENT_STATES = "egpt_event_states.pt"
+EVENT_STATES, PROMPT_STATES = "egpt_event_states.pt", "vl_prompt_states.pt"
+FIXED_LENGTH_FILES = (EVENT_STATES, PROMPT_STATES)  # files whose rows are all equally long
 MAX_BYTES_CHECKED_ON_LOAD = 1 << 30  # larger files are compared with their hashes by `verification` only
 
 
@@ -37,6 +38,8 @@ class HiddenStates:
     lengths:   [n] int64
     rows:      one dict per row: id, sequence, question, both texts
     events:    [n, e, d_event]   EventGPT's states over its event tokens, if asked for: of the last tapped layer
+    prompt:    [n, p, d_target]  Video-LLaVA's states of its prompt's end, without its very last position, if asked for; zeros in front
+                                 where the prompt is shorter. A row's "prompt_ids" are the ids there and the last one, -1 for vision
     """
 
     draft: Tensor
@@ -47,6 +50,7 @@ class HiddenStates:
     rows: list[dict[str, Any]]
     meta: dict[str, Any]
     events: Tensor | None = None
+    prompt: Tensor | None = None
 
     def refuse_non_finite(self, rows: Tensor | Sequence[int], *states: Tensor) -> None:
         """Raise UserError for states with infinities or NaN; it names the first sample.
@@ -96,13 +100,14 @@ def layer_file(layer: int) -> str:
     return f"egpt_hidden_states.layer{layer:02d}.pt"
 
 
-def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, events: bool = False) -> HiddenStates:
+def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, events: bool = False, prompt: bool = False) -> HiddenStates:
     """One split of a complete extraction.
 
     Args:
         directory: folder of the split
         layers: EventGPT's layers to load; None loads all. With `--separate_layers` it must be one layer, and `meta` then describes it alone
         events: load EventGPT's event states as well
+        prompt: load Video-LLaVA's states of its prompt as well
 
     Raises:
         UserError: the extraction is incomplete or altered, lacks the requested states, or its files do not fit each other
@@ -134,16 +139,18 @@ def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, eve
     for file, tensor, width in ((name, draft, "hidden_size_draft"), ("vl_hidden_states.pt", target, "hidden_size_target")):
         if tensor.shape[-1] != meta[width]:
             raise UserError(f"{directory}/{file} is {tensor.shape[-1]} wide, its meta.json says {meta[width]}: files swapped?")
-    event_states = None
-    if events:
-        if not meta.get("event_states"):
-            raise UserError(
-                f"{directory} holds no event states, which the chained adapter reads. Extract them:\n  {command} --event_states"
-            )
-        event_states = _load_states(directory / EVENT_STATES, rows, meta, command)
-    return HiddenStates(
-        draft, target, **{k: positions[k] for k in ("token_ids", "mask", "lengths")}, rows=rows, meta=meta, events=event_states
-    )
+    if events and not meta.get("event_states"):
+        raise UserError(
+            f"{directory} holds no event states, which the chained and the attending adapter read. Extract them:\n"
+            f"  {command} --event_states"
+        )
+    if prompt and not meta.get("prompt_states"):
+        raise UserError(
+            f"{directory} holds no prompt states, which the attending adapter reads. Extract them:\n  {command} --prompt_states 160"
+        )
+    files = ({"events": EVENT_STATES} if events else {}) | ({"prompt": PROMPT_STATES} if prompt else {})
+    more = {name: _load_states(directory / file, rows, meta, command) for name, file in files.items()}
+    return HiddenStates(draft, target, **{k: positions[k] for k in ("token_ids", "mask", "lengths")}, rows=rows, meta=meta, **more)
 
 
 def _load_states(path: Path, rows: Sequence[dict[str, Any]], meta: dict[str, Any], command: str) -> Tensor:

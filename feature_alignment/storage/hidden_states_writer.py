@@ -29,7 +29,7 @@ from torch import Tensor
 from feature_alignment.cli.console import UserError, file_named
 from feature_alignment.storage.answers import write_token_pairs
 from feature_alignment.storage.files import read_json, save_pt, write_hashed_json, write_json
-from feature_alignment.storage.hidden_states import EVENT_STATES
+from feature_alignment.storage.hidden_states import FIXED_LENGTH_FILES
 from feature_alignment.storage.identity import RunIdentity
 from feature_alignment.storage.state_files import frame_hash, row_hash, row_hashes, storage_offset
 
@@ -236,7 +236,7 @@ class HiddenStatesWriter:
 
         Args:
             row: number of the row in the files
-            states: file name -> [n, size] float of any dtype; event states have all their positions
+            states: file name -> [n, size] float of any dtype; event and prompt states have all their positions
             token_ids: n token ids that the states emit
             about: entry of samples.jsonl
 
@@ -252,7 +252,7 @@ class HiddenStatesWriter:
                     "check the model's dtype and inputs, or --store_dtype."
                 )
             positions, size = self._shapes[name]
-            if tensor.shape != (positions if name == EVENT_STATES else n, size) or not 1 <= n <= self._longest:
+            if tensor.shape != (positions if name in FIXED_LENGTH_FILES else n, size) or not 1 <= n <= self._longest:
                 raise ValueError(f"{name}, row {row}: states {tuple(tensor.shape)} for {n} tokens of at most {self._longest}")
             data = stored.contiguous().view(torch.uint8).numpy().data.cast("B")
             hashes[name] = row_hash(data, row_bytes([self._shapes[name]], self._dtype))
@@ -273,7 +273,7 @@ class HiddenStatesWriter:
         """
         for name, (positions, size) in self._shapes.items():
             length = row_bytes([(positions, size)], self._dtype)
-            n = positions if name == EVENT_STATES else len(about["read"])
+            n = positions if name in FIXED_LENGTH_FILES else len(about["read"])
             with (source / name).open("rb") as stream:
                 data = os.pread(stream.fileno(), n * size * self._dtype.itemsize, storage_offset(source / name) + source_row * length)
             if row_hash(data, length) != about["sha256"][name]:

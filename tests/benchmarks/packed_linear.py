@@ -20,8 +20,9 @@ from feature_alignment.decoding.baseline_drafters import NGram, TableProposer
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.plain import greedy
 from feature_alignment.inputs.samples import read_samples
-from feature_alignment.models.decoder import Decoder, Prompt
+from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import load_target
+from feature_alignment.models.state import Prompt
 from feature_alignment.storage.answers import read_token_pairs
 
 NUMBERS = (1, 2, 6, 9)

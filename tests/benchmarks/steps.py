@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from feature_alignment.benchmark.timing import step_ms
 from feature_alignment.cli.console import UserError, print_json_line, print_table, run
 from feature_alignment.models import fixed
-from feature_alignment.models.decoder import Decoder, Prompt
+from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.state import Prompt
 
 NUMBERS = (1, 2, 4, 6, 9, 13)
 

@@ -1,0 +1,112 @@
+"""The attending adapter as a drafter: it drafts from the target's verified states and keeps a key-value cache of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from feature_alignment.adapters.attending import AttendingAdapter
+from feature_alignment.adapters.attending_drafts import FoldedAttending
+from feature_alignment.adapters.tables import question_number
+from feature_alignment.decoding.proposers import Draft, Proposer
+from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.decoding.token_selection import Selected
+from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.state import Prompt
+
+Proposed = list[tuple[int, int]]
+
+
+class AttendingProposer(Proposer):
+    """The attending adapter drafts; EventGPT runs once for its event states.
+
+    Args:
+        draft: EventGPT; it does not run for an adapter without events
+        adapter: the trained attending adapter
+        target: for its LM head and embeddings
+    """
+
+    def __init__(self, draft: Decoder, adapter: AttendingAdapter, target: Decoder) -> None:
+        self._draft, self._target = draft, target
+        self._blind, self._num_prompt = "events" in adapter.without, adapter.num_prompt
+        self._folded = FoldedAttending(adapter, target.head_weight, target.embeddings)
+        self._d_event = adapter.geometry["d_event"]
+
+    @torch.inference_mode()
+    def start(self, prompt: Prompt, watch: Stopwatch) -> None:
+        """See `Proposer`."""
+        if self._blind:
+            self._folded.start(self._folded.head.new_empty(1, 0, self._d_event))
+        else:
+            with watch("draft_prefill"):
+                self._folded.start(self._draft.vision_states(prompt.ids[None], self._draft.encode_vision(prompt.pixels[None])))
+        self._verified = 0  # tokens cached with target states
+        self._ahead: list[int] = []  # draft tokens cached after them
+        self._outputs: list[Tensor] = []  # outputs after the last verified token and after each of these draft tokens
+        self._proposed: list[Proposed] = []  # table candidates after each token
+
+    @torch.inference_mode()
+    def read_target_prompt(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
+        """See `Proposer`."""
+        with watch("adapter"):
+            most = self._num_prompt
+            self._prompt, self._question = self._target.text_ids(prompt.ids[-most - 1 :].tolist()), question_number(prompt.question)
+            self._folded.read_prompt(states[:-1][-most:] if most else states[:0], self._prompt)
+
+    @torch.inference_mode()
+    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:
+        """See `Proposer`."""
+        with watch("adapter"):
+            self._catch_up(emitted, states)
+        text: list[int] = []
+        selected: list[Selected] = []
+        expected: list[Tensor] = []
+        chance = 1.0
+        while not text or (len(text) < num_tokens and chance >= confidence_floor and text[-1] not in self.selector.eos_ids):
+            if selected:
+                with watch("adapter"):
+                    self._read_draft([*emitted, *text])
+            expected.append(self._outputs[-1])
+            with watch("head"):
+                selected.append(self._select([*emitted, *text], confidence_floor > 0))
+                text.append(int(selected[-1].token))
+            chance *= selected[-1].confidence
+        return Draft.of(selected, lambda: self._folded.states(expected))
+
+    def _catch_up(self, emitted: Sequence[int], states: Tensor) -> None:
+        """Cache newly verified tokens with the target's states, then the tokens after them with predicted states."""
+        n, known = len(states), self._verified
+        if n > known:
+            del self._proposed[known:]
+            self._proposed += [self._candidates(emitted[: t + 1]) for t in range(known, n)]
+            before = emitted[known - 1] if known else self._prompt[-1]
+            text = torch.tensor([before, *emitted[known:n]], device=states.device)
+            self._outputs = [self._folded.read(known, states[known:], text, self._proposed[known:])]
+            self._verified, self._ahead = n, []
+        following = list(emitted[n:])
+        same = 0
+        while same < min(len(following), len(self._ahead)) and following[same] == self._ahead[same]:
+            same += 1
+        del self._ahead[same:], self._outputs[same + 1 :], self._proposed[n + same :]
+        for end in range(n + same + 1, len(emitted) + 1):
+            self._read_draft(emitted[:end])
+
+    def _read_draft(self, text: Sequence[int]) -> None:
+        """Cache the last token of `text`, which is not verified."""
+        self._proposed.append(self._candidates(text))
+        last = torch.tensor([text[-2], text[-1]], device=self._outputs[-1].device)
+        self._outputs.append(self._folded.go_on(len(text) - 1, self._outputs[-1], last, self._proposed[-1]))
+        self._ahead.append(text[-1])
+
+    def _candidates(self, text: Sequence[int]) -> Proposed:
+        return self._folded.candidates(self._question, self._prompt, text)
+
+    def _select(self, text: Sequence[int], confidence: bool) -> Selected:
+        """Select the next draft token, from logits over the ids that may be drafted."""
+        logits = self._folded.logits(self._outputs[-1], self._proposed[-1])
+        if not self.selector.is_plain_argmax:
+            return self.selector.select(self._folded.over_all_ids(logits), text, confidence)
+        best = logits.argmax(-1)
+        return Selected(self._folded.ids[best], None, float(logits[0].float().softmax(-1).max()) if confidence else 1.0)
