@@ -1,4 +1,4 @@
-"""Tasks 3.2 and 3.3. Speculative against plain decoding: measured, modelled, and the six targets.
+"""Tasks 3.2 and 3.3. Speed of speculative against plain decoding, measured and modelled, and the six targets.
 
 reads   both checkpoints, adapter/adapter.pt, chained_adapter/adapter.pt, a manifest, token_pairs/<train split>.json,
         acceptance/acceptance.json
@@ -23,34 +23,38 @@ from feature_alignment.cli.config import Common, StepsSetting, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, run
 
 if TYPE_CHECKING:
+    from feature_alignment.benchmark.results import BenchmarkReport
     from feature_alignment.benchmark.run import Measurements, Setup
     from feature_alignment.decoding.generation import Generation
     from feature_alignment.inputs.samples import Sample
+    from feature_alignment.measurement.records import Meta
+    from feature_alignment.measurement.reports import AcceptanceReport
     from feature_alignment.models.state import Prompt
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig(Common):
-    """Measure speed-up and fidelity of every mode on the same prompts, in one process, and read off the six targets. Reads both
-    checkpoints, the adapters and acceptance/; writes benchmark.json, report.md, report.html and pictures under benchmark/.
+    """Measure speed-up and fidelity of every mode on the same prompts in one process, and compare them with the six targets.
+
+    Reads both checkpoints, the adapters and acceptance/; writes benchmark.json, report.md, report.html and pictures under benchmark/.
 
     Args:
-        split: manifest the prompts are taken from
-        train_split: whose answers the null drafters know
-        num_draft_tokens: drafts per verification, one row each
-        most_draft_tokens: the most drafts per verification of the adaptive rows
-        threshold: cosines above which feature and relaxed keep a draft, one row each
-        exit_adapters: hidden adapters that read another single layer of EventGPT each, for a row of aligned drafts each
-        planted_acceptance: measure wall clock alone, with drafts kept by chance at these rates instead of by what they say: for a pair
-            with --random_weights, whose text is noise; untrained adapters will do. Writes planted.json, judges no target
+        split: manifest that the prompts are taken from
+        train_split: split whose answers the baseline drafters are fitted on
+        num_draft_tokens: draft tokens per verification, one row each
+        most_draft_tokens: largest number of draft tokens per verification in the adaptive rows
+        threshold: cosines above which the feature and relaxed rules accept a draft token, one row each
+        exit_adapters: hidden adapters that read one other layer of EventGPT each, for one row of aligned drafts each
+        planted_acceptance: measure wall clock only: draft tokens are accepted at random with these probabilities, whatever they say. For a
+            pair with --random_weights, whose text is noise; adapters need not be trained. Writes planted.json and judges no target
         max_new_tokens: longest answer, EOS included
         steps: how models step: auto = compiled on a GPU, eager on a CPU; eager; graphs = CUDA graphs over caches of a fixed size (on
-            other devices the fixed cache alone); compiled = also fused by torch.compile, after a minute of compiling
+            other devices the fixed cache alone); compiled = also fused by torch.compile, after a minute of compilation
         draft_vocabulary: chained drafts only this many token ids, those most frequent in training answers, which makes the head
             cheaper and changes no text (default: all)
-        assistant_layers: how many of Video-LLaVA's own layers assist transformers' generate, for comparison
+        assistant_layers: number of Video-LLaVA's own layers that assist transformers' generate, for comparison
         repeats: timed runs of every method on every prompt
-        warmup: prompts run before, untimed
+        warmup: number of prompts that are run first, untimed
     """
 
     split: str = "test"
@@ -69,6 +73,7 @@ class BenchmarkConfig(Common):
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the script, or its commands `compare` and `summary`; returns the content of benchmark.json or planted.json."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["compare"]:
         from feature_alignment.benchmark.compare import compare
@@ -89,12 +94,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Measure, or reuse a cached result; returns the content of benchmark.json."""
     from feature_alignment.benchmark import report, transformers_baselines
+    from feature_alignment.benchmark.results import BenchmarkReport
     from feature_alignment.benchmark.run import Measurements, part_costs, take_turns
     from feature_alignment.decoding.plain import greedy
+    from feature_alignment.measurement.records import read_record
+    from feature_alignment.measurement.reports import AcceptanceReport
     from feature_alignment.models import fixed
     from feature_alignment.models.loading import fetch_checkpoints
     from feature_alignment.storage.artifacts import cached_result, provenance
-    from feature_alignment.storage.files import read_hashed_json, write_hashed_json
+    from feature_alignment.storage.files import write_hashed_json
     from feature_alignment.storage.identity import identity_of
 
     samples = spread_samples(cfg)
@@ -102,29 +110,28 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     if cfg.planted_acceptance:
         return planted_benchmark(cfg, samples)
     made_from = inputs_of(cfg, samples)
-    acceptance = read_hashed_json(acceptance_path(cfg), command_for("measure_feature_acceptance"))
+    acceptance = read_record(acceptance_path(cfg), AcceptanceReport, command_for("measure_feature_acceptance"))
     out = cfg.out / "benchmark"
     identity = identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
-    result = cached_result(out / "benchmark.json", cfg, identity)
-    if result is not None:
-        _show(result, out, reused=True)
-        return result
+    cached = cached_result(out / "benchmark.json", cfg, identity)
+    if cached is not None:
+        _show(BenchmarkReport.from_json(cached), out, reused=True)
+        return cached
 
     setup = open_setup(cfg, samples, acceptance)
     target, part_cost = setup.pair.target, part_costs(setup)
     ways: dict[str, Callable[[Prompt], Generation]] = {"plain": lambda prompt: greedy(target, prompt, cfg.max_new_tokens)}
     ways |= transformers_baselines.ways(target, cfg.max_new_tokens, cfg.num_draft_tokens[0], cfg.assistant_layers)
     timed = take_turns(setup, ways, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
-    measurements = Measurements.of(setup, timed, part_cost)
-    contents, shown = results_of(cfg, measurements, acceptance, list(ways)[1:])
     about: dict[str, Any] = {"device": cfg.device, "dtype": cfg.dtype, "unrecorded": fixed.eager_fallbacks}
     about["linear"] = {role: decoder.linear.to_json() for role, decoder in (("target", target), ("draft", setup.pair.draft))}
-    result = {"meta": provenance("benchmark_feature_sd", cfg, made_from, identity, **about), **contents}
+    meta = provenance("benchmark_feature_sd", cfg, made_from, identity, **about)
+    result, shown = results_of(cfg, Measurements.of(setup, timed, part_cost), acceptance, list(ways)[1:], meta)
     report.write_benchmark_report(result, shown, target.tokenizer.decode, out)
     files = ("report.md", "report.html", *(f"{name}.png" for name in report.PICTURES))
-    write_hashed_json(out / "benchmark.json", result, files)  # Last: its presence means that the report is complete.
+    write_hashed_json(out / "benchmark.json", result.to_json(), files)  # Last: its presence means that the report is complete.
     _show(result, out, reused=False)
-    return result
+    return result.to_json()
 
 
 def spread_samples(cfg: BenchmarkConfig) -> list[Sample]:
@@ -137,10 +144,12 @@ def spread_samples(cfg: BenchmarkConfig) -> list[Sample]:
 
 
 def acceptance_path(cfg: BenchmarkConfig) -> Path:
+    """File of the measured acceptance."""
     return cfg.out / "acceptance" / "acceptance.json"
 
 
 def chained_path(cfg: BenchmarkConfig) -> Path:
+    """File of the chained adapter."""
     return cfg.out / "chained_adapter" / "adapter.pt"
 
 
@@ -166,13 +175,16 @@ def inputs_of(cfg: BenchmarkConfig, samples: Sequence[Sample]) -> dict[str, Path
     }
 
 
-def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: dict[str, Any]) -> Setup:
+def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: AcceptanceReport) -> Setup:
     """Load both models and the adapters, open every drafter and prepare the prompts.
 
     Args:
         cfg: settings
-        samples: what is measured
-        acceptance: content of acceptance.json, which must include the chained adapter where one is trained
+        samples: samples to measure
+        acceptance: content of acceptance.json, which must include the chained adapter if one is trained
+
+    Raises:
+        UserError: acceptance.json lacks the chained adapter, or two exit adapters read the same layer
     """
     from feature_alignment.benchmark.rows import attending_modes, modes
     from feature_alignment.benchmark.run import Setup
@@ -183,16 +195,16 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: dict[str
     lexicon = Lexicon.load(cfg.lexicon) if cfg.lexicon else None
     has_chain = chained_path(cfg).is_file()
     for name, path in (("chained", chained_path(cfg)), ("attending", attending_path(cfg))):
-        if path.is_file() and name not in acceptance["chains"]:
+        if path.is_file() and name not in acceptance.chains:
             measure_again = command_for("measure_feature_acceptance")
-            raise UserError(f"{acceptance_path(cfg)} does not know {path} yet. Measure again:\n  {measure_again}")
+            raise UserError(f"{acceptance_path(cfg)} was measured without {path}. Measure again:\n  {measure_again}")
     pair = load_pair(cfg)
     pair.use_steps(cfg.steps)
     pair.choose_linear()
     sources = Sources(pair, cfg, cfg.train_split, draft_vocabulary=cfg.draft_vocabulary)
     exits = dict(sources.load_exit_drafter(path) for path in cfg.exit_adapters)
     if len(exits) < len(cfg.exit_adapters):
-        raise UserError(f"--exit_adapters: {len(cfg.exit_adapters)} files read layers {sorted(exits)}; wanted one for each layer.")
+        raise UserError(f"--exit_adapters: {len(cfg.exit_adapters)} files read layers {sorted(exits)}; expected one file for each layer.")
     adapters = ("chained", "aligned") if has_chain else ("aligned",)
     rows = modes(cfg.num_draft_tokens, cfg.most_draft_tokens, cfg.threshold, adapters, sorted(exits))
     if attending_path(cfg).is_file():
@@ -203,8 +215,8 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: dict[str
 
 
 def results_of(
-    cfg: BenchmarkConfig, measurements: Measurements, acceptance: dict[str, Any], names: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, Generation]]:
+    cfg: BenchmarkConfig, measurements: Measurements, acceptance: AcceptanceReport, names: Sequence[str], meta: Meta
+) -> tuple[BenchmarkReport, dict[str, Generation]]:
     """Compute the rows, baselines and targets.
 
     Args:
@@ -212,39 +224,36 @@ def results_of(
         measurements: timed runs and costs
         acceptance: content of acceptance.json
         names: the `generate` baselines
+        meta: provenance
 
     Returns:
-        benchmark.json without `meta`; row name -> a generation of the first prompt, for the report
+        content of benchmark.json; row name -> a generation of the first prompt, for the report
     """
     from feature_alignment.benchmark import targets
-    from feature_alignment.benchmark.rows import row_name
-    from feature_alignment.benchmark.run import bounds, fastest_lossless, generate_report, mode_rows, plain_report
+    from feature_alignment.benchmark.results import BenchmarkReport
+    from feature_alignment.benchmark.run import cost_of, fastest_lossless, generate_baseline, mode_rows, plain_baseline
     from feature_alignment.measurement.metrics import break_even
 
     setup = measurements.setup
     rows = mode_rows(measurements)
-    cost = measurements.cost | {"bound": bounds(measurements, rows)}
     fastest = fastest_lossless(measurements, rows)
     best_row = rows[setup.modes.index(fastest.mode)]
-    plain = plain_report(measurements, fastest)
-    baselines = [plain, *(generate_report(measurements, fastest, name) for name in names)]
-    dtype = setup.pair.target.head_weight.dtype
-    attending = setup.sources.attending_adapter if best_row["draft"] == "attending" else None
-    adapters = setup.sources.adapter, setup.chained, acceptance, cost, cfg.device, dtype, setup.pair.draft.steps
-    in_use = targets.adapter_in_use(best_row, *adapters, attending)
-    contents = {
-        "baselines": baselines,
-        "rows": rows,
-        "cost": cost,
-        "break_even": {
-            str(g): {"1.0": break_even(g * cost["c"], g), str(targets.GOAL): break_even(g * cost["c"], g, targets.GOAL)}
-            for g in cfg.num_draft_tokens
-        },
-        "fastest_lossless": fastest.report,
-        "targets": targets.read(in_use, rows, fastest.report),
-    }
-    generations = {"plain greedy": measurements.plain, row_name(best_row): measurements.timed[fastest.mode]}
-    return contents, {name: timed.generations[0][0] for name, timed in generations.items()}
+    cost = cost_of(measurements, rows)
+    attending = setup.sources.attending_adapter if best_row.draft == "attending" else None
+    adapters = setup.sources.adapter, setup.chained, acceptance, measurements.part_cost, setup.pair.draft.steps, attending
+    in_use = targets.adapter_in_use(best_row, *adapters)
+    result = BenchmarkReport(
+        meta=meta,
+        plain=plain_baseline(measurements, fastest),
+        generate=[generate_baseline(measurements, fastest, name) for name in names],
+        rows=rows,
+        cost=cost,
+        break_even={str(g): {str(goal): break_even(g * cost.c, g, goal) for goal in (1.0, targets.GOAL)} for g in cfg.num_draft_tokens},
+        fastest_lossless=fastest.report,
+        targets=targets.targets_of(in_use, rows, fastest.report),
+    )
+    generations = {"plain greedy": measurements.plain, best_row.name: measurements.timed[fastest.mode]}
+    return result, {name: timed.generations[0][0] for name, timed in generations.items()}
 
 
 def clips_of(samples: Sequence[Sample]) -> list[Path]:
@@ -253,33 +262,39 @@ def clips_of(samples: Sequence[Sample]) -> list[Path]:
 
 
 def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, Any]:
-    """Wall clock under stated acceptances: planted.json and planted.md, beside whatever else was measured."""
+    """Measure wall clock at planted acceptances; returns the content of planted.json. Other results are left as they are."""
     from feature_alignment.benchmark import planted
-    from feature_alignment.storage.artifacts import cached_result
+    from feature_alignment.benchmark.results import PlantedReport
+    from feature_alignment.storage.artifacts import cached_result, provenance
     from feature_alignment.storage.identity import identity_of
 
     out, clips = cfg.out / "benchmark", clips_of(samples)
     files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
-    adapters = {name: cfg.out / f"{name}/adapter.pt" for name in ("adapter", "chained_adapter")}  # untrained ones, where they are missing
+    adapters = {name: cfg.out / f"{name}/adapter.pt" for name in ("adapter", "chained_adapter")}
     made_from = files | {"clips": clips} | {name: path for name, path in adapters.items() if path.is_file()}
     identity = identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
-    result = cached_result(out / "planted.json", cfg, identity)
-    reused = result is not None
-    if result is None:
-        sizes = cfg.num_draft_tokens, cfg.planted_acceptance, cfg.max_new_tokens, cfg.repeats, cfg.warmup
-        result = planted.run(cfg, cfg.steps, samples, ("chained", "aligned"), *sizes, made_from, identity)
+    cached = cached_result(out / "planted.json", cfg, identity)
+    if cached is not None:
+        result = PlantedReport.from_json(cached)
+    else:
+        facts = {"device": cfg.device, "dtype": cfg.dtype, "planted": True}
+        lengths, rates = cfg.num_draft_tokens, cfg.planted_acceptance
+        settings = planted.PlantedSettings(cfg.steps, lengths, rates, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
+        meta = provenance("benchmark_feature_sd", cfg, made_from, identity, **facts)
+        result = planted.measure(cfg, settings, samples, meta)
         planted.write(result, out)
     planted.show(result)
-    print_json_line({"planted": True, "best": result["best"], "reused": reused, "written": str(out / "planted.json")})
-    return result
+    content = result.to_json()
+    print_json_line({"planted": True, "best": content["best"], "reused": cached is not None, "written": str(out / "planted.json")})
+    return content
 
 
-def _show(result: dict[str, Any], out: Path, reused: bool) -> None:
+def _show(result: BenchmarkReport, out: Path, reused: bool) -> None:
     from feature_alignment.benchmark.report import print_benchmark
 
     print_benchmark(result)
-    met = sum(t["met"] for t in result["targets"])
-    print_json_line({"targets_met": met, "targets": len(result["targets"]), "reused": reused, "written": str(out / "benchmark.json")})
+    met = sum(t.met for t in result.targets)
+    print_json_line({"targets_met": met, "targets": len(result.targets), "reused": reused, "written": str(out / "benchmark.json")})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Task 2.2. Token level against feature level, side by side, and what the drafts are worth that only a cosine would keep.
+"""Task 2.2. Token-level against feature-level acceptance, and what the draft tokens say that only a cosine rule would accept.
 
 reads   token_pairs/<split>.json (ours or the earlier attempt's layout); without --token_pairs also the training texts,
         hidden_states/<split>/samples.jsonl, acceptance/acceptance.json and scores.pt, the target's tokenizer
@@ -20,34 +20,44 @@ from typing import TYPE_CHECKING, Any
 
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.config import Common, parse_config
-from feature_alignment.cli.console import UserError, markdown_table, print_json_line, print_table, rate_text, run
+from feature_alignment.cli.console import UserError, markdown_table, print_json_line, print_table, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from feature_alignment.measurement.comparison import Row
     from feature_alignment.measurement.lexicon import Lexicon
+    from feature_alignment.measurement.reports import (
+        AcceptanceReport,
+        ChainReport,
+        ComparisonReport,
+        DifferingDraft,
+        DraftReport,
+        ThresholdCounts,
+    )
     from feature_alignment.storage.hidden_states import HiddenStates
     from feature_alignment.storage.identity import RunIdentity
 
 log = logging.getLogger(__name__)
 
-LAYOUT_7B = (32_000, 64)  # vocabulary of the released models, longest answer: what the token-level adapter weighs there
+LAYOUT_7B = (32_000, 64)  # vocabulary of the released models and longest answer, for the adapter's parameters at their size
 
 
 @dataclass(frozen=True)
 class ComparisonConfig(Common):
-    """Compare token-level with feature-level acceptance, and name the words that only a cosine would keep. Reads token_pairs/ and
-    acceptance/; writes comparison.json, comparison.md and a picture under token_baseline/.
+    """Compare token-level with feature-level acceptance, and judge the draft tokens that only a cosine rule would accept.
+
+    Reads token_pairs/ and acceptance/; writes comparison.json, comparison.md and a picture under token_baseline/.
 
     Args:
-        token_pairs: free-running answers of both models; default token_pairs/<split>.json of this run. Of another file the first half
-            of the sequences trains the null drafters and the second half is scored
-        split: what is compared
-        train_split: what the null drafters and the token-level adapter learn from
-        validation_split: what chooses the token-level adapter's epoch
-        num_draft_tokens: drafts per verification
-        train_token_adapter: train the token-level adapter first (minutes on two cores); once trained it is compared every time
-        num_epochs: of its training
+        token_pairs: free-running answers of both models; default token_pairs/<split>.json of this run. If given, the baseline drafters
+            are fitted on the first half of its sequences and scored on the second half
+        split: split to compare
+        train_split: split that the baseline drafters and the token-level adapter are fitted on
+        validation_split: split that chooses the token-level adapter's epoch
+        num_draft_tokens: draft tokens per verification
+        train_token_adapter: train the token-level adapter first (minutes on two cores); once trained, it is always compared
+        num_epochs: epochs of its training
     """
 
     token_pairs: Path | None = None
@@ -60,22 +70,23 @@ class ComparisonConfig(Common):
 
 
 def token_adapter_path(cfg: ComparisonConfig) -> Path:
+    """File of the token-level adapter."""
     return cfg.out / "token_baseline" / "token_adapter.pt"
 
 
-def train_token_adapter(cfg: ComparisonConfig, rows: Sequence[dict]) -> None:
-    """Train the earlier attempt's token-level adapter, unless one of the same identity lies there.
+def train_token_adapter(cfg: ComparisonConfig, rows: Sequence[Row]) -> None:
+    """Train the earlier attempt's token-level adapter, unless a cached one has the same identity.
 
     Args:
         cfg: settings
-        rows: what is compared; the adapter must take texts of their length
+        rows: answers that are compared; the adapter must accept texts of their length
     """
     from feature_alignment.adapters import token as token_adapter
     from feature_alignment.storage.answers import eos_ids, read_token_pairs
     from feature_alignment.storage.files import load_pt, save_pt
 
     path, identity = token_adapter_path(cfg), token_adapter_identity(cfg)
-    if _trained_already(path, cfg, identity):
+    if _is_trained(path, cfg, identity):
         return
     train, validation = (read_token_pairs(cfg.out / "token_pairs" / f"{split}.json") for split in (cfg.train_split, cfg.validation_split))
     extract = command_for("extract_hidden_states", split=cfg.train_split)
@@ -90,8 +101,14 @@ def train_token_adapter(cfg: ComparisonConfig, rows: Sequence[dict]) -> None:
     save_pt(path, {"meta": meta, "state_dict": {k: v.cpu() for k, v in model.state_dict().items()}})
 
 
-def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict], eos_ids: Sequence[int]) -> dict[str, Any] | None:
-    """The earlier attempt's token-level adapter, trained here; None where it has not been, or from other texts."""
+def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[Row], eos_ids: Sequence[int]) -> DraftReport | None:
+    """Report of the token-level adapter; None if none is trained on these texts.
+
+    Args:
+        cfg: settings
+        rows: answers that are compared
+        eos_ids: token ids that end a text
+    """
     import torch
 
     from feature_alignment.adapters import token as token_adapter
@@ -104,9 +121,14 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict], eos_ids: S
         return None
     train_it = command_for("compare_token_baseline", "--train_token_adapter")
     model, meta = load_trained(path, "a token-level adapter", token_adapter.TokenAdapter, "vocabulary", train_it)
-    texts = replace(token_adapter_identity(cfg), settings=meta.get("settings", {}))  # however long it was trained
+    texts = replace(token_adapter_identity(cfg), settings=meta.get("settings", {}))  # Any length of training will do.
     if changes := texts.changes(meta, ignore_code=True):
-        log.warning("%s is left out (then → now): %s. Train it again:\n  %s", path, "; ".join(changes), train_it)
+        log.warning(
+            "%s is left out because it was trained on other texts (then → now): %s. Train it again:\n  %s",
+            path,
+            "; ".join(changes),
+            train_it,
+        )
         return None
     model.to(cfg.device)
     text = torch.full((1, model.geometry["longest"]), 5, device=cfg.device)
@@ -114,15 +136,15 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[dict], eos_ids: S
     with torch.device("meta"):
         at_7b = token_adapter.TokenAdapter(*LAYOUT_7B).num_parameters
     width = max(len(r["vl_tokens"]) for r in rows)
-    bits = torch.nn.functional.pad(token_adapter.token_matches(model, rows, min(eos_ids, default=0)), (0, max(0, width - text.shape[1])))[
-        :, :width
-    ]
-    report = verified(bits, rows, cfg.num_draft_tokens, eos_ids)
-    return {**report, "params": model.num_parameters, "params_7b": at_7b, "overhead_ms": ms, "seconds": meta["seconds"]}
+    correct = torch.nn.functional.pad(
+        token_adapter.token_matches(model, rows, min(eos_ids, default=0)), (0, max(0, width - text.shape[1]))
+    )[:, :width]
+    report = verified(correct, rows, cfg.num_draft_tokens, eos_ids, model.num_parameters)
+    return replace(report, params_7b=at_7b, overhead_ms=ms, seconds=meta["seconds"])
 
 
 def token_adapter_identity(cfg: ComparisonConfig) -> RunIdentity:
-    """What the token-level adapter is trained from: both models' texts of two splits, and the settings of its training."""
+    """Identity of the token-level adapter: both models' texts of two splits, and the settings of its training."""
     from feature_alignment.storage import identity
     from feature_alignment.storage.identity import identity_of
 
@@ -131,8 +153,8 @@ def token_adapter_identity(cfg: ComparisonConfig) -> RunIdentity:
     return identity.RunIdentity({k: whole.settings[k] for k in ("num_epochs", "seed", "device")}, whole.made_from, whole.code)
 
 
-def _trained_already(path: Path, cfg: ComparisonConfig, identity: RunIdentity) -> bool:
-    """Whether `--resume` finds a token-level adapter of this identity."""
+def _is_trained(path: Path, cfg: ComparisonConfig, identity: RunIdentity) -> bool:
+    """Whether there is a cached token-level adapter of this identity that may be reused."""
     from feature_alignment.storage.artifacts import log_reuse
     from feature_alignment.storage.files import load_pt
 
@@ -149,80 +171,37 @@ def _trained_already(path: Path, cfg: ComparisonConfig, identity: RunIdentity) -
     return True
 
 
-def judge_kept(
+def judge_accepted(
     cfg: ComparisonConfig, states: HiddenStates, tokenizer: PreTrainedTokenizerBase, lexicon: Lexicon
-) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """`comparison.accepted_drafts` of aligned, chained and EventGPT's own drafts; own words are kept by the hidden adapter's cosine."""
-    from feature_alignment.measurement.comparison import accepted_drafts
+) -> tuple[dict[str, list[ThresholdCounts]], list[DifferingDraft]]:
+    """`comparison.accepted_by_cosine` of aligned, chained and EventGPT's own draft tokens; the hidden adapter's cosine accepts the latter.
+
+    Args:
+        cfg: settings
+        states: the split that is compared
+        tokenizer: of the target
+        lexicon: which words state which facts
+    """
+    from feature_alignment.measurement.comparison import CosineDrafts, accepted_by_cosine
     from feature_alignment.storage.files import load_pt
 
     scores = load_pt(cfg.out / "acceptance" / "scores.pt", command_for("measure_feature_acceptance"))
-    sources = {"aligned": scores["adapter"]} | ({"chained": scores["chained"]} if "chained" in scores else {})
+    names = {"aligned": "adapter", "chained": "chained"}
+    sources = {name: CosineDrafts(s["cosine"], s["says"], s["there"]) for name, key in names.items() if (s := scores.get(key))}
     if "egpt_drafts" in states.rows[0]:
         own = states.token_ids.clone()
         for i, row in enumerate(states.rows):
             own[i, : len(row["egpt_drafts"])] = own.new_tensor(row["egpt_drafts"])
-        sources["own"] = {**scores["adapter"], "says": own}
-    word = lambda token: tokenizer.decode([token]).strip()  # noqa: E731
-    return accepted_drafts(sources, states.token_ids, word, [r["id"] for r in states.rows], lexicon)
+        sources["own"] = replace(sources["aligned"], says=own)
 
+    def word(token: int) -> str:
+        return str(tokenizer.decode([token])).strip()
 
-def tables(report: dict[str, Any], num_draft_tokens: int) -> list[tuple[str, tuple[str, ...], list[tuple]]]:
-    """(title, header, rows) of everything that is shown."""
-    percent = lambda rate: rate_text(rate, digits=3, scale=100, unit=" %")  # noqa: E731
-    level = report["token_level"]
-    found: list[tuple[str, tuple[str, ...], list[tuple]]] = [
-        (
-            f"the two free-running texts, {level['mean_prefix']['total']:,.0f} pairs",
-            ("what", "value [95 %]"),
-            [
-                ("same token at the same position", percent(level["position_match"])),
-                ("rows that differ at the first token", percent(level["first_token_differs"])),
-                (f"consecutive acceptance of {num_draft_tokens}", percent(level["consecutive_accept"])),
-                ("mean matching prefix, tokens", rate_text(level["mean_prefix"], 5)),
-            ],
-        )
-    ]
-    header: tuple[str, ...]
-    keys: tuple[str, ...]
-    trained = report["token_adapter"]
-    sources = {f"token-level adapter, {trained['overhead_ms']:.1f} ms a text": trained} if trained else {}
-    sources |= {"EventGPT's own drafts": report["own_drafts"]}
-    sources |= {"aligned drafts": report["aligned_token_level"], "chained drafts": report["chained_token_level"]}
-    sources |= {f"null drafter {name}": r for name, r in report["nulls"].items()}
-    lines = [
-        (
-            name,
-            *(rate_text(r[k], 3) for k in ("token_match", "acceptance_rate", "consecutive_accept")),
-            rate_text(r["leading_tokens"], 2) if "leading_tokens" in r else "-",
-            f"{r['tokens_per_pass']:.2f}",
-            f"{r['params']:,}",
-        )
-        for name, r in sources.items()
-        if r
-    ]
-    if lines:
-        header = ("drafts", "token match", "acceptance rate", "consecutive", "leading tokens", "tokens per pass", "parameters")
-        found.append((f"drafts under the token rule, {num_draft_tokens} a round, given the target's text so far", header, lines))
-    if report["feature_level"]:
-        rules = [(f"{name}, cosine > {t}", v) for name, by in report["feature_rules"].items() for t, v in by.items()]
-        keys = ("consecutive_accept", "relaxed_accept", "token_match_given_accept")
-        header = ("drafts, rule", "consecutive", "relaxed", "same token among the kept")
-        found.append(("drafts under the cosine rules", header, [(name, *(rate_text(v[k], 3) for k in keys)) for name, v in rules]))
-    if report["kept_by_cosine"]:
-        header = ("drafts, threshold", "drafted", "kept", "same word", "synonym", "other fact", "of these hidden from events", "other word")
-        keys = ("drafted", "kept", "same", "synonym", "other_fact", "other_fact_hidden", "other_word")
-        lines = [
-            (f"{name}, {row['threshold']:.2f}", *(row[k] for k in keys))
-            for name, sweep in report["kept_by_cosine"].items()
-            for row in sweep
-            if min(abs(row["threshold"] - t) for t in (0.5, 0.8, 0.9, 0.96)) < 1e-6
-        ]
-        found.append(("what a cosine keeps: the target's word, or which other?", header, lines))
-    return found
+    return accepted_by_cosine(sources, states.token_ids, word, [r["id"] for r in states.rows], lexicon)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the script; returns the content of comparison.json."""
     cfg = parse_config(ComparisonConfig, argv, "compare_token_baseline")
     from feature_alignment.storage.processes import check_device, exclusive_lock
 
@@ -232,9 +211,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def compare(cfg: ComparisonConfig) -> dict[str, Any]:
-    """Compare, or reuse what is there; returns the content of comparison.json."""
+    """Compare, or reuse the cached result; returns the content of comparison.json."""
     import torch
 
+    from feature_alignment.measurement.comparison_tables import tables
+    from feature_alignment.measurement.reports import ComparisonReport
     from feature_alignment.storage.answers import read_token_pairs
     from feature_alignment.storage.artifacts import cached_result, provenance
     from feature_alignment.storage.files import write_hashed_json, write_text
@@ -242,35 +223,38 @@ def compare(cfg: ComparisonConfig) -> dict[str, Any]:
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    made_from, out = sources_of(cfg), cfg.out / "token_baseline"
+    made_from, path = sources_of(cfg), cfg.out / "token_baseline" / "comparison.json"
     rows = read_token_pairs(made_from["token_pairs"])
     if cfg.train_token_adapter and not cfg.token_pairs:
         train_token_adapter(cfg, rows)
     identity = identity_of("compare_token_baseline", cfg, made_from, timed=True, without=("train_token_adapter",))
-    report = cached_result(out / "comparison.json", cfg, identity)
-    reused = report is not None
-    if report is None:
-        report = comparison_report(cfg, rows, out)
-        shown = tables(report, cfg.num_draft_tokens)
-        report["rows"] = [{"table": title, **dict(zip(header, row, strict=True))} for title, header, lines in shown for row in lines]
-        report = {"meta": provenance("compare_token_baseline", cfg, made_from, identity), **report}
-        markdown = [f"**{title}**\n\n{markdown_table(header, lines)}\n" for title, header, lines in shown]
-        write_text(out / "comparison.md", "\n".join(markdown))
-        beside = ("comparison.md", *(("threshold_sweep.png",) if report["kept_by_cosine"] else ()))
-        write_hashed_json(out / "comparison.json", report, beside)
+    cached = cached_result(path, cfg, identity)
+    if cached:
+        report = ComparisonReport.from_json(cached)
+    else:
+        report = comparison_report(cfg, rows, path.parent)
+        printed = tables(report, cfg.num_draft_tokens)
+        lines = [{"table": title, **dict(zip(header, row, strict=True))} for title, header, rows_of in printed for row in rows_of]
+        meta = provenance("compare_token_baseline", cfg, made_from, identity)
+        report = replace(report, meta=meta, rows=lines)
+        markdown = [f"**{title}**\n\n{markdown_table(header, lines)}\n" for title, header, lines in printed]
+        write_text(path.parent / "comparison.md", "\n".join(markdown))
+        files = ("comparison.md", *(("threshold_sweep.png",) if report.kept_by_cosine else ()))
+        write_hashed_json(path, report.to_json(), files)
     for title, header, lines in tables(report, cfg.num_draft_tokens):
         print_table(title, header, lines)
-    if report["examples"]:
+    if report.examples:
         columns = ("source", "before", "drafted", "said", "verdict", "cosine")
-        print_table("kept though the word is another, highest cosine first", columns, [[e[c] for c in columns] for e in report["examples"]])
-    level = report["token_level"]
-    numbers = {k: level[k]["value"] for k in ("position_match", "mean_prefix", "first_token_differs")}
-    print_json_line({**numbers, "reused": reused, "written": str(out / "comparison.json")})
-    return report
+        examples = [[getattr(e, column) for column in columns] for e in report.examples]
+        print_table("accepted by cosine although the word differs, highest cosine first", columns, examples)
+    level = report.token_level
+    numbers = {k: getattr(level, k).value for k in ("position_match", "mean_prefix", "first_token_differs")}
+    print_json_line({**numbers, "reused": cached is not None, "written": str(path)})
+    return report.to_json()
 
 
 def sources_of(cfg: ComparisonConfig) -> dict[str, Path]:
-    """Name -> every file that the comparison reads."""
+    """Name -> file, for every file that the comparison reads."""
     if cfg.token_pairs:
         return {"token_pairs": cfg.token_pairs}
     files = {
@@ -285,54 +269,69 @@ def sources_of(cfg: ComparisonConfig) -> dict[str, Path]:
     return {name: path for name, path in files.items() if name != "token_adapter" or path.is_file()}
 
 
-def comparison_report(cfg: ComparisonConfig, rows: Sequence[dict], out: Path) -> dict[str, Any]:
-    """Every number of comparison.json, compared now.
+def comparison_report(cfg: ComparisonConfig, rows: Sequence[Row], out: Path) -> ComparisonReport:
+    """Compute comparison.json without its provenance and printed tables.
 
     Args:
         cfg: settings
         rows: both models' free-running answers
-        out: where the picture goes
+        out: directory of the picture
     """
     from feature_alignment.measurement import comparison, plots
     from feature_alignment.measurement.lexicon import Lexicon
+    from feature_alignment.measurement.records import read_record
+    from feature_alignment.measurement.reports import AcceptanceReport, ComparisonReport, FeatureLevel
     from feature_alignment.models.loading import find_checkpoint
     from feature_alignment.models.preprocessing import load_tokenizer
     from feature_alignment.storage.answers import eos_ids, read_token_pairs
-    from feature_alignment.storage.files import read_hashed_json
     from feature_alignment.storage.hidden_states import load_hidden_states
 
-    report: dict[str, Any] = {"token_level": comparison.free_running_agreement(rows, cfg.num_draft_tokens)}
-    report |= dict.fromkeys(("feature_level", "aligned_token_level", "chained_token_level", "token_adapter", "own_drafts"))
-    report |= {"feature_rules": {}, "kept_by_cosine": {}, "examples": [], "nulls": {}}
     g, ends = cfg.num_draft_tokens, eos_ids(cfg.token_pairs or cfg.out / "token_pairs" / f"{cfg.split}.json")
+    report = ComparisonReport(meta={}, token_level=comparison.free_running_agreement(rows, g))
     if cfg.token_pairs:
         first, second = comparison.halves(rows)
-        if first:
-            report["nulls"] = comparison.null_drafter_reports(first, second, g, ends)
-        return report
-    acceptance = read_hashed_json(cfg.out / "acceptance" / "acceptance.json", command_for("measure_feature_acceptance"))
+        return replace(report, nulls=comparison.baseline_drafter_reports(first, second, g, ends)) if first else report
+    path = cfg.out / "acceptance" / "acceptance.json"
+    acceptance = read_record(path, AcceptanceReport, command_for("measure_feature_acceptance"))
+    chained = acceptance.chained
+    at = acceptance.thresholds["0.90"]
     states = load_hidden_states(cfg.out / "hidden_states" / cfg.split, cfg.draft_layers)
-    levels = {"aligned": acceptance | {"params": acceptance["adapter"]["params"]}}
-    levels |= {"chained": acceptance["chains"]["chained"]} if "chained" in acceptance["chains"] else {}
-    for name, level in levels.items():
-        report[f"{name}_token_level"] = {k: level[k] for k in ("token_match", "acceptance_rate", "tokens_per_pass", "params")}
-        report[f"{name}_token_level"]["consecutive_accept"] = level["consecutive_accept_token"]
-        report["feature_rules"][name] = level["thresholds"]
-    at = acceptance["thresholds"]["0.90"]
-    report["feature_level"] = {"consecutive": at["consecutive_accept"], "relaxed": at["relaxed_accept"], "threshold": 0.9}
-    report["feature_level"]["params"] = acceptance["adapter"]["params"]
-    report["token_adapter"] = token_adapter_report(cfg, rows, ends)
+    own = None
     if "egpt_drafts" in states.rows[0]:
-        drafts = comparison.right([r["egpt_drafts"] for r in states.rows], states.rows)
-        report["own_drafts"] = {**comparison.verified(drafts, states.rows, g, ends), "params": 0}
+        correct = comparison.correct_drafts([r["egpt_drafts"] for r in states.rows], states.rows)
+        own = comparison.verified(correct, states.rows, g, ends)
     tokenizer = load_tokenizer(find_checkpoint(cfg.target_id, "--target_id"))
-    encode = lambda question: tokenizer.encode(question, add_special_tokens=False)  # noqa: E731
     train_pairs = read_token_pairs(cfg.out / "token_pairs" / f"{cfg.train_split}.json")
-    report["nulls"] = comparison.null_drafter_reports(train_pairs, rows, g, ends, encode)
-    if cfg.lexicon:
-        report["kept_by_cosine"], report["examples"] = judge_kept(cfg, states, tokenizer, Lexicon.load(cfg.lexicon))
-        plots.threshold_sweep(report["kept_by_cosine"], out)
-    return report
+    report = replace(
+        report,
+        feature_level=FeatureLevel(at.consecutive_accept, at.relaxed_accept, 0.9, acceptance.adapter.params),
+        aligned_token_level=token_level_of(acceptance),
+        chained_token_level=token_level_of(chained) if chained else None,
+        token_adapter=token_adapter_report(cfg, rows, ends),
+        own_drafts=own,
+        feature_rules={"aligned": acceptance.thresholds} | ({"chained": chained.thresholds} if chained else {}),
+        nulls=comparison.baseline_drafter_reports(
+            train_pairs, rows, g, ends, lambda question: tokenizer.encode(question, add_special_tokens=False)
+        ),
+    )
+    if not cfg.lexicon:
+        return report
+    sweeps, examples = judge_accepted(cfg, states, tokenizer, Lexicon.load(cfg.lexicon))
+    plots.threshold_sweep(sweeps, out)
+    return replace(report, kept_by_cosine=sweeps, examples=examples)
+
+
+def token_level_of(report: AcceptanceReport | ChainReport) -> DraftReport:
+    """The rates of an adapter under the token rule."""
+    from feature_alignment.measurement.reports import DraftReport
+
+    return DraftReport(
+        token_match=report.token_match,
+        acceptance_rate=report.acceptance_rate,
+        consecutive_accept=report.consecutive_accept_token,
+        tokens_per_pass=report.tokens_per_pass,
+        params=report.params,
+    )
 
 
 if __name__ == "__main__":

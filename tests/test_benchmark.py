@@ -1,10 +1,11 @@
-"""The benchmark: formulas against closed forms, time stamps, transformers' own ways, two runs compared."""
+"""The benchmark: formulas against closed forms, time stamps, transformers' `generate`, two runs compared."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +14,13 @@ from conftest import as_decoder, main_of, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
-from feature_alignment.benchmark import speed_model, targets
-from feature_alignment.benchmark import timing as measure
+from feature_alignment.benchmark import fidelity, speed_model, targets, timing
 from feature_alignment.benchmark.compare import compare
-from feature_alignment.benchmark.rows import Mode, row_name, speeds
+from feature_alignment.benchmark.costs import LoopCosts
+from feature_alignment.benchmark.results import BenchmarkRow
+from feature_alignment.benchmark.rows import Mode, timed_row
 from feature_alignment.benchmark.speed_model import Costs, RoundCost, drafter_of
-from feature_alignment.benchmark.timing import Timed, fastest, mismatches
+from feature_alignment.benchmark.timing import Timed, fastest
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS
 from feature_alignment.decoding.engine import speculate
@@ -28,10 +30,14 @@ from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.storage.files import content_hash
 
-COST = {"v": {"1": 1.0, "6": 1.25, "32": 2.0}}
-LOOP = {"t_target_ms": 4.0, "c": 0.2, "c_chained": 0.05, **COST}
+V = {"1": 1.0, "6": 1.25, "32": 2.0}
+LOOP = LoopCosts(t_target_ms=4.0, c=0.2, c_chained=0.05, v=V)
 CHAINED = Mode("chained", "token", 5)
 DRAFTER = drafter_of(CHAINED)
+
+
+def row_name(row):
+    return BenchmarkRow.from_json(row).name
 
 
 def round_of(kept, drafts=5, draft_ms=1.0, verify_ms=5.0, recompute_ms=None):
@@ -57,7 +63,7 @@ def plain_of(tokens, step_ms=4.0, prefill_ms=50.0):
 
 
 def costs_of(*rows, plain):
-    return Costs.of(rows, plain, LOOP["v"])
+    return Costs.of(rows, plain, LOOP.v)
 
 
 def test_the_corrected_formula_of_equal_rounds_is_its_closed_form():
@@ -103,9 +109,9 @@ def test_costs_are_pooled_over_rows_of_a_drafter_and_verification_over_all():
     assert costs.all.round_cost(DRAFTER).c == pytest.approx(0.25) and costs.all.round_cost(drafter_of(other)).c == 0
     assert costs.all.verification_ms(32) == pytest.approx(6.0 * 2.0 / 1.25), "never verified: by the shape of the loop"
     report = costs.report(LOOP, ["a", "b"])
-    assert report["t_target_ms"] == pytest.approx(4.0) and report["c_chained"] == pytest.approx(0.25) and report["c"] == LOOP["c"]
-    assert report["v"]["6"] == pytest.approx(1.5) and report["rounds"]["verify_ms"]["6"]["total"] == 160
-    assert report["rounds"]["step_ms"]["ci95"] == pytest.approx([4.0, 4.0])
+    assert report.t_target_ms == pytest.approx(4.0) and report.c_chained == pytest.approx(0.25) and report.c == LOOP.c
+    assert report.v["6"] == pytest.approx(1.5) and report.rounds.verify_ms["6"].total == 160
+    assert report.rounds.step_ms.ci95 == pytest.approx((4.0, 4.0))
 
 
 def test_without_a_second_run_nothing_is_predicted():
@@ -125,7 +131,7 @@ def test_both_formulas_of_a_relaxed_row_with_one_recompute():
     assert costs.all.reread_ms(3) == pytest.approx(6.0)
     spent = 2 * (4 * 0.25 + 1.25 + 0.05) + 6.0 / 4.0
     assert costs.corrected(DRAFTER, rows) == pytest.approx(10 / spent)
-    row = {"accept": "relaxed", "num_draft_tokens": 4}
+    row = timed_row(mode, rows, plain, ["a", "b"])
     assert speed_model.modelled(row, rows, 0.25, 4.0) == pytest.approx(3.5 / (1 + 4 * 0.25 + 6.0 / 2 / 4.0))
 
 
@@ -137,14 +143,14 @@ def test_a_row_counts_all_its_repeats_in_every_figure():
         g.ms["adapter"] = 0.5 * len(g.rounds)
         g.total_ms += g.ms["adapter"]
     rows, plain = Timed([[few, many]] * 2), Timed([[plain_of(10), plain_of(10, 6.0, 70.0)]] * 2)
-    row = speeds(CHAINED, rows, plain, ["a", "b"], costs_of((CHAINED, rows), plain=plain))
-    assert row["tokens_per_pass"] == pytest.approx(18 / 7)
-    assert row["acceptance_rate"]["value"] == pytest.approx((4 + 3 + 4) / (5 + 4 + 4 * 2 + 1))
-    assert row["adapter_ms_per_draft"] == pytest.approx(3.5 / 35)
-    assert row["ms"]["adapter"] == pytest.approx(3.5 / 2)
+    row = timed_row(CHAINED, rows, plain, ["a", "b"])
+    assert row.tokens_per_pass == pytest.approx(18 / 7)
+    assert row.acceptance_rate.value == pytest.approx((4 + 3 + 4) / (5 + 4 + 4 * 2 + 1))
+    assert row.adapter_ms_per_draft == pytest.approx(3.5 / 35)
+    assert row.ms["adapter"] == pytest.approx(3.5 / 2)
     total, prefill = few.total_ms + many.total_ms, 100.0
-    assert row["speedup"]["value"] == pytest.approx((50 + 36 + 70 + 54) / total)
-    assert row["decode_speedup"]["value"] == pytest.approx((36 + 54) / (total - prefill)), "prefill is not decoding"
+    assert row.speedup.value == pytest.approx((50 + 36 + 70 + 54) / total)
+    assert row.decode_speedup.value == pytest.approx((36 + 54) / (total - prefill)), "prefill is not decoding"
 
 
 def test_the_fastest_row_is_measured_on_clips_that_did_not_choose_it():
@@ -156,8 +162,8 @@ def test_the_fastest_row_is_measured_on_clips_that_did_not_choose_it():
         took = np.random.default_rng(seed).normal(10.0, 1.0, (13, 30))
         baseline, *methods = (Timed([[Generation([1], 0, float(ms), {})] for ms in row]) for row in took)
         found = fastest(methods, baseline, clips, what)
-        naive += measure.speedup(baseline, methods[found.best], clips, what)["ci95"][0] > 1
-        honest += measure.speedup(baseline, found.runs, clips, what)["ci95"][0] > 1
+        naive += timing.speedup(baseline, methods[found.best], clips, what).ci95[0] > 1
+        honest += timing.speedup(baseline, found.runs, clips, what).ci95[0] > 1
     assert naive >= 9 and honest <= 5
 
 
@@ -174,9 +180,9 @@ def test_the_choice_of_one_half_is_timed_on_the_other():
 def test_only_rows_of_the_runs_own_adapters_can_be_the_target():
     """Neither a row of another exit of EventGPT, nor a table, nor a lossy rule."""
     usual = Mode("aligned", "token", 5)
-    assert targets.lossless(usual) and targets.lossless(Mode("own", "token", 5))
-    assert not targets.lossless(dataclasses.replace(usual, exit_layer=2))
-    assert not targets.lossless(Mode("ngram", "token", 5)) and not targets.lossless(Mode("aligned", "feature", 5, threshold=0.9))
+    assert targets.is_candidate(usual) and targets.is_candidate(Mode("own", "token", 5))
+    assert not targets.is_candidate(dataclasses.replace(usual, exit_layer=2))
+    assert not targets.is_candidate(Mode("ngram", "token", 5)) and not targets.is_candidate(Mode("aligned", "feature", 5, threshold=0.9))
 
 
 @pytest.mark.parametrize("draft", ["aligned", "chained"])
@@ -187,27 +193,28 @@ def test_the_wide_adapter_is_timed_stepping_as_the_run_does(draft, monkeypatch):
     monkeypatch.setattr(
         targets, "chained_ms", lambda adapter, repeats=0, steps="eager": asked.append((adapter.geometry["d_target"], steps)) or 1.0
     )
-    acceptance = {"chains": {"chained": {"num_draft_tokens": 5}}, "cosine": {"value": 0.5}}
-    row, cost = {"adapter_ms_per_draft": 0.1, "draft": draft}, {"t_adapter_ms": 0.1, "t_chained_ms": 0.2}
+    acceptance = SimpleNamespace(chained=SimpleNamespace(num_draft_tokens=5), cosine=SimpleNamespace(value=0.5))
+    row, cost = SimpleNamespace(adapter_ms_per_draft=0.1, draft=draft), SimpleNamespace(t_adapter_ms=0.1, t_chained_ms=0.2)
     adapters = HiddenAdapter(8, 8, 4), ChainedAdapter(8, 8, 3, 4)
-    targets.adapter_in_use(row, *adapters, acceptance, cost, "cpu", torch.float32, "graphs")
+    targets.adapter_in_use(row, *adapters, acceptance, cost, "graphs")
     assert asked == [(16, "graphs")]
 
 
 def test_one_draft_a_round_may_be_the_best():
     """Half of the drafts are kept and reading more than two tokens is dear: the second draft never pays."""
-    found = speed_model.bound(0.5, RoundCost(0.2, 0.0), {"v": {"1": 1.0, "2": 1.0, "3": 2.0, "32": 9.0}})
-    assert found["num_draft_tokens"] == 1 and found["speedup"] == pytest.approx(1.5 / 1.2)
+    found = speed_model.bound(0.5, RoundCost(0.2, 0.0), {"1": 1.0, "2": 1.0, "3": 2.0, "32": 9.0})
+    assert found.num_draft_tokens == 1 and found.speedup == pytest.approx(1.5 / 1.2)
 
 
-def test_the_bound_is_the_best_length_and_says_when_nothing_can_win():
-    best = speed_model.bound(0.9, RoundCost(0.05, 0.0), COST)
-    tried = [speed_model.speedup_at(0.9, g, RoundCost(0.05, 0.0), COST) for g in range(1, 32)]
-    assert best["speedup"] == max(tried) and tried[best["num_draft_tokens"] - 1] == max(tried)
-    assert speed_model.warnings(COST | {"bound": {"aligned": best}}) == []
-    hopeless = speed_model.bound(0.5, RoundCost(0.6, 0.0), COST)
-    assert hopeless["speedup"] < 1
-    found = speed_model.warnings({"v": {"1": 1.0, "8": 4.5}, "bound": {"aligned": hopeless}})
+def test_the_bound_is_the_best_length_and_warns_when_nothing_can_win():
+    best = speed_model.bound(0.9, RoundCost(0.05, 0.0), V)
+    speedups = [speed_model.speedup_at(0.9, g, RoundCost(0.05, 0.0), V) for g in range(1, 32)]
+    assert best.speedup == max(speedups) and speedups[best.num_draft_tokens - 1] == max(speedups)
+    cost_with = lambda v, bound: SimpleNamespace(v=v, bound={"aligned": bound})  # noqa: E731
+    assert speed_model.warnings(cost_with(V, best)) == []
+    hopeless = speed_model.bound(0.5, RoundCost(0.6, 0.0), V)
+    assert hopeless.speedup < 1
+    found = speed_model.warnings(cost_with({"1": 1.0, "8": 4.5}, hopeless))
     assert len(found) == 2 and "no length can win" in found[0] and "4.50 passes" in found[1]
 
 
@@ -217,7 +224,7 @@ def test_time_stamps_lie_inside_the_whole_and_do_not_overlap(overlap):
     target, prompt = as_decoder(model), prompt_of(1, 5, 9)
     proposer = ModelProposer(as_decoder(noisy_copy(model, 0.05)), None, None)
     got = speculate(target, proposer, prompt, prompt, num_draft_tokens=3, max_new_tokens=20, overlap=overlap)
-    own = [(begin, end) for stage, begin, end in got.spans if not stage.endswith(", beside")]
+    own = [(begin, end) for stage, begin, end in got.spans if not stage.endswith(", overlapped")]
     assert len(own) < len(got.spans) if overlap else len(own) == len(got.spans)
     assert all(0 <= begin <= end <= got.total_ms for begin, end in own)
     assert all(a[1] <= b[0] for a, b in pairwise(own))
@@ -232,27 +239,27 @@ def test_a_text_that_differs_in_one_repeat_is_seen():
     other = Generation([*own.token_ids[:3], (own.token_ids[3] + 1) % 64, *own.token_ids[4:]], 1, 1.0, {})
     sample = Sample(id="a", sequence="s", question="q", events=None, video=None)
     runs, plain = Timed([[own, other]]), Timed([[own, own]])
-    found = measure.fidelity(target, measure.log_likelihoods(target, [prompt]), [sample], runs, plain)
-    assert found["exact_match"]["value"] == 0.5
-    assert found["token_agreement"]["value"] == pytest.approx(1 - 0.5 / len(own.token_ids))
-    assert [m["position"] for m in mismatches(target, [prompt], [sample], runs, plain)] == [3]
+    found = fidelity.fidelity(target, fidelity.log_likelihoods(target, [prompt]), [sample], runs, plain)
+    assert found.exact_match.value == 0.5
+    assert found.token_agreement.value == pytest.approx(1 - 0.5 / len(own.token_ids))
+    assert [m.position for m in fidelity.mismatches(target, [prompt], [sample], runs, plain)] == [3]
 
 
-def test_a_mismatch_is_told_with_its_gap():
+def test_a_mismatch_is_reported_with_its_gap():
     target, prompt = as_decoder(tiny_llama(0)), prompt_of(1, 5, 9)
     own = greedy(target, prompt, 12)
     other = [*own.token_ids[:4], (own.token_ids[4] + 1) % 64, *own.token_ids[5:]]
     texts, plain = (Timed([[Generation(t, 1, 1.0, {})]]) for t in (other, own.token_ids))
     sample = Sample(id="a", sequence="s", question="q", events=None, video=None)
-    (found,) = mismatches(target, [prompt], [sample], texts, plain)
+    (found,) = fidelity.mismatches(target, [prompt], [sample], texts, plain)
     state = target.prefill([prompt])
     logits = target.lm_head(target.teacher_force(state, torch.tensor([own.token_ids])))[0, 4].topk(2).values
-    assert found["sample"] == "a" and found["position"] == 4
-    assert found["top2_gap"] == pytest.approx(float(logits[0] - logits[1]))
-    assert mismatches(target, [prompt], [sample], plain, plain) == []
+    assert found.sample == "a" and found.position == 4
+    assert found.top2_gap == pytest.approx(float(logits[0] - logits[1]))
+    assert fidelity.mismatches(target, [prompt], [sample], plain, plain) == []
 
 
-def test_other_ways_say_the_same(finished):
+def test_generate_baselines_have_the_same_texts(finished):
     """transformers' generate, prompt lookup and assistance: the same texts, each with our fastest row over it."""
     report = json.loads((finished / "out" / "benchmark" / "benchmark.json").read_text())
     plain, *others = report["baselines"]

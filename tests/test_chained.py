@@ -17,8 +17,8 @@ from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ChainedProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.measure_feature_acceptance import chain_report
 from feature_alignment.measurement import metrics
+from feature_alignment.measurement.acceptance import ChainScores, chain_report
 from feature_alignment.measurement.scoring import chain_scores
 from feature_alignment.storage.files import save_pt
 from feature_alignment.storage.hidden_states import HiddenStates
@@ -195,15 +195,15 @@ def test_the_trace_identity(learnt, gamma):
     """Rounds read off one teacher-forced pass are the live rounds, exactly."""
     target, draft, states, adapter = learnt
     proposer = ChainedProposer(draft, adapter, target.head_weight, target.embeddings)
-    scores, there = chain_scores(adapter, states, target.head_weight.detach(), target.embeddings, gamma)
-    assert scores.match.dtype == there.dtype == torch.bool and scores.says.dtype == torch.int64
+    scores, valid = chain_scores(adapter, states, target.head_weight.detach(), target.embeddings, gamma)
+    assert scores.match.dtype == valid.dtype == torch.bool and scores.says.dtype == torch.int64
     blocks = metrics.decoding_blocks(scores.match, states.mask, gamma, states.ended)
     assert blocks.accepted.sum() > 5  # the identity is not about zeros
     for i, prompt in enumerate(PROMPTS):
         live = speculate(target, proposer, prompt_of(*prompt), prompt_of(*prompt), num_draft_tokens=gamma, max_new_tokens=24)
         assert [r.num_accepted for r in live.rounds] == blocks.accepted[(blocks.rows == i) & (blocks.offered > 0)].tolist()
-    report = chain_report(scores, there, states)
-    assert len(report["steps"]) == gamma and report["cosine"]["total"] == float(there.sum())
+    report = chain_report(ChainScores(scores, valid, {"parameters": 1, "seconds": 0.0}), states)
+    assert len(report.steps) == gamma and report.cosine.total == float(valid.sum())
 
 
 def test_a_shift_by_one_is_seen(learnt):

@@ -1,4 +1,4 @@
-"""Every number of acceptance.json once more, by plain loops that share no code with it; and what calibration promises, by simulation."""
+"""Every number of acceptance.json once more, by plain loops that share no code with it; and the guarantee of calibration, by simulation."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from feature_alignment.cli.console import UserError
 from feature_alignment.compare_token_baseline import ComparisonConfig, token_adapter_report
 from feature_alignment.decoding.acceptance import accepted_drafts
 from feature_alignment.demo import captions
-from feature_alignment.measure_feature_acceptance import acceptance_report, chain_report
 from feature_alignment.measurement import comparison, metrics, scoring
-from feature_alignment.measurement.calibration import Judged, certify, p_value
+from feature_alignment.measurement.acceptance import ChainScores, acceptance_report, chain_report
+from feature_alignment.measurement.calibration import ScoredPositions, certify, p_value
+from feature_alignment.measurement.comparison import CosineDrafts
 from feature_alignment.measurement.lexicon import Lexicon
 from feature_alignment.measurement.scoring import Fitted, Scores
 from feature_alignment.storage.files import save_pt
@@ -61,9 +62,9 @@ def rounds_by_hand(kept, length, ended, g):
 def check_rate(rate, pairs):
     """A rate is Σ count / Σ total over rows; its interval resamples clips of two rows each."""
     count, total = sum(c for c, _ in pairs), sum(t for _, t in pairs)
-    assert rate["count"] == pytest.approx(count, abs=1e-4) and rate["total"] == pytest.approx(total)
+    assert rate.count == pytest.approx(count, abs=1e-4) and rate.total == pytest.approx(total)
     if total:
-        assert rate["value"] == pytest.approx(count / total, abs=1e-5)
+        assert rate.value == pytest.approx(count / total, abs=1e-5)
     clips = [[sum(x[j] for x in pairs[i : i + 2]) for j in (0, 1)] for i in range(0, N, 2)]
     picks = np.random.default_rng(0).multinomial(len(clips), [1 / len(clips)] * len(clips), size=2000)
     ratios = [
@@ -72,7 +73,7 @@ def check_rate(rate, pairs):
         if (below := sum(w * c[1] for w, c in zip(p, clips, strict=True)))
     ]
     if ratios and total:
-        assert rate["ci95"] == pytest.approx([np.percentile(ratios, 2.5), np.percentile(ratios, 97.5)], abs=1e-4)
+        assert rate.ci95 == pytest.approx([np.percentile(ratios, 2.5), np.percentile(ratios, 97.5)], abs=1e-4)
 
 
 def check_token_rule(report, match, states, g):
@@ -80,9 +81,9 @@ def check_token_rule(report, match, states, g):
         rounds_by_hand(lambda t, k, i=i: match(i, t, k), int(states.lengths[i]), int(states.token_ids[i, states.lengths[i] - 1]) == 2, g)
         for i in range(N)
     ]
-    check_rate(report["acceptance_rate"], [(sum(n for _, n in r), sum(min(n + 1, o) for o, n in r)) for r in rounds])
-    check_rate(report["consecutive_accept_token"], [(sum(n for _, n in r), sum(o for o, _ in r)) for r in rounds])
-    assert report["tokens_per_pass"] == pytest.approx(sum(int(x) - 1 for x in states.lengths) / max(1, sum(map(len, rounds))))
+    check_rate(report.acceptance_rate, [(sum(n for _, n in r), sum(min(n + 1, o) for o, n in r)) for r in rounds])
+    check_rate(report.consecutive_accept_token, [(sum(n for _, n in r), sum(o for o, _ in r)) for r in rounds])
+    assert report.tokens_per_pass == pytest.approx(sum(int(x) - 1 for x in states.lengths) / max(1, sum(map(len, rounds))))
     lengths = [0] * (g + 1)
     for o, n in (x for r in rounds for x in r):
         lengths[n] += o > 0
@@ -94,9 +95,9 @@ def check_cosine_rules(thresholds, cosine, match, places, states, g):
     for name, rates in thresholds.items():
         tau = float(name)
         kept = [[(p, cosine(i, *p) > tau) for p in places(i)] for i in range(N)]
-        check_rate(rates["relaxed_accept"], [(sum(k for _, k in row), len(row)) for row in kept])
+        check_rate(rates.relaxed_accept, [(sum(k for _, k in row), len(row)) for row in kept])
         check_rate(
-            rates["token_match_given_accept"],
+            rates.token_match_given_accept,
             [(sum(match(i, *p) for p, k in row if k), sum(k for _, k in row)) for i, row in enumerate(kept)],
         )
         rounds = [
@@ -108,20 +109,20 @@ def check_cosine_rules(thresholds, cosine, match, places, states, g):
             )
             for i in range(N)
         ]
-        check_rate(rates["consecutive_accept"], [(sum(n for _, n in r), sum(o for o, _ in r)) for r in rounds])
-        check_rate(rates["consecutive_length"], [(sum(n for _, n in r), sum(o > 0 for o, _ in r)) for r in rounds])
+        check_rate(rates.consecutive_accept, [(sum(n for _, n in r), sum(o for o, _ in r)) for r in rounds])
+        check_rate(rates.consecutive_length, [(sum(n for _, n in r), sum(o > 0 for o, _ in r)) for r in rounds])
 
 
 def check_reliability(rows, pairs):
     pairs = sorted(pairs, key=lambda p: p[0])
     first = 0
     for row in rows:
-        part = pairs[first : first + row["n"]]
-        assert row["cosine"] == pytest.approx(sum(c for c, _ in part) / len(part), abs=1e-5)
-        assert row["token_match"] == pytest.approx(sum(m for _, m in part) / len(part))
+        part = pairs[first : first + row.n]
+        assert row.cosine == pytest.approx(sum(c for c, _ in part) / len(part), abs=1e-5)
+        assert row.token_match == pytest.approx(sum(m for _, m in part) / len(part))
         rest = pairs[first:]
-        assert row["token_match_above"] == pytest.approx(sum(m for _, m in rest) / len(rest))
-        first += row["n"]
+        assert row.token_match_above == pytest.approx(sum(m for _, m in rest) / len(rest))
+        first += row.n
     assert first == len(pairs)
 
 
@@ -131,7 +132,7 @@ def test_every_number_by_plain_loops(seed):
     make = predictors(states, seed)
     scores = scoring.score(make, states, head)
     report = acceptance_report(scores, {k: Fitted(f, 7, 1.5) for k, f in make.items()}, states, G)
-    for name, told in (("adapter", report), ("identity", report["nulls"]["identity"])):
+    for name, own in (("adapter", report), ("identity", report.nulls["identity"])):
         cos, says, same = {}, {}, {}
         for i in range(N):
             for t in range(int(states.lengths[i])):
@@ -142,64 +143,63 @@ def test_every_number_by_plain_loops(seed):
                 same[i, t] = says[i, t] == max(range(V), key=lambda w: float(head[w] @ v))
                 assert float(scores[name].cosine[i, t]) == pytest.approx(cos[i, t], abs=1e-5) and int(scores[name].says[i, t]) == says[i, t]
         at = lambda i: range(int(states.lengths[i]))  # noqa: E731
-        check_rate(told["cosine"], [(sum(cos[i, t] for t in at(i)), len(at(i))) for i in range(N)])
-        check_rate(told["token_match"], [(sum(same[i, t] for t in at(i)), len(at(i))) for i in range(N)])
-        lengths = check_token_rule(told, lambda i, t, k, same=same: same[i, t + k], states, G)
-        assert told["params"] == 7 and told["seconds"] == 1.5
+        check_rate(own.cosine, [(sum(cos[i, t] for t in at(i)), len(at(i))) for i in range(N)])
+        check_rate(own.token_match, [(sum(same[i, t] for t in at(i)), len(at(i))) for i in range(N)])
+        lengths = check_token_rule(own, lambda i, t, k, same=same: same[i, t + k], states, G)
+        assert own.params == 7 and own.seconds == 1.5
         if name == "identity":
             continue
-        assert report["accepted_lengths"] == lengths
+        assert report.accepted_lengths == lengths
         check_cosine_rules(
-            report["thresholds"],
+            report.thresholds,
             lambda i, t, k, cos=cos: cos[i, t + k],
             lambda i, t, k, same=same: same[i, t + k],
             lambda i, at=at: [(t, 0) for t in at(i)],
             states,
             G,
         )
-        check_reliability(report["reliability"], [(cos[p], same[p]) for p in cos])
+        check_reliability(report.reliability, [(cos[p], same[p]) for p in cos])
         yes, no = [cos[p] for p in cos if same[p]], [cos[p] for p in cos if not same[p]]
-        assert report["auc_cosine_token_match"] == pytest.approx(
-            sum((a > b) + 0.5 * (a == b) for a in yes for b in no) / (len(yes) * len(no))
-        )
-        for row in report["per_position"]:
-            t = row["position"]
+        assert report.auc_cosine_token_match == pytest.approx(sum((a > b) + 0.5 * (a == b) for a in yes for b in no) / (len(yes) * len(no)))
+        for row in report.per_position:
+            t = row.position
             here = [i for i in range(N) if t < states.lengths[i]]
             alive = [i for i in here if all(same[i, u] for u in range(t))]
-            assert (row["n"], row["n_token_match"], row["n_token_match_given_earlier"]) == (len(here), len(here), len(alive))
-            assert row["cosine"] == pytest.approx(sum(cos[i, t] for i in here) / len(here), abs=1e-5)
-            assert row["token_match"] == pytest.approx(sum(same[i, t] for i in here) / len(here))
-            given = row["token_match_given_earlier"]
+            assert (row.n, row.n_token_match, row.n_token_match_given_earlier) == (len(here), len(here), len(alive))
+            assert row.cosine == pytest.approx(sum(cos[i, t] for i in here) / len(here), abs=1e-5)
+            assert row.token_match == pytest.approx(sum(same[i, t] for i in here) / len(here))
+            given = row.token_match_given_earlier
             assert math.isnan(given) if not alive else given == pytest.approx(sum(same[i, t] for i in alive) / len(alive))
             for key, texts in (("token_match", here), ("token_match_given_earlier", alive)):
                 hits = np.array([float(same[i, t]) for i in texts])
                 bounds = metrics.bootstrap_ratio(hits, np.ones(len(texts)), [states.clips[i] for i in texts])
-                assert (row[f"{key}_lo"], row[f"{key}_hi"]) == pytest.approx(bounds, nan_ok=True)
-        assert len(report["per_position"]) == int(states.lengths.max())
+                assert (getattr(row, f"{key}_lo"), getattr(row, f"{key}_hi")) == pytest.approx(bounds, nan_ok=True)
+        assert len(report.per_position) == int(states.lengths.max())
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_every_number_of_a_chain_by_plain_loops(seed):
     """Drafts depend on where their round began: [i, t, k] is draft k of a round at t."""
     states, rng = random_states(seed), torch.Generator().manual_seed(seed)
-    there = torch.zeros(N, S, G, dtype=torch.bool)
+    valid = torch.zeros(N, S, G, dtype=torch.bool)
     for i in range(N):
         for t in range(1, int(states.lengths[i])):
-            there[i, t, : int(states.lengths[i]) - t] = True
+            valid[i, t, : int(states.lengths[i]) - t] = True
     cosine, match = torch.rand(N, S, G, generator=rng) * 0.3 + 0.7, torch.rand(N, S, G, generator=rng) < 0.7
-    scores = Scores(cosine * there, torch.zeros(N, S, G, dtype=torch.int64), match & there)
-    report = chain_report(scores, there, states)
+    scores = Scores(cosine * valid, torch.zeros(N, S, G, dtype=torch.int64), match & valid)
+    report = chain_report(ChainScores(scores, valid, {"parameters": 7, "seconds": 1.5}), states)
+    assert (report.params, report.seconds, report.num_draft_tokens, report.calibration) == (7, 1.5, G, None)
     places = lambda i: [(t, k) for t in range(1, int(states.lengths[i])) for k in range(G) if t + k < states.lengths[i]]  # noqa: E731
     cos, same = (lambda i, t, k: float(cosine[i, t, k])), (lambda i, t, k: bool(match[i, t, k]))
-    check_rate(report["cosine"], [(sum(cos(i, *p) for p in places(i)), len(places(i))) for i in range(N)])
-    check_rate(report["token_match"], [(sum(same(i, *p) for p in places(i)), len(places(i))) for i in range(N)])
-    assert report["accepted_lengths"] == check_token_rule(report, same, states, G)
-    check_cosine_rules(report["thresholds"], cos, same, places, states, G)
-    check_reliability(report["reliability"], [(cos(i, *p), same(i, *p)) for i in range(N) for p in places(i)])
-    for k, step in enumerate(report["steps"]):
+    check_rate(report.cosine, [(sum(cos(i, *p) for p in places(i)), len(places(i))) for i in range(N)])
+    check_rate(report.token_match, [(sum(same(i, *p) for p in places(i)), len(places(i))) for i in range(N)])
+    assert report.accepted_lengths == check_token_rule(report, same, states, G)
+    check_cosine_rules(report.thresholds, cos, same, places, states, G)
+    check_reliability(report.reliability, [(cos(i, *p), same(i, *p)) for i in range(N) for p in places(i)])
+    for k, step in enumerate(report.steps):
         mine = [[p for p in places(i) if p[1] == k] for i in range(N)]
-        check_rate(step["token_match"], [(sum(same(i, *p) for p in ps), len(ps)) for i, ps in enumerate(mine)])
-        check_rate(step["cosine"], [(sum(cos(i, *p) for p in ps), len(ps)) for i, ps in enumerate(mine)])
+        check_rate(step.token_match, [(sum(same(i, *p) for p in ps), len(ps)) for i, ps in enumerate(mine)])
+        check_rate(step.cosine, [(sum(cos(i, *p) for p in ps), len(ps)) for i, ps in enumerate(mine)])
 
 
 def test_nulls_are_fitted_on_training_texts_alone():
@@ -272,27 +272,27 @@ def test_with_one_clip_the_shuffled_control_is_absent():
         alone,
         G,
     )
-    assert "shuffled" not in report["nulls"] and "shuffled" in report["absent_controls"]
+    assert "shuffled" not in report.nulls and "shuffled" in report.absent_controls
 
 
-def test_a_cosine_exactly_at_the_threshold_is_not_kept():
+def test_a_cosine_exactly_at_the_threshold_is_not_accepted():
     """> and not >=, in the rates, in calibration, in the decoder's rules and in what a cosine keeps."""
     states = random_states(2)
     states.mask[:] = True
     states = HiddenStates(states.draft, states.target, states.token_ids, states.mask, torch.full((N,), S), states.rows, {})
     at = Scores(torch.full((N, S), 0.5), torch.full((N, S), 4), torch.ones(N, S, dtype=torch.bool))
     found = scoring.rates_above(0.5, at, states.mask, states, G)
-    assert found["relaxed_accept"]["count"] == 0 and found["consecutive_accept"]["count"] == 0
-    assert scoring.rates_above(0.49, at, states.mask, states, G)["relaxed_accept"]["value"] == 1
-    some = Judged(np.full(4, 0.5), np.ones(4, dtype=bool), ["a"] * 4, 4.0)
+    assert found.relaxed_accept.count == 0 and found.consecutive_accept.count == 0
+    assert scoring.rates_above(0.49, at, states.mask, states, G).relaxed_accept.value == 1
+    some = ScoredPositions(np.full(4, 0.5), np.ones(4, dtype=bool), ["a"] * 4, 4.0)
     assert math.isnan(some.risk(0.5)) and some.risk(0.49) == 1 and some.excess(0.5, 0.1) == pytest.approx([0.0])
     ids, cosine = torch.tensor([4, 4]), torch.tensor([0.5, 0.75])
     assert accepted_drafts("relaxed", ids, ids, cosine, 0.5).tolist() == [False, True]
     assert accepted_drafts("feature", ids, ids, cosine, 0.5).tolist() == [False, False]
-    source = {"cosine": at.cosine, "says": at.says, "there": states.mask}
+    source = CosineDrafts(at.cosine, at.says, states.mask)
     lexicon, names = Lexicon.from_json(captions.lexicon()), [str(i) for i in range(N)]
-    sweep = comparison.accepted_drafts({"x": source}, states.token_ids, str, names, lexicon)[0]["x"]
-    assert sweep[0]["threshold"] == 0.5 and sweep[0]["kept"] == 0
+    sweep = comparison.accepted_by_cosine({"x": source}, states.token_ids, str, names, lexicon)[0]["x"]
+    assert sweep[0].threshold == 0.5 and sweep[0].kept == 0
 
 
 def test_halves_are_those_of_the_sequences_not_of_the_rows():
@@ -306,8 +306,8 @@ def test_halves_are_those_of_the_sequences_not_of_the_rows():
 def test_a_text_cut_off_gets_its_last_token_without_a_draft():
     """Of token pairs: a text that ends with EOS may have its last token drafted, one cut off at the limit may not."""
     whole, cut = ({"vl_tokens": [9, 9, 9, last], "sequence": "s"} for last in (2, 9))
-    right = torch.ones(1, 4, dtype=torch.bool)
-    assert [comparison.verified(right, [row], 5, [2])["acceptance_rate"]["total"] for row in (whole, cut)] == [3, 2]
+    correct = torch.ones(1, 4, dtype=torch.bool)
+    assert [comparison.verified(correct, [row], 5, [2]).acceptance_rate.total for row in (whole, cut)] == [3, 2]
 
 
 def test_sums_hold_where_channels_are_far_from_zero():
@@ -332,15 +332,15 @@ def test_states_that_are_not_finite_are_named():
 # ------------------------------------------------------------------------------------------------------------------ calibration
 
 
-def planted(rng, clips: int, positions: int, spread: float) -> Judged:
+def planted(rng, clips: int, positions: int, spread: float) -> ScoredPositions:
     """Texts whose error rates differ from clip to clip: wrong with probability (1 - score) * a clip's own factor of mean 1."""
     factor = rng.gamma(1 / spread, spread, clips)[:, None]
     score = rng.beta(6, 1, (clips, positions))
     wrong = rng.random((clips, positions)) < np.clip((1 - score) * factor * 0.5, 0, 1)
-    return Judged(score.ravel(), wrong.ravel(), np.repeat([f"c{i:04d}" for i in range(clips)], positions).tolist(), positions)
+    return ScoredPositions(score.ravel(), wrong.ravel(), np.repeat([f"c{i:04d}" for i in range(clips)], positions).tolist(), positions)
 
 
-def test_the_promise_holds_on_planted_clusters():
+def test_the_guarantee_holds_on_planted_clusters():
     """200 data sets: certified thresholds break the promise in at most δ of them (within noise); the smallest threshold that merely
     looks safe on the same clips breaks it far more often, so this test can fail."""
     epsilon, delta = 0.05, 0.1
@@ -352,7 +352,7 @@ def test_the_promise_holds_on_planted_clusters():
     for seed in range(200):
         rng = np.random.default_rng(seed)
         tune, calibration = planted(rng, 60, 10, 1.0), planted(rng, 400, 10, 1.0)
-        threshold = certify(tune, calibration, epsilon, delta)["threshold"]
+        threshold = certify(tune, calibration, epsilon, delta).threshold
         if threshold is not None:
             found += 1
             broken += true_risk(threshold) > epsilon
@@ -378,22 +378,22 @@ def test_bets_are_fair():
     assert p_value(np.full(50, 9.0), epsilon, most, known=np.full(50, -1.0)) == 1.0  # sure bets that are lost leave no evidence
 
 
-def test_nothing_is_certified_where_nothing_is_right():
+def test_nothing_is_certified_where_every_token_is_wrong():
     rng = np.random.default_rng(1)
     bad = planted(rng, 50, 10, 0.5)
-    bad = Judged(bad.score, np.ones_like(bad.wrong), bad.clip, bad.most)
+    bad = ScoredPositions(bad.score, np.ones_like(bad.wrong), bad.clip, bad.max_weight)
     report = certify(bad, bad, 0.05, 0.1)
-    assert report["threshold"] is None and report["kept"] is None and report["clips"] == 50
+    assert report.threshold is None and report.kept is None and report.clips == 50
 
 
 def test_steps_of_a_chain_count_once_in_all():
     states = random_states(5)
-    there = torch.ones(N, S, G, dtype=torch.bool) & states.mask[..., None]
+    valid = torch.ones(N, S, G, dtype=torch.bool) & states.mask[..., None]
     scores = Scores(torch.ones(N, S, G), torch.zeros(N, S, G, dtype=torch.int64), torch.zeros(N, S, G, dtype=torch.bool))
-    found = scoring.judged(scores, there, states)
+    found = scoring.judged(scores, valid, states)
     excess = found.excess(0.5, 0.1)
     assert excess == pytest.approx([0.9 * int(states.lengths[i : i + 2].sum()) for i in range(0, N, 2)])
-    assert found.most == 2 * S and excess.max() <= found.most
+    assert found.max_weight == 2 * S and excess.max() <= found.max_weight
 
 
 def test_cosine_is_what_torch_says():
@@ -404,16 +404,16 @@ def test_cosine_is_what_torch_says():
 def test_bins_of_reliability_hold_equal_counts_and_say_their_means():
     cosine = torch.linspace(-0.9, 0.99, 100)[torch.randperm(100, generator=torch.Generator().manual_seed(0))].view(4, 25)
     match = cosine > 0.3
-    there = torch.ones(4, 25, dtype=torch.bool)
-    bins = scoring.reliability(Scores(cosine, cosine.long(), match), there)
-    assert [b["n"] for b in bins] == [5] * 20
+    valid = torch.ones(4, 25, dtype=torch.bool)
+    bins = scoring.reliability(Scores(cosine, cosine.long(), match), valid)
+    assert [b.n for b in bins] == [5] * 20
     ordered = cosine.flatten().sort().values
     for i, b in enumerate(bins):
         own, up = ordered[5 * i : 5 * i + 5], ordered[5 * i :]
-        assert b["cosine"] == pytest.approx(float(own.mean())) and b["token_match"] == pytest.approx(float((own > 0.3).float().mean()))
-        assert b["token_match_above"] == pytest.approx(float((up > 0.3).float().mean()))
-    few = scoring.reliability(Scores(cosine, cosine.long(), match), there & (cosine > 0.9))
-    assert [b["n"] for b in few] == [1] * int((cosine > 0.9).sum())
+        assert b.cosine == pytest.approx(float(own.mean())) and b.token_match == pytest.approx(float((own > 0.3).float().mean()))
+        assert b.token_match_above == pytest.approx(float((up > 0.3).float().mean()))
+    few = scoring.reliability(Scores(cosine, cosine.long(), match), valid & (cosine > 0.9))
+    assert [b.n for b in few] == [1] * int((cosine > 0.9).sum())
 
 
 @pytest.mark.parametrize(("number", "rows"), [(1, 1), (S, 1), (2 * S, 2), (3 * S - 1, 2), (10**6, N)])
@@ -428,12 +428,12 @@ def test_positions_come_in_order_and_a_few_rows_at_a_time(number, rows):
     assert torch.equal(torch.cat([p.target for p in parts]), states.target[states.mask])
 
 
-def test_every_position_of_a_clip_counts_once_unless_it_is_told_otherwise():
+def test_every_position_of_a_clip_has_weight_one_by_default():
     """excess: Σ weight · kept · (wrong - ε) of each clip. A score at the threshold is not kept."""
     score, wrong = np.array([0.9, 0.5, 0.7, 0.8, 0.5]), np.array([True, True, False, False, False])
-    some = Judged(score, wrong, ["b", "a", "b", "a", "c"], 3)
+    some = ScoredPositions(score, wrong, ["b", "a", "b", "a", "c"], 3)
     assert some.excess(0.5, 0.1) == pytest.approx([-0.1, 0.9 - 0.1, 0.0])  # clips in the order of their names
-    assert Judged(score, wrong, some.clip, 3, 0.25).excess(0.5, 0.1) == pytest.approx([-0.025, 0.2, 0.0])
+    assert ScoredPositions(score, wrong, some.clip, 3, 0.25).excess(0.5, 0.1) == pytest.approx([-0.025, 0.2, 0.0])
     assert some.risk(0.5) == pytest.approx(1 / 3) and some.risk(0.85) == 1.0 and math.isnan(some.risk(0.9))
 
 
@@ -457,23 +457,21 @@ def test_bets_and_the_walk_over_thresholds_by_plain_loops(seed):
     assert p_value(z, epsilon, 10.0) == pytest.approx(p_by_hand(z, epsilon, 10.0))
     assert p_value(z, epsilon, 10.0, known) == pytest.approx(p_by_hand(z, epsilon, 10.0, known))
     grid = sorted({np.quantile(tune.score, i / 50) for i in range(50)}, reverse=True)
-    evidence = [p_by_hand(tune.excess(t, epsilon), epsilon, tune.most) for t in grid]
+    evidence = [p_by_hand(tune.excess(t, epsilon), epsilon, tune.max_weight) for t in grid]
     threshold, p = None, None
     for t in grid[evidence.index(min(evidence)) :]:
-        now = p_by_hand(calibration.excess(t, epsilon), epsilon, calibration.most, tune.excess(t, epsilon))
+        now = p_by_hand(calibration.excess(t, epsilon), epsilon, calibration.max_weight, tune.excess(t, epsilon))
         if now > delta:
             p = now if threshold is None else p
             break
         threshold, p = t, now
     report = certify(tune, calibration, epsilon, delta)
-    assert (threshold is None) == (seed == 0) and report["p_value"] == pytest.approx(p)
-    assert report["threshold"] == (None if threshold is None else pytest.approx(threshold))
+    assert (threshold is None) == (seed == 0) and report.p_value == pytest.approx(p)
+    assert report.threshold == (None if threshold is None else pytest.approx(threshold))
     if threshold is not None:
         kept = calibration.score > threshold
-        assert report["kept"] == pytest.approx(kept.mean()) and report["risk_on_calibration"] == pytest.approx(
-            calibration.wrong[kept].mean()
-        )
-    assert (report["epsilon"], report["delta"], report["clips"]) == (epsilon, delta, len(set(calibration.clip)))
+        assert report.kept == pytest.approx(kept.mean()) and report.risk_on_calibration == pytest.approx(calibration.wrong[kept].mean())
+    assert (report.epsilon, report.delta, report.clips) == (epsilon, delta, len(set(calibration.clip)))
 
 
 def test_the_token_adapter_is_timed_on_the_device_that_is_asked_for(tmp_path, monkeypatch):
@@ -488,7 +486,7 @@ def test_the_token_adapter_is_timed_on_the_device_that_is_asked_for(tmp_path, mo
     monkeypatch.setattr(token_adapter, "token_matches", lambda model, rows, eos_id: torch.ones(1, 4, dtype=torch.bool))
     cfg = ComparisonConfig(target_id="t", draft_id="d", output_dir=tmp_path, device="meta")
     report = token_adapter_report(cfg, [{"vl_tokens": [4, 5, 6, 2], "egpt_tokens": [4], "sequence": "s"}], [2])
-    assert asked == [("meta", "meta")] and report["overhead_ms"] == 3.0
+    assert asked == [("meta", "meta")] and report.overhead_ms == 3.0
 
 
 def test_scores_of_positions_weigh_one_each_and_bets_raise_no_warning():
@@ -496,7 +494,7 @@ def test_scores_of_positions_weigh_one_each_and_bets_raise_no_warning():
     states = random_states(5)
     scores = Scores(torch.ones(N, S), torch.zeros(N, S, dtype=torch.int64), torch.zeros(N, S, dtype=torch.bool))
     found = scoring.judged(scores, states.mask, states)
-    assert found.weight == 1.0 and found.most == 2 * S and list(found.clip) == [states.clips[i] for i in states.mask.nonzero()[:, 0]]
+    assert found.weight == 1.0 and found.max_weight == 2 * S and list(found.clip) == [states.clips[i] for i in states.mask.nonzero()[:, 0]]
     with np.errstate(divide="raise", invalid="raise"):
         assert p_value(np.zeros(5), 0.1, 3.0) == 1.0 and p_value(np.array([0.0, -0.5, 0.0]), 0.1, 3.0) == pytest.approx(1.0)
 
@@ -557,30 +555,30 @@ def a_lexicon():
 
 
 @pytest.mark.parametrize("steps", [None, 3])
-def test_what_a_cosine_keeps_by_plain_loops(steps):
+def test_draft_tokens_accepted_by_cosine_by_plain_loops(steps):
     """Counts at every threshold, and the ten kept words of highest cosine that are not the target's, each place of a text once."""
     lexicon, word = a_lexicon()
     rng, width = torch.Generator().manual_seed(10 + (steps or 0)), (N, S) if steps is None else (N, S, steps)
     ids = torch.randint(3, 10, (N, S), generator=rng)
     says, cosine = torch.randint(3, 9, width, generator=rng), torch.rand(width, generator=rng) * 0.6 + 0.4
-    there = torch.rand(width, generator=rng) < 0.7
+    valid = torch.rand(width, generator=rng) < 0.7
     for k in range(steps or 0):
-        there[:, S - k :, k] = False  # no draft beyond the text
+        valid[:, S - k :, k] = False  # no draft beyond the text
     names = [f"s{i}" for i in range(N)]
-    sweeps, examples = comparison.accepted_drafts({"one": {"cosine": cosine, "says": says, "there": there}}, ids, word, names, lexicon)
+    sweeps, examples = comparison.accepted_by_cosine({"one": CosineDrafts(cosine, says, valid)}, ids, word, names, lexicon)
     drafts = []
-    for place in there.nonzero().tolist():
+    for place in valid.nonzero().tolist():
         row, at = place[0], place[1] + (place[2] if steps else 0)
         drafts.append((float(cosine[tuple(place)].double()), row, at, word(int(says[tuple(place)])), word(int(ids[row, at]))))
     kind = {(d, t): lexicon.compare(d, t) for *_, d, t in drafts}
     assert len(sweeps["one"]) == 25
     for i, found in enumerate(sweeps["one"]):
-        assert found["threshold"] == pytest.approx(0.5 + 0.02 * i)
-        kept = [kind[d, t] for c, _, _, d, t in drafts if c > found["threshold"]]
+        assert found.threshold == pytest.approx(0.5 + 0.02 * i)
+        kept = [kind[d, t] for c, _, _, d, t in drafts if c > found.threshold]
         counts = {k: sum(name == k for name, _ in kept) for k in ("same", "synonym", "other_fact", "other_word")}
         hidden_ones = sum(k == ("other_fact", "b") for k in kept)
-        assert found == {
-            "threshold": found["threshold"],
+        assert found.to_json() == {
+            "threshold": found.threshold,
             "drafted": len(drafts),
             "kept": len(kept),
             **counts,
@@ -593,7 +591,7 @@ def test_what_a_cosine_keeps_by_plain_loops(steps):
             before = " ".join(word(int(t)) for t in ids[row, max(0, at - 6) : at])
             about = {"source": "one", "sample": names[row], "before": before, "drafted": drafted, "said": said}
             wanted.append({**about, "verdict": kind[drafted, said][0], "cosine": pytest.approx(c)})
-    assert examples == wanted and len(wanted) == 10 and {e["verdict"] for e in examples} > {"other_word"}
+    assert [e.to_json() for e in examples] == wanted and len(wanted) == 10 and {e.verdict for e in examples} > {"other_word"}
 
 
 def test_a_chain_may_be_shown_the_events_of_another_row():

@@ -56,7 +56,7 @@ def test_all_accepted_and_none_accepted():
     assert none.tokens_per_pass(mask.sum(1)) == 1.0 and none.acceptance_rate(3).value == 0.0
 
 
-def test_positions_behind_the_end_never_count():
+def test_positions_after_the_end_never_count():
     bits, mask = random_bits(1)
     assert metrics.counts(torch.ones_like(bits), mask).value == 1.0
     assert metrics.counts(bits | ~mask, mask).value == metrics.counts(bits, mask).value
@@ -115,7 +115,7 @@ def test_ridge_recovers_a_linear_map_and_rank_limits_it():
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_sums_lie_where_they_are_asked_to(device):
+def test_sums_are_on_the_requested_device(device):
     x, y, at = torch.zeros(5, 4, device=device), torch.zeros(5, 3, device=device), torch.zeros(5, dtype=torch.long, device=device)
     means = PositionMeans(2, 3, device)
     means.add(y, at)
@@ -156,11 +156,11 @@ def test_position_means_are_means():
     assert means.by_position().tolist() == [[2.0, 3.0], [4.0, 2.0], [8.0, 0.0], [4.0, 2.0]]
 
 
-def test_a_rate_without_a_total_is_no_number():
+def test_a_rate_without_a_total_is_nan():
     nothing = metrics.Counts(np.zeros(2), np.zeros(2))
-    assert np.isnan(nothing.value) and np.isnan(nothing.rate(["a", "b"])["ci95"]).all()
+    assert np.isnan(nothing.value) and np.isnan(nothing.rate(["a", "b"]).ci95).all()
     some = metrics.Counts(np.array([1.0, 0.0]), np.array([2.0, 0.0])).rate(["a", "b"])  # a draw of the empty clip alone is no ratio
-    assert some["ci95"] == [0.5, 0.5]
+    assert some.ci95 == (0.5, 0.5)
 
 
 def test_intervals_are_the_same_every_time():

@@ -10,15 +10,15 @@ import torch
 from conftest import main_of
 
 from feature_alignment.adapters.hidden import HiddenAdapter
-from feature_alignment.benchmark.planted import kept_by_chance
-from feature_alignment.benchmark.rows import row_name
+from feature_alignment.benchmark.planted import random_acceptance
+from feature_alignment.benchmark.results import BenchmarkReport
 from feature_alignment.cli.console import UserError
 from feature_alignment.measurement.metrics import tokens_per_pass_iid
 from feature_alignment.storage.files import read_hashed_json, save_pt
 
 
-def test_drafts_are_kept_at_the_planted_rate_whatever_they_say():
-    rule = kept_by_chance(0.7, 0, torch.device("cpu"))
+def test_draft_tokens_are_accepted_at_the_planted_rate_whatever_they_say():
+    rule = random_acceptance(0.7, 0, torch.device("cpu"))
     kept = torch.cat([rule(torch.zeros(5), torch.ones(5), None, 0.0) for _ in range(4000)])
     assert kept.float().mean().item() == pytest.approx(0.7, abs=4 * (0.7 * 0.3 / 20_000) ** 0.5)
 
@@ -73,7 +73,7 @@ def test_several_thresholds_and_exits_are_rows_of_their_own(finished, tmp_path):
     with pytest.raises(UserError, match=r"layers \[1, 2\]; --exit_adapters wants adapters of a single layer"):
         main_of("benchmark_feature_sd")([*argv, "--exit_adapters", *map(str, exits)])
     report = main_of("benchmark_feature_sd")([*argv, "--exit_adapters", *map(str, exits[:2])])
-    names = {row_name(r): r for r in report["rows"]}
+    names = {row.name: r for row, r in zip(BenchmarkReport.from_json(report).rows, report["rows"], strict=True)}
     assert len(names) == len(report["rows"])
     assert {"aligned + feature > 0.5, 3", "aligned + relaxed > 0.95, 3", "aligned at layer 1 + token, 3"} <= set(names)
     for k in (1, 2):
@@ -103,7 +103,7 @@ def test_several_thresholds_and_exits_are_rows_of_their_own(finished, tmp_path):
         (["--exit_adapters", "absent.pt"], "absent.pt: no such file"),
     ],
 )
-def test_senseless_settings_are_refused_before_anything_runs(tiny_run, tmp_path, words, message):
+def test_invalid_settings_are_refused_before_anything_runs(tiny_run, tmp_path, words, message):
     argv = ["--config", str(tiny_run / "tiny.yaml"), "--output_dir", str(tmp_path), *words]
     with pytest.raises(UserError, match=message):
         main_of("benchmark_feature_sd")(argv)

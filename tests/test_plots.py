@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import runpy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import matplotlib
@@ -14,6 +15,8 @@ from matplotlib import pyplot as plt
 from matplotlib.image import imread
 
 from feature_alignment.measurement import plots
+from feature_alignment.measurement.metrics import Rate
+from feature_alignment.measurement.reports import PositionRates, ReliabilityBin, ThresholdCounts
 from feature_alignment.measurement.scoring import Scores
 
 
@@ -87,8 +90,8 @@ def test_histograms_of_cosines_are_split_by_whether_the_token_is_the_same(drawn,
 
 def reliability_rows(shift: float):
     return [
-        {"cosine": 0.5, "n": 10, "token_match": 0.2 + shift, "token_match_above": 0.4 + shift},
-        {"cosine": 0.8, "n": 40, "token_match": 0.7 + shift, "token_match_above": 0.8 + shift},
+        ReliabilityBin(cosine=0.5, n=10, token_match=0.2 + shift, token_match_above=0.4 + shift),
+        ReliabilityBin(cosine=0.8, n=40, token_match=0.7 + shift, token_match_above=0.8 + shift),
     ]
 
 
@@ -98,13 +101,13 @@ def test_reliability_has_both_shares_and_the_interval_of_one(drawn, tmp_path):
     (axis,) = drawn["reliability.png"].axes
     lines = lines_of(axis)
     for (name, rows), bars in zip(found.items(), axis.containers, strict=True):
-        x, y = [r["cosine"] for r in rows], [r["token_match"] for r in rows]
-        assert lines[f"{name}: at this cosine and above"] == (x, [r["token_match_above"] for r in rows])
+        x, y = [r.cosine for r in rows], [r.token_match for r in rows]
+        assert lines[f"{name}: at this cosine and above"] == (x, [r.token_match_above for r in rows])
         data, _, (ends,) = bars
         assert (list(data.get_xdata()), list(data.get_ydata())) == (x, y)
         for r, ((x0, low), (x1, high)) in zip(rows, ends.get_segments(), strict=True):
-            half = 1.96 * math.sqrt(r["token_match"] * (1 - r["token_match"]) / r["n"])
-            assert x0 == x1 == r["cosine"] and (low, high) == pytest.approx((r["token_match"] - half, r["token_match"] + half))
+            half = 1.96 * math.sqrt(r.token_match * (1 - r.token_match) / r.n)
+            assert x0 == x1 == r.cosine and (low, high) == pytest.approx((r.token_match - half, r.token_match + half))
     assert {f"{name}: at this cosine, n = 50" for name in found} <= set(legend_of(axis)) and len(legend_of(axis)) == 4
     assert axis.get_ylim() == (0, 1.02) and "cosine" in axis.get_xlabel() and axis.get_ylabel() and axis.get_title()
     assert has_grid(axis)
@@ -130,7 +133,7 @@ def test_positions_that_few_texts_reach_have_no_rate(drawn, tmp_path):
         | {f"{k}{end}": 0.5 + t / 10 + by for k in keys for end, by in (("", 0.0), ("_lo", -0.1), ("_hi", 0.2))}
         for t, n in enumerate((30, 11, 10, 9))
     ]
-    plots.acceptance_by_position(rows, tmp_path)
+    plots.acceptance_by_position([PositionRates(**r) for r in rows], tmp_path)
     (axis,) = drawn["acceptance_by_position.png"].axes
     lines = lines_of(axis)
     for label, shown in (("token match", 3), ("token match, all earlier ones matched", 2)):
@@ -146,51 +149,55 @@ def test_positions_that_few_texts_reach_have_no_rate(drawn, tmp_path):
 
 
 def rate(value, low, high):
-    return {"value": value, "ci95": [low, high], "total": 1234}
+    return Rate(value, value * 1234, 1234.0, (low, high))
+
+
+def rates_of(cosine, token_match, tokens_per_pass):
+    return SimpleNamespace(cosine=cosine, token_match=token_match, tokens_per_pass=tokens_per_pass)
 
 
 @pytest.mark.parametrize("lowest", [-0.3, 0.2])
 def test_predictors_have_two_bars_with_intervals_and_their_tokens_per_pass(drawn, tmp_path, lowest):
     found = {
-        "first": {"cosine": rate(0.9, 0.8, 0.95), "token_match": rate(0.5, 0.4, 0.7), "tokens_per_pass": 2.345},
-        "second": {"cosine": rate(lowest, lowest, lowest + 0.1), "token_match": rate(0.3, math.nan, math.nan), "tokens_per_pass": 1.0},
+        "first": rates_of(rate(0.9, 0.8, 0.95), rate(0.5, 0.4, 0.7), 2.345),
+        "second": rates_of(rate(lowest, lowest, lowest + 0.1), rate(0.3, math.nan, math.nan), 1.0),
     }
     plots.predictors_by_match(found, 5, tmp_path)
     (axis,) = drawn["predictors.png"].axes
     bars = [c for c in axis.containers if hasattr(c, "patches")]
     for container, key, shift in zip(bars, ("cosine", "token_match"), (0.2, -0.2), strict=True):
-        assert [p.get_width() for p in container] == [r[key]["value"] for r in found.values()]
+        assert [p.get_width() for p in container] == [getattr(r, key).value for r in found.values()]
         assert [p.get_y() + p.get_height() / 2 for p in container] == pytest.approx([shift, 1 + shift])
         assert container[0].get_height() == pytest.approx(0.38)
         ends = container.errorbar.lines[2][0].get_segments()
         for r, ((low, _), (high, _)) in zip(found.values(), ends, strict=True):
-            value, (a, b) = r[key]["value"], r[key]["ci95"]
+            value, (a, b) = getattr(r, key).value, getattr(r, key).ci95
             assert (low, high) == pytest.approx((value, value) if math.isnan(a) else (a, b))
     assert [t.get_text() for t in axis.get_yticklabels()] == list(found) and list(axis.get_yticks()) == [0, 1]
     assert [(t.get_text(), *t.get_position()) for t in axis.texts] == [("2.35", 1.03, 0.0), ("1.00", 1.03, 1.0)]
     assert axis.yaxis_inverted() and legend_of(axis) == ["cosine", "token match"]
     left, right = axis.get_xlim()
     assert right == 1.14 and (left == 0 if lowest > 0 else left < lowest)
-    assert "1,234 test positions" in axis.get_xlabel() and "at 5 drafts" in axis.get_xlabel()
+    assert "1,234 test positions" in axis.get_xlabel() and "at draft length 5" in axis.get_xlabel()
 
 
 def test_a_threshold_sweep_stacks_what_is_kept_of_what_was_drafted(drawn, tmp_path):
     kinds = ("same", "synonym", "other_fact", "other_word")
     rows = [
-        {"threshold": t, "drafted": 20, **dict(zip(kinds, n, strict=True))}
+        ThresholdCounts(threshold=t, drafted=20, kept=sum(n), **dict(zip(kinds, n, strict=True)), other_fact_hidden=0)
         for t, n in ((0.5, (8, 4, 2, 6)), (0.7, (5, 3, 1, 1)), (0.9, (2, 1, 0, 0)))
     ]
-    plots.threshold_sweep({"adapter": rows, "chained": [{**r, "drafted": 40} for r in rows]}, tmp_path)
+    plots.threshold_sweep({"adapter": rows, "chained": [replace(r, drafted=40) for r in rows]}, tmp_path)
     figure = drawn["threshold_sweep.png"]
     assert len(figure.axes) == 2 and figure.axes[0].get_position().y0 == pytest.approx(figure.axes[1].get_position().y0)
     for axis, name, total in zip(figure.axes, ("adapter", "chained"), (20, 40), strict=True):
         below = np.zeros(3)
         for part, kind in zip(axis.collections, kinds, strict=True):
-            above = below + [r[kind] / total for r in rows]
+            above = below + [getattr(r, kind) / total for r in rows]
             corners = {(x, round(y, 6)) for x, y in part.get_paths()[0].vertices}
-            assert corners == {(r["threshold"], round(y, 6)) for edge in (below, above) for r, y in zip(rows, edge, strict=True)}
+            assert corners == {(r.threshold, round(y, 6)) for edge in (below, above) for r, y in zip(rows, edge, strict=True)}
             below = above
-        assert axis.get_title() == f"{name} drafts, {total} positions" and axis.get_xlabel() == "cosine above"
+        assert axis.get_title() == f"{name}, {total} draft tokens" and axis.get_xlabel() == "cosine above"
         assert axis.get_ylim() == (0, 1) and axis.get_xlim() == (0.5, 0.9)
     first, last = figure.axes
     assert first.get_ylabel() and not last.get_ylabel() and first.get_legend() is None and figure.get_suptitle()
@@ -211,16 +218,10 @@ def test_every_picture_of_acceptance_gets_its_own_numbers(monkeypatch, tmp_path,
         name: Scores(torch.tensor([[0.1, 0.2], [0.3, 0.4]]) + i, torch.zeros(2, 2), torch.tensor([[True, False], [True, True]]))
         for i, name in enumerate(("adapter", "shuffled", "ridge"))
     }
-    chains = {"chained": {"reliability": "r2", "accepted_lengths": "l2"}, "chained, blind": {"b": 1}} if chained else {}
-    report = {
-        "reliability": "r",
-        "accepted_lengths": "l",
-        "per_position": "p",
-        "plain": plain,
-        "num_draft_tokens": 5,
-        "nulls": {"ridge": {"n": 1}},
-    }
-    report["chains"] = chains
+    chain = SimpleNamespace(reliability="r2", accepted_lengths="l2")
+    chains = {"chained": chain, "chained, blind": {"b": 1}} if chained else {}
+    report = SimpleNamespace(reliability="r", accepted_lengths="l", per_position="p", plain=plain, num_draft_tokens=5)
+    report.nulls, report.chains, report.chained = {"ridge": {"n": 1}}, chains, chains.get("chained")
     plots.acceptance(report, scores, SimpleNamespace(mask=mask), tmp_path)
     found, out = asked["cosine_histograms"]
     assert list(found) == ["hidden adapter", "states of another clip (shuffled)"] and out == tmp_path
@@ -230,5 +231,5 @@ def test_every_picture_of_acceptance_gets_its_own_numbers(monkeypatch, tmp_path,
     assert asked["reliability"] == ({"hidden adapter": "r"} | {k: f"r{v}" for k, v in more.items()}, tmp_path)
     assert asked["accepted_lengths"] == ({"hidden adapter": "l"} | {k: f"l{v}" for k, v in more.items()}, tmp_path)
     assert asked["acceptance_by_position"] == ("p", tmp_path)
-    predictors = {"hidden adapter": report} | ({"TASKS.md's recipe": plain} if plain else {}) | report["nulls"] | chains
+    predictors = {"hidden adapter": report} | ({"TASKS.md's recipe": plain} if plain else {}) | report.nulls | chains
     assert asked["predictors_by_match"] == (predictors, 5, tmp_path) and list(asked["predictors_by_match"][0]) == list(predictors)

@@ -2,14 +2,15 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
-from feature_alignment.benchmark.profile import SpeculationProfile, calibration_of, profile_of, recommended_length
+from feature_alignment.benchmark.profile import ProfileCosts, SpeculationProfile, calibration_of, profile_of, recommended_length
 from feature_alignment.benchmark.timing import Timed
 from feature_alignment.decoding.generation import Generation, Round
 
-COSTS = {"c": 0.05, "r": 0.1, "v": {"1": 1.0, "6": 1.5, "11": 2.0}}
+COSTS = ProfileCosts(c=0.05, r=0.1, v={"1": 1.0, "6": 1.5, "11": 2.0})
 
 
 def round_of(num_proposed: int, num_accepted: int, confidence=None) -> Round:
@@ -33,16 +34,16 @@ def random_runs(seed: int, longest: int = 5) -> Timed:
 def test_mean_length_is_one_plus_the_sum_of_marginal_acceptance(seed):
     runs = random_runs(seed)
     profile = profile_of("chained", 5, runs, [str(i) for i in range(12)], COSTS)
-    assert profile.mean_acceptance_length == pytest.approx(1 + sum(p["value"] for p in profile.marginal_acceptance), abs=1e-12)
+    assert profile.mean_acceptance_length == pytest.approx(1 + sum(p.value for p in profile.marginal_acceptance), abs=1e-12)
     drafted = [r for g in runs.every for r in g.rounds if r.proposed]
     assert profile.num_drafts == len(drafted) == sum(profile.accepted_lengths)
     assert profile.num_accepted_tokens == sum(n * count for n, count in enumerate(profile.accepted_lengths))
     for i in range(5):  # plain loops
         reached = [r for r in drafted if len(r.proposed) > i and all(r.accepted[:i])]
-        assert profile.conditional_acceptance[i]["total"] == len(reached)
-        assert profile.conditional_acceptance[i]["count"] == sum(r.accepted[i] for r in reached)
-        assert profile.marginal_acceptance[i]["total"] == len(drafted)
-    assert profile.draft_acceptance_rate["total"] == sum(len(r.proposed) for r in drafted)
+        assert profile.conditional_acceptance[i].total == len(reached)
+        assert profile.conditional_acceptance[i].count == sum(r.accepted[i] for r in reached)
+        assert profile.marginal_acceptance[i].total == len(drafted)
+    assert profile.draft_acceptance_rate.total == sum(len(r.proposed) for r in drafted)
 
 
 def test_a_profile_survives_json():
@@ -64,17 +65,17 @@ def test_the_recommended_length_is_the_best_of_all_lengths():
         chance *= acceptance
         tokens += chance
         speedups.append(tokens / (g * 0.05 + v[g] + 0.1))
-    assert found["num_draft_tokens"] == speedups.index(max(speedups)) + 1 == 3
-    assert found["decode_speedup"] == pytest.approx(max(speedups))
+    assert found.num_draft_tokens == speedups.index(max(speedups)) + 1 == 3
+    assert found.decode_speedup == pytest.approx(max(speedups))
     assert recommended_length([float("nan")], COSTS) is None
-    assert recommended_length(conditional, {**COSTS, "c": None}) is None
+    assert recommended_length(conditional, replace(COSTS, c=None)) is None
 
 
 def test_calibration_counts_only_draft_tokens_that_verification_reached():
     rounds = [round_of(3, 1, [0.95, 0.35, 0.05]), round_of(2, 2, [0.95, 0.85]), round_of(1, 0), round_of(1, 0, [0.95])]
     found = calibration_of(rounds)  # reached: .95 yes, .35 no | .95 yes, .85 yes | none | .95 no
     assert found.num_draft_tokens == 5
-    assert [(b["number"], b["acceptance"]) for b in found.bins] == [(1, 0.0), (1, 1.0), (3, pytest.approx(2 / 3))]
+    assert [(b.number, b.acceptance) for b in found.bins] == [(1, 0.0), (1, 1.0), (3, pytest.approx(2 / 3))]
     assert found.ece == pytest.approx((0.35 + 0.15 + 3 * (0.95 - 2 / 3)) / 5)
     assert found.brier == pytest.approx((0.05**2 + 0.35**2 + 0.05**2 + 0.15**2 + 0.95**2) / 5)
     assert found.auroc == pytest.approx((2 * 1.5 + 1) / 6)  # of three accepted and two rejected; ties count half

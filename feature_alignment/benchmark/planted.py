@@ -1,193 +1,252 @@
-"""Wall clock under a stated acceptance: what speculative decoding would bring at a geometry whose trained weights are not at hand.
+"""Wall clock at a stated acceptance: what speculative decoding would gain at a geometry whose trained weights are not available.
 
-Every draft is kept by chance, at a given rate, whatever it says; everything else runs as it does in decoding: both prefills, drafts,
-verification, rollback. The texts are noise and mean nothing, the milliseconds are real. No number of this is an acceptance, a cosine or
-a target met, and each says that it was planted.
+Each draft token is accepted at random with a given probability, whatever it says. Everything else runs as in decoding: both prefills,
+drafting, verification and rollback. The texts are noise; the milliseconds are real. None of these numbers is a measured acceptance, a
+measured cosine or a target that is met, and every output says that its acceptance was planted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from feature_alignment.benchmark import speed_model, timing
-from feature_alignment.benchmark.rows import Mode, answering, speeds
-from feature_alignment.benchmark.timing import Timed
+from feature_alignment.benchmark.costs import Cost
+from feature_alignment.benchmark.results import PlainBaseline, PlantedBest, PlantedReport, PlantedRow
+from feature_alignment.benchmark.rows import Mode, answering, timed_row
+from feature_alignment.benchmark.timing import Timed, decode_ms, total_ms
 from feature_alignment.cli.config import Common, StepsSetting
-from feature_alignment.cli.console import markdown_table, print_table, progress, rate_text
+from feature_alignment.cli.console import markdown_table, print_table, progress
+from feature_alignment.decoding.acceptance import AcceptanceFunction
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.generation import Generation
 from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample
+from feature_alignment.measurement.records import Meta
 from feature_alignment.models import fixed
 from feature_alignment.models.pair import load_pair
-from feature_alignment.storage.artifacts import provenance
 from feature_alignment.storage.files import write_hashed_json, write_text
-from feature_alignment.storage.identity import RunIdentity
 
+DRAFTERS = ("chained", "aligned")
 Table = tuple[str, list[str], list[list[str]]]
+Planted = tuple[Mode, float]  # a mode and its planted acceptance
 
 
-def kept_by_chance(rate: float, seed: int, device: torch.device) -> Callable[..., Tensor]:
-    """An acceptance rule that keeps each draft with probability `rate`."""
-    chance = torch.Generator(device).manual_seed(seed)
-    return lambda draft_ids, target_ids, cosine, threshold: torch.rand(len(draft_ids), generator=chance, device=device) < rate
+@dataclass(frozen=True)
+class PlantedSettings:
+    """What is measured.
+
+    Args:
+        steps: how models step
+        gammas: draft lengths
+        rates: planted acceptances
+        max_new_tokens: length of every answer
+        repeats: timed runs of every method on every prompt
+        warmup: number of prompts in each warm-up
+    """
+
+    steps: StepsSetting
+    gammas: Sequence[int]
+    rates: Sequence[float]
+    max_new_tokens: int
+    repeats: int
+    warmup: int
+
+
+def random_acceptance(rate: float, seed: int, device: torch.device) -> AcceptanceFunction:
+    """An acceptance rule that accepts each draft token with probability `rate`."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def rule(draft_ids: Tensor, target_ids: Tensor, cosine: Tensor | None, threshold: float) -> Tensor:
+        return torch.rand(len(draft_ids), generator=generator, device=device) < rate
+
+    return rule
 
 
 @torch.inference_mode()
-def run(
-    cfg: Common,
-    steps: StepsSetting,
-    samples: Sequence[Sample],
-    drafters: Sequence[str],
-    gammas: Sequence[int],
-    rates: Sequence[float],
-    max_new_tokens: int,
-    repeats: int,
-    warmup: int,
-    made_from: dict[str, Any],
-    identity: RunIdentity | None = None,
-) -> dict[str, Any]:
-    """One row for each draft source, length and rate, beside plain greedy decoding in turn; adapters that were never trained will do."""
+def measure(cfg: Common, settings: PlantedSettings, samples: Sequence[Sample], meta: Meta) -> PlantedReport:
+    """Time every drafter at every draft length and planted acceptance, in turns with plain greedy decoding.
+
+    Args:
+        cfg: checkpoints and folders; adapters that are not trained are initialized randomly
+        settings: what is measured
+        samples: one for each prompt
+        meta: provenance
+    """
     pair = load_pair(cfg)
-    pair.use_steps(steps)
-    pair.target.head_weight[sorted(pair.target.eos_ids)] = 0  # no text ends early: all are `max_new_tokens` long
+    target = pair.target
+    pair.use_steps(settings.steps)
+    target.head_weight[sorted(target.eos_ids)] = 0  # No text ends early: all are `max_new_tokens` long.
     pair.choose_linear()  # After the head was changed: packed weights are a copy.
     sources = Sources(pair, cfg, untrained=True)
-    prompts = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]
-    proposers = {name: sources.open(name) for name in drafters}
-    chained = sources.chained_adapter if "chained" in drafters else None
-    cost = timing.costs(pair.target, pair.draft, sources.adapter, chained, *prompts[0])
-    cost |= timing.machine_costs(pair.target, sources.full_draft, cost, *prompts[0])
-    on_gpu = pair.target.device.type == "cuda"
+    prompts = [(target.prepare(s), pair.draft.prepare(s)) for s in samples]
+    proposers = {name: sources.open(name) for name in DRAFTERS}
+    parts = timing.part_costs(target, pair.draft, sources.full_draft, sources.adapter, sources.chained_adapter, prompts[0])
+    on_gpu = target.device.type == "cuda"
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats()  # not of measuring the bandwidth
+        torch.cuda.reset_peak_memory_stats()  # Without the memory of the bandwidth measurement.
 
-    def method(mode: Mode, rate: float) -> Callable[[int], Generation]:
+    def speculative(mode: Mode, rate: float) -> Callable[[int], Generation]:
         def answer(i: int) -> Generation:
-            rule = kept_by_chance(rate, cfg.seed + i, pair.target.device)  # of a prompt all repeats, lengths and drafters have one fate
-            g = mode.num_draft_tokens
+            rule = random_acceptance(rate, cfg.seed + i, target.device)  # The same draws in all repeats and methods of a prompt.
             return speculate(
-                pair.target, proposers[mode.draft], *prompts[i], accept=rule, num_draft_tokens=g, max_new_tokens=max_new_tokens
+                target,
+                proposers[mode.draft],
+                *prompts[i],
+                accept=rule,
+                num_draft_tokens=mode.num_draft_tokens,
+                max_new_tokens=settings.max_new_tokens,
             )
 
         return answer
 
-    planted = [(Mode(draft, "token", g), rate) for draft in drafters for g in gammas for rate in rates]
-    methods: dict[Any, Callable[[int], Generation]] = {mode: method(*mode) for mode in planted}
-    methods["plain"] = answering(lambda prompt: greedy(pair.target, prompt, max_new_tokens), prompts)
+    planted: list[Planted] = [(Mode(draft, "token", g), rate) for draft in DRAFTERS for g in settings.gammas for rate in settings.rates]
+    methods: dict[str | Planted, Callable[[int], Generation]] = {key: speculative(*key) for key in planted}
+    methods["plain"] = answering(lambda prompt: greedy(target, prompt, settings.max_new_tokens), prompts)
     for _ in range(2):
-        timing.run_in_turns(methods, min(warmup, len(samples)), 1, iter)
-    timed = timing.run_in_turns(methods, len(samples), repeats, lambda x: progress(x, desc="planted", unit="prompt"))
-    clips, plain, rows = [s.sequence for s in samples], timed["plain"], []
-    costs = speed_model.Costs.of([(mode, timed[mode, rate]) for mode, rate in planted], plain, cost["loop"]["v"])
-    cost |= costs.report(cost["loop"], clips)
-    for mode, rate in planted:
-        row = speeds(mode, timed[mode, rate], plain, clips, costs)
-        row |= {"accept": "planted", "planted_acceptance": rate, "draft_layers": list(pair.draft.taps)}
-        rows.append({k: v for k, v in row.items() if not k.startswith("modelled")})
-    baseline = {
-        "name": "plain greedy",
-        "prompts": len(samples),
-        "tokens": sum(map(len, plain.texts)),
-        "total_ms": float(plain.per_prompt(lambda g: g.total_ms).sum()),
-        "decode_ms": float(plain.per_prompt(lambda g: g.decode_ms).sum()),
+        timing.run_in_turns(methods, min(settings.warmup, len(samples)), 1, iter)
+    timed = timing.run_in_turns(methods, len(samples), settings.repeats, lambda x: progress(x, desc="planted", unit="prompt"))
+    clips, plain = [s.sequence for s in samples], timed["plain"]
+    costs = speed_model.Costs.of([(mode, timed[mode, rate]) for mode, rate in planted], plain, parts.loop.v)
+    baseline = PlainBaseline(
+        name="plain greedy",
+        prompts=len(samples),
+        tokens=sum(map(len, plain.texts)),
+        total_ms=float(plain.per_prompt(total_ms).sum()),
+        decode_ms=float(plain.per_prompt(decode_ms).sum()),
+    )
+    facts = {
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "unrecorded": fixed.eager_fallbacks,
+        "linear": {"target": target.linear.to_json(), "draft": pair.draft.linear.to_json()},
     }
-    meta = provenance("benchmark_feature_sd", cfg, made_from, identity, device=cfg.device, dtype=cfg.dtype, planted=True)
-    meta["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else None
-    meta["unrecorded"] = fixed.eager_fallbacks
-    meta["linear"] = {"target": pair.target.linear.to_json(), "draft": pair.draft.linear.to_json()}
-    return {"meta": meta, "planted": True, "baselines": [baseline], "rows": rows, "cost": cost, "best": best_lengths(planted, timed, clips)}
+    return PlantedReport(
+        meta={**meta, **facts},
+        planted=True,
+        baselines=[baseline],
+        rows=[planted_row(key, timed[key], plain, clips, costs, pair.draft.taps) for key in planted],
+        cost=Cost.of(parts, costs.report(parts.loop, clips)),
+        best=best_lengths(planted, timed, clips),
+    )
 
 
-def best_lengths(planted: Sequence[tuple[Mode, float]], timed: Mapping[Any, Timed], clips: Sequence[str]) -> list[dict[str, Any]]:
-    """Of each drafter and rate the length that is fastest end to end, measured on the clips that did not choose it."""
-    groups: dict[tuple[str, float], list[tuple[Mode, float]]] = {}
+def planted_row(key: Planted, runs: Timed, plain: Timed, clips: Sequence[str], costs: speed_model.Costs, taps: Sequence[int]) -> PlantedRow:
+    """One row of planted.json.
+
+    Args:
+        key: mode and planted acceptance
+        runs: its runs
+        plain: runs of plain greedy decoding
+        clips: clip of each prompt
+        costs: sums over the rounds of all runs
+        taps: layers of EventGPT that the adapters read
+    """
+    mode, rate = key
+    row = timed_row(mode, runs, plain, clips)
+    predicted = speed_model.prediction_of(row, runs, costs)
+    return PlantedRow(
+        **vars(replace(row, accept="planted")),
+        corrected_speedup=predicted.corrected_speedup,
+        corrected_error=predicted.corrected_error,
+        planted_acceptance=rate,
+        draft_layers=list(taps),
+    )
+
+
+def best_lengths(planted: Sequence[Planted], timed: Mapping[str | Planted, Timed], clips: Sequence[str]) -> list[PlantedBest]:
+    """For each drafter and acceptance the draft length that is fastest end to end, measured on clips that did not choose it.
+
+    Args:
+        planted: modes and planted acceptances
+        timed: their runs, and those of "plain"
+        clips: clip of each prompt
+    """
+    groups: dict[tuple[str, float], list[Planted]] = {}
     for mode, rate in planted:
         groups.setdefault((mode.draft, rate), []).append((mode, rate))
-    found, whats = [], {"speedup": lambda g: g.total_ms, "decode_speedup": lambda g: g.decode_ms}
-    for (draft, rate), some in groups.items():
-        best = timing.fastest([timed[key] for key in some], timed["plain"], clips, whats["speedup"])
-        row = {"draft": draft, "planted_acceptance": rate, "num_draft_tokens": some[best.best][0].num_draft_tokens}
-        row |= {"chosen": [some[i][0].num_draft_tokens for i in best.chosen]}
-        found.append(row | {k: timing.speedup(timed["plain"], best.runs, clips, what) for k, what in whats.items()})
+    found, plain = [], timed["plain"]
+    for (draft, rate), keys in groups.items():
+        best = timing.fastest([timed[key] for key in keys], plain, clips, total_ms)
+        found.append(
+            PlantedBest(
+                draft=draft,
+                planted_acceptance=rate,
+                num_draft_tokens=keys[best.best][0].num_draft_tokens,
+                chosen=[keys[i][0].num_draft_tokens for i in best.chosen],
+                speedup=timing.speedup(plain, best.runs, clips, total_ms),
+                decode_speedup=timing.speedup(plain, best.runs, clips, decode_ms),
+            )
+        )
     return found
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
-    cost, base = result["cost"], result["baselines"][0]
-    size = f"{base['prompts']} prompts, {base['tokens']:,} tokens"
-    header = ["drafts, a round", "PLANTED acceptance", "kept of those reached", "tokens per pass", "end to end", "decoding", "corrected"]
+def tables(result: PlantedReport) -> list[Table]:
+    """(title, header, rows) of every table."""
+    cost, base = result.cost, result.baselines[0]
+    size = f"{base.prompts} prompts, {base.tokens:,} tokens"
+    header = ["drafter, draft length", "PLANTED acceptance", "accepted / reached", "tokens per pass", "end to end", "decoding", "corrected"]
     rows = [
         [
-            f"{r['draft']}, {r['num_draft_tokens']}",
-            f"{r['planted_acceptance']:g}",
-            f"{r['acceptance_rate']['value']:.3f}",
-            f"{r['tokens_per_pass']:.2f}",
-            rate_text(r["speedup"], 2, unit="x"),
-            rate_text(r["decode_speedup"], 2, unit="x"),
-            "-" if r["corrected_speedup"] is None else f"{r['corrected_speedup']:.2f} ({r['corrected_error']:+.0%})",
+            f"{r.draft}, {r.num_draft_tokens}",
+            f"{r.planted_acceptance:g}",
+            f"{r.acceptance_rate.value:.3f}",
+            f"{r.tokens_per_pass:.2f}",
+            r.speedup.text(2, unit="x"),
+            r.decode_speedup.text(2, unit="x"),
+            "-" if r.corrected_speedup is None else f"{r.corrected_speedup:.2f} ({r.corrected_error:+.0%})",
         ]
-        for r in result["rows"]
+        for r in result.rows
     ]
     best = [
-        [
-            r["draft"],
-            f"{r['planted_acceptance']:g}",
-            str(r["num_draft_tokens"]),
-            rate_text(r["speedup"], 2),
-            rate_text(r["decode_speedup"], 2),
-        ]
-        for r in result["best"]
+        [r.draft, f"{r.planted_acceptance:g}", str(r.num_draft_tokens), r.speedup.text(2), r.decode_speedup.text(2)] for r in result.best
     ]
     costs = [
-        ["one step of Video-LLaVA, head included, ms", f"{cost['t_target_ms']:.3f}"],
-        ["hidden adapter, one token, ms", f"{cost['t_adapter_ms']:.3f}"],
-        ["chained adapter, one token, ms", "-" if cost["t_chained_ms"] is None else f"{cost['t_chained_ms']:.3f}"],
-        ["target's head, one token, ms", f"{cost['t_head_ms']:.3f}"],
+        ["one step of Video-LLaVA, LM head included, ms", f"{cost.t_target_ms:.3f}"],
+        ["hidden adapter, one token, ms", f"{cost.t_adapter_ms:.3f}"],
+        ["chained adapter, one token, ms", "-" if cost.t_chained_ms is None else f"{cost.t_chained_ms:.3f}"],
+        ["target's LM head, one token, ms", f"{cost.t_head_ms:.3f}"],
         *machine_rows(cost),
-        *[[f"v({k}), steps", f"{v:.3f}"] for k, v in cost["v"].items()],
+        *[[f"v({k}), passes", f"{v:.3f}"] for k, v in cost.v.items()],
     ]
     return [
-        (f"PLANTED acceptance, drafts kept by chance: only the wall clock is real. {size}", header, rows),
+        (f"PLANTED acceptance, draft tokens accepted at random: only the wall clock is real. {size}", header, rows),
         (
-            "The best length at each planted acceptance, chosen on one half of the clips and timed on the other, both ways",
-            ["drafts", "PLANTED acceptance", "a round", "end to end", "decoding"],
+            "The best draft length at each planted acceptance, chosen on one half of the clips and timed on the other, both ways",
+            ["drafter", "PLANTED acceptance", "draft length", "end to end", "decoding"],
             best,
         ),
         ("Costs (medians)", ["part", ""], costs),
     ]
 
 
-def machine_rows(cost: dict[str, Any]) -> list[list[str]]:
-    """What `timing.machine_costs` found, for a table of two columns."""
-    b = cost["bandwidth"]
+def machine_rows(cost: Cost) -> list[list[str]]:
+    """Rows of a cost table: memory bandwidth, and EventGPT up to each layer."""
+    b = cost.bandwidth
     return [
         [
-            "memory read by that step, and what a plain copy reaches",
-            f"{b['step_bytes'] / 1e9:.3g} GB at {b['step_gb_per_s']:.4g} GB/s, {b['share']:.0%} of {b['copy_gb_per_s']:.4g} GB/s",
+            "memory read by that step, and the bandwidth of a plain copy",
+            f"{b.step_bytes / 1e9:.3g} GB at {b.step_gb_per_s:.4g} GB/s, {b.share:.0%} of {b.copy_gb_per_s:.4g} GB/s",
         ],
-        *[
-            [f"EventGPT up to layer {k}: one step, ms; c, steps", f"{e['t_draft_ms']:.3f}; {e['c']:.3f}"]
-            for k, e in cost["exit_layers"].items()
-        ],
+        *[[f"EventGPT up to layer {k}: one step, ms; c, steps", f"{e.t_draft_ms:.3f}; {e.c:.3f}"] for k, e in cost.exit_layers.items()],
     ]
 
 
-def write(result: dict[str, Any], out: Path) -> None:
-    meta = result["meta"]
+def write(result: PlantedReport, out: Path) -> None:
+    """Write planted.md and planted.json to the directory `out`."""
+    meta = result.meta
     lines = [f"# Planted acceptance: {meta['device']}, {meta['dtype']}, {meta['created']}", "", (__doc__ or "").strip()]
     for title, header, rows in tables(result):
         lines += ["", f"## {title}", "", markdown_table(header, rows)]
     write_text(out / "planted.md", "\n".join(lines) + "\n")
-    write_hashed_json(out / "planted.json", result, ("planted.md",))
+    write_hashed_json(out / "planted.json", result.to_json(), ("planted.md",))
 
 
-def show(result: dict[str, Any]) -> None:
+def show(result: PlantedReport) -> None:
+    """Print the tables, the most important one last."""
     for title, header, rows in reversed(tables(result)):
         print_table(title, header, rows)

@@ -1,4 +1,4 @@
-"""speculation_profile.json: how drafting went, position by position, in the words that serving engines use.
+"""speculation_profile.json: acceptance by draft position, in the terms of serving engines.
 
     mean_acceptance_length = 1 + accepted draft tokens / rounds = 1 + sum over positions of the marginal acceptance
     marginal acceptance of position i: rounds whose draft token i was accepted / all rounds
@@ -9,54 +9,81 @@ A round is a verification with at least one draft token. Rates come with 95 % in
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from feature_alignment.benchmark.speed_model import verification_cost
 from feature_alignment.benchmark.timing import Timed
-from feature_alignment.decoding.generation import Round
-from feature_alignment.measurement.metrics import Counts, auc
+from feature_alignment.decoding.generation import Generation, Round
+from feature_alignment.measurement.metrics import Counts, Rate, auc, corrected_speedup
+from feature_alignment.measurement.records import Record
 
 NUM_BINS = 10
 
 
 @dataclass(frozen=True)
-class ConfidenceCalibration:
+class ConfidenceBin(Record):
+    """One tenth of the range of confidences: number of draft tokens, their mean confidence and acceptance."""
+
+    number: int
+    confidence: float
+    acceptance: float
+
+
+@dataclass(frozen=True)
+class ConfidenceCalibration(Record):
     """How well a drafter's confidence predicts acceptance, over the draft tokens that verification reached.
 
     Args:
         num_draft_tokens: draft tokens with a confidence
-        bins: for each tenth of confidence with draft tokens in it: number, mean confidence, acceptance
+        bins: one for each tenth of confidence with draft tokens in it
         ece: expected calibration error, the mean of |acceptance - mean confidence| weighted by the number (Naeini et al. 2015)
         brier: mean squared difference of confidence and outcome (Brier 1950)
         auroc: chance that an accepted draft token had the higher confidence of two; None if all or none were accepted
     """
 
     num_draft_tokens: int
-    bins: list[dict[str, float]]
+    bins: list[ConfidenceBin]
     ece: float
     brier: float
     auroc: float | None
 
 
 @dataclass(frozen=True)
-class SpeculationProfile:
+class ProfileCosts(Record):
+    """Costs in passes of plain decoding: c, one draft token; r, the rest of a round; v, number of tokens -> verifying them."""
+
+    c: float | None
+    r: float
+    v: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RecommendedLength(Record):
+    """The fastest fixed draft length by the corrected formula, with its predicted tokens per round and decoding speed-up."""
+
+    num_draft_tokens: int
+    mean_acceptance_length: float
+    decode_speedup: float
+
+
+@dataclass(frozen=True)
+class SpeculationProfile(Record):
     """One way to draft.
 
     Args:
         draft, num_draft_tokens: the row it was measured on; lossless, with a fixed draft length
         num_drafts: rounds
         num_proposed_tokens, num_accepted_tokens: over all rounds
-        mean_acceptance_length: tokens per round, the target's own one included
+        mean_acceptance_length: tokens per round, the extra token included
         draft_acceptance_rate: accepted / proposed draft tokens
         marginal_acceptance, conditional_acceptance: a rate for each draft position
         accepted_lengths: number of rounds with 0, 1, 2, ... accepted draft tokens
-        costs: one draft token (c), the rest of a round (r) and verifying k tokens (v), in passes of plain decoding
-        recommended: the fixed draft length that the corrected formula finds fastest at these acceptances and costs
+        costs: in passes of plain decoding
+        recommended: the fastest fixed draft length at these acceptances and costs
         confidence: calibration, where an adaptive row of the same drafter recorded confidences
     """
 
@@ -66,21 +93,13 @@ class SpeculationProfile:
     num_proposed_tokens: int
     num_accepted_tokens: int
     mean_acceptance_length: float
-    draft_acceptance_rate: dict[str, Any]
-    marginal_acceptance: list[dict[str, Any]]
-    conditional_acceptance: list[dict[str, Any]]
+    draft_acceptance_rate: Rate
+    marginal_acceptance: list[Rate]
+    conditional_acceptance: list[Rate]
     accepted_lengths: list[int]
-    costs: dict[str, Any]
-    recommended: dict[str, float] | None
+    costs: ProfileCosts
+    recommended: RecommendedLength | None
     confidence: ConfidenceCalibration | None
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> SpeculationProfile:
-        confidence = content["confidence"]
-        return cls(**{**content, "confidence": None if confidence is None else ConfidenceCalibration(**confidence)})
 
 
 def profile_of(
@@ -88,7 +107,7 @@ def profile_of(
     num_draft_tokens: int,
     runs: Timed,
     clips: Sequence[str],
-    costs: dict[str, Any],
+    costs: ProfileCosts,
     adaptive: Timed | None = None,
 ) -> SpeculationProfile:
     """The profile of one row of a fixed draft length.
@@ -98,7 +117,7 @@ def profile_of(
         num_draft_tokens: draft length of the row
         runs: its runs
         clips: clip of every prompt
-        costs: `c`, `r` and `v` (number of tokens -> cost), in passes of plain decoding
+        costs: in passes of plain decoding
         adaptive: runs of an adaptive row of the same drafter, for its confidences
     """
     rounds = [_drafted(generations) for generations in runs.generations]
@@ -122,24 +141,22 @@ def profile_of(
         conditional_acceptance=conditional,
         accepted_lengths=[lengths[n] for n in range(num_draft_tokens + 1)],
         costs=costs,
-        recommended=recommended_length([c["value"] for c in conditional], costs),
+        recommended=recommended_length([c.value for c in conditional], costs),
         confidence=None if adaptive is None else calibration_of([r for some in adaptive.generations for r in _drafted(some)]),
     )
 
 
-def _drafted(generations: Sequence[Any]) -> list[Round]:
+def _drafted(generations: Sequence[Generation]) -> list[Round]:
     return [r for g in generations for r in g.rounds if r.proposed]
 
 
-def _rate(
-    rounds: Sequence[Sequence[Round]], clips: Sequence[str], hits: Callable[[Round], float], total: Callable[[Round], float]
-) -> dict[str, Any]:
-    """Sums over the rounds of each prompt, as a rate with its interval."""
+def _rate(rounds: Sequence[Sequence[Round]], clips: Sequence[str], hits: Callable[[Round], float], total: Callable[[Round], float]) -> Rate:
+    """Ratio of two sums over the rounds of each prompt."""
     sums = [np.array([float(sum(map(f, some))) for some in rounds]) for f in (hits, total)]
     return Counts(*sums).rate(clips)
 
 
-def recommended_length(conditional: Sequence[float], costs: dict[str, Any]) -> dict[str, float] | None:
+def recommended_length(conditional: Sequence[float], costs: ProfileCosts) -> RecommendedLength | None:
     """The fastest fixed draft length by S(g) = E(g) / (g c + v(g + 1) + r), E(g) = 1 + sum over i <= g of the product of the first i.
 
     Args:
@@ -147,20 +164,18 @@ def recommended_length(conditional: Sequence[float], costs: dict[str, Any]) -> d
         costs: as in `profile_of`
 
     Returns:
-        `num_draft_tokens`, `mean_acceptance_length` and `decode_speedup`; None if nothing was drafted or c is unknown
+        the best length; None if nothing was drafted or c is unknown
     """
-    points = sorted((int(k), v) for k, v in costs["v"].items())
-    best: dict[str, float] | None = None
+    best: RecommendedLength | None = None
     chance = tokens = 1.0
     for g, acceptance in enumerate(conditional, 1):
-        if not np.isfinite(acceptance) or costs["c"] is None:
+        if not np.isfinite(acceptance) or costs.c is None:
             break
         chance *= acceptance
         tokens += chance
-        v = float(np.interp(g + 1, [k for k, _ in points], [v for _, v in points]))
-        speedup = tokens / (g * costs["c"] + v + costs["r"])
-        if best is None or speedup > best["decode_speedup"]:
-            best = {"num_draft_tokens": g, "mean_acceptance_length": tokens, "decode_speedup": speedup}
+        speedup = corrected_speedup(tokens, g, costs.c, verification_cost(costs.v, g + 1) + costs.r)
+        if best is None or speedup > best.decode_speedup:
+            best = RecommendedLength(g, tokens, speedup)
     return best
 
 
@@ -177,18 +192,14 @@ def calibration_of(rounds: Sequence[Round]) -> ConfidenceCalibration | None:
     confidence, accepted = (np.array(column, dtype=float) for column in zip(*pairs, strict=True))
     which = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
     bins = [
-        {
-            "number": int((which == b).sum()),
-            "confidence": float(confidence[which == b].mean()),
-            "acceptance": float(accepted[which == b].mean()),
-        }
+        ConfidenceBin(int((which == b).sum()), float(confidence[which == b].mean()), float(accepted[which == b].mean()))
         for b in np.unique(which)
     ]
     area = auc(confidence, accepted)
     return ConfidenceCalibration(
         num_draft_tokens=len(pairs),
         bins=bins,
-        ece=sum(b["number"] * abs(b["acceptance"] - b["confidence"]) for b in bins) / len(pairs),
+        ece=sum(b.number * abs(b.acceptance - b.confidence) for b in bins) / len(pairs),
         brier=float(((confidence - accepted) ** 2).mean()),
         auroc=area if np.isfinite(area) else None,
     )

@@ -1,197 +1,243 @@
-"""A benchmark for people: tables on the console, report.md, one self-contained report.html with its pictures."""
+"""A benchmark for people: tables on the console, report.md, and report.html with its pictures inside."""
 
 from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from feature_alignment.benchmark import plots as benchmark_plots
-from feature_alignment.benchmark import speed_model
+from feature_alignment.benchmark import plots, speed_model
+from feature_alignment.benchmark.costs import Cost, DrafterCost
 from feature_alignment.benchmark.planted import machine_rows
 from feature_alignment.benchmark.plots import PICTURES
-from feature_alignment.benchmark.rows import row_name
+from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, Fidelity, PlainBaseline, Target, drafter_name
 from feature_alignment.cli.console import markdown_table, print_table, rate_text
 from feature_alignment.decoding.generation import Generation
 from feature_alignment.decoding.trace import trace_lines
 from feature_alignment.storage.files import write_text
 
 Table = tuple[str, list[str], list[list[str]]]
+TITLE = "Feature-level speculative decoding: benchmark"
+STYLE = (
+    "body{font:16px/1.5 sans-serif;max-width:1100px;margin:auto;padding:1em}table{border-collapse:collapse;font-size:.9em}"
+    "td,th{border-bottom:1px solid #ccc;padding:.3em .7em;text-align:left;vertical-align:top}.t,pre{overflow-x:auto}"
+    "td:last-child{min-width:9em}img{max-width:100%;display:block;margin:1em 0}"
+)
 
 
 def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}" if isinstance(value, float) else f"{value:,}"
+    return "-" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
+def tables(result: BenchmarkReport) -> list[Table]:
     """(title, header, rows) of every table as plain strings, in report order."""
     return [
-        target_table(result["targets"]),
-        speed_table(result["rows"], result["baselines"][0]),
-        fidelity_table(result["rows"], result["baselines"][0]),
-        baseline_table(result["baselines"]),
-        part_cost_table(result["cost"]),
-        decoding_cost_table(result["cost"]),
+        target_table(result.targets),
+        speed_table(result.rows, result.plain),
+        fidelity_table(result.rows, result.plain.fidelity),
+        baseline_table(result),
+        part_cost_table(result.cost),
+        decoding_cost_table(result.cost),
     ]
 
 
-def target_table(targets: list[dict[str, Any]]) -> Table:
+def target_table(targets: Sequence[Target]) -> Table:
     """The six targets of TASKS.md, each met or not met."""
     rows = [
         [
-            t["metric"],
-            t["target"],
-            rate_text({"value": t["measured"], "ci95": t["ci95"] or (None, None)}, 0 if isinstance(t["measured"], int) else 3),
-            "met" if t["met"] else "NOT MET",
-            t["note"],
+            t.metric,
+            t.target,
+            rate_text({"value": t.measured, "ci95": t.ci95 or (None, None)}, 0 if isinstance(t.measured, int) else 3),
+            "met" if t.met else "NOT MET",
+            t.note,
         ]
         for t in targets
     ]
     return "The six targets", ["metric", "target", "measured [95 % interval]", "", "note"], rows
 
 
-def speed_table(rows: list[dict[str, Any]], plain: dict[str, Any]) -> Table:
+def speed_table(rows: Sequence[BenchmarkRow], plain: PlainBaseline) -> Table:
     """Measured and modelled speed-up of every row.
 
     Args:
-        rows: benchmark.json's `rows`
-        plain: the baseline of plain greedy decoding
+        rows: of the benchmark
+        plain: plain greedy decoding
     """
     cells = [
         [
-            row_name(r),
-            rate_text(r["speedup"], 2, unit="x"),
-            rate_text(r["decode_speedup"], 2, unit="x"),
-            _number(r["tokens_per_pass"]),
-            _number(r["acceptance_rate"]["value"], 3),
-            _number(r["exact_match"], 3),
-            *["-" if r[f"{f}_speedup"] is None else f"{r[f'{f}_speedup']:.2f} ({r[f'{f}_error']:+.0%})" for f in ("modelled", "corrected")],
+            r.name,
+            r.speedup.text(2, unit="x"),
+            r.decode_speedup.text(2, unit="x"),
+            _number(r.tokens_per_pass),
+            _number(r.acceptance_rate.value, 3),
+            _number(r.exact_match, 3),
+            _predicted(r.modelled_speedup, r.modelled_error),
+            _predicted(r.corrected_speedup, r.corrected_error),
         ]
         for r in rows
     ]
-    seconds, prefill = plain["total_ms"] / 1e3, plain["prefill_ms"] / 1e3
-    size = f"{plain['prompts']} prompts, {plain['tokens']:,} tokens, {seconds:.1f} s ({prefill:.1f} s prefill)"
-    header = ["drafts + rule, drafts per round", "speed-up, end to end", "decoding", "tokens per pass", "acceptance", "exact match"]
-    return f"Speed against plain greedy decoding: {size}", [*header, "modelled", "corrected"], cells
+    seconds, prefill = plain.total_ms / 1e3, (plain.prefill_ms or 0.0) / 1e3
+    size = f"{plain.prompts} prompts, {plain.tokens:,} tokens, {seconds:.1f} s ({prefill:.1f} s prefill)"
+    header = ["drafter + rule, draft length", "speed-up, end to end", "decoding", "tokens per pass", "acceptance rate", "exact match"]
+    return f"Speed against plain greedy decoding: {size}", [*header, "TASKS.md's formula", "corrected formula"], cells
 
 
-def fidelity_table(rows: list[dict[str, Any]], plain: dict[str, Any]) -> Table:
-    """How the text of the feature and relaxed rows differs from the target's own text.
+def _predicted(speedup: float | None, error: float | None) -> str:
+    return "-" if speedup is None or error is None else f"{speedup:.2f} ({error:+.0%})"
+
+
+def fidelity_table(rows: Sequence[BenchmarkRow], own: Fidelity | None) -> Table:
+    """Differences between the texts of the feature and relaxed rows and the target's own texts.
 
     Args:
-        rows: benchmark.json's `rows`
-        plain: the baseline of plain greedy decoding
+        rows: of the benchmark
+        own: of plain greedy decoding
     """
-    own = plain["fidelity"]
-    cells = [["Video-LLaVA's own text", "1.000", "1.000", _number(own["log_likelihood"]["value"], 3), *_true_facts(own), "-"]]
+    cells = [["Video-LLaVA's own text", "1.000", "1.000", _number(own.log_likelihood.value, 3), *_true_facts(own), "-"]] if own else []
     for r in rows:
-        if r["accept"] == "token":
+        if r.accept == "token":
             continue
-        f = r["fidelity"]
-        kept = f.get("kept_drafts")
+        f, kinds = r.fidelity, r.fidelity.kept_drafts
         cells.append(
             [
-                f"{r['draft']} + {r['accept']}, cosine > {r['threshold']}",
-                _number(r["exact_match"], 3),
-                _number(f["token_agreement"]["value"], 3),
-                _number(f["log_likelihood"]["value"], 3),
+                f"{r.draft} + {r.accept}, cosine > {r.threshold}",
+                _number(r.exact_match, 3),
+                _number(f.token_agreement.value, 3),
+                _number(f.log_likelihood.value, 3),
                 *_true_facts(f),
-                f"{kept['same']} / {kept['synonym']} / {kept['error']}" if kept else "-",
+                f"{kinds.same} / {kinds.synonym} / {kinds.error}" if kinds else "-",
             ]
         )
-    header = ["rule", "exact match", "token agreement", "log-likelihood", "visible facts true", "hidden facts true"]
-    return "What the lossy rules change", [*header, "kept: same / synonym / error"], cells
+    header = ["drafter + rule", "exact match", "token agreement", "log-likelihood per token", "visible facts true", "hidden facts true"]
+    return "Fidelity of the lossy rules", [*header, "accepted: same / synonym / error"], cells
 
 
-def _true_facts(fidelity: dict[str, Any]) -> list[str]:
-    """Share of true facts, visible and hidden; "-" without the demo's ground truth."""
-    return [_number(fidelity[k]["value"], 3) if k in fidelity else "-" for k in ("true_facts_visible", "true_facts_hidden")]
+def _true_facts(fidelity: Fidelity) -> list[str]:
+    """Share of true facts, visible and hidden; "-" for data without facts."""
+    rates = (fidelity.true_facts_visible, fidelity.true_facts_hidden)
+    return [_number(rate.value, 3) if rate else "-" for rate in rates]
 
 
-def baseline_table(baselines: list[dict[str, Any]]) -> Table:
-    """Plain greedy decoding (the first baseline) and transformers' `generate`."""
-    plain = baselines[0]
-    rows = [
-        [
-            b["name"],
-            "1.00x" if b is plain else rate_text(b["speedup"], 2, unit="x"),
-            "1.000" if b is plain else _number(b["exact_match"], 3),
-            rate_text(b["best_over_it"], 2, unit="x"),
-        ]
-        for b in baselines
-    ]
-    header = ["way", "against our plain greedy", "exact match", "our fastest lossless row over it"]
-    return "Other ways to decode, end to end", header, rows
+def baseline_table(result: BenchmarkReport) -> Table:
+    """Plain greedy decoding and transformers' `generate`."""
+    plain, best = result.plain, result.plain.best_over_it
+    rows = [[plain.name, "1.00x", "1.000", best.text(2, unit="x") if best else "-"]]
+    rows += [[b.name, b.speedup.text(2, unit="x"), _number(b.exact_match, 3), b.best_over_it.text(2, unit="x")] for b in result.generate]
+    header = ["Video-LLaVA alone", "speed-up over our plain greedy", "exact match", "speed-up of our fastest lossless row over it"]
+    return "Baselines without a drafter of this project, end to end", header, rows
 
 
-def part_cost_table(cost: dict[str, Any]) -> Table:
+def part_cost_table(cost: Cost) -> Table:
     """Milliseconds of each part of a round, measured outside decoding."""
     rows = [
-        ["one draft step of EventGPT", f"{cost['t_draft_ms']:.3f}"],
-        ["hidden adapter, one token", f"{cost['t_adapter_ms']:.3f}"],
-        ["chained adapter, one token", _number(cost["t_chained_ms"], 3)],
-        ["target's head, one token", f"{cost['t_head_ms']:.3f}"],
-        ["one step of Video-LLaVA, head included", f"{cost['loop']['t_target_ms']:.3f}"],
+        ["one draft step of EventGPT", f"{cost.t_draft_ms:.3f}"],
+        ["hidden adapter, one token", f"{cost.t_adapter_ms:.3f}"],
+        ["chained adapter, one token", _number(cost.t_chained_ms, 3)],
+        ["target's LM head, one token", f"{cost.t_head_ms:.3f}"],
     ]
-    return "Costs, in milliseconds (medians), each in a loop of its own", ["part", "ms"], rows
+    rows += [["one step of Video-LLaVA, LM head included", f"{cost.loop.t_target_ms:.3f}"]] if cost.loop else []
+    return "Costs in milliseconds (medians), each in a loop of nothing else", ["part", "ms"], rows
 
 
-def decoding_cost_table(cost: dict[str, Any]) -> Table:
+def decoding_cost_table(cost: Cost) -> Table:
     """Costs measured during decoding, in passes of plain decoding, and the best speed-up that they allow."""
-    rows = [
-        ["one pass of plain decoding, in ms", rate_text(cost["rounds"]["step_ms"], 3)],
-        ["c of an aligned draft, in a loop of its own", f"{cost['loop']['c']:.3f}"],
-        ["c of a chained one, in a loop of its own", _number(cost["loop"]["c_chained"], 3)],
-    ]
-    for d in cost["rounds"]["drafters"]:
-        name = row_name({**d, "accept": "any rule", "threshold": None, "drafts_per_round": "adaptive" if d["adaptive"] else "fixed length"})
-        rows += [[f"{name}: c, r", f"{_number(d['c'], 3)}, {_number(d['r'], 3)}"]]
-    for draft, b in cost["bound"].items():
-        label = f"best of {draft} drafts at acceptance {b['acceptance_rate']:.3f}"
-        rows += [[label, f"{b['speedup']:.2f}x, {b['num_draft_tokens']} a round"]]
+    rows: list[list[str]] = []
+    if cost.rounds and cost.loop:
+        rows += [
+            ["one pass of plain decoding, in ms", cost.rounds.step_ms.text(3)],
+            ["c of an aligned draft token, in a loop of nothing else", f"{cost.loop.c:.3f}"],
+            ["c of a chained draft token, in a loop of nothing else", _number(cost.loop.c_chained, 3)],
+            *([f"{_any_rule(d)}: c, r", f"{_number(d.c, 3)}, {_number(d.r, 3)}"] for d in cost.rounds.drafters),
+        ]
+    for draft, b in (cost.bound or {}).items():
+        label = f"bound of {draft} draft tokens at an acceptance rate of {b.acceptance_rate:.3f}"
+        rows += [[label, f"{b.speedup:.2f}x at draft length {b.num_draft_tokens}"]]
     rows += machine_rows(cost)
-    rows += [[f"v({k}), verifying {k} tokens", f"{v:.3f}"] for k, v in cost["v"].items()]
-    return "Costs while decoding, in passes of plain decoding, and the bound they imply", ["part", "steps"], rows
+    rows += [[f"v({k}), verifying {k} tokens", f"{v:.3f}"] for k, v in cost.v.items()]
+    return "Costs during decoding, in passes of plain decoding, and the bound that they imply", ["part", "passes"], rows
 
 
-def print_benchmark(result: dict[str, Any]) -> None:
-    for title, header, rows in reversed(tables(result)):  # the targets last: they stay on the screen
+def _any_rule(drafter: DrafterCost) -> str:
+    return f"{drafter_name(drafter.draft, drafter.exit_layer)} + any rule, {'adaptive' if drafter.adaptive else 'fixed length'}"
+
+
+def print_benchmark(result: BenchmarkReport) -> None:
+    """Print the tables, the targets last so that they stay on the screen, and warnings."""
+    for title, header, rows in reversed(tables(result)):
         print_table(title, header, rows)
-    for warning in speed_model.warnings(result["cost"]):
+    for warning in speed_model.warnings(result.cost):
         print(f"  {warning}")
 
 
-def write_benchmark_report(result: dict[str, Any], shown: dict[str, Generation], decode: Callable[[list[int]], str], out: Path) -> None:
-    """report.md and report.html with their pictures.
+def write_benchmark_report(result: BenchmarkReport, shown: Mapping[str, Generation], decode: Callable[[list[int]], str], out: Path) -> None:
+    """Write report.md, report.html and the pictures.
 
-    shown: name -> a generation, all of one prompt; the last is told round by round
+    Args:
+        result: content of benchmark.json
+        shown: name -> a generation, all of one prompt; the trace of the last one is shown
+        decode: token ids -> text
+        out: directory
     """
-    benchmark_plots.all_of_them(result, shown, out)
-    parts, meta = tables(result), result["meta"]
-    note = (
+    plots.all_pictures(result, shown, out)
+    name, example = list(shown.items())[-1]
+    trace = f"One prompt, {name}: accepted, (rejected), [the target's own]", trace_lines(example, decode, color=False)
+    note, provenance = note_of(result), provenance_table(result)
+    write_text(out / "report.md", markdown_report(note, [*tables(result), provenance], trace))
+    write_text(out / "report.html", html_report(note, tables(result), provenance, trace, out))
+
+
+def note_of(result: BenchmarkReport) -> str:
+    """The paragraph that opens the report: machine, versions, and how numbers are to be read."""
+    meta, fastest = result.meta, result.fastest_lossless
+    return (
         f"{meta['device']}, {meta['dtype']}, {meta['machine']['threads']} thread(s), linear layers: {meta['linear']['target']['kind']}, "
         f"torch {meta['packages']['torch']}, transformers {meta['packages']['transformers']}, commit {meta['git_commit']}, "
         f"{meta['created']}. Speed-up is the sum of baseline seconds over the sum of method seconds, end to end: vision, prefill and "
-        "decoding of everything that ran; brackets are 95 % intervals that resample clips. A target is met only if its whole interval is "
-        f"on the right side. The fastest lossless row is {result['fastest_lossless']['how']}, so its interval is not that of a maximum."
+        "decoding of everything that ran. Brackets are 95 % intervals that resample clips. A target is met only if its whole interval is "
+        "on the right side."
+        + (f" The fastest lossless row is {fastest.how}, so that its interval has no selection bias." if fastest else "")
     )
-    name, example = list(shown.items())[-1]
-    trace = trace_lines(example, decode, color=False)
-    made_from = [[key, str(value), str(meta["inputs"].get(key, ""))[:120]] for key, value in meta["made_from"].items()]
-    provenance = ("What this was made from", ["input", "hash", "where it lay"], made_from)
-    lines = ["# Feature-level speculative decoding: benchmark", "", note]
-    for title, header, rows in (*parts, provenance):
-        lines += ["", f"## {title}", "", markdown_table(header, rows)]
-    lines += ["", f"## One prompt, {name}: kept, (rejected), [the target's own]", "", "```", *trace, "```"]
-    lines += ["", *(f"![{picture}]({picture}.png)" for picture in PICTURES), ""]
-    write_text(out / "report.md", "\n".join(lines))
 
-    def cells(tag: str, row: list[str]) -> str:
+
+def provenance_table(result: BenchmarkReport) -> Table:
+    """Inputs of the benchmark with their recorded hashes."""
+    meta = result.meta
+    inputs = [[key, str(value), str(meta["inputs"].get(key, ""))[:120]] for key, value in meta["made_from"].items()]
+    return "Provenance", ["input", "hash", "path"], inputs
+
+
+def markdown_report(note: str, parts: Sequence[Table], trace: tuple[str, Sequence[str]]) -> str:
+    """The text of report.md.
+
+    Args:
+        note: opening paragraph
+        parts: all tables
+        trace: title and lines of the trace
+    """
+    lines = [f"# {TITLE}", "", note]
+    for title, header, rows in parts:
+        lines += ["", f"## {title}", "", markdown_table(header, rows)]
+    lines += ["", f"## {trace[0]}", "", "```", *trace[1], "```"]
+    return "\n".join([*lines, "", *(f"![{picture}]({picture}.png)" for picture in PICTURES), ""])
+
+
+def html_report(note: str, parts: Sequence[Table], provenance: Table, trace: tuple[str, Sequence[str]], out: Path) -> str:
+    """The text of report.html, which needs no other file.
+
+    Args:
+        note: opening paragraph
+        parts: tables; the pictures follow the second one
+        provenance: last table
+        trace: title and lines of the trace
+        out: directory of the pictures
+    """
+
+    def cells(tag: str, row: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
 
-    def table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         inside = cells("th", header) + "".join(cells("td", r) for r in rows)
         return f"<h2>{html.escape(title)}</h2><div class=t><table>{inside}</table></div>"
 
@@ -199,14 +245,9 @@ def write_benchmark_report(result: dict[str, Any], shown: dict[str, Generation],
         data = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
         return f'<img alt="{name}" src="data:image/png;base64,{data}">'
 
-    body = [f"<h1>Feature-level speculative decoding: benchmark</h1><p>{html.escape(note)}</p>", *(table(*part) for part in parts[:2])]
-    body += [picture(name) for name in PICTURES] + [table(*part) for part in parts[2:]]
-    told = html.escape("\n".join(trace))
-    body += [f"<h2>One prompt, {html.escape(name)}: kept, (rejected), [the target's own]</h2><pre>{told}</pre>", table(*provenance)]
-    head = (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>benchmark</title><style>"
-        "body{font:16px/1.5 sans-serif;max-width:1100px;margin:auto;padding:1em}table{border-collapse:collapse;font-size:.9em}"
-        "td,th{border-bottom:1px solid #ccc;padding:.3em .7em;text-align:left;vertical-align:top}.t,pre{overflow-x:auto}"
-        "td:last-child{min-width:9em}img{max-width:100%;display:block;margin:1em 0}</style>"
-    )
-    write_text(out / "report.html", head + "".join(body) + "</html>")
+    title, lines = trace
+    body = [f"<h1>{TITLE}</h1><p>{html.escape(note)}</p>", *(table(*part) for part in parts[:2]), *map(picture, PICTURES)]
+    body += [table(*part) for part in parts[2:]]
+    body += [f"<h2>{html.escape(title)}</h2><pre>{html.escape(chr(10).join(lines))}</pre>", table(*provenance)]
+    meta = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>benchmark</title>"
+    return f"{meta}<style>{STYLE}</style>{''.join(body)}</html>"

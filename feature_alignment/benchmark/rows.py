@@ -1,29 +1,41 @@
-"""The rows of a benchmark: which ways to draft and to accept are measured, and what is said of each."""
+"""The modes of a benchmark, one row each, and what is computed from their timed runs."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
-from feature_alignment.benchmark import speed_model, timing
+from feature_alignment.benchmark import timing
+from feature_alignment.benchmark.results import TimedRow
 from feature_alignment.benchmark.timing import Timed
-from feature_alignment.decoding.acceptance import Rule
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS
 from feature_alignment.decoding.generation import Generation
-from feature_alignment.measurement.metrics import Counts
+from feature_alignment.measurement.metrics import Counts, Rate
+from feature_alignment.models.decoder import Prompt
+
+RuleName = Literal["token", "feature", "relaxed"]
 
 
 @dataclass(frozen=True)
 class Mode:
-    """One row of the benchmark: who drafts, how much, what is kept. threshold: of the cosine rules; exit_layer: of EventGPT, where an
-    adapter of its own reads that layer alone."""
+    """One way to draft and to accept.
+
+    Args:
+        draft: name of the drafter
+        accept: name of the acceptance rule
+        num_draft_tokens: draft length; the largest one if `adaptive`
+        adaptive: whether the draft length is adaptive
+        overlap: whether the next round is drafted during verification
+        threshold: cosine of the feature and relaxed rules
+        exit_layer: layer of EventGPT that an adapter of its own reads
+    """
 
     draft: str
-    accept: Rule
+    accept: RuleName
     num_draft_tokens: int
     adaptive: bool = False
     overlap: bool = False
@@ -32,19 +44,33 @@ class Mode:
 
     @property
     def drafts_per_round(self) -> str:
-        """As a reader is told it."""
+        """The draft length in words."""
         return f"{'up to ' * self.adaptive}{self.num_draft_tokens}{', overlapped' * self.overlap}"
 
+    @property
+    def uses_run_adapters(self) -> bool:
+        """Whether EventGPT drafts, with the run's own adapters."""
+        return self.draft not in BASELINE_DRAFTERS and self.exit_layer is None
 
-def modes(gammas: Sequence[int], most: int, thresholds: Sequence[float], adapters: Sequence[str], layers: Sequence[int] = ()) -> list[Mode]:
-    """Adapted drafts (the first of `adapters` at every length) under all rules; the others losslessly, for comparison: the n-gram
-    table at the longer lengths too, because a draft costs it nothing. At most `most` drafts where the length adapts.
 
-    layers: of EventGPT with adapters of their own, aligned drafts from each
+def modes(
+    gammas: Sequence[int], max_draft_tokens: int, thresholds: Sequence[float], adapters: Sequence[str], layers: Sequence[int] = ()
+) -> list[Mode]:
+    """The modes of a benchmark.
+
+    Draft tokens of the first adapter are measured at every draft length, those of the n-gram table at the longer ones, and all others at
+    the middle one. Draft tokens of adapters are also measured under the cosine rules.
+
+    Args:
+        gammas: fixed draft lengths
+        max_draft_tokens: largest draft length of the adaptive modes
+        thresholds: cosines of the feature and relaxed rules
+        adapters: drafters that use an adapter, the best one first
+        layers: layers of EventGPT with an adapter of their own
     """
     middle = gammas[len(gammas) // 2]
-    adaptive = [Mode(draft, "token", most, adaptive=True) for draft in (adapters[0], "hybrid", "own")]
-    rules: tuple[Rule, ...] = ("feature", "relaxed")
+    adaptive = [Mode(draft, "token", max_draft_tokens, adaptive=True) for draft in (adapters[0], "hybrid", "own")]
+    rules: tuple[RuleName, ...] = ("feature", "relaxed")
     return [
         *[Mode(adapters[0], "token", g) for g in gammas],
         *[Mode("ngram", "token", g) for g in gammas[len(gammas) // 2 :]],
@@ -61,56 +87,66 @@ def attending_modes(gammas: Sequence[int], most: int) -> list[Mode]:
     return [*[Mode("attending", "token", g) for g in gammas], Mode("attending", "token", most, adaptive=True)]
 
 
-def row_name(r: dict[str, Any]) -> str:
-    layer = "" if r.get("exit_layer") is None else f" at layer {r['exit_layer']}"
-    rule = r["accept"] if r["threshold"] is None else f"{r['accept']} > {r['threshold']:g}"
-    return f"{r['draft']}{layer} + {rule}, {r['drafts_per_round']}"
+def timed_row(mode: Mode, runs: Timed, plain: Timed, clips: Sequence[str]) -> TimedRow:
+    """The measured part of a row. Every number is a ratio of sums over all prompts and repeats.
 
-
-def speeds(mode: Any, runs: Timed, plain: Timed, clips: Sequence[str], costs: speed_model.Costs) -> dict[str, Any]:
-    """What a row says of time, measured and modelled; every figure is a ratio of sums over all repeats.
-
-    mode: a dataclass with the names of `Mode`
+    Args:
+        mode: the row's mode
+        runs: its runs
+        plain: runs of plain greedy decoding
+        clips: clip of each prompt
     """
     every = runs.every
-    emitted = sum(len(g.token_ids) - 1 for g in every)
-    row: dict[str, Any] = {
+    num_emitted = sum(len(g.token_ids) - 1 for g in every)
+    num_drafted = sum(len(r.proposed) for g in every for r in g.rounds)
+    adapter_ms = sum(g.ms.get("adapter", 0.0) for g in every)
+    return TimedRow(
         **dataclasses.asdict(mode),
-        "drafts_per_round": mode.drafts_per_round,
-        "speedup": timing.speedup(plain, runs, clips, lambda g: g.total_ms),
-        "decode_speedup": timing.speedup(plain, runs, clips, lambda g: g.decode_ms),
-        "tokens_per_pass": emitted / max(1, sum(g.passes for g in every)),
-        "acceptance_rate": acceptance_of(runs, clips, mode.accept),
-        "ms": stages_of(runs),
-    }
-    drafted, spent = sum(len(r.proposed) for g in every for r in g.rounds), sum(g.ms.get("adapter", 0.0) for g in every)
-    row["adapter_ms_per_draft"] = spent / drafted if spent else None
-    return row | speed_model.of_row(row, runs, costs)
+        drafts_per_round=mode.drafts_per_round,
+        speedup=timing.speedup(plain, runs, clips, timing.total_ms),
+        decode_speedup=timing.speedup(plain, runs, clips, timing.decode_ms),
+        tokens_per_pass=num_emitted / max(1, sum(g.passes for g in every)),
+        acceptance_rate=acceptance_of(runs, clips, mode.accept),
+        ms=stages_of(runs),
+        adapter_ms_per_draft=adapter_ms / num_drafted if adapter_ms else None,
+    )
 
 
 def layers_of(mode: Mode, taps: Sequence[int]) -> list[int] | str | None:
-    """EventGPT's layers behind a row's drafts; taps: those that the run's own adapters read"""
+    """Layers of EventGPT that a drafter reads: "all" for its own head, None for baseline drafters.
+
+    Args:
+        mode: the row's mode
+        taps: layers that the run's own adapters read
+    """
     if mode.draft in BASELINE_DRAFTERS:
         return None
     return "all" if mode.draft == "own" else list(taps) if mode.exit_layer is None else [mode.exit_layer]
 
 
-def acceptance_of(timed: Timed, clips: Sequence[str], accept: Rule) -> dict[str, Any]:
-    """Kept / reached drafts over all rounds; under `relaxed` every draft is reached."""
-    kept, reached = [], []
+def acceptance_of(timed: Timed, clips: Sequence[str], accept: RuleName) -> Rate:
+    """Accepted / reached draft tokens over all rounds; `relaxed` reaches every draft token.
+
+    Args:
+        timed: runs of the method
+        clips: clip of each prompt
+        accept: name of the acceptance rule
+    """
+    num_accepted, num_reached = [], []
     for runs in timed.generations:
         rounds = [r for g in runs for r in g.rounds]
-        kept.append(float(sum(r.num_accepted for r in rounds)))
-        reached.append(float(sum(len(r.proposed) if accept == "relaxed" else min(r.num_accepted + 1, len(r.proposed)) for r in rounds)))
-    return Counts(np.array(kept), np.array(reached)).rate(clips)
+        num_accepted.append(float(sum(r.num_accepted for r in rounds)))
+        reached = (len(r.proposed) if accept == "relaxed" else min(r.num_accepted + 1, len(r.proposed)) for r in rounds)
+        num_reached.append(float(sum(reached)))
+    return Counts(np.array(num_accepted), np.array(num_reached)).rate(clips)
 
 
 def stages_of(timed: Timed) -> dict[str, float]:
-    """Mean milliseconds of a prompt in each stage, over all runs."""
+    """Stage -> mean milliseconds per prompt."""
     every = timed.every
     return {stage: sum(g.ms.get(stage, 0.0) for g in every) / len(every) for stage in sorted({s for g in every for s in g.ms})}
 
 
-def answering(way: Callable[..., Generation], prompts: Sequence[tuple[Any, ...]]) -> Callable[[int], Generation]:
-    """The i-th prompt answered by the target in some way."""
-    return lambda i: way(prompts[i][0])
+def answering(decode: Callable[[Prompt], Generation], prompts: Sequence[tuple[Prompt, Prompt]]) -> Callable[[int], Generation]:
+    """A function that answers the i-th prompt of the target with `decode`."""
+    return lambda i: decode(prompts[i][0])

@@ -1,18 +1,19 @@
-"""The steps of a benchmark: part costs, timed turns of all methods, then rows, baselines and the fastest lossless row."""
+"""The steps of a benchmark: costs of single parts, timed runs of all methods, then rows, baselines and the fastest lossless row."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from feature_alignment.adapters.chained import ChainedAdapter
-from feature_alignment.benchmark import speed_model, targets, timing
-from feature_alignment.benchmark.rows import Mode, answering, layers_of, speeds
-from feature_alignment.benchmark.timing import Timed
+from feature_alignment.benchmark import fidelity, speed_model, targets, timing
+from feature_alignment.benchmark.costs import Bound, Cost, DecodingCosts, PartCosts
+from feature_alignment.benchmark.results import BenchmarkRow, FastestLossless, Fidelity, GenerateBaseline, Mismatch, PlainBaseline, Speedup
+from feature_alignment.benchmark.rows import Mode, answering, layers_of, timed_row
+from feature_alignment.benchmark.timing import Timed, decode_ms, total_ms
 from feature_alignment.cli.console import progress
 from feature_alignment.decoding.draft_length import DraftLengthController
 from feature_alignment.decoding.engine import speculate
@@ -30,15 +31,15 @@ class Setup:
     """The models, drafters and prompts of one benchmark.
 
     Args:
-        pair: target and drafter
-        sources: the drafters that the run's adapters and token tables make
-        chained: the chained adapter; None where none is trained
+        pair: target and EventGPT
+        sources: opens drafters by name
+        chained: the chained adapter; None if none is trained
         exits: layer of EventGPT -> the drafter that reads this layer alone
         proposers: name -> drafter, for every `Mode.draft`
         modes: one for each row
         samples: one for each prompt
         prompts: (target prompt, drafter prompt) of every sample
-        lexicon: which words state which facts, where there is a file of them
+        lexicon: which words state which facts, if there is such a file
     """
 
     pair: Pair
@@ -53,11 +54,12 @@ class Setup:
 
     @property
     def clips(self) -> list[str]:
-        """The clip of every prompt, the unit that the intervals resample."""
+        """The clip of every prompt; intervals resample clips."""
         return [s.sequence for s in self.samples]
 
     @property
     def target_prompts(self) -> list[Prompt]:
+        """The target's prompts."""
         return [prompt for prompt, _ in self.prompts]
 
 
@@ -66,84 +68,76 @@ class Measurements:
     """Everything that the rows and baselines of a benchmark are computed from.
 
     Args:
-        setup: what was measured
-        timed: "plain", name of a `generate` baseline or mode -> its runs
-        costs: costs of the stages of decoding
-        cost: benchmark.json's `cost` without the bounds
+        setup: models, drafters and prompts
+        timed: "plain", name of a `generate` baseline, or mode -> its runs
+        costs: sums over the rounds of all runs
+        part_cost: costs of single parts
+        decoding_cost: costs during decoding
         log_likelihood: (index of a prompt, token ids) -> log-probability under the target
     """
 
     setup: Setup
-    timed: Mapping[Any, Timed]
+    timed: Mapping[str | Mode, Timed]
     costs: speed_model.Costs
-    cost: dict[str, Any]
-    log_likelihood: Callable[[int, tuple[int, ...]], float]
+    part_cost: PartCosts
+    decoding_cost: DecodingCosts
+    log_likelihood: fidelity.LogLikelihood
 
     @classmethod
-    def of(cls, setup: Setup, timed: Mapping[Any, Timed], part_cost: dict[str, Any]) -> Measurements:
-        """Combine the timed runs with the costs of single parts.
+    def of(cls, setup: Setup, timed: Mapping[str | Mode, Timed], part_cost: PartCosts) -> Measurements:
+        """Combine timed runs with the costs of single parts.
 
         Args:
-            setup: what was measured
+            setup: models, drafters and prompts
             timed: result of `take_turns`
             part_cost: result of `part_costs`
         """
-        costs = speed_model.Costs.of([(m, timed[m]) for m in setup.modes], timed["plain"], part_cost["loop"]["v"])
-        cost = part_cost | costs.report(part_cost["loop"], setup.clips)
-        return cls(setup, timed, costs, cost, timing.log_likelihoods(setup.pair.target, setup.target_prompts))
+        costs = speed_model.Costs.of([(m, timed[m]) for m in setup.modes], timed["plain"], part_cost.loop.v)
+        decoding_cost = costs.report(part_cost.loop, setup.clips)
+        log_likelihood = fidelity.log_likelihoods(setup.pair.target, setup.target_prompts)
+        return cls(setup, timed, costs, part_cost, decoding_cost, log_likelihood)
 
     @property
     def plain(self) -> Timed:
         """The runs of plain greedy decoding."""
         return self.timed["plain"]
 
-    def fidelity(self, runs: Timed) -> dict[str, Any]:
-        """How the texts of a method differ from those of plain greedy decoding."""
-        return timing.fidelity(self.setup.pair.target, self.log_likelihood, self.setup.samples, runs, self.plain, self.setup.lexicon)
+    def fidelity(self, runs: Timed) -> Fidelity:
+        """Comparison of a method's texts with those of plain greedy decoding."""
+        return fidelity.fidelity(self.setup.pair.target, self.log_likelihood, self.setup.samples, runs, self.plain, self.setup.lexicon)
 
-    def mismatches(self, runs: Timed) -> list[dict[str, Any]]:
+    def mismatches(self, runs: Timed) -> list[Mismatch]:
         """The first position at which each text differs from plain greedy decoding."""
-        return timing.mismatches(self.setup.pair.target, self.setup.target_prompts, self.setup.samples, runs, self.plain)
+        return fidelity.mismatches(self.setup.pair.target, self.setup.target_prompts, self.setup.samples, runs, self.plain)
 
-    def speedup(self, baseline: Timed, runs: Timed) -> dict[str, Any]:
+    def speedup(self, baseline: Timed, runs: Timed) -> Speedup:
         """End-to-end speed-up of `runs` over `baseline`."""
         return timing.speedup(baseline, runs, self.setup.clips, total_ms)
 
 
 @dataclass(frozen=True)
-class FastestLossless:
-    """The fastest lossless row.
+class FastestMode:
+    """The fastest lossless mode.
 
     Args:
         mode: the mode that is fastest on all clips
-        runs: of each prompt the runs of the mode chosen on the other half of the clips
-        report: benchmark.json's `fastest_lossless`
+        runs: for each prompt, the runs of the mode chosen on the other half of the clips
+        report: the part of benchmark.json
     """
 
     mode: Mode
     runs: Timed
-    report: dict[str, Any]
+    report: FastestLossless
 
 
-def total_ms(g: Generation) -> float:
-    """Milliseconds end to end: vision, prefill and decoding."""
-    return g.total_ms
-
-
-def decode_ms(g: Generation) -> float:
-    """Milliseconds of decoding alone."""
-    return g.decode_ms
-
-
-def part_costs(setup: Setup) -> dict[str, Any]:
+def part_costs(setup: Setup) -> PartCosts:
     """Costs of single parts on the first prompt, measured outside decoding."""
-    target, prompts = setup.pair.target, setup.prompts[0]
-    cost = timing.costs(target, setup.pair.draft, setup.sources.adapter, setup.chained, *prompts)
-    return cost | timing.machine_costs(target, setup.sources.full_draft, cost, *prompts, layers=setup.exits)
+    pair, sources = setup.pair, setup.sources
+    return timing.part_costs(pair.target, pair.draft, sources.full_draft, sources.adapter, setup.chained, setup.prompts[0], setup.exits)
 
 
 def speculative(setup: Setup, mode: Mode, max_new_tokens: int) -> Callable[[int], Generation]:
-    """Speculative decoding of the i-th prompt in one mode; an adaptive draft length keeps its state from prompt to prompt."""
+    """A function that decodes the i-th prompt in one mode; an adaptive draft length keeps its state from prompt to prompt."""
     controller = DraftLengthController(setup.sources.known_acceptance(mode.draft)) if mode.adaptive else None
 
     def answer(i: int) -> Generation:
@@ -166,61 +160,66 @@ def speculative(setup: Setup, mode: Mode, max_new_tokens: int) -> Callable[[int]
 
 def take_turns(
     setup: Setup, ways: Mapping[str, Callable[[Prompt], Generation]], max_new_tokens: int, repeats: int, warmup: int
-) -> dict[Any, Timed]:
+) -> dict[str | Mode, Timed]:
     """Time every baseline and every mode on every prompt, in turns, after two warm-ups.
 
     Args:
         setup: models, drafters and prompts
-        ways: baseline name -> function that answers a prompt; includes "plain"
+        ways: name of a baseline -> function that answers a prompt; includes "plain"
         max_new_tokens: longest answer, EOS included
         repeats: timed runs of every method on every prompt
         warmup: number of prompts in each warm-up
 
     Returns:
-        baseline name or mode -> its runs
+        name of a baseline or mode -> its runs
     """
-    methods: dict[Any, Callable[[int], Generation]] = {name: answering(way, setup.prompts) for name, way in ways.items()}
+    methods: dict[str | Mode, Callable[[int], Generation]] = {name: answering(way, setup.prompts) for name, way in ways.items()}
     methods |= {m: speculative(setup, m, max_new_tokens) for m in setup.modes}
     for _ in range(2):  # The second warm-up runs on warm caches.
         timing.run_in_turns(methods, min(warmup, len(setup.samples)), 1, iter)
-    # The warm-up has shown this drafter answers to prompts that are timed next, so a new one replaces it.
+    # During warm-up this drafter has seen answers to the prompts that are timed next, so a new one replaces it.
     setup.proposers["previous"] = setup.sources.open("previous")
     bar = functools.partial(progress, desc="benchmark", unit="prompt")
     return timing.run_in_turns(methods, len(setup.samples), repeats, bar)
 
 
-def mode_rows(found: Measurements) -> list[dict[str, Any]]:
-    """benchmark.json's `rows`, one for each mode."""
+def mode_rows(found: Measurements) -> list[BenchmarkRow]:
+    """The rows of benchmark.json, one for each mode."""
     setup, rows = found.setup, []
     for mode in setup.modes:
         runs = found.timed[mode]
-        row: dict[str, Any] = speeds(mode, runs, found.plain, setup.clips, found.costs)
-        row["draft_layers"] = layers_of(mode, setup.pair.draft.taps)
-        row["fidelity"] = found.fidelity(runs)
-        row["exact_match"] = row["fidelity"]["exact_match"]["value"]
-        if mode.accept == "token":
-            row["mismatches"] = found.mismatches(runs)
-        rows.append(row)
+        row = timed_row(mode, runs, found.plain, setup.clips)
+        compared = found.fidelity(runs)
+        rows.append(
+            BenchmarkRow(
+                **vars(row),
+                **vars(speed_model.prediction_of(row, runs, found.costs)),
+                draft_layers=layers_of(mode, setup.pair.draft.taps),
+                fidelity=compared,
+                exact_match=compared.exact_match.value,
+                mismatches=found.mismatches(runs) if mode.accept == "token" else None,
+            )
+        )
     return rows
 
 
-def bounds(found: Measurements, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The best speed-up that the measured costs allow, for aligned and chained drafters with a fixed draft length.
+def cost_of(found: Measurements, rows: Sequence[BenchmarkRow]) -> Cost:
+    """All costs, with the best speed-up that they allow for aligned and chained drafters at a fixed draft length.
 
     Args:
         found: measured costs
         rows: result of `mode_rows`
     """
-    best = {}
+    bound: dict[str, Bound] = {}
     for mode, row in zip(found.setup.modes, rows, strict=True):
         round_cost = found.costs.all.round_cost(speed_model.drafter_of(mode))
         is_fixed = mode.draft in ("aligned", "chained") and mode.accept == "token" and not mode.adaptive and mode.exit_layer is None
         if round_cost and is_fixed:
-            best[mode.draft] = speed_model.bound(row["acceptance_rate"]["value"], round_cost, found.cost)
-    return best
+            bound[mode.draft] = speed_model.bound(row.acceptance_rate.value, round_cost, found.decoding_cost.v)
+    return Cost.of(found.part_cost, found.decoding_cost, bound)
 
 
-def fastest_lossless(found: Measurements, rows: Sequence[dict[str, Any]]) -> FastestLossless:
+def fastest_lossless(found: Measurements, rows: Sequence[BenchmarkRow]) -> FastestMode:
     """Choose the fastest lossless row end to end; its speed-up is measured on clips that did not choose it.
 
     Args:
@@ -228,33 +227,31 @@ def fastest_lossless(found: Measurements, rows: Sequence[dict[str, Any]]) -> Fas
         rows: result of `mode_rows`
     """
     modes, clips = found.setup.modes, found.setup.clips
-    candidates = [m for m in modes if targets.lossless(m)]
+    candidates = [m for m in modes if targets.is_candidate(m)]
     fastest = timing.fastest([found.timed[m] for m in candidates], found.plain, clips, total_ms)
-    speedups = {
-        "speedup": found.speedup(found.plain, fastest.runs),
-        "decode_speedup": timing.speedup(found.plain, fastest.runs, clips, decode_ms),
-    }
-    report = targets.report_fastest(fastest, [rows[modes.index(m)] for m in candidates], speedups)
-    return FastestLossless(candidates[fastest.best], fastest.runs, report)
+    decode_speedup = timing.speedup(found.plain, fastest.runs, clips, decode_ms)
+    candidate_rows = [rows[modes.index(m)] for m in candidates]
+    report = targets.report_fastest(fastest, candidate_rows, found.speedup(found.plain, fastest.runs), decode_speedup)
+    return FastestMode(candidates[fastest.best], fastest.runs, report)
 
 
-def plain_report(found: Measurements, fastest: FastestLossless) -> dict[str, Any]:
-    """Plain greedy decoding, the first of benchmark.json's `baselines`."""
+def plain_baseline(found: Measurements, fastest: FastestMode) -> PlainBaseline:
+    """Plain greedy decoding, the first of benchmark.json's baselines."""
     plain = found.plain
-    return {
-        "name": "plain greedy",
-        "prompts": len(found.setup.samples),
-        "tokens": sum(len(t) for t in plain.texts),
-        "total_ms": float(plain.per_prompt(total_ms).sum()),
-        "prefill_ms": float(plain.per_prompt(lambda g: sum(g.ms.get(s, 0.0) for s in PREFILL_STAGES)).sum()),
-        "decode_ms": float(plain.per_prompt(decode_ms).sum()),
-        "best_over_it": fastest.report["speedup"],
-        "fidelity": found.fidelity(plain),
-    }
+    return PlainBaseline(
+        name="plain greedy",
+        prompts=len(found.setup.samples),
+        tokens=sum(len(t) for t in plain.texts),
+        total_ms=float(plain.per_prompt(total_ms).sum()),
+        prefill_ms=float(plain.per_prompt(lambda g: sum(g.ms.get(s, 0.0) for s in PREFILL_STAGES)).sum()),
+        decode_ms=float(plain.per_prompt(decode_ms).sum()),
+        best_over_it=fastest.report.speedup,
+        fidelity=found.fidelity(plain),
+    )
 
 
-def generate_report(found: Measurements, fastest: FastestLossless, name: str) -> dict[str, Any]:
-    """One of transformers' `generate` baselines.
+def generate_baseline(found: Measurements, fastest: FastestMode, name: str) -> GenerateBaseline:
+    """One way of transformers' `generate`.
 
     Args:
         found: timed runs
@@ -262,11 +259,11 @@ def generate_report(found: Measurements, fastest: FastestLossless, name: str) ->
         name: key of the baseline in `found.timed`
     """
     runs, plain = found.timed[name], found.plain
-    return {
-        "name": name,
-        "total_ms": float(runs.per_prompt(total_ms).sum()),
-        "speedup": found.speedup(plain, runs),
-        "best_over_it": found.speedup(runs, fastest.runs),
-        "exact_match": float(np.mean([a == b for a, b in zip(runs.texts, plain.texts, strict=True)])),
-        "mismatches": found.mismatches(runs),
-    }
+    return GenerateBaseline(
+        name=name,
+        total_ms=float(runs.per_prompt(total_ms).sum()),
+        speedup=found.speedup(plain, runs),
+        best_over_it=found.speedup(runs, fastest.runs),
+        exact_match=float(np.mean([a == b for a, b in zip(runs.texts, plain.texts, strict=True)])),
+        mismatches=found.mismatches(runs),
+    )

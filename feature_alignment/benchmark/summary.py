@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from feature_alignment.benchmark.rows import row_name
-from feature_alignment.cli.console import UserError, log, print_json_line, print_table, rate_text
-from feature_alignment.storage.files import read_hashed_json
+from feature_alignment.benchmark.compare import RUN, read_benchmark
+from feature_alignment.benchmark.results import Speedup
+from feature_alignment.cli.console import UserError, log, print_json_line, print_table
+from feature_alignment.measurement.records import Record
 
-RUN = "python feature_alignment/benchmark_feature_sd.py --config CONFIG"  # `summary` reads no config
+
+@dataclass(frozen=True)
+class DataSet(Record):
+    """One line of the table.
+
+    Args:
+        name: of the output directory
+        prompts: number of prompts
+        row: name of the fastest lossless row
+        speedup, decode_speedup: measured on clips that did not choose it
+        tokens_per_pass, exact_match: of that row
+    """
+
+    name: str
+    prompts: int
+    row: str
+    speedup: Speedup
+    decode_speedup: Speedup
+    tokens_per_pass: float
+    exact_match: float
 
 
 def summarize(paths: Sequence[str]) -> dict[str, Any]:
@@ -29,23 +50,18 @@ def summarize(paths: Sequence[str]) -> dict[str, Any]:
     if not paths:
         raise UserError("summary wants directories or files: benchmark_feature_sd.py summary outputs/*/")
     data_sets = [_of_benchmark(file) for file in _benchmark_files(paths)]
-    means = {name: math.exp(sum(math.log(d[name]["value"]) for d in data_sets) / len(data_sets)) for name in ("speedup", "decode_speedup")}
+    means = {
+        "speedup": _geometric_mean([d.speedup.value for d in data_sets]),
+        "decode_speedup": _geometric_mean([d.decode_speedup.value for d in data_sets]),
+    }
     header = ("data set", "prompts", "fastest lossless row", "speed-up, end to end", "decoding", "tokens per pass", "exact match")
     rows = [
-        (
-            d["name"],
-            d["prompts"],
-            d["row"],
-            rate_text(d["speedup"], 2),
-            rate_text(d["decode_speedup"], 2),
-            f"{d['tokens_per_pass']:.2f}",
-            f"{d['exact_match']:.3f}",
-        )
+        (d.name, d.prompts, d.row, d.speedup.text(2), d.decode_speedup.text(2), f"{d.tokens_per_pass:.2f}", f"{d.exact_match:.3f}")
         for d in data_sets
     ]
     mean_row = ("geometric mean", "", "", f"{means['speedup']:.2f}", f"{means['decode_speedup']:.2f}", "", "")
     print_table("benchmarks", header, [*rows, mean_row])
-    found = {"data_sets": data_sets, "geometric_mean": means}
+    found = {"data_sets": [d.to_json() for d in data_sets], "geometric_mean": means}
     print_json_line(found)
     return found
 
@@ -69,23 +85,16 @@ def _benchmark_files(paths: Sequence[str]) -> list[Path]:
     return list(files)
 
 
-def _of_benchmark(file: Path) -> dict[str, Any]:
-    """One line of the table.
+def _of_benchmark(file: Path) -> DataSet:
+    """The line of one benchmark.json."""
+    result = read_benchmark(file)
+    best = result.fastest_lossless
+    row = next((r for r in result.rows if best and r.name == best.row), None)
+    if best is None or row is None:
+        raise UserError(f"{file} is not a benchmark.json of this version: it names no fastest lossless row. Make it again:\n  {RUN}")
+    name, prompts = file.parent.parent.name, result.plain.prompts
+    return DataSet(name, prompts, best.row, best.speedup, best.decode_speedup, row.tokens_per_pass, row.exact_match)
 
-    Args:
-        file: a benchmark.json
-    """
-    result = read_hashed_json(file, RUN)
-    if not {"meta", "rows", "baselines", "fastest_lossless"} <= result.keys() or result.get("planted"):
-        raise UserError(f"{file} is not a benchmark.json with measured acceptance. Make one:\n  {RUN}")
-    best = result["fastest_lossless"]
-    row = next(r for r in result["rows"] if row_name(r) == best["row"])
-    return {
-        "name": file.parent.parent.name,
-        "prompts": result["baselines"][0]["prompts"],
-        "row": best["row"],
-        "speedup": best["speedup"],
-        "decode_speedup": best["decode_speedup"],
-        "tokens_per_pass": row["tokens_per_pass"],
-        "exact_match": row["exact_match"],
-    }
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))

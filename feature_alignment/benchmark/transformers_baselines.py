@@ -1,6 +1,6 @@
-"""What transformers' own `generate` does with Video-LLaVA: greedy, with prompt lookup, and assisted by the model's own first layers.
+"""Baselines: transformers' own `generate` with Video-LLaVA, greedy, with prompt lookup, and assisted by the model's first layers.
 
-Texts are what plain greedy decoding gives; the time is that of vision, prefill and decoding, as everywhere.
+Their texts are those of plain greedy decoding; their time includes vision, prefill and decoding, as everywhere.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.state import Prompt
 
-OF_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SAMPLING_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def first_layers(model: PreTrainedModel, depth: int) -> PreTrainedModel:
-    """The same model, cut off behind `depth` decoder layers: same vision, embeddings, norm and head, no copy of a weight."""
+    """The same model with its first `depth` decoder layers only; it shares all weights."""
 
     def shallow(module: Any) -> Any:
         twin = copy.copy(module)
@@ -39,38 +39,47 @@ def first_layers(model: PreTrainedModel, depth: int) -> PreTrainedModel:
 
 
 def ways(target: Decoder, max_new_tokens: int, num_draft_tokens: int, depth: int) -> dict[str, Callable[[Prompt], Generation]]:
-    """Name -> answer a prompt. depth: how many of the target's own layers assist
+    """The baselines: name -> function that answers a prompt.
 
-    With embeddings for a prompt, `generate` knows no prompt ids: prompt lookup sees the answer only. With ids it would propose the video's
-    placeholders too, which the model refuses as a video without pixels. Where a processor reads the prompt, `generate` is given the ids
-    as well, and there is no prompt lookup. The checkpoint's settings of generation are those that plain decoding follows.
+    Prompt lookup gets embeddings as the prompt and so searches the answer only: with prompt ids it would also propose the video's
+    placeholder tokens, which the model rejects. If a logits processor reads the prompt, `generate` gets the ids as well, and there is no
+    prompt lookup. The checkpoint's generation settings apply, as in plain decoding.
+
+    Args:
+        target: target model
+        max_new_tokens: longest answer
+        num_draft_tokens: draft length of prompt lookup
+        depth: number of the target's own layers that assist
+
+    Raises:
+        ValueError: the decoder was not made from a complete model
     """
     model = target.full_model
     if model is None:
-        raise ValueError("this decoder was not made from a whole model")
-    beyond = list(range(target.vocab_size, target._head_weight.shape[0]))  # ids that no mode may say
+        raise ValueError("this decoder was not made from a complete model")
+    unshared = list(range(target.vocab_size, target._head_weight.shape[0]))  # token ids outside the shared vocabulary
 
     settings = target.settings or GenerationConfig()
-    changed = bool(target.rules(torch.zeros(0, dtype=torch.long)).processors) or bool(settings.stop_strings)
-    plain = GenerationConfig(**{k: v for k, v in settings.to_diff_dict().items() if k not in OF_SAMPLING})
+    needs_ids = bool(target.rules(torch.zeros(0, dtype=torch.long)).processors) or bool(settings.stop_strings)
+    plain = GenerationConfig(**{k: v for k, v in settings.to_diff_dict().items() if k not in SAMPLING_SETTINGS})
 
     def embedded(prompt: Prompt) -> dict[str, Any]:
         vision, ids = target.encode_vision(prompt.pixels[None]), prompt.ids[None].to(target.device)
-        return {"inputs_embeds": target._splice(ids, vision), **({"input_ids": ids} if changed else {})}
+        return {"inputs_embeds": target._splice(ids, vision), **({"input_ids": ids} if needs_ids else {})}
 
     def by_ids(prompt: Prompt) -> dict[str, Any]:
         ids = prompt.ids[None].to(target.device)
         pixels = prompt.pixels[None].to(target.device, target.head_weight.dtype)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels}
 
-    def answer(inputs: Callable[[Prompt], dict[str, Any]], **options: Any) -> Callable[[Prompt], Generation]:
+    def answer(inputs_of: Callable[[Prompt], dict[str, Any]], **options: Any) -> Callable[[Prompt], Generation]:
         @torch.inference_mode()
         def generate(prompt: Prompt) -> Generation:
             watch = Stopwatch(target.device)
             start = watch.now()
-            given = inputs(prompt)
+            inputs = inputs_of(prompt)
             out: Tensor = model.generate(
-                **given,
+                **inputs,
                 **options,
                 generation_config=plain,
                 tokenizer=target.tokenizer,
@@ -78,14 +87,14 @@ def ways(target: Decoder, max_new_tokens: int, num_draft_tokens: int, depth: int
                 do_sample=False,
                 eos_token_id=sorted(target.eos_ids),
                 pad_token_id=min(target.eos_ids, default=0),
-                suppress_tokens=[*(plain.suppress_tokens or ()), *beyond] or None,
+                suppress_tokens=[*(plain.suppress_tokens or ()), *unshared] or None,
             )
-            text = out[0, given["input_ids"].shape[1] if "input_ids" in given else 0 :].tolist()
+            text = out[0, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :].tolist()
             return Generation(text, 0, watch.now() - start, {})
 
         return generate
 
-    lookup = {} if changed else {"generate, prompt lookup": answer(embedded, prompt_lookup_num_tokens=num_draft_tokens)}
+    lookup = {} if needs_ids else {"generate, prompt lookup": answer(embedded, prompt_lookup_num_tokens=num_draft_tokens)}
     return {
         "generate": answer(embedded),
         **lookup,

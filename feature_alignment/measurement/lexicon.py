@@ -1,14 +1,16 @@
-"""Which words state which facts, read from a JSON file, so that any data set can have its synonyms and errors counted.
+"""A lexicon: which words state which facts. It is a JSON file, so that synonyms and errors can be counted on any data set.
 
     {"facts": {"color": {"red": ["red", "crimson"], …}, "parked": {"car": ["parked car"], "none": ["nobody"]}, …},
      "implied": {"kind": {"number": "one"}},
      "ignored": [{"phrase": "the (near|far)", "where": "\\bholds\\b"}],
      "hidden_from_events": ["color"]}
 
-`facts` maps each slot and value to the phrases (one or several words, any case) that state it. The other keys are optional.
-`implied`: a text that states the first slot, and does not state the second, means this value of the second. `ignored`: a match of
-the regular expression `phrase` states nothing in a text in which `where` is found. `hidden_from_events`: slots that an event camera
-cannot show. The facts of a sample, slot -> value, are the key `facts` of its manifest row.
+- `facts` maps each slot and value to the phrases (one or several words, any case) that state it. The other keys are optional.
+- `implied`: a text that states the first slot but not the second implies this value of the second.
+- `ignored`: in a text that matches `where`, matches of `phrase` state nothing. Both are regular expressions.
+- `hidden_from_events`: slots that an event camera cannot show.
+
+The facts of a sample, slot -> value, are the key `facts` of its manifest row.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ class Lexicon:
     """The facts that words state.
 
     Args:
-        phrases: words of a phrase, lower case -> the fact it states
-        implied: slot -> the values of other slots that stating it implies
-        ignored: pairs (phrase, where) of compiled expressions: matches of `phrase` state nothing where `where` is found
+        phrases: words of a phrase in lower case -> the fact it states
+        implied: slot -> the values of other slots that it implies
+        ignored: compiled pairs (phrase, where), as in the file
         hidden_from_events: slots that an event camera cannot show
     """
 
@@ -45,10 +47,10 @@ class Lexicon:
 
     @classmethod
     def load(cls, path: Path) -> Lexicon:
-        """Reads a lexicon file.
+        """Read a lexicon file.
 
         Raises:
-            UserError: if the file is missing, is not JSON, or does not have the layout of this module's docstring.
+            UserError: the file is missing, is not JSON, or does not have the layout of this module's docstring
         """
         try:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8-sig")))
@@ -60,7 +62,11 @@ class Lexicon:
 
     @classmethod
     def from_json(cls, content: Any) -> Lexicon:
-        """A lexicon from parsed JSON; raises ValueError if the layout is another one."""
+        """A lexicon from parsed JSON.
+
+        Raises:
+            ValueError: the content does not have the layout of this module's docstring
+        """
         if not isinstance(content, dict) or not isinstance(content.get("facts"), dict) or not content["facts"]:
             raise ValueError("the key `facts` is missing or empty")
         if unknown := sorted(set(content) - {"facts", "implied", "ignored", "hidden_from_events"}):
@@ -71,7 +77,7 @@ class Lexicon:
                 for phrase in _strings(spelled, f"facts.{slot}.{value}"):
                     words = tuple(_WORD.findall(phrase.lower()))
                     if not words or phrases.get(words, (slot, value)) != (slot, value):
-                        raise ValueError(f"{phrase!r} of facts.{slot}.{value} has no word, or states {phrases.get(words)} already")
+                        raise ValueError(f"{phrase!r} of facts.{slot}.{value} has no word, or already states {phrases.get(words)}")
                     phrases[words] = slot, value
         implied = {
             slot: {other: str(value) for other, value in _mapping(others, f"implied.{slot}").items()}
@@ -84,7 +90,7 @@ class Lexicon:
         ignored = []
         for rule in content.get("ignored", []):
             if not isinstance(rule, dict) or set(rule) != {"phrase", "where"}:
-                raise ValueError("each entry of `ignored` has the keys phrase and where")
+                raise ValueError("each entry of `ignored` must have the keys phrase and where")
             try:
                 ignored.append((re.compile(rule["phrase"], re.IGNORECASE), re.compile(rule["where"], re.IGNORECASE)))
             except (re.error, TypeError) as error:
@@ -92,11 +98,11 @@ class Lexicon:
         return cls(phrases, implied, tuple(ignored), hidden)
 
     def fact_of(self, word: str) -> Fact | None:
-        """The (slot, value) that a single word states, or None."""
+        """The (slot, value) that one word states; None if it states no fact."""
         return self.phrases.get(tuple(_WORD.findall(word.lower())))
 
     def facts_in(self, text: str) -> dict[str, str]:
-        """The facts that a text states, slot -> value; of a slot that is stated twice the first value counts."""
+        """The facts that a text states, slot -> value; if a slot is stated twice, the first value counts."""
         for phrase, where in self.ignored:
             if where.search(text):
                 text = phrase.sub(" ", text)
@@ -118,19 +124,19 @@ class Lexicon:
         return stated
 
     def compare(self, draft: str, target: str) -> tuple[Verdict, str | None]:
-        """How a draft word relates to the target's word.
+        """Compare a draft word with the target's word.
 
         Returns:
-            the verdict: `same` word, `synonym` (another word for the same fact), `other_fact` (another value of the same slot) or
-            `other_word` (another slot, or a word that states no fact); and the slot of the target's word, if it states a fact.
+            The verdict: "same" word, "synonym" (another word for the same fact), "other_fact" (another value of the same slot) or
+            "other_word" (another slot, or a word that states no fact); and the slot of the target's word, if it states a fact.
         """
-        ours, theirs = self.fact_of(draft), self.fact_of(target)
-        slot = theirs[0] if theirs else None
+        draft_fact, target_fact = self.fact_of(draft), self.fact_of(target)
+        slot = target_fact[0] if target_fact else None
         if draft == target:
             return "same", slot
-        if ours is None or theirs is None or ours[0] != theirs[0]:
+        if draft_fact is None or target_fact is None or draft_fact[0] != target_fact[0]:
             return "other_word", slot
-        return ("synonym" if ours == theirs else "other_fact"), slot
+        return ("synonym" if draft_fact == target_fact else "other_fact"), slot
 
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""How well predictors of the target's next state do on one split, all of them in one pass over the files.
+"""Scores of predictors of the target's hidden states on one split, all predictors in one pass over the files.
 
-A predictor reads EventGPT's state at a position and gives the target state it expects there; a score is its cosine with the true
-state, the token it emits through the target's head, and whether that is the token the true state emits.
+A predictor reads EventGPT's state at a position and predicts the target's state there. Its scores are the cosine of predicted and real
+state, the token that the predicted state emits through the target's LM head, and whether the real state emits the same token.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +21,22 @@ from feature_alignment.adapters.chained import ChainedAdapter, chained_predictio
 from feature_alignment.adapters.closed_form import POSITIONS, RIDGE_STRENGTHS, Affine, Moments, PositionMeans, Positions, positions
 from feature_alignment.decoding.acceptance import cosine_per_position
 from feature_alignment.measurement import metrics
-from feature_alignment.measurement.calibration import Judged
+from feature_alignment.measurement.calibration import ScoredPositions
+from feature_alignment.measurement.reports import CosineRuleRates, PositionRates, PredictorRates, ReliabilityBin, StepRates
 from feature_alignment.storage.hidden_states import HiddenStates
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One predictor on one split, zero where padded: cosine [n, s] float32, says [n, s] int64, match [n, s] bool."""
+    """Scores of one predictor on one split; zero at padded positions.
+
+    The shape is [n, s], or [n, s, steps] for the chained adapter, where `[row, t, k]` is draft token k of a round at t, for position t + k.
+
+    Args:
+        cosine: float32, of predicted and real state
+        says: int64, id of the token that the predicted state emits
+        match: bool, whether the real state emits the same token
+    """
 
     cosine: Tensor
     says: Tensor
@@ -39,13 +47,22 @@ Predictor = Callable[[Positions], Tensor]  # -> [p, d_target]
 
 
 def reads(adapter: Callable[[Tensor], Tensor]) -> Predictor:
-    """What an adapter [p, d_draft] -> [p, d_target] predicts from EventGPT's states."""
+    """The predictor that applies an adapter, [p, d_draft] -> [p, d_target], to EventGPT's states."""
     return lambda some: adapter(some.draft)
 
 
 @torch.inference_mode()
 def score(predictors: Mapping[str, Predictor], states: HiddenStates, head: Tensor) -> dict[str, Scores]:
-    """Every predictor on every real position. head: W [v, d_target] float32, on the device where all of it happens."""
+    """Scores of every predictor at every valid position.
+
+    Args:
+        predictors: name -> predictor
+        states: one split
+        head: [v, d_target] float32, the target's LM head; its device is used throughout
+
+    Returns:
+        name -> [n, s] scores
+    """
     empty = lambda dtype: torch.zeros(states.mask.shape, dtype=dtype)  # noqa: E731
     scores = {name: Scores(empty(torch.float32), empty(torch.int64), empty(torch.bool)) for name in predictors}
     for some in positions(states, str(head.device)):
@@ -53,16 +70,22 @@ def score(predictors: Mapping[str, Predictor], states: HiddenStates, head: Tenso
         for name, predict in predictors.items():
             expected = predict(some)
             says = (expected @ head.T).argmax(-1)
-            place = some.rows, some.at
-            scores[name].cosine[place] = cosine_per_position(expected, some.target).cpu()
-            scores[name].says[place] = says.cpu()
-            scores[name].match[place] = (says == emitted).cpu()
+            index = some.rows, some.at
+            scores[name].cosine[index] = cosine_per_position(expected, some.target).cpu()
+            scores[name].says[index] = says.cpu()
+            scores[name].match[index] = (says == emitted).cpu()
     return scores
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A predictor with what it takes: parameters, and seconds until it was ready."""
+    """A predictor and its cost.
+
+    Args:
+        predict: the predictor
+        parameters: number of parameters
+        seconds: of training or fitting
+    """
 
     predict: Predictor
     parameters: int = 0
@@ -70,9 +93,18 @@ class Fitted:
 
 
 def null_predictors(train: HiddenStates, validation: HiddenStates, test: HiddenStates, rank: int, head: Tensor) -> dict[str, Fitted]:
-    """What the adapter must beat, fitted in one pass over the training split; the ridge strength is chosen on validation.
+    """Fit the null predictors, the controls that the adapter is compared with, in one pass over the training split.
 
-    rank: of the reduced-rank regression: what a bottleneck of that width can do linearly
+    Args:
+        train: split to fit on
+        validation: split that chooses the ridge strength
+        test: split that is measured; only the shuffled control reads it
+        rank: of the reduced-rank regression, the linear counterpart of a bottleneck of that width
+        head: [v, d_target] float32, the target's LM head
+
+    Returns:
+        name -> predictor: identity (if the widths allow it), target_mean, position_mean, shuffled (if there is another clip), ridge,
+        ridge_rank_r
     """
     device, (d_draft, d_target) = str(head.device), (train.draft.shape[-1], train.target.shape[-1])
     began = time.perf_counter()
@@ -83,12 +115,12 @@ def null_predictors(train: HiddenStates, validation: HiddenStates, test: HiddenS
     by_position = means.by_position()
     mean_seconds = time.perf_counter() - began
 
-    def tried() -> Iterator[tuple[float, float, Affine]]:  # one at a time: a full map at width 4096 takes 67 MB
+    def candidates() -> Iterator[tuple[float, float, Affine]]:  # One at a time: a full map at width 4096 takes 67 MB.
         for strength in RIDGE_STRENGTHS:
             fit = statistics.ridge(strength)
             yield float(score({"ridge": reads(fit)}, validation, head)["ridge"].cosine.sum()), strength, fit
 
-    _, best, ridge = max(tried(), key=lambda found: found[0])
+    _, best, ridge = max(candidates(), key=lambda candidate: candidate[0])
     seconds = time.perf_counter() - began
     low_rank = statistics.ridge(best, min(rank, d_target))
     nulls = {
@@ -106,7 +138,7 @@ def null_predictors(train: HiddenStates, validation: HiddenStates, test: HiddenS
 
 
 def shuffled_pairs(test: HiddenStates, device: str) -> dict[str, Fitted]:
-    """The control that reads the target's state at the same position of another clip; empty where the split has one clip only."""
+    """The control that predicts the target's state at the same position of another clip; empty if the split has one clip only."""
     partners = other_clip(test)
     if partners is None:
         return {}
@@ -115,7 +147,7 @@ def shuffled_pairs(test: HiddenStates, device: str) -> dict[str, Fitted]:
 
 
 def other_clip(states: HiddenStates) -> list[int] | None:
-    """For each row the next row of another clip, about the same question where there is one; None where all rows are of one clip."""
+    """For each row the next row of another clip, with the same question if there is one; None if all rows are of one clip."""
     clips, by_question = states.clips, defaultdict(list)
     if len(set(clips)) < 2:
         return None
@@ -128,129 +160,178 @@ def other_clip(states: HiddenStates) -> list[int] | None:
 
 
 def _next_of_another_clip(rows: Sequence[int], clips: Sequence[str]) -> dict[int, int]:
-    """Row -> the first one after it, in a ring, that is of another clip; nothing where all are of one."""
-    found: dict[int, int] = {}
+    """Row -> the next row of another clip, in cyclic order; empty if all rows are of one clip."""
+    partners: dict[int, int] = {}
     following: int | None = None
     for here, after in reversed(list(pairwise([*rows, *rows, rows[0]]))):
         following = after if clips[after] != clips[here] else following
         if following is not None:
-            found[here] = following
-    return found
+            partners[here] = following
+    return partners
 
 
 @torch.inference_mode()
 def chain_scores(
     adapter: ChainedAdapter, states: HiddenStates, head: Tensor, embeddings: Tensor, steps: int, events: Sequence[int] | None = None
 ) -> tuple[Scores, Tensor]:
-    """Scores of the chained adapter for rounds that begin anywhere: `[row, t, k]` is draft k of a round at t, for position t + k, all
-    earlier drafts of the round being the target's own tokens. Second, where there is such a position: [n, s, steps] bool.
+    """Scores of the chained adapter for rounds that begin anywhere, with the target's own tokens as the earlier draft tokens of the round.
 
-    events: row -> the row whose events it is shown instead of its own
+    Args:
+        adapter: on the device of `head`
+        states: one split with event states
+        head: [v, d_target] float32, the target's LM head
+        embeddings: [v, d_target] float32, the target's token embeddings
+        steps: draft length
+        events: for each row, the row whose events the adapter sees instead
+
+    Returns:
+        scores [n, s, steps], and [n, s, steps] bool: whether the text has this position
     """
     if events is not None and states.events is not None:
         states = dataclasses.replace(states, events=states.events[torch.tensor(events)])
     shape, device = (*states.mask.shape, steps), str(head.device)
-    cosine, says, there = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
+    cosine, says, valid = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
     match, first = torch.zeros(shape, dtype=torch.bool), 0
     for texts in text_batches(states, torch.arange(len(states.mask)).split(64), device):
         rows = slice(first, first + len(texts.states))
         first = rows.stop
         emitted = (texts.states @ head.T).argmax(-1)
         for k, (expected, wanted, mask) in enumerate(chained_predictions(adapter, texts, embeddings, steps)):
-            starts = slice(1, 1 + mask.shape[1])  # position 0 comes from the target's prefill
-            said = (expected @ head.T).argmax(-1)
+            starts = slice(1, 1 + mask.shape[1])  # Position 0 comes from the target's prefill.
+            emitted_here = (expected @ head.T).argmax(-1)
             cosine[rows, starts, k] = (cosine_per_position(expected, wanted) * mask).cpu()
-            says[rows, starts, k] = (said * mask).cpu()
-            match[rows, starts, k] = ((said == emitted[:, 1 + k :]) & mask).cpu()
-            there[rows, starts, k] = mask.cpu()
-    return Scores(cosine, says, match), there
+            says[rows, starts, k] = (emitted_here * mask).cpu()
+            match[rows, starts, k] = ((emitted_here == emitted[:, 1 + k :]) & mask).cpu()
+            valid[rows, starts, k] = mask.cpu()
+    return Scores(cosine, says, match), valid
 
 
-# -------------------------------------------------------------------------------------------------------- what scores amount to
+# ---- rates from scores
 
 
-def judged(scores: Scores, there: Tensor, states: HiddenStates) -> Judged:
-    """Scores as calibration reads them. A position scored at every step of a chain counts once in all, so that a clip has a bound."""
-    steps = there.shape[-1] if there.ndim == 3 else 1
-    row = there.nonzero()[:, 0].numpy()
+def judged(scores: Scores, valid: Tensor, states: HiddenStates) -> ScoredPositions:
+    """Scores in the form that calibration reads. A position that every step of a chain scores has weight 1 in all.
+
+    Args:
+        scores: of one predictor
+        valid: bool, [n, s] or [n, s, steps] as the scores
+        states: the split they were measured on
+    """
+    steps = valid.shape[-1] if valid.ndim == 3 else 1
+    row = valid.nonzero()[:, 0].numpy()
     clips = np.array(states.clips)
-    most = states.mask.shape[1] * max(Counter(states.clips).values())
-    return Judged(scores.cosine[there].numpy(), ~scores.match[there].numpy(), clips[row].tolist(), most, 1 / steps)
+    max_weight = states.mask.shape[1] * max(Counter(states.clips).values())
+    return ScoredPositions(scores.cosine[valid].numpy(), ~scores.match[valid].numpy(), clips[row].tolist(), max_weight, 1 / steps)
 
 
-def rates(scores: Scores, there: Tensor, states: HiddenStates, num_draft_tokens: int) -> dict[str, Any]:
-    """What any predictor is told by: [n, s] scores, or [n, s, steps] of rounds that begin anywhere; `there` marks real places."""
+def rates(scores: Scores, valid: Tensor, states: HiddenStates, num_draft_tokens: int) -> PredictorRates:
+    """Rates of one predictor.
+
+    Args:
+        scores: [n, s], or [n, s, steps] of rounds that begin anywhere
+        valid: bool, same shape
+        states: the split they were measured on
+        num_draft_tokens: draft length
+    """
     clips, n = states.clips, len(states.mask)
     blocks = metrics.decoding_blocks(scores.match, states.mask, num_draft_tokens, states.ended)
-    return {
-        "cosine": metrics.counts(scores.cosine, there).rate(clips),
-        "token_match": metrics.counts(scores.match, there).rate(clips),
-        "acceptance_rate": blocks.acceptance_rate(n).rate(clips),
-        "consecutive_accept_token": blocks.consecutive_accept(n).rate(clips),
-        "tokens_per_pass": blocks.tokens_per_pass(states.lengths),
-    }
+    return PredictorRates(
+        cosine=metrics.counts(scores.cosine, valid).rate(clips),
+        token_match=metrics.counts(scores.match, valid).rate(clips),
+        acceptance_rate=blocks.acceptance_rate(n).rate(clips),
+        consecutive_accept_token=blocks.consecutive_accept(n).rate(clips),
+        tokens_per_pass=blocks.tokens_per_pass(states.lengths),
+    )
 
 
-def rates_above(threshold: float, scores: Scores, there: Tensor, states: HiddenStates, num_draft_tokens: int) -> dict[str, Any]:
-    """What the cosine rules keep at a threshold."""
+def rates_above(threshold: float, scores: Scores, valid: Tensor, states: HiddenStates, num_draft_tokens: int) -> CosineRuleRates:
+    """Acceptance of the cosine rules at a threshold; the other arguments are those of `rates`."""
     clips, n, above = states.clips, len(states.mask), scores.cosine > threshold
     rounds = metrics.decoding_blocks(above, states.mask, num_draft_tokens, states.ended)
-    return {
-        "relaxed_accept": metrics.counts(above, there).rate(clips),
-        "consecutive_accept": rounds.consecutive_accept(n).rate(clips),
-        "consecutive_length": rounds.consecutive_length(n).rate(clips),
-        "token_match_given_accept": metrics.counts(scores.match, there & above).rate(clips),
-    }
+    return CosineRuleRates(
+        relaxed_accept=metrics.counts(above, valid).rate(clips),
+        consecutive_accept=rounds.consecutive_accept(n).rate(clips),
+        consecutive_length=rounds.consecutive_length(n).rate(clips),
+        token_match_given_accept=metrics.counts(scores.match, valid & above).rate(clips),
+    )
 
 
 def accepted_lengths(match: Tensor, states: HiddenStates, num_draft_tokens: int) -> list[int]:
-    """How many rounds keep 0, 1, … num_draft_tokens drafts under the token rule."""
+    """Number of rounds with 0, 1, … num_draft_tokens accepted draft tokens under the token rule.
+
+    Args:
+        match: bool, [n, s] or [n, s, steps]
+        states: the split it was measured on
+        num_draft_tokens: draft length
+    """
     blocks = metrics.decoding_blocks(match, states.mask, num_draft_tokens, states.ended)
-    return np.bincount(blocks.accepted[blocks.offered > 0], minlength=num_draft_tokens + 1).tolist()
+    lengths: list[int] = np.bincount(blocks.accepted[blocks.offered > 0], minlength=num_draft_tokens + 1).tolist()
+    return lengths
 
 
-def reliability(scores: Scores, there: Tensor, bins: int = 20) -> list[dict[str, float]]:
-    """Over cosines in bins of equal count, n of each: how often the token is the same, and how often it is from this cosine on up."""
-    cosine, match = scores.cosine[there], scores.match[there].double()
+def reliability(scores: Scores, valid: Tensor, bins: int = 20) -> list[ReliabilityBin]:
+    """Token match in ranges of the cosine that hold the same number of positions.
+
+    Args:
+        scores: of one predictor
+        valid: bool, same shape
+        bins: number of ranges; fewer if there are fewer positions
+    """
+    cosine, match = scores.cosine[valid], scores.match[valid].double()
     order = cosine.argsort()
     cosine, match = cosine[order], match[order]
     above = match.flip(0).cumsum(0).flip(0) / torch.arange(len(match), 0, -1)
     edges = torch.linspace(0, len(order), bins + 1).long().unique()
     return [
-        {
-            "cosine": float(cosine[a:b].mean()),
-            "n": int(b - a),
-            "token_match": float(match[a:b].mean()),
-            "token_match_above": float(above[a]),
-        }
+        ReliabilityBin(float(cosine[a:b].mean()), int(b - a), float(match[a:b].mean()), float(above[a]))
         for a, b in pairwise(edges.tolist())
     ]
 
 
-def per_position(scores: Scores, states: HiddenStates) -> list[dict[str, Any]]:
-    """Per position of the text: how many texts reach it, its cosine, its token match, and the match given all earlier ones matched,
-    both with their intervals by clip."""
-    mask, clips, alive, rows = states.mask, np.array(states.clips), states.mask.clone(), []
+def per_position(scores: Scores, states: HiddenStates) -> list[PositionRates]:
+    """Rates at each position of the answer, for a predictor with [n, s] scores."""
+    mask, clips, earlier_match, rows = states.mask, np.array(states.clips), states.mask.clone(), []
     for t in range(mask.shape[1]):
         here = mask[:, t]
         if not here.any():
             break
-        row = {"position": t, "n": int(here.sum()), "cosine": float(scores.cosine[here, t].mean())}
-        for name, some in (("token_match", here), ("token_match_given_earlier", alive[:, t] & here)):
-            found = metrics.counts(scores.match[some, t][:, None], torch.ones(int(some.sum()), 1)).rate(clips[some.numpy()])
-            row |= {f"n_{name}": int(some.sum()), name: found["value"], f"{name}_lo": found["ci95"][0], f"{name}_hi": found["ci95"][1]}
-        rows.append(row)
-        alive[:, t + 1 :] &= (scores.match[:, t] | ~here)[:, None]
+        given = earlier_match[:, t] & here
+        of_all, of_given = (
+            metrics.counts(scores.match[some, t][:, None], torch.ones(int(some.sum()), 1)).rate(clips[some.numpy()])
+            for some in (here, given)
+        )
+        rows.append(
+            PositionRates(
+                position=t,
+                n=int(here.sum()),
+                cosine=float(scores.cosine[here, t].mean()),
+                n_token_match=int(here.sum()),
+                token_match=of_all.value,
+                token_match_lo=of_all.ci95[0],
+                token_match_hi=of_all.ci95[1],
+                n_token_match_given_earlier=int(given.sum()),
+                token_match_given_earlier=of_given.value,
+                token_match_given_earlier_lo=of_given.ci95[0],
+                token_match_given_earlier_hi=of_given.ci95[1],
+            )
+        )
+        earlier_match[:, t + 1 :] &= (scores.match[:, t] | ~here)[:, None]
     return rows
 
 
-def chain_steps(scores: Scores, there: Tensor, clips: Sequence[str]) -> list[dict[str, Any]]:
-    """Cosine and token match of each draft of a chain."""
+def chain_steps(scores: Scores, valid: Tensor, clips: Sequence[str]) -> list[StepRates]:
+    """Rates of each draft position of a chain.
+
+    Args:
+        scores: [n, s, steps]
+        valid: [n, s, steps] bool
+        clips: clip of each row
+    """
     return [
-        {
-            "step": k + 1,
-            "cosine": metrics.counts(scores.cosine[..., k], there[..., k]).rate(clips),
-            "token_match": metrics.counts(scores.match[..., k], there[..., k]).rate(clips),
-        }
-        for k in range(there.shape[-1])
+        StepRates(
+            step=k + 1,
+            cosine=metrics.counts(scores.cosine[..., k], valid[..., k]).rate(clips),
+            token_match=metrics.counts(scores.match[..., k], valid[..., k]).rate(clips),
+        )
+        for k in range(valid.shape[-1])
     ]

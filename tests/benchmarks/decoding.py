@@ -19,10 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
-from feature_alignment.benchmark import timing as measure
+from feature_alignment.benchmark import timing
 from feature_alignment.benchmark_feature_sd import BenchmarkConfig
 from feature_alignment.cli.config import parse_config
-from feature_alignment.cli.console import print_json_line, print_table, rate_text, run
+from feature_alignment.cli.console import print_json_line, print_table, run
 from feature_alignment.decoding.batch import speculate_batch
 from feature_alignment.decoding.draft_length import DraftLengthController
 from feature_alignment.decoding.engine import speculate
@@ -30,7 +30,7 @@ from feature_alignment.decoding.generation import Generation
 from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample, read_samples
-from feature_alignment.measurement.metrics import Counts
+from feature_alignment.measurement.metrics import Counts, Rate
 from feature_alignment.models.pair import load_pair
 
 SOURCES = ("own", "aligned", "chained", "hybrid", "ngram", "template", "lookup", "previous")
@@ -114,14 +114,14 @@ def floor(bench: Bench) -> dict[str, Any]:
             runs += [(way, first + start, plain_ms, ms) for way, start, plain_ms, ms in more]
         for way in (AGAIN, *SOURCES):
             rate = speedup(runs, way)
-            rows.append((name, way, sum(run[0] == way for run in runs), rate_text(rate, 3)))
-            if way != AGAIN and rate["value"] < worst["value"]:
-                worst = rate | {"prompts": name, "drafts": way}
+            rows.append((name, way, sum(run[0] == way for run in runs), rate.text(3)))
+            if way != AGAIN and rate.value < worst["value"]:
+                worst = rate.to_json() | {"prompts": name, "drafts": way}
     print_table("speed-up end to end, adaptive, from cold starts", ("prompt set", "drafts", "runs", "speed-up"), rows)
     return {"worst": worst, "rows": rows}
 
 
-def speedup(runs: list[tuple[str, int, float, float]], way: str) -> dict[str, Any]:
+def speedup(runs: list[tuple[str, int, float, float]], way: str) -> Rate:
     starts, plain_ms, ms = zip(*((start, a, b) for who, start, a, b in runs if who == way), strict=True)
     return Counts(np.array(plain_ms), np.array(ms)).rate([str(start) for start in starts])
 
@@ -133,15 +133,15 @@ def hybrid(bench: Bench) -> dict[str, Any]:
         for s in samples[:4]:
             answer(s)
     methods = {name: lambda i, answer=answer: answer(samples[i]) for name, answer in {"plain": bench.plain, **answers}.items()}
-    timed = measure.run_in_turns(methods, len(samples), 1, iter)
+    timed = timing.run_in_turns(methods, len(samples), 1, iter)
     assert all(runs.texts == timed["plain"].texts for runs in timed.values()), "not lossless"
     clips, end_to_end, decoding = [s.sequence for s in samples], lambda g: g.total_ms, lambda g: g.decode_ms
     rows = []
     for name in answers:
         passes = sum(g[0].passes for g in timed[name].generations)
         tokens = sum(len(t) - 1 for t in timed[name].texts) / passes
-        against = [rate_text(measure.speedup(timed["plain"], timed[name], clips, what), 2) for what in (end_to_end, decoding)]
-        by_hybrid = [rate_text(measure.speedup(timed[name], timed["hybrid"], clips, what), 3) for what in (end_to_end, decoding)]
+        against = [timing.speedup(timed["plain"], timed[name], clips, what).text(2) for what in (end_to_end, decoding)]
+        by_hybrid = [timing.speedup(timed[name], timed["hybrid"], clips, what).text(3) for what in (end_to_end, decoding)]
         rows.append((name, *against, round(tokens, 2), *by_hybrid))
     header = ("drafts", "speed-up, end to end", "decoding", "tokens per pass", "hybrid's over it, end to end", "decoding")
     print_table(f"{len(samples)} prompts, up to {MOST} drafts", header, rows)

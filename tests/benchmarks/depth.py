@@ -38,7 +38,12 @@ def measure(out: Path, layer: int, cfg: TrainConfig) -> dict[str, Any]:
     save_pt(out / f"adapter.layer{layer:02d}.pt", {"meta": meta, "state_dict": adapter.state_dict()})
     test = splits[2]
     scores = scoring.score({"adapter": lambda some: adapter(some.draft)}, test, head)["adapter"]
-    return {"layer": layer, "rows": len(splits[0].mask), "norm": test.meta["draft_norm"], **scoring.rates(scores, test.mask, test, 5)}
+    return {
+        "layer": layer,
+        "rows": len(splits[0].mask),
+        "norm": test.meta["draft_norm"],
+        **scoring.rates(scores, test.mask, test, 5).to_json(),
+    }
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -104,7 +104,7 @@ def main() -> None:
                 net, epochs = learn(train, validation, head, wide_cfg, args.width)
             seconds = time.perf_counter() - began
             scores = scoring.score({"net": scoring.reads(net)}, test, head)["net"]
-            found = scoring.rates(scores, test.mask, test, 5)
+            found = scoring.rates(scores, test.mask, test, 5).to_json()
             parameters = sum(p.numel() for p in net.parameters())
             about = {"predictor": name, "layers": list(layers), "parameters": parameters, "epochs": epochs, "seconds": seconds}
             if isinstance(net, HiddenAdapter):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from feature_alignment.adapters.hidden import HiddenAdapter
-from feature_alignment.benchmark.rows import row_name
+from feature_alignment.benchmark.results import BenchmarkRow
 from feature_alignment.cli.console import rate_text
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS
 
@@ -72,6 +72,11 @@ class Run:
     def row(self, draft: str, accept: str, length: str) -> dict[str, Any]:
         wanted = (draft, accept, length)
         return next(r for r in self.benchmark["rows"] if (r["draft"], r["accept"], r["drafts_per_round"]) == wanted)
+
+
+def row_name(row: dict[str, Any]) -> str:
+    """Name of an entry of benchmark.json's `rows`."""
+    return BenchmarkRow.from_json(row).name
 
 
 # ---- tables

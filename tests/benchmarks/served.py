@@ -20,7 +20,7 @@ import torch
 from feature_alignment.benchmark.rows import acceptance_of
 from feature_alignment.benchmark.timing import Timed
 from feature_alignment.cli.config import parse_config
-from feature_alignment.cli.console import print_json_line, print_table, rate_text, run
+from feature_alignment.cli.console import print_json_line, print_table, run
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.feature_sd_inference import InferenceConfig
@@ -40,10 +40,10 @@ def offline(folder: Path, sources: Sources, drafts: int, ids: set[str] | None = 
         states = dataclasses.replace(states, rows=[states.rows[i] for i in rows], **{k: getattr(states, k)[rows] for k in tensors})
     head, embeddings = (load_pt(folder.parent / f"{name}.pt", "extraction").float() for name in ("vl_lm_head", "vl_embeddings"))
     hidden = scoring.score({"hidden": lambda some: sources.adapter(some.draft)}, states, head)["hidden"]
-    chained, there = scoring.chain_scores(sources.chained_adapter, states, head, embeddings, drafts)
+    chained, valid = scoring.chain_scores(sources.chained_adapter, states, head, embeddings, drafts)
     return {
         "aligned": scoring.rates(hidden, states.mask, states, drafts),
-        "chained": scoring.rates(chained, there, states, drafts),
+        "chained": scoring.rates(chained, valid, states, drafts),
     }
 
 
@@ -68,15 +68,15 @@ def main() -> None:
     for name in ("aligned", "chained"):
         for where, found in measured.items():
             r = found[name]
-            lines.append((f"{name}, {where}", *(rate_text(r[k], 3) for k in ("cosine", "token_match", "acceptance_rate"))))
+            lines.append((f"{name}, {where}", *(rate.text(3) for rate in (r.cosine, r.token_match, r.acceptance_rate))))
         proposer, timed = sources.open(name), Timed()
         for sample in samples:
             prompts = pair.target.prepare(sample), pair.draft.prepare(sample)
             run_ = speculate(pair.target, proposer, *prompts, num_draft_tokens=args.drafts, max_new_tokens=cfg.max_new_tokens)
             timed.generations.append([run_])
         served = acceptance_of(timed, [s.sequence for s in samples], "token")
-        lines.append((f"{name}, served to these prompts", "-", "-", rate_text(served, 3)))
-        gaps[name] = served["value"] / found[name]["acceptance_rate"]["value"] - 1
+        lines.append((f"{name}, served to these prompts", "-", "-", served.text(3)))
+        gaps[name] = served.value / found[name].acceptance_rate.value - 1
     print_table(
         f"adapters off their training texts, {args.drafts} drafts a round", ("drafts", "cosine", "token match", "acceptance rate"), lines
     )
