@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_alignment.cli.advice import command_for
-from feature_alignment.cli.config import Common, Steps, parse_config
+from feature_alignment.cli.config import Common, StepsSetting, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, run
 
 if TYPE_CHECKING:
@@ -48,8 +48,10 @@ class BenchmarkConfig(Common):
         planted_acceptance: measure wall clock only: draft tokens are accepted at random with these probabilities, whatever they say. For a
             pair with --random_weights, whose text is noise; adapters need not be trained. Writes planted.json and judges no target
         max_new_tokens: longest answer, EOS included
-        steps: how models step: eager; graphs = over caches of a fixed size, captured once and replayed (CUDA graphs; on
-            other devices only the fixed size); compiled = captured steps that torch.compile has fused, after a minute of compilation
+        steps: how models step: auto = compiled on a GPU, eager on a CPU; eager; graphs = CUDA graphs over caches of a fixed size (on
+            other devices the fixed cache alone); compiled = also fused by torch.compile, after a minute of compilation
+        draft_vocabulary: chained drafts only this many token ids, those most frequent in training answers, which makes the head
+            cheaper and changes no text (default: all)
         assistant_layers: number of Video-LLaVA's own layers that assist transformers' generate, for comparison
         repeats: timed runs of every method on every prompt
         warmup: number of prompts that are run first, untimed
@@ -63,7 +65,8 @@ class BenchmarkConfig(Common):
     exit_adapters: list[Path] = dataclasses.field(default_factory=list)
     planted_acceptance: list[float] = dataclasses.field(default_factory=list)
     max_new_tokens: int = 64
-    steps: Steps = "eager"
+    steps: StepsSetting = "auto"
+    draft_vocabulary: int | None = None
     assistant_layers: int = 1
     repeats: int = 3
     warmup: int = 3
@@ -200,7 +203,7 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: Acceptan
     pair = load_pair(cfg)
     pair.use_steps(cfg.steps)
     pair.choose_linear()
-    sources = Sources(pair, cfg, cfg.train_split)
+    sources = Sources(pair, cfg, cfg.train_split, draft_vocabulary=cfg.draft_vocabulary)
     exits = dict(sources.load_exit_drafter(path) for path in cfg.exit_adapters)
     if len(exits) < len(cfg.exit_adapters):
         raise UserError(f"--exit_adapters: {len(cfg.exit_adapters)} files read layers {sorted(exits)}; expected one file for each layer.")
@@ -239,7 +242,7 @@ def results_of(
     best_row = rows[setup.modes.index(fastest.mode)]
     cost = cost_of(measurements, rows)
     attending = setup.sources.attending_adapter if best_row.draft == "attending" else None
-    adapters = setup.sources.adapter, setup.chained, acceptance, measurements.part_cost, cfg.steps, attending
+    adapters = setup.sources.adapter, setup.chained, acceptance, measurements.part_cost, setup.pair.draft.steps, attending
     in_use = targets.adapter_in_use(best_row, *adapters)
     result = BenchmarkReport(
         meta=meta,

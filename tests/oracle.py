@@ -70,7 +70,9 @@ def by_model(model, taps: Sequence[int], prompt: Sequence[int], adapter, head) -
     return next_draft
 
 
-def by_chain(draft: Decoder, draft_prompt, adapter, target: Decoder, prompt: Sequence[int]) -> NextDraft:
+def by_chain(draft: Decoder, draft_prompt, adapter, target: Decoder, prompt: Sequence[int], ids: Tensor | None = None) -> NextDraft:
+    """ids: the token ids that may be drafted; None for all"""
+
     def next_draft(emitted: list[int], drafts: list[int]) -> tuple[int, Tensor]:
         seen = adapter.encode_events(draft.vision_states(draft_prompt.ids[None], draft.encode_vision(draft_prompt.pixels[None])))
         table = adapter.tokens(target.embeddings)
@@ -79,7 +81,8 @@ def by_chain(draft: Decoder, draft_prompt, adapter, target: Decoder, prompt: Seq
         for token in drafts:
             memory = adapter.read(adapter.predict(memory, seen), table[torch.tensor([[token]])], memory[:, -1])
         expected = adapter.predict(memory, seen)[0, 0]
-        return int(target.lm_head(expected).argmax()), expected
+        logits = target.lm_head(expected)
+        return int(logits.argmax() if ids is None else ids[logits[ids].argmax()]), expected
 
     return next_draft
 

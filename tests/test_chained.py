@@ -247,6 +247,22 @@ def test_the_proposer_reads_only_what_is_new():
     assert not torch.allclose(kept, proposer._memory)
 
 
+@torch.inference_mode()
+def test_ids_outside_the_draft_vocabulary_have_probability_zero():
+    """At any temperature, and with a distribution left even if rules forbid every id that may be drafted."""
+    model, ids = tiny_llama(0), torch.tensor([2, 7, 40])
+    target, draft = as_decoder(model), as_decoder(noisy_copy(model, 0.1))
+    whole, trimmed = (ChainedProposer(draft, an_adapter(), target.head_weight, target.embeddings, some) for some in (None, ids))
+    z = torch.randn(1, 16)
+    logits = trimmed._logits(z)
+    torch.testing.assert_close(logits[:, ids], whole._logits(z)[:, ids])
+    for temperature in (0.001, 1, 1000):
+        probs = (logits / temperature).softmax(-1)
+        assert probs[0, ids].sum().item() == pytest.approx(1) and (probs[0] > 0).sum() <= 3
+    logits[:, ids] = -torch.inf
+    assert logits.softmax(-1).sum().item() == pytest.approx(1)
+
+
 def test_batches_of_texts_are_cut_to_their_own_longest(learnt):
     _, _, states, _ = learnt
     lengths = torch.tensor([5, 2, 9])

@@ -87,7 +87,7 @@ def config_class(script):
     (cls,) = [
         c
         for c in vars(module).values()
-        if dataclasses.is_dataclass(c) and isinstance(c, type) and issubclass(c, Common) and c is not Common
+        if dataclasses.is_dataclass(c) and isinstance(c, type) and issubclass(c, Common) and c.__module__ == module.__name__
     ]
     return cls
 
@@ -239,6 +239,8 @@ def test_a_missing_gpu_is_refused_before_anything_is_loaded(script, device, tmp_
         ("feature_sd_inference", ["--threshold", "2"], "--threshold 2"),
         ("feature_sd_inference", ["--temperature", "1e-40"], "--temperature 1e-40: wanted 0, or a number from 0.001"),
         ("feature_sd_inference", ["--temperature", "0.5", "--accept", "feature"], "--accept token"),
+        ("feature_sd_inference", ["--draft_vocabulary", "0", "--draft", "chained"], "--draft_vocabulary 0: wanted"),
+        ("feature_sd_inference", ["--draft_vocabulary", "9", "--draft", "ngram"], "limits the chained adapter only"),
         ("feature_sd_inference", ["--events", "EXISTS"], "--video, --question missing"),
         ("feature_sd_inference", ["--events", "EXISTS", "--video", "absent", "--question", "What?"], "no such file or folder"),
         ("train_hidden_adapter", ["--mse_weight", "0", "--cosine_weight", "0", "--kl_weight", "0"], "at least one above 0"),

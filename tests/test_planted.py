@@ -70,7 +70,7 @@ def test_several_thresholds_and_exits_are_rows_of_their_own(finished, tmp_path):
     for layers in ([1], [2], [1, 2]):
         exits.append(tmp_path / f"{len(exits)}.pt")
         save_pt(exits[-1], {"meta": {"geometry": geometry, "draft_layers": layers}, "state_dict": HiddenAdapter(**geometry).state_dict()})
-    with pytest.raises(UserError, match=r"layers \[1, 2\]; --exit_adapters wants adapters of a single layer"):
+    with pytest.raises(UserError, match=r"layers \[1, 2\]; --exit_adapters expects adapters of a single layer"):
         main_of("benchmark_feature_sd")([*argv, "--exit_adapters", *map(str, exits)])
     report = main_of("benchmark_feature_sd")([*argv, "--exit_adapters", *map(str, exits[:2])])
     names = {row.name: r for row, r in zip(BenchmarkReport.from_json(report).rows, report["rows"], strict=True)}

@@ -84,9 +84,9 @@ class Case:
         self.source = r.choice(sources)
         self.gamma, self.limit = (like.gamma, like.limit) if like else (r.randint(1, 6), r.randint(1, 16))
         self.threshold = r.choice([-1.0, 0.0, 0.3, 0.7, 0.9, 0.97])
-        ids = lambda: (1, *r.choices(range(3, VOCAB), k=r.randint(1, 6)))  # noqa: E731
-        self.prompt = ids()
-        draft_prompt = self.prompt if r.random() < 0.6 else ids()
+        some_ids = lambda: (1, *r.choices(range(3, VOCAB), k=r.randint(1, 6)))  # noqa: E731
+        self.prompt = some_ids()
+        draft_prompt = self.prompt if r.random() < 0.6 else some_ids()
         self.which, noise = like.which if like else r.randrange(6), r.choice([0.0, 0.02, 0.1, 1.0])
         model, drafter = a_target(self.which), a_drafter(self.which, noise)
         self.target = target = like.target if like else as_decoder(model)
@@ -95,7 +95,9 @@ class Case:
             with torch.no_grad():
                 target.head_weight[EOS] = target.head_weight[token] * 1.01
         self.draft_prompt = prompt_of(*draft_prompt)
-        texts = [("", greedy(target, prompt_of(*p), self.limit).token_ids) for p in (ids(), ids(), self.prompt[:-1] or self.prompt)]
+        texts = [
+            ("", greedy(target, prompt_of(*p), self.limit).token_ids) for p in (some_ids(), some_ids(), self.prompt[:-1] or self.prompt)
+        ]
         table = BASELINE_DRAFTERS[self.source](texts) if self.source in BASELINE_DRAFTERS else NGram(texts)
         if self.source == "lookup":
             table = Lookup(encode=lambda question: self.prompt)
@@ -110,8 +112,10 @@ class Case:
             return
         if model_source == "chained":
             chained = a_chained(r.randrange(3))
-            proposer = ChainedProposer(draft, chained, target.head_weight, target.embeddings)
-            definition = by_chain(draft, self.draft_prompt, chained, target, self.prompt)
+            size = r.choice([None, None, 2, VOCAB // 4, VOCAB // 2])  # of the draft vocabulary
+            ids = None if size is None else torch.tensor(sorted({EOS, *r.sample(range(VOCAB), size - 1)}))
+            proposer = ChainedProposer(draft, chained, target.head_weight, target.embeddings, ids)
+            definition = by_chain(draft, self.draft_prompt, chained, target, self.prompt, ids)
         elif model_source == "attending":
             attending = an_attending(r.randrange(3))
             proposer = AttendingProposer(draft, attending, target)

@@ -113,6 +113,20 @@ def test_texts_of_another_vocabulary_are_refused(tmp_path):
     assert opened(tmp_path).texts == [("q", [])]
 
 
+@pytest.mark.parametrize(("size", "ids"), [(1, [2, 5]), (2, [2, 5]), (3, [2, 5, 9]), (4, [2, 5, 7, 9]), (63, [2, 4, 5, 7, 9])])
+def test_a_draft_vocabulary_holds_the_most_frequent_ids_and_those_that_end_a_text(tmp_path, caplog, size, ids):
+    with_texts(tmp_path, [5, 9, 5, 7, 9, 5, 4, 7])
+    caplog.set_level("INFO")
+    sources = opened(tmp_path, draft_vocabulary=size)
+    assert sources._pair.target.eos_ids == {2} and sources.draft_ids.tolist() == ids
+    covered = {2: 37.5, 3: 62.5, 4: 87.5, 5: 100}[len(ids)]
+    assert f"{len(ids)} of 64 ids, which are {covered:.2f} % of the training answers" in caplog.text
+    save_adapter(sources.chained_path, ChainedAdapter(32, 32, 1, 16), [3])
+    chained = sources.open("chained")
+    assert chained._chain.head.shape == (len(ids), 16) and "texts" in sources.files("chained")
+    assert opened(tmp_path, draft_vocabulary=64).draft_ids is opened(tmp_path).draft_ids is None
+
+
 def test_a_drafter_cut_off_early_drafts_its_own_words_at_full_depth(tmp_path, monkeypatch):
     """With the pair's vocabulary and steps; one that has its head is not loaded twice."""
     asked = []

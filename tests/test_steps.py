@@ -187,13 +187,23 @@ def test_joined_weights_are_stored_once():
         assert new.gate_up.data_ptr() == old.gate_up.data_ptr() and new.keys.data_ptr() != old.keys.data_ptr()
 
 
-def test_unsupported_layers_run_eagerly(caplog):
+def test_unsupported_layers_run_eagerly(caplog, monkeypatch):
     model = tiny_llama(0)
     model.model.layers[0].mlp.gate_proj = torch.nn.Linear(32, 64, bias=True)
     decoder = as_decoder(model)
+    monkeypatch.setattr(fixed, "eager_fallbacks", [])
     decoder.use_steps("graphs")
     assert decoder.steps == "eager" and "quantized or have a bias" in caplog.text
+    assert len(fixed.eager_fallbacks) == 1 and "graphs steps of LlamaModel run eagerly: weights" in fixed.eager_fallbacks[0]
     assert not isinstance(decoder.prefill([prompt_of(1, 5)]).cache, FixedCache)
+
+
+@pytest.mark.parametrize(("device", "steps"), [("cpu", "eager"), ("cuda", "compiled")])
+def test_auto_steps_are_compiled_on_a_gpu_and_eager_on_a_cpu(device, steps, monkeypatch):
+    decoder = as_decoder(tiny_llama(0))
+    monkeypatch.setattr(type(decoder), "device", property(lambda self: torch.device(device)))
+    decoder.use_steps("auto")
+    assert decoder.steps == steps and (decoder._fixed is None) is (steps == "eager")
 
 
 @pytest.mark.slow

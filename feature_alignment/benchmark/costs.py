@@ -41,7 +41,7 @@ class LoopCosts(Record):
     Args:
         t_target_ms: milliseconds of one step of the target, LM head included
         c: one aligned draft token: (draft step + adapter + LM head) / target step
-        c_chained: one chained draft token: (chained adapter + LM head) / target step
+        c_chained: one chained draft token: (folded draft step, folded LM head included) / target step
         v: number of tokens -> cost of verifying them
     """
 

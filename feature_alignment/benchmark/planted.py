@@ -19,7 +19,7 @@ from feature_alignment.benchmark.costs import Cost
 from feature_alignment.benchmark.results import PlainBaseline, PlantedBest, PlantedReport, PlantedRow
 from feature_alignment.benchmark.rows import Mode, answering, timed_row
 from feature_alignment.benchmark.timing import Timed, decode_ms, total_ms
-from feature_alignment.cli.config import Common, Steps
+from feature_alignment.cli.config import Common, StepsSetting
 from feature_alignment.cli.console import markdown_table, print_table, progress
 from feature_alignment.decoding.acceptance import AcceptanceFunction
 from feature_alignment.decoding.engine import speculate
@@ -50,7 +50,7 @@ class PlantedSettings:
         warmup: number of prompts in each warm-up
     """
 
-    steps: Steps
+    steps: StepsSetting
     gammas: Sequence[int]
     rates: Sequence[float]
     max_new_tokens: int

@@ -19,6 +19,7 @@ from torch import Tensor
 from feature_alignment.adapters.attending import AttendingAdapter
 from feature_alignment.adapters.attending_drafts import FoldedAttending
 from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.adapters.folded import FoldedChain
 from feature_alignment.adapters.hidden import HiddenAdapter, call_ms
 from feature_alignment.adapters.tables import NO_TOKEN, SOURCES
 from feature_alignment.benchmark.costs import Bandwidth, ExitCost, LoopCosts, PartCosts
@@ -186,15 +187,29 @@ def hidden_ms(adapter: HiddenAdapter, repeats: int = 200, steps: Steps = "eager"
 
 
 @torch.inference_mode()
-def chained_ms(adapter: ChainedAdapter, repeats: int = 200, steps: Steps = "eager") -> float:
-    """Median milliseconds of one step of the chained adapter, without LM head: read the last state and token, predict the next state."""
-    like = adapter.out.bias
-    size = adapter.geometry
-    events = torch.randn(1, size["num_events"], size["d_event"], device=like.device, dtype=like.dtype)
-    state, token = events.new_ones(1, 1, size["d_target"]), events.new_ones(1, 1, size["width"])
-    context, memory = adapter.encode_events(events), token[:, 0]
-    draft = captured(lambda state, token, memory: adapter.predict(adapter.read(state, token, memory), context), steps)
-    return call_ms(lambda: draft(state, token, memory), repeats, like.device.type)
+def chained_ms(adapter: ChainedAdapter, repeats: int = 200, steps: Steps = "eager", head: Tensor | None = None) -> float:
+    """Median milliseconds of one draft step of the chained adapter as decoding runs it: inside the adapter's own width.
+
+    Args:
+        adapter: the chained adapter
+        repeats: number of timed steps
+        steps: how it steps
+        head: [v, d_target], the target's LM head; the step then includes logits and argmax
+    """
+    like, size = adapter.out.bias, adapter.geometry
+    rows = like.new_zeros(1, size["d_target"])
+    chain = FoldedChain(adapter, rows if head is None else head, rows)
+    context = chain.context(
+        adapter.encode_events(torch.randn(1, size["num_events"], size["d_event"], device=like.device, dtype=like.dtype))
+    )
+    z, token = like.new_ones(1, size["width"]), torch.zeros(1, dtype=torch.long, device=like.device)
+
+    def step(z: Tensor, token: Tensor, memory: Tensor) -> Tensor:
+        hidden = chain.expect(chain.go_on(z, token, memory), context)
+        return hidden if head is None else chain.logits(hidden).argmax(-1)
+
+    draft = captured(step, steps)
+    return call_ms(lambda: draft(z, token, z), repeats, like.device.type)
 
 
 @torch.inference_mode()
@@ -242,11 +257,12 @@ def part_costs(
     t_adapter = hidden_ms(adapter, repeats, draft.steps)
     t_head = call_ms(lambda: target.lm_head(aligned).argmax(-1), repeats, device)
     t_draft = step_ms(draft, draft_prompt)[1]
-    t_chained = None if chained is None else chained_ms(chained, steps=draft.steps)
+    t_chained = None if chained is None else chained_ms(chained, repeats, draft.steps)
+    chained_draft = None if chained is None else chained_ms(chained, repeats, draft.steps, target.head_weight)
     loop = LoopCosts(
         t_target_ms=target_ms[1],
         c=(t_draft + t_adapter + t_head) / target_ms[1],
-        c_chained=None if t_chained is None else (t_chained + t_head) / target_ms[1],
+        c_chained=None if chained_draft is None else chained_draft / target_ms[1],
         v={str(k): ms / target_ms[1] for k, ms in target_ms.items()},
     )
     exits = exit_costs(full_draft, draft_prompt, t_adapter + t_head, target_ms[1], layers)

@@ -34,6 +34,7 @@ _ALIASES = {"gamma": "num_draft_tokens", "gammas": "num_draft_tokens", "max_samp
 _LONGEST_CONFIG = 100_000
 T = TypeVar("T", bound="Common")
 Steps = Literal["eager", "graphs", "compiled"]
+StepsSetting = Literal["auto", "eager", "graphs", "compiled"]
 
 
 @dataclass(frozen=True)

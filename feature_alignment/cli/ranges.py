@@ -203,6 +203,10 @@ def validate_together(cfg: Any) -> None:
     narrowing = [f"--{name}" for name in ("top_p", "top_k", "min_p") if get(name) is not None]
     if narrowing and not get("temperature"):
         raise UserError(f"{', '.join(narrowing)}: changes only what is sampled, and greedy decoding samples nothing. Pass --temperature 1.")
+    if get("draft_vocabulary") is not None and get("draft") not in (None, "chained", "hybrid"):
+        raise UserError(
+            f"--draft_vocabulary {cfg.draft_vocabulary}: limits the chained adapter only. Pass --draft chained, or leave it out."
+        )
     if not all(get("stop") or ()):
         raise UserError("--stop: wanted strings of at least one character; an empty one would end every text.")
     if get("mse_weight") is not None:

@@ -18,6 +18,7 @@ from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.fixed import captured
 from feature_alignment.models.state import Prompt, State
 
+OUTSIDE = -1e30  # logit of an id outside the draft vocabulary
 BLOCK_LENGTHS = (4, 8, 16, 24, 32)  # of a whole block at a confidence floor; few, because each is one CUDA graph
 
 
@@ -287,8 +288,12 @@ class ChainedProposer(Proposer):
         return memory, self._expect(memory)
 
     def _logits(self, z: Tensor) -> Tensor:
-        """Draft logits [1, v] of a hidden layer [1, w]; ids that may not be drafted have minus infinity."""
+        """Draft logits [1, v] of a hidden layer [1, w]; ids that may not be drafted have probability 0.
+
+        Their logits are finite: if generation rules forbid all ids that may be drafted, softmax of the logits stays a distribution.
+        """
         logits = self._chain.logits(z)
         if self._ids is None:
             return logits
-        return logits.new_full((1, self._vocab_size), -torch.inf).index_copy_(1, self._ids, logits)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.new_full((1, self._vocab_size), OUTSIDE).index_copy_(1, self._ids, logits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from feature_alignment.cli.config import Common, Steps
+from feature_alignment.cli.config import Common, StepsSetting
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class DecodingConfig(Common):
         min_new_tokens: shortest answer
         repetition_penalty: above 1, tokens of prompt and answer become less likely
         stop: the answer also ends with the first of these strings
-        steps: how models step: eager; graphs = CUDA graphs over a cache of fixed size (on other devices the fixed cache alone);
-            compiled = also fused by torch.compile, which takes a minute
+        steps: how models step: auto = compiled on a GPU, eager on a CPU; eager; graphs = CUDA graphs over a cache of fixed size (on
+            other devices the fixed cache alone); compiled = also fused by torch.compile, which takes a minute
     """
 
     draft: Literal["own", "aligned", "chained", "attending", "hybrid", "ngram", "template", "lookup", "previous"] = "aligned"
@@ -55,4 +55,4 @@ class DecodingConfig(Common):
     min_new_tokens: int | None = None
     repetition_penalty: float | None = None
     stop: list[str] | None = None
-    steps: Steps = "eager"
+    steps: StepsSetting = "auto"

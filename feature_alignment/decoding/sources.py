@@ -123,7 +123,7 @@ class Sources:
         counts = Counter(token for _, tokens in self.texts for token in tokens)
         ends = [i for i in self._pair.target.eos_ids if i < self._pair.target.vocab_size]
         frequent = [token for token, _ in counts.most_common(self._draft_vocabulary)]
-        ids = sorted(set(frequent[: max(0, self._draft_vocabulary - len(ends))]) | set(ends))
+        ids = sorted(set(frequent[: max(1, self._draft_vocabulary - len(ends))]) | set(ends))
         covered = sum(counts[i] for i in ids) / max(1, counts.total())
         log.info(
             "draft vocabulary  %d of %d ids, which are %.2f %% of the training answers",

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from feature_alignment.cli.config import Steps
-from feature_alignment.cli.console import UserError, log
+from feature_alignment.cli.config import Steps, StepsSetting
+from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models import tree_attention
-from feature_alignment.models.fixed import FixedCache
+from feature_alignment.models.fixed import FixedCache, note_eager_fallback
 from feature_alignment.models.fused import unsupported_reason
 from feature_alignment.models.generation import GenerationRules, eos_set, most_likely
 from feature_alignment.models.packed import LinearChoice, best_cpu_linear, pack, packed_product, unsupported
@@ -111,18 +111,21 @@ class Decoder:
         if self._packed_head is not None:
             self._packed_head = packed_product(self.head_weight)
 
-    def use_steps(self, steps: Steps) -> None:
+    def use_steps(self, steps: StepsSetting) -> None:
         """Choose how steps run from the next prompt on.
 
-        Captured steps need a single prompt and layers that `fused` supports. Batches, and models with other layers, run eagerly.
+        Captured steps need a single prompt and layers that `fused` supports. Batches run eagerly, and so do models with other
+        layers; for these there is a warning, which `fixed.eager_fallbacks` keeps for the benchmark's meta.
 
         Args:
-            steps: "eager", "graphs" (CUDA graphs over a fixed cache) or "compiled" (also fused by torch.compile).
+            steps: "eager", "graphs" (CUDA graphs over a fixed cache), "compiled" (also fused by torch.compile), or "auto": compiled on
+                a GPU, eager elsewhere.
         """
-        reason = None if steps == "eager" else unsupported_reason(self.llama)
+        wanted: Steps = steps if steps != "auto" else "compiled" if self.device.type == "cuda" else "eager"
+        reason = None if wanted == "eager" else unsupported_reason(self.llama)
         if reason is not None:
-            log.warning("--steps %s does not support %s: this model's steps run eagerly.", steps, reason)
-        self.steps = steps if reason is None else "eager"
+            note_eager_fallback(f"{wanted} steps of {type(self.llama).__name__} run eagerly", f"{reason} are not supported")
+        self.steps = wanted if reason is None else "eager"
         self._fixed = None if self.steps == "eager" else FixedCache(self.llama, self.taps, self.steps)
 
     def choose_linear(self) -> LinearChoice:

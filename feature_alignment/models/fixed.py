@@ -31,8 +31,14 @@ COMPILED_FORMS = 64  # compiled variants of a layer: one per length and model
 eager_fallbacks: list[str] = []  # what could not be captured or compiled in this process, and why
 
 
-def _note_eager_fallback(what: str, error: Exception) -> None:
-    eager_fallbacks.append(f"{what}: {str(error).partition(chr(10))[0][:200]}")
+def note_eager_fallback(what: str, reason: object) -> None:
+    """Log that something runs eagerly, and record it for the report of this process.
+
+    Args:
+        what: What runs eagerly.
+        reason: An error or a text; its first line is kept.
+    """
+    eager_fallbacks.append(f"{what}: {str(reason).partition(chr(10))[0][:200]}")
     log.warning("%s", eager_fallbacks[-1])
 
 
@@ -57,7 +63,7 @@ class CapturedStep:
             try:
                 self._graphs[key] = self._capture(tuple(x.clone() for x in inputs))
             except RuntimeError as error:
-                _note_eager_fallback(f"steps of shape {list(inputs[0].shape)} cannot be captured and run eagerly", error)
+                note_eager_fallback(f"steps of shape {list(inputs[0].shape)} cannot be captured and run eagerly", error)
                 self._graphs[key] = None
         captured_graph = self._graphs[key]
         if captured_graph is None:
@@ -120,7 +126,7 @@ def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
         except (RuntimeError, OSError) as error:  # for example, no C compiler
             if compiled_call is call or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
                 raise
-            _note_eager_fallback("steps cannot be compiled", error)
+            note_eager_fallback("steps cannot be compiled", error)
             compiled_call = call
         return call(*inputs)
 

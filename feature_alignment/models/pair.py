@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from feature_alignment.cli.config import Common, Steps, parse_config
+from feature_alignment.cli.config import Common, StepsSetting, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, print_table
 from feature_alignment.inputs import events as event_inputs
 from feature_alignment.inputs.clip_pixels import clip_pixels
@@ -53,7 +53,7 @@ class Pair:
     target: Decoder
     draft: Decoder
 
-    def use_steps(self, steps: Steps) -> None:
+    def use_steps(self, steps: StepsSetting) -> None:
         """Choose how both models step; see `Decoder.use_steps`."""
         self.target.use_steps(steps)
         self.draft.use_steps(steps)
