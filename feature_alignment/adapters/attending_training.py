@@ -92,13 +92,12 @@ def drafted_ids(answers: Iterable[tables.Answer]) -> Tensor:
     return torch.tensor(sorted(token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_IDS]))
 
 
-def proposals(states: HiddenStates, counts: tables.Counts | tables.NGramTable, leave_out: bool) -> Proposals:
+def proposals(states: HiddenStates, table: tables.Counts | tables.NGramTable) -> Proposals:
     """Table candidates along the text of each row.
 
     Args:
         states: rows with their questions and prompt ids
-        counts: the table
-        leave_out: subtract the counts of each row's own clip; for rows that were counted
+        table: a saved table, or the counts of these rows, of which each row leaves out its own clip
     """
     answers, clips = answers_of(states), defaultdict(list)
     for answer in answers:
@@ -108,7 +107,7 @@ def proposals(states: HiddenStates, counts: tables.Counts | tables.NGramTable, l
     known: dict[str, Any] = {}
     for i, answer in enumerate(answers):
         if answer.clip not in known:
-            known = {answer.clip: tables.LeaveOneOut(counts, clips[answer.clip]) if leave_out else counts}
+            known = {answer.clip: tables.LeaveOneOut(table, clips[answer.clip]) if isinstance(table, tables.Counts) else table}
         found = tables.candidates_along(known[answer.clip], answer.question, states.rows[i]["prompt_ids"], answer.tokens)
         tokens[i, : len(found)], buckets[i, : len(found)] = torch.tensor(found).unbind(-1)
     return Proposals(tokens, buckets)
@@ -269,7 +268,7 @@ def train_attending(
     answers = answers_of(states)
     counts = tables.Counts(answers)
     entries, ids = counts.entries(), drafted_ids(answers)
-    found = proposals(states, counts, leave_out=True), proposals(validation, tables.NGramTable(entries), leave_out=False)
+    found = proposals(states, counts), proposals(validation, tables.NGramTable(entries))
     adapter, variance = initialized_adapter(states, found[0], embeddings, entries, ids, cfg)
     reader = Reader(adapter, head, embeddings)
 
@@ -310,7 +309,7 @@ def initialized_adapter(
         num_entries=len(entries),
         num_prompt=sample.prompt.shape[1],
         width=cfg.bottleneck,
-        without=[*["events"] * cfg.blind, *cfg.without],
+        without=(("events", *cfg.without) if cfg.blind else tuple(cfg.without)),
         dropout=cfg.dropout,
     )
     adapter.ids.copy_(ids)
