@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Measure, or reuse a cached result; returns the content of benchmark.json."""
     from feature_alignment.benchmark import report, transformers_baselines
+    from feature_alignment.benchmark.plots import PICTURES
     from feature_alignment.benchmark.results import BenchmarkReport
     from feature_alignment.benchmark.run import Measurements, part_costs, take_turns
     from feature_alignment.decoding.plain import greedy
@@ -125,7 +126,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     meta = provenance("benchmark_feature_sd", cfg, made_from, identity, **about)
     result, shown = results_of(cfg, Measurements.of(setup, timed, part_cost), acceptance, list(ways)[1:], meta)
     report.write_benchmark_report(result, shown, target.tokenizer.decode, out)
-    files = ("report.md", "report.html", *(f"{name}.png" for name in report.PICTURES))
+    files = ("report.md", "report.html", *(f"{name}.png" for name in PICTURES))
     write_hashed_json(out / "benchmark.json", result.to_json(), files)  # Last: its presence means that the report is complete.
     _show(result, out, reused=False)
     return result.to_json()
@@ -151,6 +152,7 @@ def chained_path(cfg: BenchmarkConfig) -> Path:
 
 
 def attending_path(cfg: BenchmarkConfig) -> Path:
+    """File of the attending adapter."""
     return cfg.out / "attending_adapter" / "adapter.pt"
 
 

@@ -426,7 +426,7 @@ def test_the_targets_report_the_attending_adapter_of_the_fastest_row(monkeypatch
 def test_training_leaves_the_clip_out_and_validation_does_not(learnt):
     _, _, states, _ = learnt
     counts = tables.Counts(answers_of(states))
-    inside, outside = (proposals(states, counts if out else tables.NGramTable(counts.entries())) for out in (False, True))
+    inside, outside = (proposals(states, counts if out else tables.NGramTable(counts.entries()), leave_out=out) for out in (False, True))
     right = [(p.tokens[:, :-1, :2] == states.token_ids[:, 1:, None]).any(-1)[states.mask[:, 1:]].float().mean() for p in (inside, outside)]
     assert right[0] > 0.9 > right[1] + 0.3
 
@@ -494,7 +494,7 @@ def test_without_prompt_states_it_is_told_how_to_extract_them(finished):
 def test_what_is_missing_of_a_prompt_is_hidden(learnt):
     """A prompt shorter than what is read: its first places hold zeros, and whatever stood there would change nothing."""
     target, _, states, adapter = learnt
-    found = proposals(states, tables.NGramTable(adapter.table))
+    found = proposals(states, tables.NGramTable(adapter.table), leave_out=False)
     (texts,) = prompted_texts(states, found, [torch.arange(3)], "cpu")
     assert texts.prompt_mask.sum(1).tolist() == [3, 2, 5] and (texts.prompt_ids >= 0).sum(1).tolist() == [3, 2, 5]
     other = changed(texts, prompt=texts.prompt.masked_fill(~texts.prompt_mask[..., None], 7.0))

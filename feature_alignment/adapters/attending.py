@@ -166,11 +166,13 @@ class AttendingAdapter(nn.Module):
 
     def read_states(self, states: Tensor) -> Tensor:
         """The state input [.., w] of states [.., d_target]."""
-        return self.state(states if self.scale is None else (states - self.scale.target[0]) / self.scale.target[1])
+        inputs: Tensor = self.state(states if self.scale is None else (states - self.scale.target[0]) / self.scale.target[1])
+        return inputs
 
     def read_tokens(self, embeddings: Tensor) -> Tensor:
         """The token input [.., w] of the target's input embeddings [.., d_target]."""
-        return self.token(embeddings if self.scale is None else (embeddings - self.scale.token[0]) / self.scale.token[1])
+        inputs: Tensor = self.token(embeddings if self.scale is None else (embeddings - self.scale.token[0]) / self.scale.token[1])
+        return inputs
 
     def read_events(self, events: Tensor) -> KeysValues:
         """Keys and values of EventGPT's event states [b, e, d_event]; e = 0 if the adapter is trained without events."""
@@ -191,7 +193,8 @@ class AttendingAdapter(nn.Module):
         """
         if "candidates" in self.without:
             return 0.0
-        return self.candidate(proposed.flatten(-2)) + self.bucket(buckets).sum(-2)
+        inputs: Tensor = self.candidate(proposed.flatten(-2)) + self.bucket(buckets).sum(-2)
+        return inputs
 
     def inputs(self, states: Tensor, tokens: Tensor, before: Tensor, proposals: Tensor | float = 0.0) -> Tensor:
         """The input [.., w] at each position: the sum of state, token, previous token and candidate inputs [.., w]."""
@@ -236,20 +239,22 @@ class AttendingAdapter(nn.Module):
 
     def expect(self, output: Tensor) -> Tensor:
         """The predicted target states [.., d_target] of outputs [.., w]."""
-        expected = self.out(output)
+        expected: Tensor = self.out(output)
         return expected if self.scale is None else expected * self.scale.target[1] + self.scale.target[0]
 
     def bonus(self, output: Tensor) -> Tensor:
         """The gated bonus [.., SOURCES] on the logit of each source's candidate, of outputs [.., w]."""
-        return self.gate(output)
+        bonus: Tensor = self.gate(output)
+        return bonus
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.dropout > 0 and torch.is_grad_enabled())
 
 
 def _split_heads(x: Tensor) -> Tensor:
-    """[b, n, w] -> [b, heads, n, w / heads]"""
-    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    """[b, n, w] -> [b, heads, n, w / heads]."""
+    heads: Tensor = x.unflatten(-1, (HEADS, -1))
+    return heads.transpose(1, 2)
 
 
 def rotated(x: Tensor, positions: Tensor) -> Tensor:

@@ -136,7 +136,8 @@ class FoldedAttending:
         e = of_events.shape[-1]
         found = torch.baddbmm(weights[..., :e] @ self._events.values[0], weights[..., e:], self._cache.values[0, :, :end])
         x = torch.addmm(inputs[0], found.view(1, -1), a.mix.weight.T)
-        return a.output_norm(x + a.down(F.gelu(a.up(a.mlp_norm(x)))))[None]
+        output: Tensor = a.output_norm(x + a.down(F.gelu(a.up(a.mlp_norm(x)))))
+        return output[None]
 
     def _put(self, first: int, new: KeysValues) -> None:
         """Write keys and values to the cache from entry `first` on, over whatever it holds there."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from feature_alignment.adapters import tables
-from feature_alignment.adapters.attending import AttendingAdapter, KeysValues
+from feature_alignment.adapters.attending import AttendingAdapter, KeysValues, Part
 from feature_alignment.adapters.fitting import Batch, Checkpoint, History, ProcessShare, fit, mean_over_positions, shuffled
 from feature_alignment.adapters.training import mean_variance, mixed_precision
 from feature_alignment.cli.console import UserError
@@ -92,12 +92,13 @@ def drafted_ids(answers: Iterable[tables.Answer]) -> Tensor:
     return torch.tensor(sorted(token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_IDS]))
 
 
-def proposals(states: HiddenStates, table: tables.Counts | tables.NGramTable) -> Proposals:
+def proposals(states: HiddenStates, counts: tables.Counts | tables.NGramTable, leave_out: bool) -> Proposals:
     """Table candidates along the text of each row.
 
     Args:
         states: rows with their questions and prompt ids
-        table: a saved table, or the counts of these rows, of which each row leaves out its own clip
+        counts: the table
+        leave_out: subtract the counts of each row's own clip; for rows that were counted
     """
     answers, clips = answers_of(states), defaultdict(list)
     for answer in answers:
@@ -107,7 +108,10 @@ def proposals(states: HiddenStates, table: tables.Counts | tables.NGramTable) ->
     known: dict[str, Any] = {}
     for i, answer in enumerate(answers):
         if answer.clip not in known:
-            known = {answer.clip: tables.LeaveOneOut(table, clips[answer.clip]) if isinstance(table, tables.Counts) else table}
+            known = {answer.clip: counts}
+            if leave_out:
+                assert isinstance(counts, tables.Counts)  # a saved table does not know what each clip added
+                known = {answer.clip: tables.LeaveOneOut(counts, clips[answer.clip])}
         found = tables.candidates_along(known[answer.clip], answer.question, states.rows[i]["prompt_ids"], answer.tokens)
         tokens[i, : len(found)], buckets[i, : len(found)] = torch.tensor(found).unbind(-1)
     return Proposals(tokens, buckets)
@@ -168,7 +172,10 @@ class Reader:
         tokens, tokens_before = self.tokens(texts.token_ids), self.tokens(before)
         proposed = a.read_candidates(self.tokens(texts.proposed), texts.buckets)
         events, text, hidden = a.read_events(texts.events), *self._seen(texts, tokens, tokens_before, proposed)
-        at = lambda x, position: x.gather(1, position[..., None].expand(-1, -1, x.shape[-1]))  # noqa: E731
+
+        def at(x: Tensor, position: Tensor) -> Tensor:
+            return x.gather(1, position[..., None].expand(-1, -1, x.shape[-1]))
+
         late = torch.arange(s, device=origins.device) >= origins[..., None]  # the origin itself is in `chain`
         hidden = torch.cat([hidden[:, None].expand(-1, origins.shape[1], -1), late], -1)
         output, chain = None, list[KeysValues]()
@@ -268,7 +275,7 @@ def train_attending(
     answers = answers_of(states)
     counts = tables.Counts(answers)
     entries, ids = counts.entries(), drafted_ids(answers)
-    found = proposals(states, counts), proposals(validation, tables.NGramTable(entries))
+    found = proposals(states, counts, leave_out=True), proposals(validation, tables.NGramTable(entries), leave_out=False)
     adapter, variance = initialized_adapter(states, found[0], embeddings, entries, ids, cfg)
     reader = Reader(adapter, head, embeddings)
 
@@ -301,6 +308,7 @@ def initialized_adapter(
     (sample,) = prompted_texts(states, found, shuffled(len(states.target), 512, 0, 0)[:1], cfg.device)
     real = sample.states[sample.mask]
     num_events, d_event = sample.events.shape[1:]
+    without: list[Part] = [*(["events"] if cfg.blind else []), *cfg.without]
     adapter = AttendingAdapter(
         real.shape[1],
         d_event,
@@ -309,7 +317,7 @@ def initialized_adapter(
         num_entries=len(entries),
         num_prompt=sample.prompt.shape[1],
         width=cfg.bottleneck,
-        without=(("events", *cfg.without) if cfg.blind else tuple(cfg.without)),
+        without=without,
         dropout=cfg.dropout,
     )
     adapter.ids.copy_(ids)

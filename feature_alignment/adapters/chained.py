@@ -84,6 +84,7 @@ class ChainedAdapter(nn.Module):
 
     @property
     def num_parameters(self) -> int:
+        """Number of trained weights."""
         return sum(p.numel() for p in self.parameters())
 
     def save_pretrained(self, directory: Path | str, meta: dict[str, Any]) -> None:
@@ -172,7 +173,7 @@ class ChainedAdapter(nn.Module):
         """
         query = self.query(memory).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         found = F.scaled_dot_product_attention(query, *seen).transpose(1, 2).flatten(2)
-        expected = self.out(F.gelu(self.mix(torch.cat([memory, found], -1))))
+        expected: Tensor = self.out(F.gelu(self.mix(torch.cat([memory, found], -1))))
         return expected if self.scale is None else expected * self.scale.target[1] + self.scale.target[0]
 
     def roll_out(self, states: Tensor, tokens: Tensor, seen: EventKeyValues, steps: int) -> list[Tensor]:
@@ -200,7 +201,8 @@ class ChainedAdapter(nn.Module):
     def _one_step(self, x: Tensor, memory: Tensor) -> Tensor:
         """One step of the GRU from every position: x and memory [b, n, width] -> [b, n, width]."""
         w_ih, w_hh, b_ih, b_hh = self.memory.all_weights[0]
-        return torch.gru_cell(x.flatten(0, 1), memory.flatten(0, 1), w_ih, w_hh, b_ih, b_hh).unflatten(0, x.shape[:2])
+        following: Tensor = torch.gru_cell(x.flatten(0, 1), memory.flatten(0, 1), w_ih, w_hh, b_ih, b_hh).unflatten(0, x.shape[:2])
+        return following
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,9 @@ _CLASSES = {"hidden": "hidden.HiddenAdapter", "plain": "hidden.HiddenAdapter", "
 
 @dataclass(frozen=True)
 class ShareConfig(Common):
-    """Write a trained adapter as a directory with config.json, adapter.safetensors and a model card (README.md) whose numbers come from
-    acceptance.json and benchmark.json. Nothing is uploaded.
+    """Write a trained adapter as a directory with config.json, adapter.safetensors and a model card (README.md).
+
+    The card's numbers come from acceptance.json and benchmark.json. Nothing is uploaded.
 
     Args:
         adapter: which of the trained adapters
@@ -52,6 +53,7 @@ class ShareConfig(Common):
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Write the directory of one adapter."""
     cfg = parse_config(ShareConfig, argv, "adapters/share")
     folder = "adapter" if cfg.adapter == "hidden" else f"{cfg.adapter}_adapter"
     source = cfg.out / folder / "adapter.pt"

@@ -142,8 +142,11 @@ def _by_ngram(table: NGramTable | LeaveOneOut, question: int, answer: Sequence[i
 
 
 def prompt_lookup(text: Sequence[int]) -> tuple[int, int]:
-    """The token after the longest earlier match of the text's end (the latest one among equal lengths), and the length of the match, at
-    most `LONGEST_MATCH`; (NO_TOKEN, 0) without a match."""
+    """The token after the longest earlier match of the text's end, the latest among equal lengths.
+
+    Returns:
+        the token and the length of the match, at most `LONGEST_MATCH`; (NO_TOKEN, 0) without a match
+    """
     token, longest, last = NO_TOKEN, 0, len(text) - 1
     if last < 1 or text[last] < 0:
         return token, longest

@@ -13,7 +13,8 @@ from feature_alignment.benchmark.timing import Timed
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.measurement.lexicon import Lexicon
 from feature_alignment.measurement.metrics import Counts, Rate
-from feature_alignment.models.decoder import Decoder, Prompt
+from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.state import Prompt
 
 LogLikelihood = Callable[[int, tuple[int, ...]], float]  # (index of a prompt, token ids) -> log-probability under the target
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt  # the Agg backend is set by measurement.plots
 import numpy as np
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from feature_alignment.benchmark import speed_model
 from feature_alignment.benchmark.costs import Bound, Cost
 from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, PlainBaseline, Speedup
 from feature_alignment.decoding.generation import Generation
-from feature_alignment.measurement.plots import BLUE, GREEN, GREY, ORANGE, VERMILION, plt, save
+from feature_alignment.measurement.plots import BLUE, GREEN, GREY, ORANGE, VERMILION, save
 
 STAGE_COLORS = {
     "target_prefill": "#999999",
@@ -110,7 +112,7 @@ def timeline(shown: Mapping[str, Generation], path: Path) -> None:
     axis.set_yticks(range(len(lanes)), [f"{name}: {side}" for name, side in lanes])
     axis.invert_yaxis()
     axis.margins(x=0.08)
-    patches = [plt.Rectangle((0, 0), 1, 1, color=color, label=stage.replace("_", " ")) for stage, color in STAGE_COLORS.items()]
+    patches = [Rectangle((0, 0), 1, 1, color=color, label=stage.replace("_", " ")) for stage, color in STAGE_COLORS.items()]
     figure.legend(handles=patches, ncols=len(patches), fontsize=7, loc="outside lower center")
     tokens = len(next(iter(shown.values())).token_ids)
     axis.set(xlabel="milliseconds", title=f"One prompt, {tokens} tokens, from its time stamps")

@@ -122,11 +122,16 @@ def profile_of(
     """
     rounds = [_drafted(generations) for generations in runs.generations]
     every = [r for some in rounds for r in some]
-    rate = lambda hits, total: _rate(rounds, clips, hits, total)  # noqa: E731
-    marginal = [rate(lambda r, i=i: r.num_accepted > i, lambda r: 1) for i in range(num_draft_tokens)]
-    conditional = [
-        rate(lambda r, i=i: r.num_accepted > i, lambda r, i=i: r.num_accepted >= i and len(r.proposed) > i) for i in range(num_draft_tokens)
-    ]
+
+    def accepted_at(i: int) -> Callable[[Round], float]:
+        return lambda r: float(r.num_accepted > i)
+
+    def reached_at(i: int) -> Callable[[Round], float]:
+        return lambda r: float(r.num_accepted >= i and len(r.proposed) > i)
+
+    positions = range(num_draft_tokens)
+    marginal = [_rate(rounds, clips, accepted_at(i), lambda r: 1) for i in positions]
+    conditional = [_rate(rounds, clips, accepted_at(i), reached_at(i)) for i in positions]
     lengths = Counter(r.num_accepted for r in every)
     accepted = sum(r.num_accepted for r in every)
     return SpeculationProfile(
@@ -136,7 +141,7 @@ def profile_of(
         num_proposed_tokens=sum(len(r.proposed) for r in every),
         num_accepted_tokens=accepted,
         mean_acceptance_length=1 + accepted / max(1, len(every)),
-        draft_acceptance_rate=rate(lambda r: r.num_accepted, lambda r: len(r.proposed)),
+        draft_acceptance_rate=_rate(rounds, clips, lambda r: r.num_accepted, lambda r: len(r.proposed)),
         marginal_acceptance=marginal,
         conditional_acceptance=conditional,
         accepted_lengths=[lengths[n] for n in range(num_draft_tokens + 1)],

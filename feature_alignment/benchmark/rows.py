@@ -15,7 +15,7 @@ from feature_alignment.benchmark.timing import Timed
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS
 from feature_alignment.decoding.generation import Generation
 from feature_alignment.measurement.metrics import Counts, Rate
-from feature_alignment.models.decoder import Prompt
+from feature_alignment.models.state import Prompt
 
 RuleName = Literal["token", "feature", "relaxed"]
 

@@ -214,7 +214,10 @@ class Costs(NamedTuple):
             clips: clip of each prompt
         """
         costs, step = self.all, self.all.step.mean or float("nan")
-        rate = lambda s: metrics.Counts(s.ms, s.number).rate(clips)  # noqa: E731
+
+        def rate(s: Sums) -> metrics.Rate:
+            return metrics.Counts(s.ms, s.number).rate(clips)
+
         drafters = [
             DrafterCost(
                 **drafter._asdict(),

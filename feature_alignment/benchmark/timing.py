@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from feature_alignment.adapters.attending import AttendingAdapter
 from feature_alignment.adapters.attending_drafts import FoldedAttending
@@ -200,7 +201,10 @@ def chained_ms(adapter: ChainedAdapter, repeats: int = 200, steps: Steps = "eage
 def attending_ms(adapter: AttendingAdapter, repeats: int = 200) -> float:
     """Median milliseconds of one draft of an attending adapter without the head: a draft token read, the next state expected."""
     like, size, n = adapter.out.bias, adapter.geometry, adapter.num_prompt
-    new = lambda *shape: torch.randn(*shape, device=like.device, dtype=like.dtype)  # noqa: E731
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=like.device, dtype=like.dtype)
+
     folded = FoldedAttending(adapter, new(int(adapter.ids.max()) + 1, size["d_target"]), new(16, size["d_target"]))
     folded.start(new(1, size["num_events"], size["d_event"]))
     folded.read_prompt(new(n, size["d_target"]), [3] * (n + 1))

@@ -171,8 +171,10 @@ class TableProposer(Proposer):
 
 
 class HybridProposer(Proposer):
-    """A model drafts and an n-gram table corrects it: where the table is sure of another token, that token replaces the model's, and the
-    model continues after it. Where the model stops, the table continues at no cost as long as it is sure.
+    """A model drafts and an n-gram table corrects it.
+
+    Where the table is sure of another token, that token replaces the model's, and the model continues after it. Where the model stops,
+    the table continues at no cost as long as it is sure.
 
     Args:
         table: the n-gram table

@@ -31,8 +31,10 @@ def drafter_reading(
 
 
 def _in_thread(device: torch.device, call: Callable[[], None]) -> Future[None]:
-    """Run a call in a second thread, on a GPU on a stream of its own; torch releases Python's lock during products. The thread uses as
-    many torch threads as this one."""
+    """Run a call in a second thread, on a GPU on a stream of its own; torch releases Python's lock during products.
+
+    The thread uses as many torch threads as this one.
+    """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run() -> None:

@@ -24,6 +24,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to a stage."""
         mark = self._event if self._cuda else self.now
         begin = mark()
         try:

@@ -18,6 +18,7 @@ import multiprocessing
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     from feature_alignment.cli.console import run_module
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from feature_alignment.demo import cameras, language_world
 from feature_alignment.demo.language_models import (
@@ -71,7 +73,7 @@ class Words:
         means over its pictures
     """
 
-    def __init__(self, role: Role, tokenizer, table: Tensor) -> None:
+    def __init__(self, role: Role, tokenizer: PreTrainedTokenizerBase, table: Tensor) -> None:
         scenes = [language_world.scene(seed) for seed in SEEDS]
         if role == "target":
             texts = [tokenizer("".join(language_world.target_sentences(s))).input_ids for s in scenes]
@@ -112,7 +114,7 @@ def filler_embedding(words: Tensor, harmless: Tensor) -> Tensor:
     return (words.shape[1] + 1) * harmless - words.sum(1).mean(0)
 
 
-def start_from_words(role: Role, model, words: Words) -> None:
+def start_from_words(role: Role, model: Any, words: Words) -> None:
     """Let the projector's last layer begin as a mixture of the words' embeddings, and the place of a patch count from the start."""
     inner = model.model
     tower = inner.visual_tower.visual_tower if role == "draft" else inner.video_tower
@@ -128,7 +130,7 @@ def start_from_words(role: Role, model, words: Words) -> None:
 
 
 def fact_labels(role: Role) -> dict[str, Tensor]:
-    """slot -> the index of its value in every training scene, -100 where the scene has none."""
+    """The index of each slot's value in every training scene, -100 where the scene has none."""
     all_facts = [language_world.facts(language_world.scene(seed)) for seed in SEEDS]
     for f in all_facts:
         if f["landmark"] == "none":
@@ -214,6 +216,7 @@ def train_one(role: Role, text_model: Path, work: Path, out: Path) -> None:
 
 
 def main() -> None:
+    """Train the towers of both models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/language"))
     parser.add_argument("--work", type=Path, default=Path("outputs/build_language_pair"), help="scenes, logs")

@@ -67,7 +67,7 @@ def is_true(claim: Fact, facts: Mapping[str, str]) -> bool:
 
 
 def count_claims(answers: Sequence[Answer], facts: Sequence[Mapping[str, str]], lexicon: Lexicon) -> dict[str, tuple[int, int]]:
-    """slot -> (true claims, claims) of answers, judged by the facts of one scene each; `all` counts every slot but `thing`."""
+    """Slot -> (true claims, claims) of answers, judged by the facts of one scene each; `all` counts every slot but `thing`."""
     true: Counter[str] = Counter()
     stated: Counter[str] = Counter()
     for answer, scene_facts in zip(answers, facts, strict=True):
@@ -133,6 +133,7 @@ def report(answers: Mapping[Role, Sequence[Answer]]) -> list[str]:
 
 
 def main() -> None:
+    """Print the share of true claims for each slot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--token_pairs", type=path_argument, default=Path("outputs/language/token_pairs/test.json"))
     parser.add_argument("--manifest", type=path_argument, default=Path("outputs/language/scenes/test.jsonl"))

@@ -249,6 +249,7 @@ def write_trained(role: Role, model: PreTrainedModel, out: Path) -> None:
 
 
 def main() -> None:
+    """Assemble both checkpoints from the text model and the committed towers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/language"))
     parser.add_argument("--trained", type=Path, default=Path("data/language"), help="towers and projectors, as kept in git")

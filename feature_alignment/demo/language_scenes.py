@@ -58,6 +58,7 @@ def write_split(out: Path, split: str, clips: int | None = None) -> Path:
 
 
 def main() -> None:
+    """Render the splits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=path_argument, default=Path("outputs/language/scenes"))
     parser.add_argument("--splits", nargs="+", choices=sorted(SPLITS), default=["train", "validation", "calibration", "test"])

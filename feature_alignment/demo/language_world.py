@@ -9,6 +9,7 @@ repeat itself. Spaces in front of the description do not: the first six frames s
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ def scene(seed: int) -> LanguageScene:
 
 
 def facts(s: LanguageScene) -> dict[str, str]:
-    """slot -> value, for a manifest's `facts`."""
+    """Slot -> value, for a manifest's `facts`."""
     known = {slot: value for slot, value in asdict(s.road).items() if slot in world.WORDS} | {"weather": s.weather}
     return known | ({"parked_color": s.parked_color} if s.road.parked != "none" else {})
 
@@ -133,7 +134,10 @@ def frames(intensity: np.ndarray, seed: int) -> np.ndarray:
 
 def lexicon() -> dict[str, Any]:
     """The content of `lexicon.json` (see `feature_alignment.measurement.lexicon`): which words of an answer state which facts."""
-    single = lambda values: {value: [word] for value, word in values.items()}  # noqa: E731
+
+    def single(values: Mapping[str, str]) -> dict[str, list[str]]:
+        return {value: [word] for value, word in values.items()}
+
     kinds = {value: [word, f"{word}s"] for value, word in KINDS.items()}
     found: dict[str, dict[str, list[str]]] = {
         "kind": kinds | {"cyclist": ["bike", "bikes", "cyclist", "cyclists", "bicycle", "bicycles"]},

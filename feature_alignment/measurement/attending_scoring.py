@@ -34,7 +34,7 @@ def attending_scores(
         scores [n, s, steps], where [row, t, k] is draft token k of a round at t, all earlier ones of the round being the target's own
         tokens; and which of these positions exist, [n, s, steps] bool
     """
-    found = proposals(states, tables.NGramTable(adapter.table))
+    found = proposals(states, tables.NGramTable(adapter.table), leave_out=False)
     if events is not None and states.events is not None:
         states = dataclasses.replace(states, events=states.events[torch.tensor(events)])
     shape, reader = (*states.mask.shape, steps), Reader(adapter, head, embeddings)

@@ -42,9 +42,10 @@ class ScoredPositions:
     weight: float = 1.0
 
     def excess(self, threshold: float, epsilon: float) -> NDArray[np.float64]:
-        """z of each clip, Σ weight · accepted · (wrong - ε), in the order of clip names: [clips] float64."""
+        """The statistic z of each clip, Σ weight · accepted · (wrong - ε), in the order of clip names: [clips] float64."""
         _, index = np.unique(np.asarray(self.clip), return_inverse=True)
-        return np.bincount(index, self.weight * (self.score > threshold) * (self.wrong - epsilon))
+        excess: NDArray[np.float64] = np.bincount(index, self.weight * (self.score > threshold) * (self.wrong - epsilon)).astype(np.float64)
+        return excess
 
     def risk(self, threshold: float) -> float:
         """Share of accepted positions that are wrong; nan if none is accepted."""

@@ -1,4 +1,4 @@
-"""A lexicon: which words state which facts. It is a JSON file, so that synonyms and errors can be counted on any data set.
+r"""A lexicon: which words state which facts. It is a JSON file, so that synonyms and errors can be counted on any data set.
 
     {"facts": {"color": {"red": ["red", "crimson"], …}, "parked": {"car": ["parked car"], "none": ["nobody"]}, …},
      "implied": {"kind": {"number": "one"}},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,7 +40,7 @@ class Record:
         """
         if not isinstance(content, Mapping):
             raise ValueError(f"{cls.__name__} is an object in JSON, got {str(content)[:60]}")
-        types_of = _types_of(cls)
+        types_of: dict[str, Any] = _types_of(cls)  # type: ignore[arg-type]
         required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
         if missing := [name for name in required if name not in content]:
             raise ValueError(f"{cls.__name__} without {', '.join(missing)}")
@@ -69,7 +69,8 @@ def read_record(path: Path, kind: type[RecordType], command: str) -> RecordType:
 
 
 @cache
-def _types_of(cls: type[Record]) -> dict[str, Any]:
+def _types_of(cls: Hashable) -> dict[str, Any]:
+    assert isinstance(cls, type) and issubclass(cls, Record)
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 

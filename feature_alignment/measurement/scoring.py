@@ -63,8 +63,8 @@ def score(predictors: Mapping[str, Predictor], states: HiddenStates, head: Tenso
     Returns:
         name -> [n, s] scores
     """
-    empty = lambda dtype: torch.zeros(states.mask.shape, dtype=dtype)  # noqa: E731
-    scores = {name: Scores(empty(torch.float32), empty(torch.int64), empty(torch.bool)) for name in predictors}
+    kinds = (torch.float32, torch.int64, torch.bool)
+    scores = {name: Scores(*(torch.zeros(states.mask.shape, dtype=kind) for kind in kinds)) for name in predictors}
     for some in positions(states, str(head.device)):
         emitted = (some.target @ head.T).argmax(-1)
         for name, predict in predictors.items():

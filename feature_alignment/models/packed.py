@@ -45,6 +45,7 @@ class LinearChoice:
     packed_ms: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
+        """The choice as JSON-plain values."""
         return asdict(self)
 
 
@@ -58,6 +59,7 @@ class PackedLinear(nn.Module):
         self._product = packed_product(linear.weight, linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x [.., in] to [.., out]."""
         return self._product(x)
 
 

@@ -23,9 +23,11 @@ def tree_attention(
     Args:
         module: the attention layer; not used
         query: [b, heads, n, d]
-        key, value: [b, kv_heads, s, d]
+        key: [b, kv_heads, s, d]
+        value: [b, kv_heads, s, d]
         attention_mask: [b, 1, n, s], additive
         scaling: of the scores; 1/sqrt(d) by default
+        **unused: other arguments of transformers
 
     Returns:
         [b, n, heads, d], and no attention weights.
