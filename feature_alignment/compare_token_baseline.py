@@ -136,9 +136,8 @@ def token_adapter_report(cfg: ComparisonConfig, rows: Sequence[Row], eos_ids: Se
     with torch.device("meta"):
         at_7b = token_adapter.TokenAdapter(*LAYOUT_7B).num_parameters
     width = max(len(r["vl_tokens"]) for r in rows)
-    correct = torch.nn.functional.pad(
-        token_adapter.token_matches(model, [dict(r) for r in rows], min(eos_ids, default=0)), (0, max(0, width - text.shape[1]))
-    )[:, :width]
+    matches = token_adapter.token_matches(model, rows, min(eos_ids, default=0))
+    correct = torch.nn.functional.pad(matches, (0, max(0, width - text.shape[1])))[:, :width]
     report = verified(correct, rows, cfg.num_draft_tokens, eos_ids, model.num_parameters)
     return replace(report, params_7b=at_7b, overhead_ms=ms, seconds=meta["seconds"])
 
@@ -237,12 +236,12 @@ def compare(cfg: ComparisonConfig) -> dict[str, Any]:
         lines = [{"table": title, **dict(zip(header, row, strict=True))} for title, header, rows_of in printed for row in rows_of]
         meta = provenance("compare_token_baseline", cfg, made_from, identity)
         report = replace(report, meta=meta, rows=lines)
-        markdown = [f"**{title}**\n\n{markdown_table(header, cells)}\n" for title, header, cells in printed]
+        markdown = [f"**{title}**\n\n{markdown_table(header, lines)}\n" for title, header, lines in printed]
         write_text(path.parent / "comparison.md", "\n".join(markdown))
         files = ("comparison.md", *(("threshold_sweep.png",) if report.kept_by_cosine else ()))
         write_hashed_json(path, report.to_json(), files)
-    for title, header, cells in tables(report, cfg.num_draft_tokens):
-        print_table(title, header, cells)
+    for title, header, lines in tables(report, cfg.num_draft_tokens):
+        print_table(title, header, lines)
     if report.examples:
         columns = ("source", "before", "drafted", "said", "verdict", "cosine")
         examples = [[getattr(e, column) for column in columns] for e in report.examples]

@@ -308,7 +308,9 @@ def initialized_adapter(
     (sample,) = prompted_texts(states, found, shuffled(len(states.target), 512, 0, 0)[:1], cfg.device)
     real = sample.states[sample.mask]
     num_events, d_event = sample.events.shape[1:]
-    without: list[Part] = [*(["events"] if cfg.blind else []), *cfg.without]
+    without: list[Part] = [*cfg.without]
+    if cfg.blind:
+        without.append("events")
     adapter = AttendingAdapter(
         real.shape[1],
         d_event,

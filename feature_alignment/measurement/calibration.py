@@ -42,10 +42,9 @@ class ScoredPositions:
     weight: float = 1.0
 
     def excess(self, threshold: float, epsilon: float) -> NDArray[np.float64]:
-        """The statistic z of each clip, Σ weight · accepted · (wrong - ε), in the order of clip names: [clips] float64."""
+        """Sum z of each clip, Σ weight · accepted · (wrong - ε), in the order of clip names: [clips] float64."""
         _, index = np.unique(np.asarray(self.clip), return_inverse=True)
-        excess: NDArray[np.float64] = np.bincount(index, self.weight * (self.score > threshold) * (self.wrong - epsilon)).astype(np.float64)
-        return excess
+        return np.bincount(index, self.weight * (self.score > threshold) * (self.wrong - epsilon))
 
     def risk(self, threshold: float) -> float:
         """Share of accepted positions that are wrong; nan if none is accepted."""
