@@ -16,7 +16,6 @@ from feature_alignment.adapters.attending import AttendingAdapter, load_attendin
 from feature_alignment.adapters.attending_drafts import FoldedAttending
 from feature_alignment.adapters.attending_training import (
     PromptedTexts,
-    Proposals,
     Reader,
     answers_of,
     prompted_texts,
@@ -467,7 +466,6 @@ def test_a_proposal_of_nothing_adds_nothing():
     with torch.inference_mode():
         (step,) = Reader(adapter, head, embeddings).roll_out(nothing, torch.arange(9)[None], 1)
     torch.testing.assert_close(step.logits, step.expected @ head[adapter.ids].T)
-    assert isinstance(Proposals(text.proposed, text.buckets).tokens, torch.Tensor)
 
 
 def test_stored_prompt_states_are_those_that_decoding_meets(finished):
