@@ -2,7 +2,8 @@
 
 reads   both checkpoints, adapter/adapter.pt, chained_adapter/adapter.pt, a manifest, token_pairs/<train split>.json,
         acceptance/acceptance.json
-writes  benchmark/benchmark.json, report.md, report.html, five pictures; with --planted_acceptance planted.json and planted.md instead
+writes  benchmark/benchmark.json, speculation_profile.json, report.md, report.html, five pictures; with --planted_acceptance
+        planted.json and planted.md instead
 
     python feature_alignment/benchmark_feature_sd.py --config configs/demo.yaml
     python feature_alignment/benchmark_feature_sd.py compare A.json B.json
@@ -96,7 +97,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     from feature_alignment.benchmark import report, transformers_baselines
     from feature_alignment.benchmark.plots import PICTURES
     from feature_alignment.benchmark.results import BenchmarkReport
-    from feature_alignment.benchmark.run import Measurements, part_costs, take_turns
+    from feature_alignment.benchmark.run import Measurements, part_costs, profiles, take_turns
     from feature_alignment.decoding.plain import greedy
     from feature_alignment.measurement.records import read_record
     from feature_alignment.measurement.reports import AcceptanceReport
@@ -124,12 +125,15 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     ways: dict[str, Callable[[Prompt], Generation]] = {"plain": lambda prompt: greedy(target, prompt, cfg.max_new_tokens)}
     ways |= transformers_baselines.ways(target, cfg.max_new_tokens, cfg.num_draft_tokens[0], cfg.assistant_layers)
     timed = take_turns(setup, ways, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
-    about: dict[str, Any] = {"device": cfg.device, "dtype": cfg.dtype, "unrecorded": fixed.eager_fallbacks}
+    about: dict[str, Any] = {"device": cfg.device, "dtype": cfg.dtype, "eager_fallbacks": fixed.eager_fallbacks}
     about["linear"] = {role: decoder.linear.to_json() for role, decoder in (("target", target), ("draft", setup.pair.draft))}
     meta = provenance("benchmark_feature_sd", cfg, made_from, identity, **about)
-    result, shown = results_of(cfg, Measurements.of(setup, timed, part_cost), acceptance, list(ways)[1:], meta)
+    measurements = Measurements.of(setup, timed, part_cost)
+    result, shown = results_of(cfg, measurements, acceptance, list(ways)[1:], meta)
     report.write_benchmark_report(result, shown, target.tokenizer.decode, out)
-    files = ("report.md", "report.html", *(f"{name}.png" for name in PICTURES))
+    found = profiles(measurements, result.cost)
+    write_hashed_json(out / "speculation_profile.json", {"meta": meta, "profiles": [p.to_json() for p in found]})
+    files = ("report.md", "report.html", "speculation_profile.json", *(f"{name}.png" for name in PICTURES))
     write_hashed_json(out / "benchmark.json", result.to_json(), files)  # Last: its presence means that the report is complete.
     _show(result, out, reused=False)
     return result.to_json()

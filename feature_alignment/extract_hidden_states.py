@@ -138,7 +138,7 @@ def extract(
                 length = min(len(v), len(g))  # `own` is paired by index, up to the shorter text
                 about: dict[str, Any] = dict(entries[file_row[row]])
                 if repairs := repairs_of(sample.events, sample.video):
-                    about["mended"] = repairs
+                    about["repaired"] = repairs
                 for model, decoder, tokens in (("vl", pair.target, vl_tokens), ("egpt", pair.draft, egpt_tokens)):
                     about |= {f"{model}_tokens": tokens, f"{model}_text": decoder.tokenizer.decode(tokens, skip_special_tokens=True)}
                 about["cut"] = cuts(vl_tokens, egpt_tokens, read, cfg, pair)
@@ -325,11 +325,11 @@ def report(cfg: ExtractConfig, out: Path, reused: bool, first: bool = True) -> d
     rows = [(model, meta["rows"], meta["positions"], size, "+".join(map(str, layers)), norm) for model, size, layers, norm in models]
     if not reused:
         print_table(f"hidden states of {out.name}, prefix: {cfg.prefix}", ("model", "rows", "positions", "width", "layers", "norm"), rows)
-    for kind, count in {**meta["mended"], **meta["cut"]}.items():
+    for kind, count in {**meta["repaired"], **meta["cut"]}.items():
         log.info("extract  %s: %d of %d rows", kind, count, meta["rows"])
     if cfg.shard:
         log.info("extract  with the folders of all shards under %s, run the command with --merge instead of --shard", out.parent)
-    counted = {key: meta[key] for key in ("rows", "positions", "mended", "cut")}
+    counted = {key: meta[key] for key in ("rows", "positions", "repaired", "cut")}
     print_json_line({"split": cfg.split, **counted, "reused": reused, "written": str(out)})
     return meta
 

@@ -328,12 +328,12 @@ def test_what_is_written_has_the_shape_that_was_announced(tmp_path):
 
 def test_what_was_repaired_or_cut_is_counted_over_all_rows(tmp_path):
     writer = open_writer(tmp_path / "a", rows=3)
-    for row, more in enumerate(({"mended": ["x", "y"]}, {"mended": ["x"], "cut": ["z"]}, {})):
+    for row, more in enumerate(({"repaired": ["x", "y"]}, {"repaired": ["x"], "cut": ["z"]}, {})):
         writer.write(row, {DRAFT: torch.ones(2, 6), TARGET: torch.ones(2, 4)}, [5, 2], {"id": f"s{row}", **more})
     writer.commit()
     writer.finish(META)
     meta = read_json(tmp_path / "a" / "meta.json", "")
-    assert (meta["mended"], meta["cut"], meta["positions"]) == ({"x": 2, "y": 1}, {"z": 1}, 6)
+    assert (meta["repaired"], meta["cut"], meta["positions"]) == ({"x": 2, "y": 1}, {"z": 1}, 6)
     assert meta["row_bytes"] == {DRAFT: 5 * 6 * 4, TARGET: 5 * 4 * 4} and meta["plan"] == plan_hash([{"id": f"s{i}"} for i in range(3)])
 
 

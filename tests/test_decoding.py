@@ -150,7 +150,7 @@ def test_a_hybrid_believes_a_sure_table_and_else_the_model():
     sure, empty = NGram([("", plain.token_ids)] * 30), NGram([("", [9])])
     rounds = {}
     for name, table, drafter in (
-        ("mended", sure, noisy_copy(model, 5.0)),
+        ("repaired", sure, noisy_copy(model, 5.0)),
         ("left alone", empty, model),
         ("lost", empty, noisy_copy(model, 5.0)),
     ):
@@ -158,7 +158,7 @@ def test_a_hybrid_believes_a_sure_table_and_else_the_model():
         got = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=20)
         assert got.token_ids == plain.token_ids
         rounds[name] = got.passes
-    assert rounds["mended"] == rounds["left alone"] == 4 < rounds["lost"]
+    assert rounds["repaired"] == rounds["left alone"] == 4 < rounds["lost"]
 
 
 def test_a_hybrid_goes_on_where_the_model_stops():

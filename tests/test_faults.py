@@ -381,11 +381,11 @@ def test_what_is_mended_or_cut_is_counted(finished, tmp_path, capsys):
     meta = main_of("extract_hidden_states")([*run, f'--manifests={{"test": "{tmp_path}/scenes/test.jsonl"}}'])
     rows = [json.loads(line) for line in (tmp_path / "out" / "hidden_states" / "test" / "samples.jsonl").read_text().splitlines()]
     limit = sum(r["vl_tokens"][-1] != 2 for r in rows)
-    assert meta["mended"] == {"sorted by time": 4, "polarity -1 read as 0": 4} and rows[0]["mended"]
+    assert meta["repaired"] == {"sorted by time": 4, "polarity -1 read as 0": 4} and rows[0]["repaired"]
     assert meta["cut"]["Video-LLaVA's answer reached max_new_tokens"] == limit > 0
     assert meta["cut"]["states beyond max_positions not kept"] == sum(len(r["vl_tokens"]) > 3 for r in rows)
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert printed["mended"] == meta["mended"] and printed["cut"] == meta["cut"]
+    assert printed["repaired"] == meta["repaired"] and printed["cut"] == meta["cut"]
 
 
 # ---- the command that looks through a run

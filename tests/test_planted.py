@@ -37,7 +37,7 @@ def test_planted_rows_say_so_and_need_no_trained_adapter(tiny_run, tmp_path, cap
     assert result["baselines"][0]["tokens"] == 3 * 12, "no text ends early"
     for row in result["rows"]:
         assert row["accept"] == "planted" and row["speedup"]["value"] > 0 and row["corrected_speedup"] > 0
-    assert result["meta"]["unrecorded"] == []
+    assert result["meta"]["eager_fallbacks"] == []
     found = {(r["draft"], r["planted_acceptance"]): (r["acceptance_rate"]["value"], r["tokens_per_pass"]) for r in result["rows"]}
     assert found["chained", 0.5] == found["aligned", 0.5], "a prompt's drafts have one fate, whoever made them"
     for draft in ("chained", "aligned"):

@@ -122,7 +122,7 @@ def measure(cfg: Common, settings: PlantedSettings, samples: Sequence[Sample], m
     )
     facts = {
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "unrecorded": fixed.eager_fallbacks,
+        "eager_fallbacks": fixed.eager_fallbacks,
         "linear": {"target": target.linear.to_json(), "draft": pair.draft.linear.to_json()},
     }
     return PlantedReport(

@@ -11,6 +11,7 @@ import numpy as np
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.benchmark import fidelity, speed_model, targets, timing
 from feature_alignment.benchmark.costs import Bound, Cost, DecodingCosts, PartCosts
+from feature_alignment.benchmark.profile import ProfileCosts, SpeculationProfile, profile_of
 from feature_alignment.benchmark.results import BenchmarkRow, FastestLossless, Fidelity, GenerateBaseline, Mismatch, PlainBaseline, Speedup
 from feature_alignment.benchmark.rows import Mode, answering, layers_of, timed_row
 from feature_alignment.benchmark.timing import Timed, decode_ms, total_ms
@@ -153,6 +154,7 @@ def speculative(setup: Setup, mode: Mode, max_new_tokens: int) -> Callable[[int]
             max_new_tokens=max_new_tokens,
             controller=controller,
             overlap=mode.overlap,
+            cosines=mode.accept != "token",
         )
 
     return answer
@@ -217,6 +219,25 @@ def cost_of(found: Measurements, rows: Sequence[BenchmarkRow]) -> Cost:
         if round_cost and is_fixed:
             bound[mode.draft] = speed_model.bound(row.acceptance_rate.value, round_cost, found.decoding_cost.v)
     return Cost.of(found.part_cost, found.decoding_cost, bound)
+
+
+def profiles(found: Measurements, cost: Cost) -> list[SpeculationProfile]:
+    """The profile of every drafter with a lossless row of a fixed draft length, measured on its longest one.
+
+    Args:
+        found: timed runs
+        cost: benchmark.json's `cost`
+    """
+    fixed = [m for m in found.setup.modes if m.accept == "token" and not m.adaptive and m.exit_layer is None]
+    longest = {m.draft: m for m in sorted(fixed, key=lambda m: m.num_draft_tokens)}
+    adaptive = {m.draft: m for m in found.setup.modes if m.adaptive and not m.overlap}
+    profiles = []
+    for draft, mode in longest.items():
+        spent = found.costs.all.round_cost(speed_model.drafter_of(mode))
+        costs = ProfileCosts(spent.c if spent else None, spent.r if spent else 0.0, dict(cost.v))
+        runs = found.timed[adaptive[draft]] if draft in adaptive else None
+        profiles.append(profile_of(draft, mode.num_draft_tokens, found.timed[mode], found.setup.clips, costs, runs))
+    return profiles
 
 
 def fastest_lossless(found: Measurements, rows: Sequence[BenchmarkRow]) -> FastestMode:

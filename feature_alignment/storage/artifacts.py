@@ -44,7 +44,7 @@ def provenance(script: str, cfg: Common, made_from: Sources, identity: RunIdenti
         "config": as_plain(cfg),
         **(identity or identity_of(script, cfg, made_from)).as_dict(),
         "inputs": {name: str(p) if isinstance(p, Path) else [str(q) for q in p] for name, p in made_from.items()},
-        "mended": repaired_files(),
+        "repaired": repaired_files(),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in ("torch", "transformers", "numpy")},

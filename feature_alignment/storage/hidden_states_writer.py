@@ -313,7 +313,7 @@ class HiddenStatesWriter:
     def finish(self, meta: dict[str, Any], token_pairs: Path | None = None) -> None:
         """Write the remaining files of the run, and its answers to `token_pairs`, and rename the folder to its final name."""
         count, width = self._rows, self._longest
-        counts: dict[str, Counter[str]] = {"mended": Counter(), "cut": Counter()}
+        counts: dict[str, Counter[str]] = {"repaired": Counter(), "cut": Counter()}
         token_ids, lengths = torch.zeros(count, width, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
         with file_named(self.part / "samples.jsonl"), (self.part / "samples.jsonl").open("w") as stream:
             for row, about in enumerate(self.rows()):

@@ -37,7 +37,7 @@ import feature_alignment
 from feature_alignment.cli.config import Common, as_plain
 from feature_alignment.storage.files import config_hash, file_hash
 
-SCHEMA = 4  # version of the recorded identity; files of older versions are not reused
+SCHEMA = 5  # version of the recorded identity; files of older versions are not reused
 RECORDED_AND_CURRENT = "{}: {} recorded, {} now"
 PACKAGE = "feature_alignment"
 RECORDS_ONLY = {
