@@ -87,7 +87,7 @@ def test_files_of_our_own_name_sample_and_question(tmp_path):
         write_json(tmp_path / "c.json", broken | {"content_hash": content_hash(broken)})
         with pytest.raises(UserError, match="row 1: wanted sample_id and query"):
             read_token_pairs(tmp_path / "c.json")
-    with pytest.raises(UserError, match=r"(?s)is not there.*--split gone"):
+    with pytest.raises(UserError, match=r"(?s)does not exist.*--split gone"):
         read_token_pairs(tmp_path / "gone.json")
 
 
@@ -119,7 +119,7 @@ def test_answers_of_another_run_are_refused_by_name(tmp_path, caplog):
         caplog.clear()
     other = dataclasses.replace(IDENTITY, settings=IDENTITY.settings | {"dtype": "bfloat16"})
     with pytest.raises(
-        UserError, match=r"(?s)of another run:\n  dtype: float32 there, bfloat16 now\nLeave --answers out to generate them\.$"
+        UserError, match=r"(?s)of another run:\n  dtype: float32 recorded, bfloat16 now\nLeave --answers out to generate them\.$"
     ):
         load_answers(path, other, rows())
     code = dataclasses.replace(IDENTITY, code={"models.pair": "d"})

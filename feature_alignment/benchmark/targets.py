@@ -28,7 +28,7 @@ class AdapterInUse:
     """The adapter of the fastest lossless row, and the same recipe at the width of the 7B models.
 
     Args:
-        name: "hidden" or "chained"
+        name: "hidden", "chained" or "attending"
         parameters: number of parameters
         parameters_wide: the same at width 4096
         overhead_ms: milliseconds per draft token while decoding that row
