@@ -81,7 +81,7 @@ class FoldedChain:
         """What drafts after a prompt attend to.
 
         Args:
-            seen: keys and values of EventGPT's event states, [b, heads, e, w / heads] each, from `ChainedAdapter.see`
+            seen: keys and values of EventGPT's event states, [b, heads, e, w / heads] each, from `ChainedAdapter.encode_events`
         """
         keys, values = seen
         b, _, e, d_head = keys.shape
