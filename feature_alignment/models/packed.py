@@ -118,7 +118,7 @@ def best_cpu_linear(model: nn.Module, head: nn.Linear | None = None) -> LinearCh
 
     Args:
         model: the text decoder; its layers are replaced in place if packing wins
-        head: the LM head, which takes part in the trial; whoever runs it packs it (`packed_product`)
+        head: the LM head, which takes part in the trial; its caller packs it (`packed_product`)
 
     Returns:
         The choice. With kind "torch" nothing has changed.
