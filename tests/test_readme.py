@@ -134,7 +134,7 @@ def test_each_command_names_a_program_and_files_that_exist(line):
 
 
 def test_each_flag_is_known():
-    for name in (*SCRIPTS, "models.pair"):
+    for name in (*SCRIPTS, "models.pair", "adapters.share"):
         import_module(f"feature_alignment.{name}")
     kinds, known = [Common], {"help", "print_config", "config", "no_resume", "splits"}
     known |= {"modules", "sample"}  # of tests.mutate
