@@ -73,7 +73,7 @@ def test_the_drafter_prefills_while_the_target_prefills():
     for _ in range(3):
         found = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=8, overlap=True)
     spans = {stage: (begin, end) for stage, begin, end in found.spans if "prefill" in stage}
-    assert spans["draft_prefill, beside"][0] < spans["target_prefill"][1]
+    assert spans["draft_prefill, overlapped"][0] < spans["target_prefill"][1]
 
 
 def test_a_garbage_decoder_does_not_invalidate_a_capture():

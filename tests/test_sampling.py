@@ -1,5 +1,7 @@
-"""Sampling is lossless: drafted or not, the first tokens have jointly the law of sampling from the target alone (chi-square tests, with
-fixed seeds; a right sampler would fail one with probability ERROR)."""
+"""Sampling is lossless: with and without drafting, the first tokens have the joint distribution of sampling from the target alone.
+
+Chi-square tests with fixed seeds; a correct sampler fails one with probability ERROR.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,11 @@ PROMPT = (1, 5, 9, 13)
 TEXTS = [("", [3, 4, 5, 3, 2]), ("", [4, 5, 3, 2]), ("", [3, 4, 0, 2])]
 
 
-def p_value(counts: Counter, law: dict) -> float:
+def p_value(counts: Counter, distribution: dict) -> float:
     """Of Pearson's chi-square; cells expected fewer than five times are counted as one."""
     n = sum(counts.values())
-    assert set(counts) <= set(law)
-    cells = [(counts[x], p * n) for x, p in law.items() if p * n >= 5]
+    assert set(counts) <= set(distribution)
+    cells = [(counts[x], p * n) for x, p in distribution.items() if p * n >= 5]
     rest = n - sum(c for c, _ in cells), n - sum(e for _, e in cells)
     cells += [rest] if rest[1] > 1 else []
     statistic = sum((c - e) ** 2 / e for c, e in cells)
@@ -58,8 +60,8 @@ def target():
 
 @pytest.fixture(scope="module")
 @torch.inference_mode()
-def law(target) -> dict[tuple[int, ...], float]:
-    """The probability of every beginning of LENGTH tokens, or fewer that end."""
+def distribution(target) -> dict[tuple[int, ...], float]:
+    """Probability of every text prefix of LENGTH tokens, or fewer if EOS ends it."""
     done, open_ends = {}, {(): 1.0}
     for _ in range(LENGTH):
         longer = {}
@@ -68,13 +70,13 @@ def law(target) -> dict[tuple[int, ...], float]:
             longer |= {(*text, i): p * float(q) for i, q in enumerate((logits / TEMPERATURE).softmax(-1))}
         done |= {text: p for text, p in longer.items() if text[-1] == EOS}
         open_ends = {text: p for text, p in longer.items() if text[-1] != EOS}
-    law = done | open_ends
-    assert abs(sum(law.values()) - 1) < 1e-5 and sum(p > 0.01 for p in law.values()) > 15  # no foregone conclusion
-    return law
+    distribution = done | open_ends
+    assert abs(sum(distribution.values()) - 1) < 1e-5 and sum(p > 0.01 for p in distribution.values()) > 15  # the distribution is broad
+    return distribution
 
 
 class Remembered(Decoder):
-    """A decoder whose states are read off a table of texts, each computed once by the real model: 20,000 texts in seconds."""
+    """A decoder that computes the states of each text once: 20,000 texts in seconds."""
 
     def __init__(self, real: Decoder) -> None:
         vars(self).update(vars(real))
@@ -128,7 +130,7 @@ def proposer_for(source: str, target):
 
 @torch.inference_mode()
 def counted(target, proposer, sampler, n: int, gamma: int = 2, controller=None) -> tuple[Counter, int]:
-    """Beginnings of n texts, and how many drafts were kept in them. Two tokens more are drafted than looked at: a round may cross."""
+    """Prefixes of n texts and the number of accepted draft tokens. Rounds may cross the end of a prefix."""
     counts, kept, prompt = Counter(), 0, prompt_of(*PROMPT)
     for i in range(n):
         if sampler.shared_noise:
@@ -149,14 +151,14 @@ CASES = [*FAST, *[pytest.param(s, g, DRAWS, shared, marks=pytest.mark.slow) for 
 
 
 @pytest.mark.parametrize(("source", "gamma", "n", "shared"), CASES)
-def test_drafts_do_not_change_the_law(target, law, source, gamma, n, shared):
+def test_speculative_sampling_has_the_targets_distribution(target, distribution, source, gamma, n, shared):
     sampler = Sampler(TEMPERATURE, seed=1, shared_noise=shared)
     counts, kept = counted(target, proposer_for(source, target), sampler, n, gamma)
-    assert kept > (0 if source == "lookup" else n / 20) and p_value(counts, law) > ERROR
+    assert kept > (0 if source == "lookup" else n / 20) and p_value(counts, distribution) > ERROR
 
 
 class Drawn(Proposer):
-    """Draws one token after another from q; a model whose head says the same everywhere."""
+    """Draws one token after another from q, the same distribution at every position."""
 
     def __init__(self, q: Tensor) -> None:
         self._logits = q.log()[None]
@@ -180,24 +182,24 @@ class Says(NGram):
         return self._said
 
 
-# what the table is sure of, where the target's law is P and the model's is Q
+# the table's token and share, where the target's distribution is P and the model's is Q
 P, Q = torch.tensor([0.5, 0.3, 0.2, 0.0]), torch.tensor([0.9, 0.05, 0.05, 0.0])
-SHAPES = {"what both like": (0, 1.0), "what the model dislikes": (1, 1.0), "an impossible token": (3, 1.0), "nothing": (0, 0.2)}
+SHAPES = {"probable for both": (0, 1.0), "improbable for the model": (1, 1.0), "an impossible token": (3, 1.0), "nothing": (0, 0.2)}
 
 
 @pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_hybrid_keeps_the_law_whatever_its_table_is_sure_of(shape, shared):
-    """Draft tokens of the table's are point masses, also where the model drew the same token."""
+def test_a_hybrid_is_lossless_for_any_table(shape, shared):
+    """Draft tokens of the table are point masses, even where the model drew the same token."""
     sampler, proposer = Sampler(1.0, seed=7, shared_noise=shared), HybridProposer(Says(*SHAPES[shape]), Drawn(Q))
-    proposer.selector = law = TokenSelector(sampler=sampler)
+    proposer.selector = selector = TokenSelector(sampler=sampler)
     proposer.start(prompt_of(*PROMPT), watch := Stopwatch())
     counts, gamma = Counter(), 2
     for i in range(DRAWS):
         if shared:
             sampler.restart(i)
         draft = proposer.propose([0], P[None], gamma, watch)
-        kept, after = law.accept(draft.token_ids, draft.probs, P.log().expand(gamma + 1, -1), [0])
+        kept, after = selector.accept(draft.token_ids, draft.probs, P.log().expand(gamma + 1, -1), [0])
         text = [*draft.token_ids[: int(kept.sum())].tolist(), int(after)]
         text += [int(sampler.draw(P[None], 1 + len(text))) for _ in range(2 - len(text))]
         counts[tuple(text[:2])] += 1
@@ -205,8 +207,8 @@ def test_a_hybrid_keeps_the_law_whatever_its_table_is_sure_of(shape, shared):
     assert p_value(counts, joint) > ERROR
 
 
-def test_a_drafts_law_lies_where_its_model_is():
-    """The rows of the table's tokens are made on the device of the model's, not where token ids are."""
+def test_probabilities_of_table_tokens_are_on_the_models_device():
+    """They join the model's rows, so the device of the token ids does not matter."""
     proposer = HybridProposer(Says(1, 1.0), Drawn(Q.to("meta")))
     proposer._model.propose = lambda *_: Draft(torch.tensor([0, 0, 2]), probs=Q.to("meta").expand(3, -1))
     proposer._table.guess = lambda question, prefix: (1, 1.0) if len(prefix) == 2 else (0, 0.0)
@@ -215,20 +217,21 @@ def test_a_drafts_law_lies_where_its_model_is():
     assert proposer.propose([0], P[None], 2, watch).probs.device.type == "meta"
 
 
-def test_with_shared_noise_a_text_is_plain_decodings(target):
-    """Whatever drafts, however long its drafts are, wherever rounds begin."""
+def test_with_shared_noise_the_text_equals_plain_sampling(target):
+    """For any drafter, any draft lengths and any start of a round."""
     prompt, r = prompt_of(*PROMPT), random.Random(0)
 
-    class Moody(DraftLengthController):
-        """Drafts any number of tokens, or none: what a clock might make of it."""
+    class RandomLengths(DraftLengthController):
+        """Random draft lengths, as unpredictable timing might choose them."""
 
         def next_confidence_floor(self):
             return r.choice([None, 0.0, 0.3, 0.9])
 
-        def most(self, floor, has_confidence=True):
-            return r.randint(1, 5)
+        def max_draft_tokens(self, confidence_floor, has_confidence=True):
+            lengths.add(length := r.randint(1, 5))
+            return length
 
-    texts = set()
+    texts, lengths = set(), set()
     for seed in range(30):
         sampler = Sampler(TEMPERATURE, seed, shared_noise=True)
         wanted = decode_plainly(target, prompt, 12, sampler).token_ids
@@ -239,18 +242,18 @@ def test_with_shared_noise_a_text_is_plain_decodings(target):
                 prompt,
                 prompt,
                 sampler=sampler,
-                controller=Moody(0.9),
+                controller=RandomLengths(0.9),
                 overlap=seed % 2 == 0,
                 max_new_tokens=12,
             )
             assert got.token_ids == wanted
         texts.add(tuple(wanted))
-    assert len(texts) > 15
+    assert len(texts) > 15 and lengths == {1, 2, 3, 4, 5}
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_how_often_a_draft_token_is_kept(shared):
-    """The maximal coupling keeps sum(min(p, q)); shared noise somewhat less, and at least (1 - d) / (1 + d)."""
+def test_acceptance_rates_of_both_couplings(shared):
+    """The maximal coupling accepts sum(min(p, q)); shared noise somewhat less, and at least (1 - d) / (1 + d)."""
     sampler = Sampler(1.0, 3, shared_noise=shared)
     overlap = float(torch.minimum(P, Q).sum())
     kept = 0
@@ -266,30 +269,31 @@ def test_how_often_a_draft_token_is_kept(shared):
         assert abs(rate - overlap) < 0.015
 
 
-def test_plain_sampling_has_the_law(target, law):
+def test_plain_sampling_has_the_targets_distribution(target, distribution):
     sampler = Sampler(TEMPERATURE, seed=2)
     counts = Counter(tuple(decode_plainly(target, prompt_of(*PROMPT), LENGTH, sampler).token_ids) for _ in range(500))
-    assert p_value(counts, law) > ERROR
+    assert p_value(counts, distribution) > ERROR
 
 
-class KeepsTooMuch(Sampler):
+class AcceptsTooMuch(Sampler):
+    """Wrong: accepts with a probability above p / q."""
+
     def accept(self, draft_ids, draft_probs, target_probs, position=0):
         return super().accept(draft_ids, draft_probs, torch.cat([target_probs[:-1].sqrt(), target_probs[-1:]]), position)
 
 
 class ReplacesFromP(Sampler):
-    """Not from what is left of p."""
+    """Wrong: replaces rejected tokens by draws from p instead of max(0, p - q)."""
 
     def accept(self, draft_ids, draft_probs, target_probs, position=0):
         kept, _ = super().accept(draft_ids, draft_probs, target_probs, position)
         return kept, self.draw(target_probs[int(kept.sum())][None])[0]
 
 
-@pytest.mark.parametrize("kind", [Sampler, KeepsTooMuch, ReplacesFromP])
+@pytest.mark.parametrize("kind", [Sampler, AcceptsTooMuch, ReplacesFromP])
 @pytest.mark.parametrize("drawn", [True, False])
-def test_judging_drafts(kind, drawn):
-    """Drafts from q, judged by p in every place: the kept ones and the token behind them have the joint law p x p x p. Two wrong ways
-    of judging are found out."""
+def test_accepted_and_replacement_tokens_have_the_joint_distribution(kind, drawn):
+    """Draft tokens from q, accepted by p: with the token after them they have the joint distribution p x p x p. Two wrong samplers fail."""
     torch.manual_seed(0)
     v, g, n, sampler = 4, 2, 4000, kind(1.0, seed=3)
     p, q = torch.randn(g + 1, v).softmax(-1), torch.randn(g, v).softmax(-1)
@@ -300,11 +304,11 @@ def test_judging_drafts(kind, drawn):
         text = [*drafts[: int(kept.sum())].tolist(), int(behind)]
         text += [int(sampler.draw(p[i][None])) for i in range(len(text), g + 1)]
         counts[tuple(text)] += 1
-    law = {(a, b, c): float(p[0, a] * p[1, b] * p[2, c]) for a in range(v) for b in range(v) for c in range(v)}
-    assert (p_value(counts, law) > ERROR) is (kind is Sampler)
+    distribution = {(a, b, c): float(p[0, a] * p[1, b] * p[2, c]) for a in range(v) for b in range(v) for c in range(v)}
+    assert (p_value(counts, distribution) > ERROR) is (kind is Sampler)
 
 
-def test_the_same_seed_says_the_same(target):
+def test_the_same_seed_gives_the_same_text(target):
     texts = []
     for seed in (1, 1, 2):
         sampler = Sampler(TEMPERATURE, seed)
@@ -313,7 +317,7 @@ def test_the_same_seed_says_the_same(target):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_hardly_any_temperature_is_greedy():
+def test_a_temperature_near_zero_is_greedy():
     target = as_decoder(tiny_llama(0))
     sampler, prompt = Sampler(1e-4), prompt_of(*PROMPT)
     proposer = ModelProposer(as_decoder(noisy_copy(tiny_llama(0), 0.05)), None, None)
@@ -322,7 +326,7 @@ def test_hardly_any_temperature_is_greedy():
     assert any(a != b for a, b in pairwise(greedy))
 
 
-def test_what_is_not_lossless_is_refused(target):
+def test_lossy_sampling_is_refused(target):
     with pytest.raises(ValueError, match="temperature above 0"):
         Sampler(0.0)
     prompt = prompt_of(*PROMPT)
@@ -330,13 +334,13 @@ def test_what_is_not_lossless_is_refused(target):
         speculate(target, proposer_for("aligned", target), prompt, prompt, accept="feature", sampler=Sampler(1.0))
 
 
-def test_how_likely_a_token_was_is_told_where_it_is_asked_for():
+def test_confidence_is_computed_only_on_request():
     logits = torch.tensor([[0.0, 2.0, 1.0]])
     for sampler, temperature in ((None, 1.0), (Sampler(2.0), 2.0)):
         first = float((logits[0] / temperature).softmax(-1)[1])
-        law = TokenSelector(sampler=sampler)
-        assert law.select(logits, []).confidence == 1.0
-        asked = law.select(logits, [], confidence=True)
+        selector = TokenSelector(sampler=sampler)
+        assert selector.select(logits, []).confidence == 1.0
+        asked = selector.select(logits, [], confidence=True)
         assert asked.confidence == pytest.approx(first)
         if sampler is None:
             assert asked.token.tolist() == [1] and asked.probs is None
@@ -344,8 +348,8 @@ def test_how_likely_a_token_was_is_told_where_it_is_asked_for():
             torch.testing.assert_close(asked.probs, (logits / 2.0).softmax(-1))
 
 
-def test_where_nothing_is_left_of_the_targets_law_it_is_drawn_from_as_it_is():
-    """q above p everywhere, as rounding may make it: the draft token is not kept, and p - q has no positive part."""
+def test_an_empty_residual_is_replaced_by_the_targets_distribution():
+    """q is above p everywhere, as rounding may cause: the draft token is rejected, and p - q has no positive part."""
     p, q = torch.tensor([[0.25, 0.75, 0.0]] * 2), torch.tensor([[250.0, 750.0, 0.0]])
     sampler, counts = Sampler(1.0, 5), Counter()
     for _ in range(300):
@@ -365,7 +369,7 @@ def test_noise_depends_on_every_bit_of_the_seed_and_on_the_position(monkeypatch)
     assert two.tolist() == [draw(3, 7), draw(3, 8)]  # successive positions
     assert len({draw(2**63 + seed, 0) for seed in range(8)} | {draw(-seed, 0) for seed in range(1, 9)}) > 13  # none is rounded
     monkeypatch.setattr(sampling.np, "random", SimpleNamespace(Generator=lambda bits: SilentNoise(), Philox=lambda key: None))
-    assert int(Sampler(1.0, 0, shared_noise=True).draw(torch.tensor([[0.0, 0.3, 0.7]]))) == 2  # noise of 0 does not draw the impossible
+    assert int(Sampler(1.0, 0, shared_noise=True).draw(torch.tensor([[0.0, 0.3, 0.7]]))) == 2  # zero noise never draws an impossible token
 
 
 class SilentNoise:
@@ -373,7 +377,7 @@ class SilentNoise:
         return np.zeros(v)
 
 
-def test_a_restarted_sampler_draws_as_a_new_one():
+def test_a_restarted_sampler_draws_like_a_new_one():
     probs = torch.rand(50, 9, generator=torch.Generator().manual_seed(0))
     for shared in (False, True):
         used = Sampler(1.0, 4, shared_noise=shared)
