@@ -533,6 +533,11 @@ def test_a_full_disk_behind_standard_output_is_one_message():
         assert done.returncode == 2 and "standard output: No space left" in done.stderr and "Traceback" not in done.stderr, done
 
 
+def heed_interrupts() -> None:
+    """A shell's background job, which a test run may be, is started with interrupts ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 MODULES = ("models.pair", "storage.verification", "demo.scenes", "demo.build_pair", "inputs.simulate")
 
 
@@ -553,7 +558,8 @@ def test_ctrl_c_while_libraries_are_imported_ends_without_a_traceback(script, tm
         f"sys.argv = ['x', *sys.argv[1:]]\n{way}\n"
     )
     device = ["--device", "cuda"] if script in SCRIPTS else []  # a device other than cpu asks torch at once
-    done = subprocess.run([sys.executable, "-c", probe, *device], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", probe, *device]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=heed_interrupts, timeout=120)
     assert done.returncode == 130 and not done.stderr, done
 
 
