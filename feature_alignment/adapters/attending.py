@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from feature_alignment.adapters import tables
+from feature_alignment.adapters.scaling import InputScale, standardized
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage.files import load_trained, trained_layers
@@ -45,18 +46,6 @@ class Chain(NamedTuple):
 
     output: Tensor
     own: KeysValues
-
-
-class _Scale(NamedTuple):
-    """Mean and standard deviation of each input channel."""
-
-    target: tuple[Tensor, Tensor]
-    token: tuple[Tensor, Tensor]
-    event: tuple[Tensor, Tensor]
-
-
-def _mean_and_std(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.mean(0), x.std(0, correction=0).clamp(min=1e-4)
 
 
 def _principal(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -118,7 +107,7 @@ class AttendingAdapter(nn.Module):
         nn.init.normal_(self.bucket.weight, std=0.02)
         self.register_buffer("ids", torch.zeros(num_ids, dtype=torch.int64))
         self.register_buffer("table", torch.zeros(num_entries, tables.COLUMNS, dtype=torch.int32))
-        self.scale: _Scale | None = None  # in training only
+        self.scale: InputScale | None = None  # in training only
 
     @property
     def num_parameters(self) -> int:
@@ -135,7 +124,7 @@ class AttendingAdapter(nn.Module):
             seen: [q, d_target], those of the token ids in the training texts
             events: [.., d_event], event states
         """
-        self.scale = _Scale(*(_mean_and_std(x.float()) for x in (target, embeddings, events.flatten(0, -2))))
+        self.scale = InputScale.of(target, embeddings, events)
         for layer, rows, scale in ((self.state, target, self.scale.target), (self.token, seen, self.scale.token)):
             directions, spread = _principal((rows.float() - scale[0]) / scale[1], self.width)
             k = len(directions)
@@ -166,12 +155,12 @@ class AttendingAdapter(nn.Module):
 
     def read_states(self, states: Tensor) -> Tensor:
         """The state input [.., w] of states [.., d_target]."""
-        inputs: Tensor = self.state(states if self.scale is None else (states - self.scale.target[0]) / self.scale.target[1])
+        inputs: Tensor = self.state(states if self.scale is None else standardized(states, self.scale.target))
         return inputs
 
     def read_tokens(self, embeddings: Tensor) -> Tensor:
         """The token input [.., w] of the target's input embeddings [.., d_target]."""
-        inputs: Tensor = self.token(embeddings if self.scale is None else (embeddings - self.scale.token[0]) / self.scale.token[1])
+        inputs: Tensor = self.token(embeddings if self.scale is None else standardized(embeddings, self.scale.token))
         return inputs
 
     def read_events(self, events: Tensor) -> KeysValues:
@@ -180,7 +169,7 @@ class AttendingAdapter(nn.Module):
             events, position = events[:, :0], self.event_place[:0]
         else:
             position = self.event_place
-        x = self.event(events if self.scale is None else (events - self.scale.event[0]) / self.scale.event[1])
+        x = self.event(events if self.scale is None else standardized(events, self.scale.event))
         keys, values = self.event_keys(x + position).chunk(2, -1)
         return KeysValues(_split_heads(keys), _split_heads(values))
 

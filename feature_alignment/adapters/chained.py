@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from feature_alignment.adapters.scaling import InputScale, standardized
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage.files import load_trained, trained_layers
@@ -38,22 +39,6 @@ class EventKeyValues(NamedTuple):
 
     keys: Tensor
     values: Tensor
-
-
-class _Scale(NamedTuple):
-    """Mean and standard deviation per channel of the inputs. Channels differ in size by orders of magnitude."""
-
-    target: tuple[Tensor, Tensor]
-    token: tuple[Tensor, Tensor]
-    event: tuple[Tensor, Tensor]
-
-
-def _mean_and_std(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.mean(0), x.std(0, correction=0).clamp(min=1e-4)
-
-
-def _standard(x: Tensor, scale: tuple[Tensor, Tensor]) -> Tensor:
-    return (x - scale[0]) / scale[1]
 
 
 class ChainedAdapter(nn.Module):
@@ -80,7 +65,7 @@ class ChainedAdapter(nn.Module):
         self.query, self.key, self.value = nn.Linear(width, width), nn.Linear(d_event, width), nn.Linear(d_event, width)
         self.place = nn.Parameter(torch.randn(num_events, width) * 0.02)  # position embedding of the event tokens
         self.mix, self.out = nn.Linear(2 * width, width), nn.Linear(width, d_target)
-        self.scale: _Scale | None = None  # during training only
+        self.scale: InputScale | None = None  # during training only
 
     @property
     def num_parameters(self) -> int:
@@ -109,7 +94,7 @@ class ChainedAdapter(nn.Module):
             embeddings: [v, d_target], its input embeddings
             events: [.., d_event], EventGPT's event states
         """
-        self.scale = _Scale(*(_mean_and_std(x.float()) for x in (target, embeddings, events.flatten(0, -2))))
+        self.scale = InputScale.of(target, embeddings, events)
 
     @torch.no_grad()
     def folded(self) -> ChainedAdapter:
@@ -131,7 +116,7 @@ class ChainedAdapter(nn.Module):
 
     def tokens(self, embeddings: Tensor) -> Tensor:
         """Token inputs [v, width], from the target's input embeddings [v, d_target]; computed once."""
-        inputs: Tensor = self.token(embeddings if self.scale is None else _standard(embeddings, self.scale.token))
+        inputs: Tensor = self.token(embeddings if self.scale is None else standardized(embeddings, self.scale.token))
         return inputs
 
     def encode_events(self, events: Tensor) -> EventKeyValues:
@@ -140,7 +125,7 @@ class ChainedAdapter(nn.Module):
         Args:
             events: [b, e, d_event]
         """
-        x = (events if self.scale is None else _standard(events, self.scale.event)) * (not self.geometry["blind"])
+        x = (events if self.scale is None else standardized(events, self.scale.event)) * (not self.geometry["blind"])
         keys, values = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (self.key(x) + self.place, self.value(x)))
         return EventKeyValues(keys, values)
 
@@ -196,7 +181,7 @@ class ChainedAdapter(nn.Module):
         return expected
 
     def _joined(self, states: Tensor, tokens: Tensor) -> Tensor:
-        return F.gelu(self.state(states if self.scale is None else _standard(states, self.scale.target)) + tokens)
+        return F.gelu(self.state(states if self.scale is None else standardized(states, self.scale.target)) + tokens)
 
     def _one_step(self, x: Tensor, memory: Tensor) -> Tensor:
         """One step of the GRU from every position: x and memory [b, n, width] -> [b, n, width]."""
