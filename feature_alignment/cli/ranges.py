@@ -218,6 +218,10 @@ def validate_together(cfg: Any) -> None:
         if not any(weights):
             raise UserError("--mse_weight, --cosine_weight and --kl_weight are all 0: wanted at least one above 0.")
     clip = {f"--{name}": get(name) for name in ("events", "video", "question") if hasattr(cfg, name)}
+    if get("clips") is not None:
+        if found := [flag for flag in ("--events", "--video") if clip.get(flag)]:
+            raise UserError(f"--clips {cfg.clips} and {found[0]}: wanted a folder of clips or the files of one.")
+        clip = {}
     missing = [flag for flag, value in clip.items() if value is None]
     if 0 < len(missing) < len(clip):
         raise UserError(f"{', '.join(missing)} missing: --events, --video and --question belong together.")
