@@ -66,6 +66,8 @@ class ExtractConfig(Common):
         answers: token pairs file whose answers are used instead of generating them (default: matching answers in output_dir)
         shard: extract only part i of n, e.g. 2/3
         merge: merge all shards of the split
+        clips: read the clips of this folder instead of a manifest (a.npy and a.mp4 are one clip); --split names the output
+        question: asked about every clip of --clips, instead of --questions
     """
 
     split: str = "train"
@@ -81,6 +83,8 @@ class ExtractConfig(Common):
     answers: Path | None = None
     shard: str | None = None
     merge: bool = False
+    clips: Path | None = None
+    question: str | None = None
 
 
 def extract(
@@ -171,9 +175,9 @@ def identity_of(cfg: ExtractConfig) -> RunIdentity:
     """The identity of a run apart from its rows. Files are compared by content, the manifest row by row."""
     from feature_alignment.storage.identity import identity_of
 
-    sources = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
+    sources = {"target": cfg.target_id, "draft": cfg.draft_id, **({} if cfg.clips else {"manifest": cfg.manifests[cfg.split]})}
     sources |= {name: path for name, path in {"answers": cfg.answers, "questions": cfg.questions}.items() if path}
-    without = ["threads", "limit", "merge", *(() if cfg.random_weights else ("seed",))]
+    without = ["threads", "limit", "merge", "clips", "question", *(() if cfg.random_weights else ("seed",))]
     identity = identity_of("extract_hidden_states", cfg, sources, without=without)
     return dataclasses.replace(identity, not_compared=frozenset({"manifest"}))
 
@@ -181,8 +185,8 @@ def identity_of(cfg: ExtractConfig) -> RunIdentity:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Extract one split, a shard of it, or merge its shards; returns the meta."""
     cfg = parse_config(ExtractConfig, argv, "extract_hidden_states")
+    from feature_alignment.inputs.clip_folder import read_data_set
     from feature_alignment.inputs.row_identity import identify
-    from feature_alignment.inputs.samples import read_samples
     from feature_alignment.models.batches import plan_batches
     from feature_alignment.models.loading import fetch_checkpoints
     from feature_alignment.storage import earlier_rows, shards
@@ -190,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     shard, of = shards.parse_shard(cfg.shard, cfg.merge)
     check_device(cfg.device)
-    samples = read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions, cfg.allow_outside)
+    samples = read_data_set(cfg, cfg.split, cfg.clips, cfg.question)
     fetch_checkpoints(cfg)
     identity = identity_of(cfg)
     parts = plan_batches(samples, cfg.batch_size)[shard - 1 :: of]
@@ -199,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if cfg.merge:  # works without the clips
         rows = [{"id": s.id, "sequence": s.sequence, "question": s.question, "facts": s.facts} for s in samples]
     else:
-        rows = identify(samples, parts, cfg.manifests[cfg.split], cfg.event_start_ms)
+        rows = identify(samples, parts, cfg.clips or cfg.manifests[cfg.split], cfg.event_start_ms)
     out = cfg.out / "hidden_states" / (shards.shard_name(cfg.split, shard, of) if cfg.shard else cfg.split)
     rank = (process := process_group(cfg.device)).rank
     if cfg.resume and earlier_rows.find_complete_run(out, identity, rows, cfg.ignore_code):
@@ -291,7 +295,7 @@ def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -
     return provenance(
         "extract_hidden_states",
         cfg,
-        {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]},
+        {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.clips.resolve() if cfg.clips else cfg.manifests[cfg.split]},
         identity,
         prefix=cfg.prefix,
         rows=rows,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, fork
 
-from feature_alignment import SpeculativePair, feature_sd_inference
+from feature_alignment import SpeculativePair, extract_hidden_states, feature_sd_inference
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding import answer_all, speculative_pair
 from feature_alignment.decoding.answer_all import Totals
@@ -304,6 +304,7 @@ def test_shards_that_are_missing_unfinished_altered_or_of_other_settings_are_not
     killed_after(flags(tiny_run, tmp_path, "--shard", "2/2"), path, 2, 0)
     with pytest.raises(UserError, match="is unfinished"):
         answered(tiny_run, tmp_path, "--merge")
+    assert [(f.state, f.about) for f in verify(tmp_path)[0]] == [("unfinished", "sd/test.shard-2-of-2.meta.json")]
     answered(tiny_run, tmp_path, "--shard", "2/2")
     with pytest.raises(UserError, match="num_draft_tokens: 5 recorded, 2 now"):
         answered(tiny_run, tmp_path, "--merge", "--num_draft_tokens", "2")
@@ -317,27 +318,55 @@ def test_shards_that_are_missing_unfinished_altered_or_of_other_settings_are_not
 # ------------------------------------------------------------------------------------------------------------------------ clips
 
 
-def test_a_clip_folder_is_answered_without_a_manifest(tiny_run, whole, tmp_path, caplog):
+@pytest.fixture
+def mine(tiny_run, tmp_path) -> tuple[Path, list[dict]]:
+    """A folder with the clips of the test split, and the rows of its manifest."""
     folder = tmp_path / "mine"
     folder.mkdir()
     rows = [json.loads(line) for line in (tiny_run / "scenes" / "test.jsonl").read_text().splitlines()]
     for n, row in enumerate(rows[::4]):
         for key in ("events", "video"):
             shutil.copy(tiny_run / "scenes" / row[key], folder / f"clip{n}{Path(row[key]).suffix}")
+    return folder, rows
+
+
+def test_hidden_states_of_a_clip_folder_are_extracted_without_a_manifest(tiny_run, tmp_path, mine):
+    folder, rows = mine
+    manifest = tmp_path / "manifest.jsonl"
+    clips = [{**row, "id": f"clip{n}", "question": "What?"} for n, row in enumerate(rows[::4])]
+    clips = [{**row, **{key: f"mine/clip{n}{Path(row[key]).suffix}" for key in ("events", "video")}} for n, row in enumerate(clips)]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in clips))
+    base = ["--config", str(tiny_run / "tiny.yaml"), "--split", "mine", "--output_dir"]
+    wanted = ["--manifests", json.dumps({"mine": str(manifest)})]
+    extract_hidden_states.main([*base, str(tmp_path / "a"), *wanted])
+    extract_hidden_states.main([*base, str(tmp_path / "b"), "--clips", str(folder), "--question", "What?"])
+    for name in ("vl_hidden_states.pt", "egpt_hidden_states.pt"):
+        a, b = (tmp_path / out / "hidden_states" / "mine" / name for out in ("a", "b"))
+        assert a.read_bytes() == b.read_bytes()
+    assert not verify(tmp_path / "b")[0]
+    with pytest.raises(UserError, match="asked about the clips of --clips"):
+        extract_hidden_states.main([*base, str(tmp_path / "a"), *wanted, "--question", "What?"])
+
+
+def test_a_clip_folder_is_answered_without_a_manifest(tiny_run, whole, tmp_path, caplog, mine):
+    folder, rows = mine
     caplog.set_level("INFO")
     answered(tiny_run, tmp_path, "--clips", str(folder), "--question", rows[0]["question"])
     assert "clip3: clip3.npy and clip3.mp4" in caplog.text
     wanted = {(row["events"], row["question"]): row["id"] for row in rows}
+    compared = 0
     tokens = {row["id"]: row["token_ids"] for row in read_rows(whole)}
     found = read_rows(tmp_path / "sd" / "mine.jsonl")
     assert [row["id"] for row in found] == ["clip0", "clip1", "clip2", "clip3"] and found[0]["token_ids"] == tokens[rows[0]["id"]]
     questions = tmp_path / "questions.txt"
     questions.write_text("".join(f"{q}\n" for q in dict.fromkeys(row["question"] for row in rows)))
-    answered(tiny_run, tmp_path / "all", "--clips", str(folder), "--questions", str(questions))
-    for row in read_rows(tmp_path / "all" / "sd" / "mine.jsonl"):
+    answered(tiny_run, tmp_path, "--clips", str(folder), "--questions", str(questions), "--split", "all")
+    for row in read_rows(tmp_path / "sd" / "all.jsonl"):
         clip = rows[4 * int(row["id"][4])]["events"]
         if (clip, row["question"]) in wanted:
             assert row["token_ids"] == tokens[wanted[clip, row["question"]]]
+            compared += 1
+    assert compared == 16
 
 
 @pytest.mark.parametrize(
@@ -346,7 +375,7 @@ def test_a_clip_folder_is_answered_without_a_manifest(tiny_run, whole, tmp_path,
         (["--clips", "."], "nothing to ask"),
         (["--clips", ".", "--question", "?", "--questions", "CONFIG"], "wanted one of them"),
         (["--clips", ".", "--question", "?", "--events", "CONFIG"], "a folder of clips or the files of one"),
-        (["--clips", ".", "--question", "?", "--split", "test"], "--clips and --split"),
+        (["--clips", ".", "--question", "?", "--sample", "a"], "--clips . and --sample a"),
         (["--clips", "absent", "--question", "?"], "no folder at"),
         (["--split", "test", "--sample", "a", "--shard", "1/2"], "--shard is for a whole data set"),
         (["--split", "test", "--sample", "a", "--batch_size", "2"], "--batch_size is for a whole data set"),

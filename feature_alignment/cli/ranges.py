@@ -222,6 +222,8 @@ def validate_together(cfg: Any) -> None:
         if found := [flag for flag in ("--events", "--video") if clip.get(flag)]:
             raise UserError(f"--clips {cfg.clips} and {found[0]}: wanted a folder of clips or the files of one.")
         clip = {}
+    elif "--video" not in clip and clip.pop("--question", None):
+        raise UserError(f"--question {cfg.question!r}: asked about the clips of --clips DIR; a manifest has questions of its own.")
     missing = [flag for flag, value in clip.items() if value is None]
     if 0 < len(missing) < len(clip):
         raise UserError(f"{', '.join(missing)} missing: --events, --video and --question belong together.")
