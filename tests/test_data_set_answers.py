@@ -186,12 +186,12 @@ def test_a_batch_of_which_a_part_was_written_is_answered_as_a_whole(tiny_run, tm
     assert found[:4] == lines[:4] and found[4] != lines[4]  # times of another run
 
 
-def test_a_drafter_that_remembers_answers_drafts_the_same_after_a_resume(tiny_run, tmp_path, finished):
-    shutil.copytree(finished / "out" / "token_pairs", tmp_path / "a" / "token_pairs")
-    shutil.copytree(finished / "out" / "token_pairs", tmp_path / "b" / "token_pairs")
+def test_a_drafter_that_remembers_answers_drafts_the_same_after_a_resume(tiny_run, tmp_path):
+    extract_hidden_states.main(["--config", str(tiny_run / "tiny.yaml"), "--output_dir", str(tmp_path / "a"), "--event_states", "false"])
+    shutil.copytree(tmp_path / "a" / "token_pairs", tmp_path / "b" / "token_pairs")
     answered(tiny_run, tmp_path / "a", "--draft", "previous")
-    answered(tiny_run, tmp_path / "b", "--draft", "previous", "--limit", "7")
-    answered(tiny_run, tmp_path / "b", "--draft", "previous")
+    for more in (("--limit", "3"), ("--limit", "9"), ()):
+        answered(tiny_run, tmp_path / "b", "--draft", "previous", *more)
     assert untimed(tmp_path / "a" / "sd" / "test.jsonl") == untimed(tmp_path / "b" / "sd" / "test.jsonl")
 
 
