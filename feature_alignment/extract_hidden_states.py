@@ -112,7 +112,7 @@ def extract(
     from feature_alignment.cli.console import repairs_of
     from feature_alignment.models.batches import ClipBatch
     from feature_alignment.models.stored_states import draft_files
-    from feature_alignment.storage.hidden_states import EVENT_STATES, PROMPT_STATES
+    from feature_alignment.storage.hidden_states import EVENT_STATES, PROMPT_INPUTS, PROMPT_STATES
 
     todo = [rows for rows in own_batches if any(file_row[row] not in writer.done for row in rows)]
     total, began = sum(map(len, todo)), time.perf_counter()
@@ -130,8 +130,9 @@ def extract(
             seen = draft.vision_states() if cfg.event_states else [None] * len(asked)
             own = deep.predict_tokens(draft_reads) if cfg.own_drafts else [None] * len(asked)
             p = cfg.prompt_states
-            found = target.states(target_reads, p), draft.states(draft_reads), seen, own, target.prompt_ids(p + 1)
-            for row, sample, pv, g, events, said, prompt_ids, read, vl_tokens, egpt_tokens in zip(
+            of_prompt = zip(target.prompt_ids(p + 1), target.prompt_inputs(p), strict=True)
+            found = target.states(target_reads, p), draft.states(draft_reads), seen, own, of_prompt
+            for row, sample, pv, g, events, said, (prompt_ids, inputs), read, vl_tokens, egpt_tokens in zip(
                 rows, asked, *found, target_reads, vl, egpt, strict=True
             ):
                 v = pv[p:]
@@ -146,7 +147,7 @@ def extract(
                 if events is not None:
                     stored[EVENT_STATES] = events
                 if p:
-                    stored[PROMPT_STATES] = pv[:p]
+                    stored[PROMPT_STATES], stored[PROMPT_INPUTS] = pv[:p], inputs
                     about["prompt_ids"] = prompt_ids
                 if said is not None:
                     about["egpt_drafts"] = said[:length]

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from feature_alignment.decoding.proposers import Draft, Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
-from feature_alignment.models.state import Prompt
+from feature_alignment.models.state import Prompt, ReadPrompt
 
 Text = tuple[str, Sequence[int]]  # question, token ids up to EOS
 
@@ -200,9 +200,9 @@ class HybridProposer(Proposer):
         self._question = prompt.question
         self._model.start(prompt, watch)
 
-    def read_target_prompt(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
+    def read_target_prompt(self, prompt: Prompt, read: ReadPrompt, watch: Stopwatch) -> None:
         """See `Proposer`."""
-        self._model.read_target_prompt(prompt, states, watch)
+        self._model.read_target_prompt(prompt, read, watch)
 
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:
         """See `Proposer`."""

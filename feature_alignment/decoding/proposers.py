@@ -16,7 +16,7 @@ from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import Selected, TokenSelector
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.fixed import captured
-from feature_alignment.models.state import Prompt, State
+from feature_alignment.models.state import Prompt, ReadPrompt, State
 
 OUTSIDE = -1e30  # logit of an id outside the draft vocabulary
 BLOCK_LENGTHS = (4, 8, 16, 24, 32)  # of a whole block at a confidence floor; few, because each is one CUDA graph
@@ -57,8 +57,8 @@ class Proposer(Protocol):
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """Read a new prompt."""
 
-    def read_target_prompt(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
-        """Receive the target's prompt and its hidden states [s, d_target] there; called once for each text, after `start`."""
+    def read_target_prompt(self, prompt: Prompt, read: ReadPrompt, watch: Stopwatch) -> None:
+        """Receive the target's prompt and what it read there, [s, d_target] each; called once for each text, after `start`."""
         return None
 
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import Pair
-from feature_alignment.storage.hidden_states import EVENT_STATES, PROMPT_STATES, layer_file
+from feature_alignment.storage.hidden_states import EVENT_STATES, PROMPT_INPUTS, PROMPT_STATES, layer_file
 
 
 def draft_files(draft: Decoder, hidden: Tensor, separate_layers: bool) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ def shapes_of(pair: Pair, width: int, separate_layers: bool, event_states: bool,
         width: Positions of the longest answer.
         separate_layers: Whether the drafter's layers have files of their own.
         event_states: Whether its event states are stored.
-        prompt_states: Number of the target's prompt positions that are stored.
+        prompt_states: Number of the target's prompt positions whose states and inputs are stored.
     """
     nothing = draft_files(pair.draft, torch.empty(0, pair.draft.hidden_size), separate_layers)
     shapes = {name: (width, states.shape[-1]) for name, states in nothing.items()}
@@ -33,5 +33,5 @@ def shapes_of(pair: Pair, width: int, separate_layers: bool, event_states: bool,
     if event_states:
         shapes[EVENT_STATES] = pair.draft.vision_tokens, pair.draft.width
     if prompt_states:
-        shapes[PROMPT_STATES] = prompt_states, pair.target.hidden_size
+        shapes[PROMPT_STATES] = shapes[PROMPT_INPUTS] = prompt_states, pair.target.hidden_size
     return shapes
