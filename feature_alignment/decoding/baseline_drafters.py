@@ -2,7 +2,7 @@
 
 `template` proposes the most frequent token at each position of training answers to the question, `ngram` the most frequent token after
 the last few (longest known context first). `lookup` (prompt lookup) continues as question and answer continued before, `previous` as the
-last answer to the question did.
+last answer to the question did. `tables` chooses between n-grams and lookup by their records (`best_table`).
 
 All have one interface, offline and while decoding: built from training texts, `next_token(question, prefix)` returns a token or None.
 `finished(question, tokens)` reports answers in the order they are given; only `previous` uses it.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from feature_alignment.decoding.best_table import BestTable
 from feature_alignment.decoding.proposers import Draft, Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
@@ -136,6 +137,12 @@ BASELINE_DRAFTERS: dict[str, Callable[[Iterable[Text]], Table]] = {
     "ngram": NGram,
     "lookup": Lookup,
     "previous": Previous,
+    "tables": BestTable,
+}
+# these search the question's token ids as well
+SEARCH_THE_QUESTION: dict[str, Callable[[Iterable[Text], Callable[[str], Sequence[int]]], Table]] = {
+    "lookup": Lookup,
+    "tables": BestTable,
 }
 
 

@@ -39,7 +39,7 @@ class DecodingConfig(Common):
             other devices the fixed cache alone); compiled = also fused by torch.compile, which takes a minute
     """
 
-    draft: Literal["own", "aligned", "chained", "attending", "hybrid", "ngram", "template", "lookup", "previous"] = "aligned"
+    draft: Literal["own", "aligned", "chained", "attending", "hybrid", "ngram", "template", "lookup", "previous", "tables"] = "aligned"
     train_split: str = "train"
     accept: Literal["token", "feature", "relaxed"] = "token"
     threshold: float = 0.9

@@ -18,7 +18,7 @@ from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError, log
 from feature_alignment.decoding.attending_proposer import AttendingProposer
-from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
+from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, SEARCH_THE_QUESTION, HybridProposer, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import Pair
@@ -192,8 +192,10 @@ class Sources:
             return HybridProposer(self.ngram, self.open(self._hybrid_model))
         if name == "ngram":
             return TableProposer(self.ngram)
-        if name == "lookup":
-            return TableProposer(Lookup(encode=cache(lambda question: target.tokenizer.encode(question, add_special_tokens=False))))
+        if name in SEARCH_THE_QUESTION:
+            texts = [] if name == "lookup" else self.texts
+            encode = cache(lambda question: target.tokenizer.encode(question, add_special_tokens=False))
+            return TableProposer(SEARCH_THE_QUESTION[name](texts, encode))
         return TableProposer(BASELINE_DRAFTERS[name](self.texts))
 
     @cached_property
