@@ -58,11 +58,12 @@ class Reader:
         )  # token id -> its row of `head`; the last entry is for NO_TOKEN
         self.column_of[adapter.ids] = torch.arange(len(adapter.ids), device=head.device)
 
-    def tokens(self, ids: Tensor) -> Tensor:
-        """Token inputs [.., w] of token ids [..] int64; zeros for negative ids."""
-        known, where = ids.clamp(min=0).unique(return_inverse=True)
-        read = self.adapter.read_tokens(self.embeddings[known])[where]
-        return read * (ids >= 0)[..., None]
+    def tokens(self, *ids: Tensor) -> list[Tensor]:
+        """Token inputs [.., w] of each tensor of token ids [..] int64; zeros for negative ids."""
+        every = torch.cat([x.flatten() for x in ids])
+        known, where = every.clamp(min=0).unique(return_inverse=True)
+        read = F.embedding(where, self.adapter.read_tokens(self.embeddings[known])) * (every >= 0)[:, None]
+        return [part.view(*x.shape, -1) for x, part in zip(ids, read.split([x.numel() for x in ids]), strict=True)]
 
     def roll_out(self, texts: PromptedTexts, origins: Tensor, steps: int) -> Iterator[Step]:
         """Draft from given positions with the text known: step k drafts position origin + 1 + k after k draft tokens.
@@ -76,9 +77,10 @@ class Reader:
         """
         a, s, p = self.adapter, texts.states.shape[1], texts.prompt.shape[1]
         before = torch.cat([texts.prompt_ids[:, -1:], texts.token_ids[:, :-1]], 1)
-        tokens, tokens_before = self.tokens(texts.token_ids), self.tokens(before)
-        proposed = a.read_candidates(self.tokens(texts.proposed), texts.buckets)
-        events, text, hidden = a.read_events(texts.events), *self._seen(texts, tokens, tokens_before, proposed)
+        tokens, tokens_before, of_prompt, candidates = self.tokens(texts.token_ids, before, texts.prompt_ids, texts.proposed)
+        proposed = a.read_candidates(candidates, texts.buckets)
+        text, hidden = self._seen(texts, of_prompt, a.inputs(a.read_states(texts.states), tokens, tokens_before, proposed))
+        events, head = a.read_events(texts.events), self._folded_head()
 
         def at(x: Tensor, position: Tensor) -> Tensor:
             return x.gather(1, position[..., None].expand(-1, -1, x.shape[-1]))
@@ -96,24 +98,28 @@ class Reader:
             chain.append(own)
             wanted = (position + 1).clamp(max=s - 1)
             real = real & texts.mask.gather(1, wanted)
-            expected = a.expect(output)
-            yield Step(expected, self._logits(expected, output, texts.proposed, here), wanted, real)
+            yield Step(a.expect(output), self._logits(output, head, texts.proposed, here), wanted, real)
 
-    def _seen(self, texts: PromptedTexts, tokens: Tensor, before: Tensor, proposed: Tensor | float) -> tuple[KeysValues, Tensor]:
+    def _seen(self, texts: PromptedTexts, prompt_tokens: Tensor, of_text: Tensor) -> tuple[KeysValues, Tensor]:
         """Keys and values of prompt and text, and which prompt positions [b, p] are masked."""
         a, p, s = self.adapter, texts.prompt.shape[1], texts.states.shape[1]
         hidden = ~texts.prompt_mask if "prompt" not in a.without else torch.ones_like(texts.prompt_mask)
-        prompt_tokens = self.tokens(texts.prompt_ids)
         of_prompt = a.inputs(a.read_states(texts.prompt), prompt_tokens[:, 1:], prompt_tokens[:, :-1])
-        of_text = a.inputs(a.read_states(texts.states), tokens, before, proposed)
-        return a.keys(torch.cat([of_prompt, of_text], 1), torch.arange(p + s, device=tokens.device)), hidden
+        return a.keys(torch.cat([of_prompt, of_text], 1), torch.arange(p + s, device=of_text.device)), hidden
 
-    def _logits(self, expected: Tensor, output: Tensor, proposed: Tensor, here: Tensor) -> Tensor:
-        logits = expected @ self.head.T
+    def _folded_head(self) -> tuple[Tensor, Tensor]:
+        """Weight [ids, w] and bias [ids] of the draft logits of an output: `head` after `AttendingAdapter.expect`."""
+        a = self.adapter
+        rows, bias = (self.head, a.out.bias) if a.scale is None else (self.head * a.scale.target[1], a.out.bias)
+        shift = 0.0 if a.scale is None else self.head @ a.scale.target[0]
+        return rows @ a.out.weight, rows @ bias + shift
+
+    def _logits(self, output: Tensor, head: tuple[Tensor, Tensor], proposed: Tensor, here: Tensor) -> Tensor:
+        logits = F.linear(output, *head)
         if "candidates" in self.adapter.without:
             return logits
         column = self.column_of[proposed].gather(1, here[..., None].expand(-1, -1, tables.SOURCES))  # [b, m, SOURCES]
-        return logits.scatter_add(-1, column.clamp(min=0), self.adapter.bonus(output) * (column >= 0))
+        return logits.scatter_add(-1, column.clamp(min=0), (self.adapter.bonus(output) * (column >= 0)).to(logits.dtype))
 
 
 def losses(
@@ -133,39 +139,40 @@ def losses(
         the loss; the scores for the history; the number of draft tokens that both are means of (later steps weigh less); and which
         draft tokens are the text's own, [b, m, steps] bool
     """
-    says = (texts.states @ reader.head.T).log_softmax(-1)
-    wanted_column = reader.column_of[texts.token_ids]
+    says = (texts.states @ reader.head.T).log_softmax(-1).flatten(0, 1)
+    target = says.exp()
+    entropy, labels = -(target * says).sum(-1), reader.column_of[texts.token_ids].flatten()
     total: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=says.device))
-    steps = max(cfg.roll_out_steps, num_drafts)
-    correct = torch.zeros(*origins.shape, steps, dtype=torch.bool, device=says.device)
+    steps, hits = max(cfg.roll_out_steps, num_drafts), []
     weights, count, weight = 0.0, 0, 1.0
     for k, step in enumerate(reader.roll_out(texts, origins, steps)):
-        row, column = step.real.nonzero(as_tuple=True)
-        position = step.position[row, column]
-        logits, expected = step.logits[row, column].log_softmax(-1), step.expected[row, column]
-        wanted, label, soft = texts.states[row, position], wanted_column[row, position], says[row, position]
-        correct[row, column, k] = match = logits.argmax(-1) == label
+        index = (step.position + torch.arange(len(origins), device=says.device)[:, None] * texts.states.shape[1]).flatten()
+        real, logits, label = step.real.flatten(), step.logits.flatten(0, 1).log_softmax(-1), labels[index]
+        match = (logits.argmax(-1) == label) & real
+        hits.append(match.view_as(step.real))
         if k >= cfg.roll_out_steps:
             continue
+        expected, wanted, soft = step.expected.flatten(0, 1).float(), texts.states.flatten(0, 1)[index], target[index]
         parts = {
             "mse": (expected - wanted).square().mean(-1) / variance,
             "cosine": F.cosine_similarity(expected, wanted, dim=-1),
-            "kl": (soft.exp() * (soft - logits)).sum(-1),
+            "kl": -entropy[index] - (soft * logits).sum(-1),
             "ce": -logits.gather(-1, label.clamp(min=0)[:, None])[:, 0] * (label >= 0),
             "token_match": match.float(),
         }
         if cfg.loss == "tv":
             parts["tv"] = total_variation(logits, soft)
         for name, values in parts.items():
-            total[name] = total[name] + weight * values.sum()
-        weights, count, weight = weights + weight * len(row), count + len(row), weight * STEP_DECAY
+            total[name] = total[name] + weight * (values * real).sum()
+        number = int(real.sum())
+        weights, count, weight = weights + weight * number, count + number, weight * STEP_DECAY
     means = {name: value / max(weights, 1e-9) for name, value in total.items()}
     loss = (1 - cfg.soft_targets) * means["ce"] + cfg.soft_targets * means["kl"]
     if cfg.loss == "tv":
         loss = TV_WEIGHT * means["tv"] + (1 - TV_WEIGHT) * loss
     elif cfg.loss == "ce_cosine":
         loss = loss + cfg.cosine_weight * (1 - means["cosine"])
-    return loss, {"loss": loss, **means}, count, correct
+    return loss, {"loss": loss, **means}, count, torch.stack(hits, -1)
 
 
 def train_attending(
@@ -204,7 +211,7 @@ def train_attending(
     reader = Reader(adapter, head, embeddings)
 
     def score(texts: PromptedTexts, origins: Tensor) -> Batch:
-        with mixed_precision(str(cfg.device)):
+        with mixed_precision(str(cfg.device), on_cpu=True):
             return Batch(*losses(reader, texts, origins, variance, cfg)[:3])
 
     def epoch(number: int) -> Iterator[Batch]:

@@ -71,13 +71,13 @@ def compared(
         elif settings.loss == "ce":
             loss = kl
         else:
-            loss = TV_WEIGHT * total_variation(log_q, log_p).mean() + (1 - TV_WEIGHT) * kl
+            loss = TV_WEIGHT * total_variation(log_q, log_p.exp()).mean() + (1 - TV_WEIGHT) * kl
     return loss, {"loss": loss, **parts}, match
 
 
-def total_variation(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """Total variation distance [..] of two distributions given as log probabilities [.., v]: the chance that a drawn draft is rejected."""
-    return 0.5 * (log_q.exp() - log_p.exp()).abs().sum(-1)
+def total_variation(log_q: Tensor, p: Tensor) -> Tensor:
+    """Total variation distance [..] of q, given as log probabilities [.., v], and p [.., v]: the chance that a drawn token is rejected."""
+    return 0.5 * (log_q.exp() - p).abs().sum(-1)
 
 
 def channel_std(states: Tensor) -> Tensor:
@@ -90,9 +90,19 @@ def mean_variance(states: Tensor) -> float:
     return max(float(states.var(0, correction=0).mean()), 1e-8)
 
 
-def mixed_precision(device: str) -> AbstractContextManager[None]:
-    """Autocast to bfloat16 on a GPU; a no-op on a CPU, where bfloat16 is rarely faster."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda"))
+def mixed_precision(device: str, on_cpu: bool = False) -> AbstractContextManager[None]:
+    """Autocast to bfloat16 on a GPU, and with `on_cpu` on a CPU that multiplies it natively; a no-op elsewhere.
+
+    With AVX512-BF16, products of training's shapes take a quarter of their time in float32.
+    """
+    cuda = device.startswith("cuda")
+    return torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, enabled=cuda or (on_cpu and _has_native_bfloat16()))
+
+
+def _has_native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; False where torch cannot tell."""
+    tests = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(test() for test in tests if test is not None)
 
 
 # ------------------------------------------------------------------------------------------------------------ the hidden adapter
