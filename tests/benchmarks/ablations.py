@@ -226,9 +226,7 @@ def write(cfg: TrainConfig, split: str, states: dict[str, HiddenStates], rows: S
         base = {g: None if full is None or row["name"] == "full" else full[g] for g in DRAFT_LENGTHS}
         found = {str(g): tokens_per_pass(row["passes"][g], test, base[g]) for g in DRAFT_LENGTHS}
         written.append({**{key: value for key, value in row.items() if key != "passes"}, "tokens_per_pass": found})
-    sources: dict[str, Path] = {
-        name: cfg.out / "hidden_states" / s / "meta.json" for name, s in (("train", cfg.train_split), ("test", split))
-    }
+    sources = {name: cfg.out / "hidden_states" / s / "meta.json" for name, s in (("train", cfg.train_split), ("test", split))}
     about = {"split": split, "clips": len(set(test.clips)), "texts": len(test.rows), "tokens": int(test.lengths.sum())}
     write_json(out / "ablations.json", {"meta": provenance("ablations", cfg, sources), **about, "rows": written})
     text = f"# Ablations of the attending adapter\n\n{about['texts']} texts, {about['clips']} clips of the {split} split.\n\n"
