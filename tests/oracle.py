@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from feature_alignment.adapters import tables
-from feature_alignment.adapters.attending_training import PromptedTexts, Reader
+from feature_alignment.adapters.attending_texts import PromptedTexts
+from feature_alignment.adapters.attending_training import Reader
 from feature_alignment.decoding.acceptance import cosine_per_position
 from feature_alignment.models.decoder import Decoder
 

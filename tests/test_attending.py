@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,18 +13,13 @@ import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 from oracle import states_behind
 
-from feature_alignment.adapters import tables
+from feature_alignment import measure_feature_acceptance, train_hidden_adapter
+from feature_alignment.adapters import attending_training, tables
 from feature_alignment.adapters.attending import AttendingAdapter, load_attending_adapter
 from feature_alignment.adapters.attending_drafts import FoldedAttending
-from feature_alignment.adapters.attending_training import (
-    PromptedTexts,
-    Reader,
-    answers_of,
-    prompted_texts,
-    proposals,
-    random_origins,
-    train_attending,
-)
+from feature_alignment.adapters.attending_texts import PromptedTexts, answers_of, prompted_texts, proposals
+from feature_alignment.adapters.attending_training import Reader, losses, random_origins, train_attending
+from feature_alignment.adapters.fitting import Checkpoint, best_of
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.benchmark import targets
 from feature_alignment.cli.config import parse_config
@@ -377,7 +373,82 @@ def learnt():
     cfg = TrainConfig(adapter="attending", bottleneck=16, num_epochs=200, patience=200, lr=1e-2, dropout=0.0)
     adapter, history = train_attending(states, states, target.head_weight.detach(), target.embeddings, cfg)
     assert history[-1]["validation_token_match"] > history[0]["validation_token_match"] + 0.3
+    scores, _ = attending_scores(adapter, states, target.head_weight.detach(), target.embeddings, 5)
+    blocks = metrics.decoding_blocks(scores.match, states.mask, 5, states.ended)
+    assert best_of(history)["validation_tokens_per_pass"] == pytest.approx(blocks.tokens_per_pass(states.lengths))
     return target, draft, states, adapter
+
+
+@pytest.mark.parametrize("kind", ["ce_cosine", "ce", "tv"])
+@pytest.mark.parametrize("soft", [0.0, 0.3])
+def test_the_loss_by_hand(learnt, kind, soft):
+    """From the roll-out's logits, draft token by draft token."""
+    target, _, states, adapter = learnt
+    cfg = TrainConfig(adapter="attending", loss=kind, soft_targets=soft, cosine_weight=0.7, roll_out_steps=2)
+    found = proposals(states, tables.NGramTable(adapter.table), leave_out=False)
+    (texts,) = prompted_texts(states, found, [torch.arange(3)], "cpu")
+    origins = torch.tensor([[0, 3], [5, 1], [2, 21]])
+    reader = Reader(adapter, target.head_weight.detach(), target.embeddings)
+    wanted, weights = 0.0, 0.0
+    with torch.inference_mode():
+        for k, step in enumerate(reader.roll_out(texts, origins, 2)):
+            for row, column in step.real.nonzero().tolist():
+                position = int(step.position[row, column])
+                q = step.logits[row, column].double().softmax(0)
+                p = (texts.states[row, position] @ reader.head.T).double().softmax(0)
+                label = int(reader.column_of[texts.token_ids[row, position]])
+                ce = -(1 - soft) * (float(q[label].log()) if label >= 0 else 0.0) + soft * float((p * (p / q).log()).sum())
+                cosine = float(torch.cosine_similarity(step.expected[row, column], texts.states[row, position], 0))
+                tv = float(1 - torch.minimum(p, q).sum())
+                wanted += 0.9**k * {"ce": ce, "tv": 0.9 * tv + 0.1 * ce, "ce_cosine": ce + 0.7 * (1 - cosine)}[kind]
+                weights += 0.9**k
+        loss, parts, n, correct = losses(reader, texts, origins, 1.0, cfg)
+    assert float(loss) == float(parts["loss"]) == pytest.approx(wanted / weights, rel=1e-4)
+    assert correct.shape == (3, 2, 2) and n >= int(correct.sum()) > 0
+
+
+def test_a_resumed_training_ends_with_the_same_bits(learnt, tmp_path, monkeypatch):
+    """Dropout and random origins included."""
+    target, _, states, _ = learnt
+    given = states, states, target.head_weight.detach(), target.embeddings
+    cfg = TrainConfig(adapter="attending", bottleneck=16, num_epochs=5, batch_size=2, dropout=0.3, lr=1e-2)
+    whole, history = train_attending(*given, cfg)
+    checkpoint, real, count = Checkpoint(tmp_path / "unfinished.pt", "these settings"), attending_training.losses, 0
+
+    def killed(*args):
+        nonlocal count
+        count += torch.is_grad_enabled()
+        if count > 5:  # in the third epoch of two steps
+            raise InterruptedError
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(attending_training, "losses", killed)
+        train_attending(*given, cfg, checkpoint)
+    torch.manual_seed(99)
+    resumed, again = train_attending(*given, cfg, checkpoint)
+    assert len(history) == 6 and again == history
+    assert all(torch.equal(x, y) for x, y in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+
+
+def test_a_variant_is_trained_and_measured_next_to_the_main_adapter(finished, tmp_path):
+    """On fewer rows, with the table of these rows."""
+    shutil.copytree(finished / "out", tmp_path / "out")
+    run = ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path / "out")]
+    main = (tmp_path / "out" / "attending_adapter" / "adapter.pt").read_bytes()
+    flags = ["--adapter", "attending", "--bottleneck", "16", "--variant", "half", "--limit", "9", "--loss", "tv"]
+    meta = train_hidden_adapter.main([*run, *flags])
+    assert meta["rows"] == 9 and meta["config"]["loss"] == "tv" and meta["validation"]["tokens_per_pass"] >= 1
+    assert (tmp_path / "out" / "attending_adapter" / "adapter.pt").read_bytes() == main
+    adapter = load_attending_adapter(tmp_path / "out" / "attending_adapter_half" / "adapter.pt")[0]
+    states = load_hidden_states(tmp_path / "out" / "hidden_states" / "train", events=True, prompt=True)
+    first = train_hidden_adapter.first_rows(states, 9)
+    assert torch.equal(adapter.table, tables.Counts(answers_of(states)[:9]).entries())
+    assert len(first.rows) == len(first.events) == len(first.target) == len(first.mask) == 9 and first.rows == states.rows[:9]
+    report = measure_feature_acceptance.main([*run, "--variants", "half"])
+    assert {"attending", "attending, half"} <= set(report["chains"])
+    with pytest.raises(UserError, match=r"(?s)--variants other: .* holds no adapter.*--adapter attending --variant other"):
+        measure_feature_acceptance.main([*run, "--variants", "half", "other"])
 
 
 @pytest.mark.parametrize("gamma", [1, 3, 5])

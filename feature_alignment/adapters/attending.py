@@ -206,7 +206,7 @@ class AttendingAdapter(nn.Module):
 
     def keys(self, inputs: Tensor, positions: Tensor) -> KeysValues:
         """Keys and values of inputs [b, n, w] at positions [n] or [b, n]."""
-        _, keys, values = self.attention(self.attention_norm(inputs)).chunk(3, -1)
+        keys, values = F.linear(self.attention_norm(inputs), self.attention.weight[self.width :]).chunk(2, -1)
         return KeysValues(rotated(_split_heads(keys), positions), _split_heads(values))
 
     def forward(

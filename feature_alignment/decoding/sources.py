@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from feature_alignment.adapters.attending import AttendingAdapter, load_attending_adapter
-from feature_alignment.adapters.attending_training import MOST_IDS
+from feature_alignment.adapters.attending_texts import MOST_IDS
 from feature_alignment.adapters.chained import ChainedAdapter, load_chained_adapter
 from feature_alignment.adapters.hidden import HiddenAdapter, load_adapter
 from feature_alignment.cli.advice import command_for
