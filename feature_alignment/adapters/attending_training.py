@@ -119,11 +119,11 @@ def proposals(states: HiddenStates, counts: tables.Counts | tables.NGramTable, l
 
 def prompted_texts(states: HiddenStates, found: Proposals, batches: Iterable[Tensor], device: str) -> Iterator[PromptedTexts]:
     """The texts of each batch of rows."""
-    assert states.events is not None and states.prompt is not None  # asked for when they were loaded
+    assert states.prompt is not None  # asked for when it was loaded
     p = states.prompt.shape[1]
     for rows in batches:
         s = int(states.lengths[rows].max())
-        parts = [states.target[rows, :s].float(), states.token_ids[rows, :s], states.mask[rows, :s], states.events[rows].float()]
+        parts = [states.target[rows, :s].float(), states.token_ids[rows, :s], states.mask[rows, :s], states.events_of(rows).float()]
         parts.append(states.prompt[rows].float())
         states.refuse_non_finite(rows, parts[0], parts[3], parts[4])
         ids, lengths = torch.full((len(rows), p + 1), -1), torch.zeros(len(rows), dtype=torch.int64)
