@@ -161,7 +161,7 @@ def copy_unchanged_rows(writer: HiddenStatesWriter, identity: RunIdentity, rows:
                 regrouped += row is None and about["identity"]["row"] in asked
                 continue
             try:
-                writer.copy(row, folder, source_row, {**about, **rows[row]})
+                writer.copy(row, folder, source_row, rows[row] | {key: value for key, value in about.items() if key not in rows[row]})
                 kept += 1
             except (UserError, OSError):
                 damaged += 1
