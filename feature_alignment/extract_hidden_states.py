@@ -213,7 +213,7 @@ def fill(
     import torch
 
     from feature_alignment.models.pair import load_pair
-    from feature_alignment.models.stored_states import depend_on_the_clip_alone, shapes_of
+    from feature_alignment.models.stored_states import StateGeometry, depend_on_the_clip_alone, shapes_of
     from feature_alignment.storage import earlier_rows
     from feature_alignment.storage import hidden_states_writer as files
     from feature_alignment.storage.answers import known_answers, refuse_foreign_ids
@@ -233,8 +233,9 @@ def fill(
         decoder.pack_linear()  # Without a trial, so that every process and every resumed run writes the same bytes.
     file_row = {row: i for i, row in enumerate(row for part in parts for row in part)}
     width, dtype = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens), getattr(torch, cfg.store_dtype)
-    shapes = shapes_of(pair, width, cfg.separate_layers, cfg.event_states, cfg.prompt_states)
-    if not (cfg.event_states and depend_on_the_clip_alone(pair.draft, (sample.question for sample in samples))):
+    shapes = shapes_of(StateGeometry.of(pair), width, cfg.separate_layers, cfg.event_states, cfg.prompt_states)
+    prompts = map(pair.draft.encode_prompt, {sample.question for sample in samples})
+    if not (cfg.event_states and depend_on_the_clip_alone(prompts, pair.draft.placeholder)):
         rows = [{key: value for key, value in row.items() if key != "events"} for row in rows]
     clip_index = list(event_rows(rows))
     if cfg.resume:

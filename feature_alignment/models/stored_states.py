@@ -15,11 +15,11 @@ from feature_alignment.models.pair import Pair
 from feature_alignment.storage.hidden_states import EVENT_STATES, PROMPT_STATES, layer_file
 
 
-def draft_files(draft: Decoder, hidden: Tensor, separate_layers: bool) -> dict[str, Tensor]:
+def draft_files(taps: Sequence[int], hidden: Tensor, separate_layers: bool) -> dict[str, Tensor]:
     """File name -> the drafter's states [s, d] in it, from the states [s, taps * d] of its tapped layers."""
     if not separate_layers:
         return {"egpt_hidden_states.pt": hidden}
-    return {layer_file(k): part for k, part in zip(draft.taps, hidden.chunk(len(draft.taps), dim=-1), strict=True)}
+    return {layer_file(k): part for k, part in zip(taps, hidden.chunk(len(taps), dim=-1), strict=True)}
 
 
 class ExtractionSettings(Protocol):
@@ -104,7 +104,7 @@ def states_of(
     for i, (pv, g) in enumerate(zip(*found, strict=True)):
         v, about = pv[p:], {}
         length = min(len(v), len(g))  # texts of one's own are paired by index, up to the shorter one
-        files = {**draft_files(pair.draft, g[:length], cfg.separate_layers), "vl_hidden_states.pt": v[:length]}
+        files = {**draft_files(pair.draft.taps, g[:length], cfg.separate_layers), "vl_hidden_states.pt": v[:length]}
         if events is not None:
             files[EVENT_STATES] = events[i]
         if p:
@@ -115,36 +115,53 @@ def states_of(
         yield RowStates(files, target_reads[i][:length], target_reads[i], vl[i], egpt[i], about)
 
 
-def depend_on_the_clip_alone(draft: Decoder, questions: Iterable[str]) -> bool:
-    """Whether the drafter's event states are the same for all of these questions: its prompts begin alike up to the last event token.
+def depend_on_the_clip_alone(prompts: Iterable[Tensor], placeholder: int) -> bool:
+    """Whether event states are the same for all questions of a run: the prompts begin alike, up to the last event token.
 
     Args:
-        draft: The drafter.
-        questions: Questions of a run.
+        prompts: The drafter's prompt ids [s] int64 for each question.
+        placeholder: Token id that marks the events.
     """
-    begins = set()
-    for question in set(questions):
-        ids = draft.encode_prompt(question)
-        last = int((ids == draft.placeholder).nonzero()[-1])
-        begins.add(tuple(ids[: last + 1].tolist()))
-    return len(begins) == 1
+    ends = ((ids, int((ids == placeholder).nonzero()[-1])) for ids in prompts)
+    return len({tuple(ids[: last + 1].tolist()) for ids, last in ends}) == 1
 
 
-def shapes_of(pair: Pair, width: int, separate_layers: bool, event_states: bool, prompt_states: int) -> dict[str, tuple[int, int]]:
+class StateGeometry(NamedTuple):
+    """Sizes of a pair that decide the shapes of its states.
+
+    Args:
+        taps: The drafter's tapped layers.
+        draft_width: Width of each.
+        event_tokens: Number of the drafter's event tokens.
+        target_width: Width of the target's states.
+    """
+
+    taps: Sequence[int]
+    draft_width: int
+    event_tokens: int
+    target_width: int
+
+    @classmethod
+    def of(cls, pair: Pair) -> StateGeometry:
+        """The sizes of a loaded pair."""
+        return cls(pair.draft.taps, pair.draft.width, pair.draft.vision_tokens, pair.target.hidden_size)
+
+
+def shapes_of(pair: StateGeometry, width: int, separate_layers: bool, event_states: bool, prompt_states: int) -> dict[str, tuple[int, int]]:
     """File name -> (positions, size) of one row in it.
 
     Args:
-        pair: Both models.
+        pair: Sizes of both models.
         width: Positions of the longest answer.
         separate_layers: Whether the drafter's layers have files of their own.
         event_states: Whether its event states are stored.
         prompt_states: Number of the target's prompt positions that are stored.
     """
-    nothing = draft_files(pair.draft, torch.empty(0, pair.draft.hidden_size), separate_layers)
+    nothing = draft_files(pair.taps, torch.empty(0, pair.draft_width * len(pair.taps)), separate_layers)
     shapes = {name: (width, states.shape[-1]) for name, states in nothing.items()}
-    shapes["vl_hidden_states.pt"] = width, pair.target.hidden_size
+    shapes["vl_hidden_states.pt"] = width, pair.target_width
     if event_states:
-        shapes[EVENT_STATES] = pair.draft.vision_tokens, pair.draft.width
+        shapes[EVENT_STATES] = pair.event_tokens, pair.draft_width
     if prompt_states:
-        shapes[PROMPT_STATES] = prompt_states, pair.target.hidden_size
+        shapes[PROMPT_STATES] = prompt_states, pair.target_width
     return shapes
