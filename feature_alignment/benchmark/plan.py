@@ -179,8 +179,8 @@ def refuse_memory(cfg: PlanConfig, memory: Mapping[str, Memory], available: int)
         if total > available:
             raise UserError(
                 f"{name} needs about {total / GIB:.2f} GiB (weights {needed.weights / GIB:.2f}, caches {needed.caches / GIB:.2f}, batch "
-                f"{needed.batch / GIB:.2f} per process), {cfg.device} has {available / GIB:.2f} GiB. Give a smaller batch_size in the config, "
-                "--dtype bfloat16, --quantize nf4, or --device_map auto."
+                f"{needed.batch / GIB:.2f} per process), {cfg.device} has {available / GIB:.2f} GiB. Give a smaller batch_size "
+                "in the config, --dtype bfloat16, --quantize nf4, or --device_map auto."
             )
 
 
@@ -202,11 +202,9 @@ def show(cfg: PlanConfig, found: Plan) -> None:
     print_table(f"files under {cfg.out}, at most", ("file", "bytes"), [*sizes, ("together", f"{found.needed_bytes:,}")])
     parts = [(n, *(f"{x / GIB:.2f}" for x in (m.weights, m.caches, m.batch, m.total))) for n, m in found.memory.items()]
     print_table(f"memory of one process on {cfg.device}, GiB", ("script", "weights", "caches", "batch", "together"), parts)
-    how = (
-        "a calibration on this machine"
-        if cfg.tokens_per_second is None
-        else f"{cfg.tokens_per_second:g} tokens/s, start and training apart"
-    )
+    how = "a calibration on this machine"
+    if cfg.tokens_per_second is not None:
+        how = f"{cfg.tokens_per_second:g} tokens/s; start-up, loading, training and measuring are not included"
     times = [(name, f"{s / 3600:.3f}", f"{s:,.0f}") for name, s in found.seconds.items()]
     total = sum(found.seconds.values())
     print_table(f"time, from {how}", ("script", "hours", "seconds"), [*times, ("together", f"{total / 3600:.3f}", f"{total:,.0f}")])
