@@ -166,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.storage.processes import check_device, check_writable, exclusive_lock, process_group
 
     shard, of = shards.parse_shard(cfg.shard, cfg.merge)
-    check_device(cfg.device)
+    if not cfg.merge:  # a merge works without the GPU that the shards ran on
+        check_device(cfg.device)
     samples = read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions, cfg.allow_outside)
     fetch_checkpoints(cfg)
     identity = identity_of(cfg)
@@ -178,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     else:
         rows = identify(samples, parts, cfg.manifests[cfg.split], cfg.event_start_ms)
     out = cfg.out / "hidden_states" / (shards.shard_name(cfg.split, shard, of) if cfg.shard else cfg.split)
-    rank = (process := process_group(cfg.device)).rank
+    rank = (process := process_group("cpu" if cfg.merge else cfg.device)).rank
     if cfg.resume and earlier_rows.find_complete_run(out, identity, rows, cfg.ignore_code):
         return report(cfg, out, reused=True, first=rank == 0)
     check_writable(cfg.out / "token_pairs" / f"{cfg.split}.json")
