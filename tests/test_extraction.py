@@ -26,7 +26,7 @@ from feature_alignment.models.batches import ClipBatch, plan_batches
 from feature_alignment.models.pair import load_pair
 from feature_alignment.storage.hidden_states import load_hidden_states
 
-FILES = ("egpt_hidden_states.pt", "vl_hidden_states.pt", "positions.pt", "samples.jsonl")
+FILES = ("egpt_hidden_states.pt", "vl_hidden_states.pt", "egpt_event_states.pt", "positions.pt", "samples.jsonl")
 
 
 def flags(run, out, *more):

@@ -94,11 +94,11 @@ def proposals(states: HiddenStates, counts: tables.Counts | tables.NGramTable, l
 
 def prompted_texts(states: HiddenStates, found: Proposals, batches: Iterable[Tensor], device: str) -> Iterator[PromptedTexts]:
     """The texts of each batch of rows."""
-    assert states.events is not None and states.prompt is not None and states.prompt_inputs is not None  # asked for when loaded
+    assert states.prompt is not None and states.prompt_inputs is not None  # asked for when they were loaded
     p = states.prompt.shape[1]
     for rows in batches:
         s = int(states.lengths[rows].max())
-        parts = [states.target[rows, :s].float(), states.token_ids[rows, :s], states.mask[rows, :s], states.events[rows].float()]
+        parts = [states.target[rows, :s].float(), states.token_ids[rows, :s], states.mask[rows, :s], states.events_of(rows).float()]
         parts += [states.prompt[rows].float(), states.prompt_inputs[rows].float()]
         states.refuse_non_finite(rows, parts[0], *parts[3:])
         ids = [states.rows[row]["prompt_ids"] for row in rows.tolist()]
