@@ -95,9 +95,7 @@ def sweep(found: Measurements, max_new_tokens: int) -> LossySweep:
         found: timed runs; the `token` row of the same draft length and plain decoding are taken from them
         max_new_tokens: longest answer, EOS included
     """
-    setup, total = found.setup, len(found.setup.prompts)
-    number = min(MOST_PROMPTS, total)
-    chosen = [i * total // number for i in range(number)]
+    setup, chosen = found.setup, spread(len(found.setup.prompts))
     rows = {m.accept: m for m in setup.modes if m.draft == setup.modes[0].draft and m.accept != "token"}
     lossy = [replace(row, threshold=t) for rule, row in rows.items() for t in THRESHOLDS[rule]]
     lossless = replace(lossy[0], accept="token", threshold=None)
@@ -112,11 +110,17 @@ def sweep(found: Measurements, max_new_tokens: int) -> LossySweep:
     return LossySweep(
         draft=lossless.draft,
         num_draft_tokens=lossless.num_draft_tokens,
-        prompts=number,
+        prompts=len(chosen),
         tokens=sum(map(len, plain.texts)),
         lossless=point_of(found, chosen, plain, lossless, exact),
         points=[point_of(found, chosen, plain, mode, timed) for mode, timed in runs.items()],
     )
+
+
+def spread(total: int) -> list[int]:
+    """Indices of at most `MOST_PROMPTS` of so many prompts."""
+    number = min(MOST_PROMPTS, total)
+    return [i * total // number for i in range(number)]
 
 
 def decode_range(rule: RuleName, thresholds: Sequence[float], decode: Sequence[Callable[[], Generation]]) -> list[Generation]:
