@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
@@ -111,7 +112,7 @@ def test_every_decision_of_a_text_follows_from_both_distributions(accept, thresh
     """Without caches: at each round, p and q of one full pass over the text so far decide which draft tokens are accepted."""
     decided = set()
     for seed, prompt in enumerate(PROMPTS):
-        target, proposer, draft_logits = drafts_of(source, 0.3, seed)
+        target, proposer, draft_logits = drafts_of(source, 0.05 if accept == "kl" else 0.3, seed)
         rule = {"accept": accept, "threshold": threshold, "num_draft_tokens": 4, "max_new_tokens": 25}
         got = speculate(target, proposer, prompt_of(*prompt), prompt_of(*prompt), **rule)
         text = got.token_ids[:1]
@@ -128,7 +129,7 @@ def test_every_decision_of_a_text_follows_from_both_distributions(accept, thresh
             assert r.num_accepted == n
             decided |= {*accepts.tolist()}
             text = got.token_ids[: len(text) + n + 1]
-        assert text == got.token_ids
+        assert len(got.token_ids) - len(text) <= 1  # a last token, for which there is no room to draft
     assert decided == {True, False}
 
 
@@ -172,27 +173,32 @@ def test_each_rule_has_a_default_threshold_of_its_own():
 @pytest.mark.parametrize("source", ["aligned", "chained"])
 @pytest.mark.parametrize("rule", LOSSY)
 def test_a_sweep_is_what_decoding_at_each_threshold_gives(rule, source):
-    thresholds = THRESHOLDS[rule]
-    assert all((a < b) == (rule == "kl") for a, b in pairwise(thresholds)), "from strict to loose"
-    runs = 0
+    decoded, texts, total = [], set(), 0
     for seed, prompt in enumerate(PROMPTS):
         target, proposer, _ = drafts_of(source, 0.02, seed)
 
         def decode(threshold, target=target, proposer=proposer, prompt=prompt):
-            nonlocal runs
-            runs += 1
             settings = {"accept": rule, "threshold": threshold, "num_draft_tokens": 4, "max_new_tokens": 20}
             return speculate(target, proposer, prompt_of(*prompt), prompt_of(*prompt), **settings)
 
-        found = decode_range(rule, thresholds, [lambda t=t: decode(t) for t in thresholds])
-        decoded, runs = runs, 0
-        wanted = [decode(t) for t in thresholds]
-        assert [(g.token_ids, g.passes, [r.accepted for r in g.rounds]) for g in found] == [
-            (g.token_ids, g.passes, [r.accepted for r in g.rounds]) for g in wanted
-        ]
-        assert decoded <= len(thresholds) and decoded >= len({id(g) for g in found})
-        runs = 0
-    assert len({tuple(g.token_ids) for g in wanted}) >= 1
+        def counted(threshold, decode=decode):
+            decoded.append(decode(threshold))
+            return decoded[-1]
+
+        scores = [score for r in decode(1e-9).rounds for score in r.score]
+        thresholds = [t for q in (0.95, 0.8, 0.5, 0.2) for t in [float(np.quantile(scores, 1 - q if rule == "kl" else q))] * 2]
+        found, before = decode_range(rule, thresholds, [partial(counted, t) for t in thresholds]), len(decoded)
+        result = [(g.token_ids, g.passes, [r.accepted for r in g.rounds]) for g in found]
+        assert result == [(g.token_ids, g.passes, [r.accepted for r in g.rounds]) for g in map(decode, thresholds)]
+        assert len(decoded) == before and {id(g) for g in found} <= {id(g) for g in decoded}
+        texts |= {(seed, tuple(g.token_ids)) for g in found}
+        total += len(thresholds)
+    assert len(PROMPTS) < len(texts) <= len(decoded) <= total / 2, "what decides alike is decoded once"
+
+
+@pytest.mark.parametrize("rule", LOSSY)
+def test_a_sweep_goes_from_strict_to_loose(rule):
+    assert all((a < b) == (rule == "kl") for a, b in pairwise(THRESHOLDS[rule]))
 
 
 def test_the_benchmark_writes_the_sweep_next_to_its_lossless_point(finished):

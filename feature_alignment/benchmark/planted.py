@@ -65,7 +65,6 @@ class PlantedSettings:
     repeats: int
     warmup: int
 
-
     def planted(self) -> list[Planted]:
         """Every drafter at every draft length and planted acceptance; of a profile only the draft lengths that it has rates for.
 
@@ -84,8 +83,10 @@ class PlantedSettings:
                         log.info("planted  %s at draft length %d is left out: the profile has no such rates", draft, g)
         if not found:
             longest = max(len(r) for rate in self.rates if isinstance(rate, Mapping) for r in rate.values())
-            wanted = " ".join(map(str, self.gammas))
-            raise UserError(f"--num_draft_tokens {wanted}: the profile has rates for {longest} draft tokens. Pass --num_draft_tokens {longest}.")
+            raise UserError(
+                f"--num_draft_tokens {' '.join(map(str, self.gammas))}: the profile has rates for {longest} draft tokens. "
+                f"Pass --num_draft_tokens {longest}."
+            )
         return found
 
 

@@ -8,6 +8,7 @@ A run whose recorded scores lead to the same decisions at the next threshold is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -103,7 +104,7 @@ def sweep(found: Measurements, max_new_tokens: int) -> LossySweep:
     for i in progress(chosen, desc="lossy rules", unit="prompt"):
         for rule in rows:
             modes = [m for m in lossy if m.accept == rule]
-            decode = [lambda m=m: speculative(setup, m, max_new_tokens)(i) for m in modes]  # type: ignore[misc]
+            decode = [functools.partial(speculative(setup, m, max_new_tokens), i) for m in modes]
             for mode, text in zip(modes, decode_range(rule, THRESHOLDS[rule], decode), strict=True):
                 runs[mode].generations.append([text])
     plain, exact = (Timed([timed.generations[i][:1] for i in chosen]) for timed in (found.plain, found.timed[lossless]))

@@ -204,13 +204,13 @@ class Sources:
         if name not in ("own", "aligned", "chained"):
             has = "covers only the ids of its draft vocabulary" if name == "attending" else "comes from a table or is corrected by one"
             raise UserError(
-                f"--draft {name} --accept kl: compares the drafter's distribution over all token ids with Video-LLaVA's; what {name} drafts "
-                f"{has}. Pass --draft own, aligned or chained, or --accept typical, which needs Video-LLaVA's distribution alone."
+                f"--draft {name} --accept kl: compares the drafter's distribution over all token ids with Video-LLaVA's; what {name} "
+                f"drafts {has}. Pass --draft own, aligned or chained, or --accept typical, which needs Video-LLaVA's distribution alone."
             )
         if name == "chained" and self.draft_ids is not None:
             raise UserError(
-                f"--draft_vocabulary {self._draft_vocabulary} --accept kl: the other ids have probability 0, so every divergence is infinite. "
-                "Leave --draft_vocabulary out, or pass --accept typical."
+                f"--draft_vocabulary {self._draft_vocabulary} --accept kl: the other ids have probability 0, so every divergence is "
+                "infinite. Leave --draft_vocabulary out, or pass --accept typical."
             )
 
     @cached_property
