@@ -28,12 +28,12 @@ from feature_alignment.measurement.metrics import Counts, Rate
 from feature_alignment.measurement.records import Record
 
 MOST_PROMPTS = 16
-COSINES = (0.97, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
+COSINES = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 THRESHOLDS: dict[RuleName, tuple[float, ...]] = {  # strict to loose
     "feature": COSINES,
     "relaxed": COSINES,
-    "typical": (0.5, 0.25, 0.09, 0.03, 0.01, 1e-3, 1e-4, 1e-5),
-    "kl": (0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 4.0, 8.0),
+    "typical": (0.5, 0.25, 0.09, 0.03, 0.01, 1e-3, 1e-4),
+    "kl": (0.03, 0.1, 0.3, 1.0, 2.0, 4.0, 8.0),
 }
 
 
