@@ -22,7 +22,7 @@ from feature_alignment.decoding.engine import Speculation
 from feature_alignment.decoding.generation import Generation, Round
 from feature_alignment.decoding.plain import decode_plainly
 from feature_alignment.decoding.sampling import Sampler
-from feature_alignment.decoding.settings import DecodingConfig
+from feature_alignment.decoding.settings import COSINE_RULES, DecodingConfig
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models.generation import with_flags
@@ -80,7 +80,7 @@ class SpeculativePair:
         self.sources = Sources(pair, cfg, cfg.train_split, draft_vocabulary=cfg.draft_vocabulary)
         if trained is not None:
             self.sources.use_adapter(*trained)
-        self.proposer = self.sources.open(cfg.draft, cfg.accept != "token")
+        self.proposer = self.sources.open(cfg.draft, cfg.accept in COSINE_RULES, cfg.accept == "kl")
         self._controller = DraftLengthController(self.sources.known_acceptance(cfg.draft)) if cfg.adaptive else None
 
     @classmethod
@@ -179,7 +179,7 @@ class SpeculativePair:
             prompts.target,
             cfg.max_new_tokens,
             cfg.accept,
-            cfg.threshold,
+            cfg.acceptance_threshold,
             cfg.num_draft_tokens,
             self._sampler(),
             self._controller,
