@@ -9,11 +9,13 @@ import torch
 from conftest import as_decoder, prompt_of, tiny_llama
 
 from feature_alignment import SpeculativePair
+from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.benchmark import timing
-from feature_alignment.cli.config import Common, parse_config
+from feature_alignment.cli.config import parse_config
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ModelProposer
+from feature_alignment.decoding.settings import DecodingConfig
 from feature_alignment.feature_sd_inference import decode_both_ways
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models.pair import load_pair
@@ -27,15 +29,22 @@ def counted(decoder):
     return encoded
 
 
+def pair_of(root, **settings):
+    torch.manual_seed(0)
+    words = [f"--{name}={value}" for name, value in settings.items()]
+    cfg = parse_config(DecodingConfig, ["--config", str(root / "tiny.yaml"), *words], "feature_sd_inference")
+    return SpeculativePair(cfg, (ChainedAdapter(d_target=32, d_event=32, num_events=42, width=8).eval(), {}))
+
+
 @pytest.fixture
-def pair(finished):
-    return SpeculativePair.from_config(finished / "tiny.yaml", draft="chained", num_draft_tokens=3)
+def pair(tiny_run):
+    return pair_of(tiny_run, draft="chained", num_draft_tokens=3)
 
 
 @pytest.fixture(scope="module")
-def samples(finished):
+def samples(tiny_run):
     """Two questions about each of two clips."""
-    cfg = parse_config(Common, ["--config", str(finished / "tiny.yaml")], "benchmark_feature_sd")
+    cfg = parse_config(DecodingConfig, ["--config", str(tiny_run / "tiny.yaml")], "feature_sd_inference")
     found = read_samples(cfg.manifests, "test")
     clips = {s.video: s for s in found}
     first, second = list(clips.values())[:2]
@@ -69,7 +78,7 @@ def test_a_clip_is_known_by_its_content_and_the_clip_used_last_is_kept():
         VisionCache(0)
 
 
-def test_further_questions_about_a_clip_do_not_encode_it_and_have_the_same_answers(pair, samples, finished):
+def test_further_questions_about_a_clip_do_not_encode_it_and_have_the_same_answers(pair, samples):
     target, draft = counted(pair.target), counted(pair.draft)
     found = [pair.answer(**asked(s)) for s in samples]
     assert len(target) == len(draft) == 2, "four questions about two clips"
@@ -83,8 +92,8 @@ def test_further_questions_about_a_clip_do_not_encode_it_and_have_the_same_answe
         assert again.token_ids == answer.token_ids and [r.proposed for r in again.rounds] == [r.proposed for r in answer.rounds]
 
 
-def test_the_own_head_of_eventgpt_reuses_clips_too(samples, finished):
-    pair = SpeculativePair.from_config(finished / "tiny.yaml", draft="own", num_draft_tokens=3)
+def test_the_own_head_of_eventgpt_reuses_clips_too(samples, tiny_run):
+    pair = pair_of(tiny_run, draft="own", draft_layers="[1]")
     encoded = counted(pair.sources.full_draft)
     found = [pair.answer(**asked(s)).stats["vision_reused"] for s in samples[::2]]
     assert found == [0, 2] and len(encoded) == 1
@@ -96,8 +105,8 @@ def test_times_that_the_inference_script_prints_include_vision(pair, samples):
     assert (len(target), len(draft)) == (4, 2), "every run of both ways"
 
 
-def test_every_timed_run_of_a_benchmark_encodes_its_clip(finished):
-    cfg = parse_config(Common, ["--config", str(finished / "tiny.yaml")], "benchmark_feature_sd")
+def test_every_timed_run_of_a_benchmark_encodes_its_clip(tiny_run):
+    cfg = parse_config(DecodingConfig, ["--config", str(tiny_run / "tiny.yaml")], "feature_sd_inference")
     loaded = load_pair(cfg)
     assert loaded.target.vision_cache is None and loaded.draft.vision_cache is None
     target, drafter, prompt = as_decoder(tiny_llama(0)), as_decoder(tiny_llama(0)), prompt_of(1, 5, 9)

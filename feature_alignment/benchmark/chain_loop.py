@@ -3,9 +3,11 @@
 After every run of a chained row the drafter repeats the run's draft lengths in such a loop, so both times come from the same prompts,
 turns and machine. Their difference per round, as a line over the draft length, has two parts:
 
-    live - alone = once + length * more     once: a round reads its accepted tokens into the adapter's memory before it drafts
-                                            more: per draft token; the pass of the target between two rounds has replaced the adapter's
-                                            weights in the processor's caches, and on a GPU the host may be late
+    live - alone = once + length * more     once: a round reads its accepted tokens into the adapter's memory before it drafts, and the
+                                            pass of the target before it has evicted the adapter's weights from the processor's caches
+                                            more: per draft token, for example where the device waits for the host
+
+`tests/benchmarks/chained_draft.py gap` measures what the caches contribute.
 """
 
 from __future__ import annotations

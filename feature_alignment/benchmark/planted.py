@@ -255,8 +255,8 @@ def chained_rows(cost: Cost) -> list[list[str]]:
     parts = f"{live / alone:.2f} times; the difference is {live - alone:.4f}"
     if once is not None:
         parts += (
-            f": {once:.4f} is spent once a round (reading its accepted tokens before drafting), {live - alone - once:.4f} with each draft "
-            "token (the target's pass has replaced the adapter's weights in the caches)"
+            f": {once:.4f} is spent once a round (reading its accepted tokens, and the adapter's weights, which the target's pass evicts "
+            f"from the caches), {live - alone - once:.4f} with each draft token"
         )
     return [*rows, ["live / alone", parts]]
 

@@ -113,7 +113,13 @@ def same_tokens(a: Tensor, b: Tensor, gap: Tensor) -> dict[str, float | int]:
 
 @torch.inference_mode()
 def gap(outputs: Path, config: Path, prompts: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of a draft token: alone, alone but after a pass of the target each, and live; in turns, for each draft length."""
+    """Median milliseconds of a draft token: alone, alone but each block after a pass of the target, and live; in turns.
+
+    Args:
+        outputs: output directory of a run with a chained adapter
+        config: its config
+        prompts: number of prompts
+    """
     from feature_alignment.benchmark.chain_loop import ChainLoop, alone_ms
     from feature_alignment.benchmark_feature_sd import BenchmarkConfig
     from feature_alignment.cli.config import parse_config
@@ -147,14 +153,12 @@ def gap(outputs: Path, config: Path, prompts: int) -> dict[str, dict[str, float]
             for length in LENGTHS:
                 chains[length].rounds.clear()
                 after_pass[length].clear()
-    every = ChainLoop()
-    every.rounds = [r for chain in chains.values() for r in chain.rounds]
     found = {}
     for length, chain in chains.items():
         rounds = [r for r in chain.rounds if r.length == length]
         of = {"alone": [r.alone_ms for r in rounds], "alone, after a pass": after_pass[length], "live": [r.live_ms for r in rounds]}
-        found[str(length)] = {name: statistics.fmean(ms) / length for name, ms in of.items()}
-    return {**found, "all, ms": {name: ms for name, ms in every.costs(1.0).items() if ms is not None}}
+        found[str(length)] = {name: statistics.median(ms) / length for name, ms in of.items()}
+    return found
 
 
 def main() -> None:
@@ -167,8 +171,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.what == "gap":
         found = gap(args.outputs, args.config, args.prompts)
-        rows = [(g, *(f"{name} {ms:.4f}" for name, ms in of.items())) for g, of in found.items()]
-        print_table("a chained draft token, ms", ("draft length", "", "", ""), rows)
+        columns = list(found[str(LENGTHS[0])])
+        rows = [(length, *(f"{of[name]:.4f}" for name in columns)) for length, of in found.items()]
+        print_table("a chained draft token, ms (medians)", ("draft length", *columns), rows)
         print_json_line(found)
         return
     result = agreement(args.outputs)

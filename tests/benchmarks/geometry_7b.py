@@ -59,11 +59,11 @@ def write_geometry(out: Path, tokenizers: dict, size: str = "7b") -> None:
     from feature_alignment.models.eventgpt import EventGPTConfig
 
     is_small = size == "small"
-    llama, clip = (SMALL, SMALL_CLIP) if is_small else (LLAMA_7B, CLIP_L)
+    llama, clip, rows, target_rows = (SMALL, SMALL_CLIP, 1024, 1088) if is_small else (LLAMA_7B, CLIP_L, 32_000, 32_064)
     shape = dict(**llama, max_position_embeddings=4096)
-    draft = EventGPTConfig(**shape, vocab_size=32_000, vision_config=clip if is_small else None)  # None: CLIP-L/14-336, as released
+    draft = EventGPTConfig(**shape, vocab_size=rows, vision_config=clip if is_small else None)  # None: CLIP-L/14-336, as released
     image, video = tokenizers["target"].convert_tokens_to_ids(["<image>", "<video>"])
-    text, vision = LlamaConfig(**shape, vocab_size=32_064), CLIPVisionConfig(**clip)
+    text, vision = LlamaConfig(**shape, vocab_size=target_rows), CLIPVisionConfig(**clip)
     target = VideoLlavaConfig(vision_config=vision, text_config=text, image_token_index=image, video_token_index=video)
     for name, config, tokenizer in (("eventgpt", draft, tokenizers["draft"]), ("video_llava", target, tokenizers["target"])):
         config.save_pretrained(out / name)
