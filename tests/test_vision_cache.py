@@ -60,7 +60,7 @@ def test_a_clip_is_known_by_its_content_and_the_clip_used_last_is_kept():
     a, b, c = (torch.full((1, 2, 3, 4, 4), value) for value in (0.0, 1.0, 2.0))
 
     def tokens(clip):
-        return cache.get(clip, lambda: encoded.append(float(clip[0, 0, 0, 0, 0])) or clip.sum()[None])
+        return cache.vision(clip, lambda: encoded.append(float(clip[0, 0, 0, 0, 0])) or clip.sum()[None])
 
     for clip in (a, b, a.clone(), c, a.clone(), b):
         assert tokens(clip) == clip.sum()
@@ -78,10 +78,23 @@ def test_a_clip_is_known_by_its_content_and_the_clip_used_last_is_kept():
         VisionCache(0)
 
 
+def test_states_are_those_of_the_clip_and_of_the_prompt_before_it():
+    cache, read = VisionCache(size=1), []
+    clips = [cache.vision(torch.full((1, 1), value), lambda v=value: torch.full((1, 1), v)) for value in (0.0, 1.0)]
+
+    def states(vision, *prefix):
+        return cache.states(vision, prefix, lambda: read.append(prefix) or vision + len(prefix))
+
+    assert [float(states(clips[1], *prefix)) for prefix in ((7,), (7,), (7, 8), (7, 8), (7,))] == [2, 2, 3, 3, 2]
+    assert read == [(7,), (7, 8), (7,)]
+    assert [float(states(clips[0], 7)) for _ in range(2)] == [1, 1] and len(read) == 5, "a clip that is no longer kept is read again"
+
+
 def test_further_questions_about_a_clip_do_not_encode_it_and_have_the_same_answers(pair, samples):
-    target, draft = counted(pair.target), counted(pair.draft)
+    target, draft, read, forward = counted(pair.target), counted(pair.draft), [], pair.draft._forward
+    pair.draft._forward = lambda *inputs: read.append(1) or forward(*inputs)
     found = [pair.answer(**asked(s)) for s in samples]
-    assert len(target) == len(draft) == 2, "four questions about two clips"
+    assert len(target) == len(draft) == len(read) == 2, "four questions about two clips"
     assert [answer.stats["vision_reused"] for answer in found] == [0, 0, 2, 2]
     assert pair.answer_plain(**asked(samples[0])).stats["vision_reused"] == 1 and len(target) == 2
     pair.forget_clips()

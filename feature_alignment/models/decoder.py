@@ -198,7 +198,7 @@ class Decoder:
         def encode() -> Tensor:
             return self._encode_vision(pixels.to(self.device, self._head_weight.dtype))
 
-        return encode() if self.vision_cache is None or len(pixels) > 1 else self.vision_cache.get(pixels, encode)
+        return encode() if self.vision_cache is None or len(pixels) > 1 else self.vision_cache.vision(pixels, encode)
 
     @torch.inference_mode()
     def vision_states(self, ids: Tensor, vision: Tensor) -> Tensor:
@@ -212,9 +212,14 @@ class Decoder:
             [b, e, d].
         """
         at = (ids[0] == self.placeholder).nonzero()[:, 0]
-        ids = ids[:, : int(at[-1]) + 1].to(self.device)
-        state = State(DynamicCache(config=self.llama.config), ids, 0)
-        return self._read(state, {"inputs_embeds": self._splice(ids, vision)})[:, int(at[0]) :, -self.width :]
+        ids = ids[:, : int(at[-1]) + 1]
+
+        def read() -> Tensor:
+            here = ids.to(self.device)
+            state = State(DynamicCache(config=self.llama.config), here, 0)
+            return self._read(state, {"inputs_embeds": self._splice(here, vision)})[:, int(at[0]) :, -self.width :]
+
+        return read() if self.vision_cache is None or len(ids) > 1 else self.vision_cache.states(vision, tuple(ids[0].tolist()), read)
 
     @property
     def embeddings(self) -> Tensor:
