@@ -199,6 +199,17 @@ class ChainedProposer(Proposer):
                 return self._propose_block(num_tokens, confidence_floor)
         return self._propose_one_by_one(emitted, num_tokens, watch, confidence_floor)
 
+    @property
+    def device(self) -> torch.device:
+        """Device that drafts are made on."""
+        return self._draft.device
+
+    @torch.inference_mode()
+    def redraft(self, num_tokens: int) -> Tensor:
+        """Greedy draft tokens [g] after the text read last, without reading anything: the chain alone, to time it."""
+        token_ids: Tensor = self._block(self._tip, self._zeros(num_tokens))[0]
+        return token_ids
+
     def _propose_block(self, num_tokens: int, confidence_floor: float) -> Draft:
         """Draft up to twice the last length at once, read all tokens and confidences, and cut at the confidence floor."""
         length = min(num_tokens, next(n for n in BLOCK_LENGTHS if n >= min(2 * self._last_length, BLOCK_LENGTHS[-1])))
