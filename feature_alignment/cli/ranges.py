@@ -230,6 +230,10 @@ def validate_together(cfg: Any) -> None:
     if get("loss") not in (None, "ce_cosine") and cfg.adapter == "plain":
         raise UserError(f"--loss {cfg.loss} --adapter plain: the plain adapter has the loss of TASKS.md's recipe. Leave --loss out.")
     clip = {f"--{name}": get(name) for name in ("events", "video", "question") if hasattr(cfg, name)}
+    if get("clips") is not None:
+        if found := [flag for flag in ("--events", "--video") if clip.get(flag)]:
+            raise UserError(f"--clips {cfg.clips} and {found[0]}: wanted a folder of clips or the files of one.")
+        clip = {}
     missing = [flag for flag, value in clip.items() if value is None]
     if 0 < len(missing) < len(clip):
         raise UserError(f"{', '.join(missing)} missing: --events, --video and --question belong together.")

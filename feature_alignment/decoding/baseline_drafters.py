@@ -176,6 +176,18 @@ class TableProposer(Proposer):
         """See `Proposer`."""
         self._answered = self._prompt, list(emitted)
 
+    def remember(self, question: str, token_ids: Sequence[int]) -> None:
+        """Enter an answer that an earlier process gave, after those of this one.
+
+        Args:
+            question: of the answer
+            token_ids: of the answer
+        """
+        if self._answered is not None:
+            self._table.finished(self._answered[0].question, self._answered[1])
+            self._answered = None
+        self._table.finished(question, token_ids)
+
 
 class HybridProposer(Proposer):
     """A model drafts and an n-gram table corrects it.
