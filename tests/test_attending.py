@@ -444,7 +444,7 @@ def test_a_variant_is_trained_and_measured_next_to_the_main_adapter(finished, tm
     states = load_hidden_states(tmp_path / "out" / "hidden_states" / "train", events=True, prompt=True)
     first = train_hidden_adapter.first_rows(states, 9)
     assert torch.equal(adapter.table, tables.Counts(answers_of(states)[:9]).entries())
-    assert len(first.rows) == len(first.events) == len(first.target) == len(first.mask) == 9 and first.rows == states.rows[:9]
+    assert len(first.rows) == len(first.clip_index) == len(first.target) == len(first.mask) == 9 and first.rows == states.rows[:9]
     report = measure_feature_acceptance.main([*run, "--variants", "half"])
     assert {"attending", "attending, half"} <= set(report["chains"])
     with pytest.raises(UserError, match=r"(?s)--variants other: .* holds no adapter.*--adapter attending --variant other"):
