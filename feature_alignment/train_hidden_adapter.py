@@ -151,7 +151,7 @@ def first_rows(states: HiddenStates, limit: int | None) -> HiddenStates:
     """The first `limit` rows of a split, all if None."""
     n = len(states.rows)
     values = {f.name: getattr(states, f.name) for f in dataclasses.fields(states)}
-    per_row = {k: v[:limit] for k, v in values.items() if v is not None and k != "meta" and len(v) == n}
+    per_row = {k: v[:limit] for k, v in values.items() if v is not None and k not in ("meta", "events") and len(v) == n}
     return states if limit is None else dataclasses.replace(states, **per_row)
 
 

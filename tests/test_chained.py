@@ -271,7 +271,7 @@ def test_batches_of_texts_are_cut_to_their_own_longest(learnt):
     batches = [torch.tensor([0, 1]), torch.tensor([2])]
     for rows, width, texts in zip(batches, (5, 9), text_batches(short, batches, "cpu"), strict=True):
         assert texts.states.shape == (len(rows), width, D) and texts.events.shape == (len(rows), EVENTS, D)
-        assert torch.equal(texts.states, states.target[rows, :width]) and torch.equal(texts.events, states.events[rows])
+        assert torch.equal(texts.states, states.target[rows, :width]) and torch.equal(texts.events, states.events_of(rows))
         assert torch.equal(texts.token_ids, states.token_ids[rows, :width]) and torch.equal(texts.mask, mask[rows, :width])
 
 

@@ -153,7 +153,7 @@ def test_a_second_run_reuses_everything(finished, capsys):
 @pytest.mark.parametrize(
     "extra",
     [
-        *[["--draft", source] for source in ("own", "chained", "attending", "hybrid", "ngram", "template", "lookup", "previous")],
+        *[["--draft", source] for source in ("own", "chained", "attending", "hybrid", "ngram", "template", "lookup", "previous", "tables")],
         *[["--draft", source, "--temperature", "0.8"] for source in ("own", "attending", "hybrid")],
         ["--draft", "own", "--accept", "feature"],
         *[["--draft", source, "--accept", "relaxed", "--threshold", "0.1"] for source in ("chained", "attending")],

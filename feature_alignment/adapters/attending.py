@@ -198,6 +198,19 @@ class AttendingAdapter(nn.Module):
         """The input [.., w] of state inputs and `around`, both [.., w]."""
         return self._dropped(states + rest)
 
+    def prompt_inputs(self, states: Tensor, read: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The input [b, p, w] at prompt positions; the first one has no token before it.
+
+        Args:
+            states: [b, p, d_target], the target's states
+            read: [b, p, d_target], the target's input embedding after each of them, of a token or of vision
+            mask: [b, p] bool, False for padding in front
+        """
+        tokens = self.read_tokens(read)
+        if mask is not None:
+            tokens = tokens * mask[..., None]
+        return self.inputs(self.read_states(states), tokens, F.pad(tokens[:, :-1], (0, 0, 1, 0)))
+
     # ---- the layer
 
     def keys(self, inputs: Tensor, positions: Tensor) -> KeysValues:

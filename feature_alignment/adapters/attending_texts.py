@@ -34,7 +34,8 @@ class PromptedTexts:
         mask: [b, s]
         events: [b, e, d_event]
         prompt: [b, p, d_target], target states on the last prompt positions except the very last
-        prompt_ids: [b, p + 1] int64, of these positions and the very last; negative for vision and for padding
+        prompt_inputs: [b, p, d_target], the target's input embedding after each of these positions
+        before: [b] int64, the last token id of the prompt
         prompt_mask: [b, p] bool, False for padding
         proposed: [b, s, SOURCES] int64, candidates for the next token
         buckets: [b, s, SOURCES] int64
@@ -45,7 +46,8 @@ class PromptedTexts:
     mask: Tensor
     events: Tensor
     prompt: Tensor
-    prompt_ids: Tensor
+    prompt_inputs: Tensor
+    before: Tensor
     prompt_mask: Tensor
     proposed: Tensor
     buckets: Tensor
@@ -92,16 +94,15 @@ def proposals(states: HiddenStates, counts: tables.Counts | tables.NGramTable, l
 
 def prompted_texts(states: HiddenStates, found: Proposals, batches: Iterable[Tensor], device: str) -> Iterator[PromptedTexts]:
     """The texts of each batch of rows."""
-    assert states.events is not None and states.prompt is not None  # asked for when they were loaded
+    assert states.prompt is not None and states.prompt_inputs is not None  # asked for when they were loaded
     p = states.prompt.shape[1]
     for rows in batches:
         s = int(states.lengths[rows].max())
-        parts = [states.target[rows, :s].float(), states.token_ids[rows, :s], states.mask[rows, :s], states.events[rows].float()]
-        parts.append(states.prompt[rows].float())
-        states.refuse_non_finite(rows, parts[0], parts[3], parts[4])
-        ids, lengths = torch.full((len(rows), p + 1), -1), torch.zeros(len(rows), dtype=torch.int64)
-        for i, row in enumerate(rows.tolist()):
-            last = states.rows[row]["prompt_ids"][-p - 1 :]
-            ids[i, p + 1 - len(last) :], lengths[i] = torch.tensor(last), len(last) - 1
-        parts += [ids, torch.arange(p) >= p - lengths[:, None], found.tokens[rows, :s], found.buckets[rows, :s]]
+        parts = [states.target[rows, :s].float(), states.token_ids[rows, :s], states.mask[rows, :s], states.events_of(rows).float()]
+        parts += [states.prompt[rows].float(), states.prompt_inputs[rows].float()]
+        states.refuse_non_finite(rows, parts[0], *parts[3:])
+        ids = [states.rows[row]["prompt_ids"] for row in rows.tolist()]
+        lengths = torch.tensor([min(p, len(of_row) - 1) for of_row in ids])
+        parts += [torch.tensor([of_row[-1] for of_row in ids]), torch.arange(p) >= p - lengths[:, None]]
+        parts += [found.tokens[rows, :s], found.buckets[rows, :s]]
         yield PromptedTexts(*(part.to(device) for part in parts))

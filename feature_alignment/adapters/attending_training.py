@@ -76,10 +76,10 @@ class Reader:
             steps: number of draft tokens
         """
         a, s, p = self.adapter, texts.states.shape[1], texts.prompt.shape[1]
-        before = torch.cat([texts.prompt_ids[:, -1:], texts.token_ids[:, :-1]], 1)
-        tokens, tokens_before, of_prompt, candidates = self.tokens(texts.token_ids, before, texts.prompt_ids, texts.proposed)
+        before = torch.cat([texts.before[:, None], texts.token_ids[:, :-1]], 1)
+        tokens, tokens_before, candidates = self.tokens(texts.token_ids, before, texts.proposed)
         read, rest = a.read_states(texts.states), a.around(tokens, tokens_before, a.read_candidates(candidates, texts.buckets))
-        text, hidden = self._seen(texts, of_prompt, a.joined(read, rest))
+        text, hidden = self._seen(texts, a.joined(read, rest))
         events, head = a.read_events(texts.events), self._folded_head()
 
         def at(x: Tensor, position: Tensor) -> Tensor:
@@ -99,11 +99,11 @@ class Reader:
             real = real & texts.mask.gather(1, wanted)
             yield Step(a.expect(output), self._logits(output, head, texts.proposed, here), wanted, real)
 
-    def _seen(self, texts: PromptedTexts, prompt_tokens: Tensor, of_text: Tensor) -> tuple[KeysValues, Tensor]:
+    def _seen(self, texts: PromptedTexts, of_text: Tensor) -> tuple[KeysValues, Tensor]:
         """Keys and values of prompt and text, and which prompt positions [b, p] are masked."""
         a, p, s = self.adapter, texts.prompt.shape[1], texts.states.shape[1]
         hidden = ~texts.prompt_mask if "prompt" not in a.without else torch.ones_like(texts.prompt_mask)
-        of_prompt = a.inputs(a.read_states(texts.prompt), prompt_tokens[:, 1:], prompt_tokens[:, :-1])
+        of_prompt = a.prompt_inputs(texts.prompt, texts.prompt_inputs, texts.prompt_mask)
         return a.keys(torch.cat([of_prompt, of_text], 1), torch.arange(p + s, device=of_text.device)), hidden
 
     def _folded_head(self) -> tuple[Tensor, Tensor]:
