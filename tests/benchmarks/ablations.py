@@ -140,7 +140,7 @@ def train_and_score(name: str, argv: Sequence[str], states: dict[str, HiddenStat
 
     Args:
         name: of the variant
-        argv: flags of the config, and further ones for every training
+        argv: flags of every training
         states: "train" and "test" -> split
         cfg: settings
         num_epochs: budget, in epochs over all training rows
@@ -185,13 +185,16 @@ def table_of(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tupl
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Train, score and write; flags that are not listed go to `train_hidden_adapter`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """Train, score and write; returns the rows of ablations.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="the pair's config file")
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *PARTS], default=[*VARIANTS, *PARTS])
     parser.add_argument("--split", default="test", help="split that is scored")
     parser.add_argument("--num_epochs", type=int, help="epochs over all training rows; default: the config's")
     parser.add_argument("--limit", type=int, help="training rows that count as all; default: all")
-    args, given = parser.parse_known_args(argv)
+    parser.add_argument("flags", nargs="*", help="flags of every training, after --, e.g. -- --lr 1e-3 --output_dir outputs/other")
+    args = parser.parse_args(argv)
+    given = ["--config", args.config, *args.flags]
     cfg = parse_config(TrainConfig, [*given, "--adapter", "attending"], "train_hidden_adapter", variant="adapter")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
