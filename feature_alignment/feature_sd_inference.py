@@ -163,6 +163,8 @@ def answer_sample(cfg: InferenceConfig) -> dict[str, Any]:
 def decode_both_ways(pair: SpeculativePair, sample: Sample) -> tuple[Generation, Generation]:
     """Decode the answer speculatively and by the target alone, each twice: the first run warms up and trains the adaptive draft length.
 
+    Each run encodes the clip itself, so that both times include vision.
+
     Args:
         pair: Both models and the drafter.
         sample: Clip and question.
@@ -172,7 +174,9 @@ def decode_both_ways(pair: SpeculativePair, sample: Sample) -> tuple[Generation,
     """
     prompts = pair.prepare(sample)
     for _ in range(2):
+        pair.forget_clips()
         alone = pair.decode_plainly(prompts)
+        pair.forget_clips()
         generation = pair.decode(prompts)
     return generation, alone
 

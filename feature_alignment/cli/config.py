@@ -101,6 +101,19 @@ class Common:
         return self.output_dir
 
 
+@dataclass(frozen=True)
+class ClipsConfig(Common):
+    """Settings of a script that reads a manifest, or a folder of clips instead.
+
+    Args:
+        clips: read the clips of this folder instead of a manifest: files of one name, such as a.npy and a.mp4; --split names the output
+        question: asked about every clip of --clips, instead of --questions
+    """
+
+    clips: Path | None = None
+    question: str | None = None
+
+
 def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant: str | None = None) -> T:
     """The settings of one script; `--help` and `--print_config` print and exit.
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from feature_alignment.adapters.attending import AttendingAdapter, load_attending_adapter
-from feature_alignment.adapters.attending_training import MOST_IDS
+from feature_alignment.adapters.attending_texts import MOST_IDS
 from feature_alignment.adapters.chained import ChainedAdapter, load_chained_adapter
 from feature_alignment.adapters.hidden import HiddenAdapter, load_adapter
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError, log
 from feature_alignment.decoding.attending_proposer import AttendingProposer
-from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
+from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, SEARCH_THE_QUESTION, HybridProposer, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import Pair
@@ -161,17 +161,20 @@ class Sources:
         adapter = load_adapter(path, draft.hidden_size, layers)[0].to(target.device, target.head_weight.dtype)
         return layers[0], ModelProposer(draft, adapter, target.lm_head)
 
-    def open(self, name: str, predicts_states: bool = False) -> Proposer:
+    def open(self, name: str, predicts_states: bool = False, has_distribution: bool = False) -> Proposer:
         """Make a drafter.
 
         Args:
             name: as in `--draft`
             predicts_states: the acceptance rule compares hidden states, so the drafter must predict them
+            has_distribution: the acceptance rule compares distributions, so the drafter must have one over all token ids
 
         Raises:
-            UserError: a file that the drafter needs is missing, or it predicts no states
+            UserError: a file that the drafter needs is missing, it predicts no states, or it has no distribution
         """
         target, draft = self._pair.target, self._pair.draft
+        if has_distribution:
+            self._check_distribution(name)
         if predicts_states and (name not in ("own", "aligned", "chained", "attending") or (name == "own" and not draft.has_own_head)):
             raise UserError(
                 f"the feature and relaxed rules compare hidden states, {name} drafts have none"
@@ -193,9 +196,25 @@ class Sources:
             return HybridProposer(self.ngram, self.open(self._hybrid_model))
         if name == "ngram":
             return TableProposer(self.ngram)
-        if name == "lookup":
-            return TableProposer(Lookup(encode=cache(lambda question: target.tokenizer.encode(question, add_special_tokens=False))))
+        if name in SEARCH_THE_QUESTION:
+            texts = [] if name == "lookup" else self.texts
+            encode = cache(lambda question: target.tokenizer.encode(question, add_special_tokens=False))
+            return TableProposer(SEARCH_THE_QUESTION[name](texts, encode))
         return TableProposer(BASELINE_DRAFTERS[name](self.texts))
+
+    def _check_distribution(self, name: str) -> None:
+        """Raise UserError for a drafter without a distribution over all token ids, which the rule `kl` compares."""
+        if name not in ("own", "aligned", "chained"):
+            has = "covers only the ids of its draft vocabulary" if name == "attending" else "comes from a table or is corrected by one"
+            raise UserError(
+                f"--draft {name} --accept kl: compares the drafter's distribution over all token ids with Video-LLaVA's; what {name} "
+                f"drafts {has}. Pass --draft own, aligned or chained, or --accept typical, which needs Video-LLaVA's distribution alone."
+            )
+        if name == "chained" and self.draft_ids is not None:
+            raise UserError(
+                f"--draft_vocabulary {self._draft_vocabulary} --accept kl: the other ids have probability 0, so every divergence is "
+                "infinite. Leave --draft_vocabulary out, or pass --accept typical."
+            )
 
     @cached_property
     def ngram(self) -> NGram:
