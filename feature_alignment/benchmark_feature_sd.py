@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Measure, or reuse a cached result; returns the content of benchmark.json."""
     from feature_alignment.benchmark import report, transformers_baselines
+    from feature_alignment.benchmark.chain_loop import ChainLoop
     from feature_alignment.benchmark.plots import PICTURES
     from feature_alignment.benchmark.results import BenchmarkReport
     from feature_alignment.benchmark.run import Measurements, part_costs, profiles, take_turns
@@ -126,11 +127,12 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     target, part_cost = setup.pair.target, part_costs(setup)
     ways: dict[str, Callable[[Prompt], Generation]] = {"plain": lambda prompt: greedy(target, prompt, cfg.max_new_tokens)}
     ways |= transformers_baselines.ways(target, cfg.max_new_tokens, cfg.num_draft_tokens[0], cfg.assistant_layers)
-    timed = take_turns(setup, ways, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
+    chain = ChainLoop()
+    timed = take_turns(setup, ways, cfg.max_new_tokens, cfg.repeats, cfg.warmup, chain)
     about: dict[str, Any] = {"device": cfg.device, "dtype": cfg.dtype, "eager_fallbacks": fixed.eager_fallbacks}
     about["linear"] = {role: decoder.linear.to_json() for role, decoder in (("target", target), ("draft", setup.pair.draft))}
     meta = provenance("benchmark_feature_sd", cfg, made_from, identity, **about)
-    measurements = Measurements.of(setup, timed, part_cost)
+    measurements = Measurements.of(setup, timed, part_cost, chain)
     result, shown = results_of(cfg, measurements, acceptance, list(ways)[1:], meta)
     found, lossy = profiles(measurements, result.cost), sweep(measurements, cfg.max_new_tokens)
     report.write_benchmark_report(result, found, lossy, shown, target.tokenizer.decode, out)

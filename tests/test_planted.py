@@ -15,6 +15,7 @@ from feature_alignment.benchmark.planted import random_acceptance
 from feature_alignment.benchmark.results import BenchmarkReport, PlantedReport
 from feature_alignment.cli.console import UserError
 from feature_alignment.measurement.metrics import tokens_per_pass_iid
+from feature_alignment.models import fixed
 from feature_alignment.storage.files import read_hashed_json, save_pt, write_hashed_json
 
 
@@ -128,7 +129,7 @@ def test_planted_rows_say_so_and_need_no_trained_adapter(tiny_run, tmp_path, cap
     assert result["baselines"][0]["tokens"] == 3 * 12, "no text ends early"
     for row in result["rows"]:
         assert row["accept"] == "planted" and row["speedup"]["value"] > 0 and row["corrected_speedup"] > 0
-    assert result["meta"]["eager_fallbacks"] == []
+    assert result["meta"]["eager_fallbacks"] == [] and result["cost"]["c_chained_live"] > 0 and result["cost"]["c_chained_alone"] > 0
     found = {(r["draft"], r["planted_acceptance"]): (r["acceptance_rate"]["value"], r["tokens_per_pass"]) for r in result["rows"]}
     assert found["chained", 0.5] == found["aligned", 0.5], "a prompt's drafts have one fate, whoever made them"
     for draft in ("chained", "aligned"):
@@ -139,6 +140,23 @@ def test_planted_rows_say_so_and_need_no_trained_adapter(tiny_run, tmp_path, cap
     capsys.readouterr()
     main_of("benchmark_feature_sd")(argv)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["reused"]
+
+
+def test_steps_that_cannot_be_compiled_are_a_warning_and_a_row_of_the_report(tiny_run, tmp_path, monkeypatch, caplog):
+    def compiler(call, **_):
+        def fail(*inputs):
+            raise RuntimeError("no C compiler here")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(fixed, "eager_fallbacks", [])
+    argv = ["--config", str(tiny_run / "tiny.yaml"), "--output_dir", str(tmp_path), "--steps", "compiled", "--planted_acceptance", "0.5"]
+    main_of("benchmark_feature_sd")([*argv, "--num_draft_tokens", "2", "--limit", "2", "--max_new_tokens", "6", "--warmup", "0"])
+    report = (tmp_path / "benchmark" / "planted.md").read_text()
+    assert "EAGER FALLBACK: not everything ran with --steps compiled" in report
+    assert "| steps cannot be compiled | no C compiler here |" in report
+    assert "steps cannot be compiled: no C compiler here" in caplog.text
 
 
 def test_costs_name_every_exit_and_the_bandwidth(finished):

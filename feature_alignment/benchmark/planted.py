@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from feature_alignment.benchmark import speed_model, timing
+from feature_alignment.benchmark.chain_loop import ChainLoop
 from feature_alignment.benchmark.costs import Cost
 from feature_alignment.benchmark.profile import SpeculationProfile
 from feature_alignment.benchmark.results import PlainBaseline, PlantedBest, PlantedReport, PlantedRow
@@ -183,10 +184,14 @@ def measure(cfg: Common, settings: PlantedSettings, samples: Sequence[Sample], m
 
         return answer
 
-    methods: dict[str | Planted, Callable[[int], Generation]] = {key: speculative(*key) for key in planted}
+    chain = ChainLoop()
+    methods: dict[str | Planted, Callable[[int], Generation]] = {
+        (mode, rate): chain.after(speculative(mode, rate), proposers[mode.draft], mode.num_draft_tokens) for mode, rate in planted
+    }
     methods["plain"] = answering(lambda prompt: greedy(target, prompt, settings.max_new_tokens), prompts)
     for _ in range(2):
         timing.run_in_turns(methods, min(settings.warmup, len(samples)), 1, iter)
+    chain.rounds.clear()
     timed = timing.run_in_turns(methods, len(samples), settings.repeats, lambda x: progress(x, desc="planted", unit="prompt"))
     clips, plain = [s.sequence for s in samples], timed["plain"]
     costs = speed_model.Costs.of([(mode, timed[mode, rate]) for mode, rate in planted], plain, parts.loop.v)
@@ -207,7 +212,7 @@ def measure(cfg: Common, settings: PlantedSettings, samples: Sequence[Sample], m
         planted=True,
         baselines=[baseline],
         rows=[planted_row(key, timed[key], plain, clips, costs, pair.draft.taps) for key in planted],
-        cost=Cost.of(parts, costs.report(parts.loop, clips)),
+        cost=Cost.of(parts, chain.added_to(costs.report(parts.loop, clips))),
         best=best_lengths(planted, timed, clips),
     )
 
@@ -300,6 +305,7 @@ def tables(result: PlantedReport) -> list[Table]:
         ["hidden adapter, one token, ms", f"{cost.t_adapter_ms:.3f}"],
         ["chained adapter, one token, ms", "-" if cost.t_chained_ms is None else f"{cost.t_chained_ms:.3f}"],
         ["target's LM head, one token, ms", f"{cost.t_head_ms:.3f}"],
+        *chained_rows(cost),
         *machine_rows(cost),
         *[[f"v({k}), passes", f"{v:.3f}"] for k, v in cost.v.items()],
     ]
@@ -311,6 +317,7 @@ def tables(result: PlantedReport) -> list[Table]:
             best,
         ),
         ("Costs (medians)", ["part", ""], costs),
+        *fallback_tables(result.meta),
     ]
 
 
@@ -324,6 +331,31 @@ def machine_rows(cost: Cost) -> list[list[str]]:
         ],
         *[[f"EventGPT up to layer {k}: one step, ms; c, steps", f"{e.t_draft_ms:.3f}; {e.c:.3f}"] for k, e in cost.exit_layers.items()],
     ]
+
+
+def chained_rows(cost: Cost) -> list[list[str]]:
+    """Rows of a cost table: a chained draft token during decoding and in a loop of nothing else, and what their difference consists of."""
+    live, alone, once = cost.c_chained_live, cost.c_chained_alone, cost.c_chained_once
+    if live is None or alone is None:
+        return []
+    rows = [
+        ["c of a chained draft token, live: in the rows with a fixed draft length", f"{live:.4f}"],
+        ["c of a chained draft token, alone: the same drafts in a loop of nothing else, in turns with those rows", f"{alone:.4f}"],
+    ]
+    parts = f"{live / alone:.2f} times; the difference is {live - alone:.4f}"
+    if once is not None:
+        parts += (
+            f": {once:.4f} is spent once a round (reading its accepted tokens, and the adapter's weights, which the target's pass evicts "
+            f"from the caches), {live - alone - once:.4f} with each draft token"
+        )
+    return [*rows, ["live / alone", parts]]
+
+
+def fallback_tables(meta: Meta) -> list[Table]:
+    """What ran eagerly although captured or compiled steps were asked for: one table, or none."""
+    found = [list(fallback.partition(": ")[::2]) for fallback in meta.get("eager_fallbacks", [])]
+    title = f"EAGER FALLBACK: not everything ran with --steps {meta['config']['steps']}, so times are longer than they could be"
+    return [(title, ["what", "why"], found)] if found else []
 
 
 def write(result: PlantedReport, out: Path) -> None:

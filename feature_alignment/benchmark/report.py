@@ -10,7 +10,7 @@ from pathlib import Path
 
 from feature_alignment.benchmark import plots, speed_model
 from feature_alignment.benchmark.costs import Cost, DrafterCost
-from feature_alignment.benchmark.planted import machine_rows
+from feature_alignment.benchmark.planted import chained_rows, fallback_tables, machine_rows
 from feature_alignment.benchmark.plots import PICTURES
 from feature_alignment.benchmark.profile import SpeculationProfile
 from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, Fidelity, PlainBaseline, Target, drafter_name, rule_name
@@ -38,6 +38,7 @@ def tables(result: BenchmarkReport) -> list[Table]:
     return [
         target_table(result.targets),
         speed_table(result.rows, result.plain),
+        *fallback_tables(result.meta),
         fidelity_table(result.rows, result.plain.fidelity),
         baseline_table(result),
         part_cost_table(result.cost),
@@ -168,7 +169,7 @@ def decoding_cost_table(cost: Cost) -> Table:
         rows += [
             ["one pass of plain decoding, in ms", cost.rounds.step_ms.text(3)],
             ["c of an aligned draft token, in a loop of nothing else", f"{cost.loop.c:.3f}"],
-            ["c of a chained draft token, in a loop of nothing else", _number(cost.loop.c_chained, 3)],
+            *(chained_rows(cost) or [["c of a chained draft token, in a loop of nothing else", _number(cost.loop.c_chained, 3)]]),
             *([f"{_any_rule(d)}: c, r", f"{_number(d.c, 3)}, {_number(d.r, 3)}"] for d in cost.rounds.drafters),
         ]
     for draft, b in (cost.bound or {}).items():

@@ -56,9 +56,9 @@ def modes(
 ) -> list[Mode]:
     """The modes of a benchmark.
 
-    Draft tokens of the first adapter are measured at every draft length, those of the n-gram table at the longer ones, and all others at
-    the middle one. Draft tokens of adapters are also measured under the cosine rules, those of the first also under the other lossy rules
-    at their default thresholds.
+    Draft tokens of the first adapter are measured at every draft length, those of the n-gram table and of the best table at the longer
+    ones, and all others at the middle one. Draft tokens of adapters are also measured under the cosine rules, those of the first also
+    under the other lossy rules at their default thresholds.
 
     Args:
         gammas: fixed draft lengths
@@ -72,7 +72,7 @@ def modes(
     other_rules: tuple[RuleName, ...] = ("typical", "kl")
     return [
         *[Mode(adapters[0], "token", g) for g in gammas],
-        *[Mode("ngram", "token", g) for g in gammas[len(gammas) // 2 :]],
+        *[Mode(draft, "token", g) for draft in ("ngram", "tables") for g in gammas[len(gammas) // 2 :]],
         *adaptive,
         dataclasses.replace(adaptive[0], overlap=True),
         *[Mode(draft, "token", middle) for draft in (*adapters[1:], "own", "template", "lookup", "previous")],

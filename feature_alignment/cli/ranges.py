@@ -93,6 +93,7 @@ RANGES = {
     "weight_decay": Range(0, 100),
 }
 SPLITS = ("split", "train_split", "validation_split", "calibration_split")  # each names a folder
+VARIANTS = ("variant", "variants")
 INPUT_FILES = ("questions", "lexicon", "answers", "token_pairs", "events", "exit_adapters", "planted_acceptance")
 _DEVICE = re.compile(r"cpu|cuda(:(0|[1-9]\d{0,3}))?")
 
@@ -142,6 +143,10 @@ def validate_text(name: str, value: str | Path) -> None:
         raise UserError(f"--device {shown}: wanted cpu, cuda or cuda:<number>.")
     if name in SPLITS:
         _validate_split(name, text)
+    if name in VARIANTS and (not re.fullmatch(r"\w[\w.-]{0,99}", text) or text.startswith(("blind", "without_"))):
+        raise UserError(
+            f"--{name} {shown}: a variant names a folder; wanted up to 100 letters, digits and _ . -, not beginning with blind or without_."
+        )
     if isinstance(value, Path):
         _validate_path(name, value)
 
@@ -222,7 +227,13 @@ def validate_together(cfg: Any) -> None:
         weights = [cfg.mse_weight, cfg.cosine_weight, *([] if cfg.adapter == "plain" else [cfg.kl_weight])]
         if not any(weights):
             raise UserError("--mse_weight, --cosine_weight and --kl_weight are all 0: wanted at least one above 0.")
+    if get("loss") not in (None, "ce_cosine") and cfg.adapter == "plain":
+        raise UserError(f"--loss {cfg.loss} --adapter plain: the plain adapter has the loss of TASKS.md's recipe. Leave --loss out.")
     clip = {f"--{name}": get(name) for name in ("events", "video", "question") if hasattr(cfg, name)}
+    if get("clips") is not None:
+        if found := [flag for flag in ("--events", "--video") if clip.get(flag)]:
+            raise UserError(f"--clips {cfg.clips} and {found[0]}: wanted a folder of clips or the files of one.")
+        clip = {}
     missing = [flag for flag, value in clip.items() if value is None]
     if 0 < len(missing) < len(clip):
         raise UserError(f"{', '.join(missing)} missing: --events, --video and --question belong together.")

@@ -319,7 +319,7 @@ class Speculation:
             with self._watch("draft_prefill"):
                 reading.result()
         self._draft_prompt = None
-        self._proposer.read_target_prompt(self._prompt, self._state.prompt_states(), self._watch)
+        self._proposer.read_target_prompt(self._prompt, self._state.read_prompt(), self._watch)
         if self._controller is not None:
             self._controller.record_draft_prefill(self._watch.ms.get("draft_prefill", 0.0))
 

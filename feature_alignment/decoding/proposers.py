@@ -16,7 +16,7 @@ from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import Selected, TokenSelector
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.fixed import captured
-from feature_alignment.models.state import Prompt, State
+from feature_alignment.models.state import Prompt, ReadPrompt, State
 
 OUTSIDE = -1e30  # logit of an id outside the draft vocabulary
 BLOCK_LENGTHS = (4, 8, 16, 24, 32)  # of a whole block at a confidence floor; few, because each is one CUDA graph
@@ -60,8 +60,8 @@ class Proposer(Protocol):
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """Read a new prompt."""
 
-    def read_target_prompt(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
-        """Receive the target's prompt and its hidden states [s, d_target] there; called once for each text, after `start`."""
+    def read_target_prompt(self, prompt: Prompt, read: ReadPrompt, watch: Stopwatch) -> None:
+        """Receive the target's prompt and what it read there, [s, d_target] each; called once for each text, after `start`."""
         return None
 
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:
@@ -198,6 +198,17 @@ class ChainedProposer(Proposer):
             if self.selector.is_plain_argmax and self._drafts_blocks:
                 return self._propose_block(num_tokens, confidence_floor)
         return self._propose_one_by_one(emitted, num_tokens, watch, confidence_floor)
+
+    @property
+    def device(self) -> torch.device:
+        """Device that drafts are made on."""
+        return self._draft.device
+
+    @torch.inference_mode()
+    def redraft(self, num_tokens: int) -> Tensor:
+        """Greedy draft tokens [g] after the text read last, without reading anything: the chain alone, to time it."""
+        token_ids: Tensor = self._block(self._tip, self._zeros(num_tokens))[0]
+        return token_ids
 
     def _propose_block(self, num_tokens: int, confidence_floor: float) -> Draft:
         """Draft up to twice the last length at once, read all tokens and confidences, and cut at the confidence floor."""

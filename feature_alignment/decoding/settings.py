@@ -45,7 +45,7 @@ class DecodingConfig(Common):
             other devices the fixed cache alone); compiled = also fused by torch.compile, which takes a minute
     """
 
-    draft: Literal["own", "aligned", "chained", "attending", "hybrid", "ngram", "template", "lookup", "previous"] = "aligned"
+    draft: Literal["own", "aligned", "chained", "attending", "hybrid", "ngram", "template", "lookup", "previous", "tables"] = "aligned"
     train_split: str = "train"
     accept: RuleName = "token"
     threshold: float | None = None
