@@ -288,9 +288,8 @@ def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, 
     profiles = [rate for rate in cfg.planted_acceptance if isinstance(rate, Path)]
     made_from |= {"profiles": profiles} if profiles else {}
     rates = [planted.read_profile(rate) if isinstance(rate, Path) else rate for rate in cfg.planted_acceptance]
-    numbers: list[float | Path] = [
-        rate for rate in cfg.planted_acceptance if not isinstance(rate, Path)
-    ]  # profiles are compared by content
+    # Profiles are compared by content.
+    numbers: list[float | Path] = [rate for rate in cfg.planted_acceptance if not isinstance(rate, Path)]
     identity = identity_of("benchmark_feature_sd", dataclasses.replace(cfg, planted_acceptance=numbers), made_from, timed=True)
     cached = cached_result(out / "planted.json", cfg, identity)
     if cached is not None:
