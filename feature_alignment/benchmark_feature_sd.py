@@ -276,7 +276,7 @@ def clips_of(samples: Sequence[Sample]) -> list[Path]:
 
 def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, Any]:
     """Measure wall clock at planted acceptances; returns the content of planted.json. Other results are left as they are."""
-    from feature_alignment.benchmark import planted
+    from feature_alignment.benchmark import planted, planted_report
     from feature_alignment.benchmark.results import PlantedReport
     from feature_alignment.storage.artifacts import cached_result, provenance
     from feature_alignment.storage.identity import identity_of
@@ -299,8 +299,8 @@ def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, 
         settings = planted.PlantedSettings(cfg.steps, cfg.num_draft_tokens, rates, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
         meta = provenance("benchmark_feature_sd", cfg, made_from, identity, **facts)
         result = planted.measure(cfg, settings, samples, meta)
-        planted.write(result, out)
-    planted.show(result)
+        planted_report.write(result, out)
+    planted_report.show(result)
     content = result.to_json()
     print_json_line({"planted": True, "best": content["best"], "reused": cached is not None, "written": str(out / "planted.json")})
     return content
