@@ -276,7 +276,7 @@ def clips_of(samples: Sequence[Sample]) -> list[Path]:
 
 def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, Any]:
     """Measure wall clock at planted acceptances; returns the content of planted.json. Other results are left as they are."""
-    from feature_alignment.benchmark import planted
+    from feature_alignment.benchmark import planted, planted_report
     from feature_alignment.benchmark.results import PlantedReport
     from feature_alignment.storage.artifacts import cached_result, provenance
     from feature_alignment.storage.identity import identity_of
@@ -288,7 +288,8 @@ def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, 
     profiles = [rate for rate in cfg.planted_acceptance if isinstance(rate, Path)]
     made_from |= {"profiles": profiles} if profiles else {}
     rates = [planted.read_profile(rate) if isinstance(rate, Path) else rate for rate in cfg.planted_acceptance]
-    numbers = [rate for rate in cfg.planted_acceptance if not isinstance(rate, Path)]  # profiles are compared by content
+    # Profiles are compared by content.
+    numbers: list[float | Path] = [rate for rate in cfg.planted_acceptance if not isinstance(rate, Path)]
     identity = identity_of("benchmark_feature_sd", dataclasses.replace(cfg, planted_acceptance=numbers), made_from, timed=True)
     cached = cached_result(out / "planted.json", cfg, identity)
     if cached is not None:
@@ -298,8 +299,8 @@ def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, 
         settings = planted.PlantedSettings(cfg.steps, cfg.num_draft_tokens, rates, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
         meta = provenance("benchmark_feature_sd", cfg, made_from, identity, **facts)
         result = planted.measure(cfg, settings, samples, meta)
-        planted.write(result, out)
-    planted.show(result)
+        planted_report.write(result, out)
+    planted_report.show(result)
     content = result.to_json()
     print_json_line({"planted": True, "best": content["best"], "reused": cached is not None, "written": str(out / "planted.json")})
     return content
