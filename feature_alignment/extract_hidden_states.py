@@ -62,6 +62,8 @@ class ExtractConfig(Common):
         event_states: store EventGPT's states over its event tokens as well, which the chained adapter reads (4.8 MB a clip at 7B)
         prompt_states: store Video-LLaVA's states on this many of the last prompt positions as well, which the attending adapter reads
             (160: 1.3 MB a row at 7B)
+        draft_answers: decode EventGPT's own answers as well. Only the token-level comparison reads them; without them the training split
+            takes a third less time
         own_drafts: store EventGPT's own next token after every prefix of the text, for token-level comparison; EventGPT runs at full depth
         answers: token pairs file whose answers are used instead of generating them (default: matching answers in output_dir)
         shard: extract only part i of n, e.g. 2/3
@@ -77,6 +79,7 @@ class ExtractConfig(Common):
     separate_layers: bool = False
     event_states: bool = False
     prompt_states: int = 0
+    draft_answers: bool = True
     own_drafts: bool = False
     answers: Path | None = None
     shard: str | None = None
@@ -139,7 +142,7 @@ def cuts(vl_tokens: list[int], egpt_tokens: list[int], read: list[int], cfg: Ext
     """Names of the limits that shortened a row, from both answers and the token ids `read`; counted in `meta` and printed."""
     ends = {"Video-LLaVA": pair.target.eos_ids, "EventGPT": pair.draft.eos_ids}
     named = {"Video-LLaVA": vl_tokens, "EventGPT": egpt_tokens}
-    found = [f"{name}'s answer reached max_new_tokens" for name, tokens in named.items() if tokens[-1] not in ends[name]]
+    found = [f"{name}'s answer reached max_new_tokens" for name, tokens in named.items() if tokens and tokens[-1] not in ends[name]]
     is_complete = read[-1] in ends["EventGPT" if cfg.prefix == "drafter" else "Video-LLaVA"]
     return [*found, "states beyond max_positions not kept"] if len(read) == cfg.max_positions and not is_complete else found
 
@@ -158,6 +161,8 @@ def identity_of(cfg: ExtractConfig) -> RunIdentity:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Extract one split, a shard of it, or merge its shards; returns the meta."""
     cfg = parse_config(ExtractConfig, argv, "extract_hidden_states")
+    if not cfg.draft_answers and cfg.prefix != "verifier":
+        raise UserError(f"--prefix {cfg.prefix} needs EventGPT's answers; expected --draft_answers true, or --prefix verifier.")
     from feature_alignment.inputs.row_identity import identify
     from feature_alignment.inputs.samples import read_samples
     from feature_alignment.models.batches import plan_batches
@@ -228,7 +233,7 @@ def fill(
     pair = load_pair(dataclasses.replace(cfg, device=device))
     refuse_foreign_ids(answers, pair.target.vocab_size)
     full_depth_draft = pair.draft
-    if (cfg.own_drafts or len(answers) < len(rows)) and not pair.draft.has_own_head:
+    if (cfg.own_drafts or (cfg.draft_answers and len(answers) < len(rows))) and not pair.draft.has_own_head:
         full_depth_draft = pair.draft_with(None, dataclasses.replace(cfg, device=device))
     for decoder in (pair.target, pair.draft, full_depth_draft):
         decoder.pack_linear()  # Without a trial, so that every process and every resumed run writes the same bytes.

@@ -342,7 +342,7 @@ def test_all_documents_quote_one_run():
                 quoted.setdefault(name, set()).add(made)
         for name, made in re.findall(r"(\S+\.json) made (\S+?)(?:;| -->)", text):
             quoted.setdefault(name, set()).add(made)
-    assert len(quoted) == 3 and all(len(made) == 1 for made in quoted.values()), quoted
+    assert len(quoted) == 4 and all(len(made) == 1 for made in quoted.values()), quoted
 
 
 def test_numbers_of_the_gpu_run_are_those_of_its_files():

@@ -29,7 +29,7 @@ def identify(samples: Sequence[Sample], parts: Sequence[Sequence[int]], manifest
         event_start_ms: Start of clips that do not state their own.
     """
     folder = manifest.resolve().parent
-    hash_of = functools.cache(lambda path: file_hash(path) if path.exists() else None)
+    hash_of = functools.cache(_hash_of_readable)
     entries = []
     for part in parts:
         batch = [samples[i] for i in part]
@@ -46,3 +46,10 @@ def identify(samples: Sequence[Sample], parts: Sequence[Sequence[int]], manifest
             about = {"id": sample.id, "sequence": sample.sequence, "question": sample.question, "facts": sample.facts, "clip": files}
             entries.append({**about, "identity": {"row": row, "batch": f"{batch_hash}:{index}"}, "events": events})
     return entries
+
+
+def _hash_of_readable(path: Path) -> str | None:
+    try:
+        return file_hash(path)
+    except OSError:  # reading the sample reports it
+        return None

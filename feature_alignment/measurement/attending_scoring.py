@@ -9,7 +9,8 @@ from torch import Tensor
 
 from feature_alignment.adapters import tables
 from feature_alignment.adapters.attending import AttendingAdapter
-from feature_alignment.adapters.attending_training import Reader, all_origins, prompted_texts, proposals
+from feature_alignment.adapters.attending_texts import prompted_texts, proposals
+from feature_alignment.adapters.attending_training import Reader, all_origins
 from feature_alignment.decoding.acceptance import cosine_per_position
 from feature_alignment.measurement.scoring import Scores
 from feature_alignment.storage.hidden_states import HiddenStates

@@ -12,7 +12,7 @@ from feature_alignment.inputs.samples import Sample
 from feature_alignment.models.batches import ClipBatch
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import Pair
-from feature_alignment.storage.hidden_states import EVENT_STATES, PROMPT_STATES, layer_file
+from feature_alignment.storage.hidden_states import EVENT_STATES, PROMPT_INPUTS, PROMPT_STATES, layer_file
 
 
 def draft_files(taps: Sequence[int], hidden: Tensor, separate_layers: bool) -> dict[str, Tensor]:
@@ -46,6 +46,10 @@ class ExtractionSettings(Protocol):
         """Number of the target's prompt positions."""
 
     @property
+    def draft_answers(self) -> bool:
+        """Whether the drafter's own answers are wanted."""
+
+    @property
     def own_drafts(self) -> bool:
         """Whether the drafter's own next tokens are wanted."""
 
@@ -58,7 +62,7 @@ class RowStates(NamedTuple):
         token_ids: The n token ids that they emit.
         read: The token ids that the target read, before both models' states were cut to the shorter text.
         vl_tokens: The target's own answer.
-        egpt_tokens: The drafter's own answer.
+        egpt_tokens: The drafter's own answer; empty if it is not wanted.
         about: Further keys of the row's entry.
     """
 
@@ -94,13 +98,15 @@ def states_of(
     if len(known) == len(samples):
         vl, egpt = ([list(answer[model]) for answer in known] for model in (0, 1))
     else:
-        vl, egpt = target.generate(cfg.max_new_tokens), deep.generate(cfg.max_new_tokens)
+        vl = target.generate(cfg.max_new_tokens)
+        egpt = deep.generate(cfg.max_new_tokens) if cfg.draft_answers else [[] for _ in samples]
     texts = {"verifier": (vl, vl), "drafter": (egpt, egpt), "own": (vl, egpt)}[cfg.prefix]
     target_reads, draft_reads = ([answer[: cfg.max_positions] for answer in text] for text in texts)
     events = draft.vision_states() if with_events else None
     own = deep.predict_tokens(draft_reads) if cfg.own_drafts else None
     p = cfg.prompt_states
-    prompt_ids, found = target.prompt_ids(p + 1), (target.states(target_reads, p), draft.states(draft_reads))
+    prompt_ids, inputs = target.prompt_ids(p + 1), target.prompt_inputs(p)
+    found = target.states(target_reads, p), draft.states(draft_reads)
     for i, (pv, g) in enumerate(zip(*found, strict=True)):
         v, about = pv[p:], {}
         length = min(len(v), len(g))  # texts of one's own are paired by index, up to the shorter one
@@ -108,7 +114,7 @@ def states_of(
         if events is not None:
             files[EVENT_STATES] = events[i]
         if p:
-            files[PROMPT_STATES] = pv[:p]
+            files[PROMPT_STATES], files[PROMPT_INPUTS] = pv[:p], inputs[i]
             about["prompt_ids"] = prompt_ids[i]
         if own is not None:
             about["egpt_drafts"] = own[i][:length]
@@ -155,7 +161,7 @@ def shapes_of(pair: StateGeometry, width: int, separate_layers: bool, event_stat
         width: Positions of the longest answer.
         separate_layers: Whether the drafter's layers have files of their own.
         event_states: Whether its event states are stored.
-        prompt_states: Number of the target's prompt positions that are stored.
+        prompt_states: Number of the target's prompt positions whose states and inputs are stored.
     """
     nothing = draft_files(pair.taps, torch.empty(0, pair.draft_width * len(pair.taps)), separate_layers)
     shapes = {name: (width, states.shape[-1]) for name, states in nothing.items()}
@@ -163,5 +169,5 @@ def shapes_of(pair: StateGeometry, width: int, separate_layers: bool, event_stat
     if event_states:
         shapes[EVENT_STATES] = pair.event_tokens, pair.draft_width
     if prompt_states:
-        shapes[PROMPT_STATES] = prompt_states, pair.target_width
+        shapes[PROMPT_STATES] = shapes[PROMPT_INPUTS] = prompt_states, pair.target_width
     return shapes

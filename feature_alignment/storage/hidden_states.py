@@ -23,8 +23,8 @@ DEFAULT_EOS_IDS = [2]  # files written before their meta recorded the ids
 
 log = logging.getLogger(__name__)
 
-EVENT_STATES, PROMPT_STATES = "egpt_event_states.pt", "vl_prompt_states.pt"
-FIXED_LENGTH_FILES = (EVENT_STATES, PROMPT_STATES)  # files whose rows are all equally long
+EVENT_STATES, PROMPT_STATES, PROMPT_INPUTS = "egpt_event_states.pt", "vl_prompt_states.pt", "vl_prompt_inputs.pt"
+FIXED_LENGTH_FILES = (EVENT_STATES, PROMPT_STATES, PROMPT_INPUTS)  # files whose rows are all equally long
 MAX_BYTES_CHECKED_ON_LOAD = 1 << 30  # larger files are compared with their hashes by `verification` only
 
 
@@ -41,6 +41,7 @@ class HiddenStates:
     events:    [c, e, d_event]   EventGPT's states over its event tokens, if asked for: of the last tapped layer, once per clip
     prompt:    [n, p, d_target]  Video-LLaVA's states of its prompt's end, without its very last position, if asked for; zeros in front
                                  where the prompt is shorter. A row's "prompt_ids" are the ids there and the last one, -1 for vision
+    prompt_inputs: [n, p, d_target]  its input embeddings, vision included, of the position after each of these states
     clip_index: [n] int64        each row's row of `events`; None: one of its own
     """
 
@@ -53,6 +54,7 @@ class HiddenStates:
     meta: dict[str, Any]
     events: Tensor | None = None
     prompt: Tensor | None = None
+    prompt_inputs: Tensor | None = None
     clip_index: Tensor | None = None
 
     def events_of(self, rows: Tensor) -> Tensor:
@@ -145,7 +147,7 @@ def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, eve
         directory: folder of the split
         layers: EventGPT's layers to load; None loads all. With `--separate_layers` it must be one layer, and `meta` then describes it alone
         events: load EventGPT's event states as well
-        prompt: load Video-LLaVA's states of its prompt as well
+        prompt: load Video-LLaVA's states and inputs of its prompt as well
 
     Raises:
         UserError: the extraction is incomplete or altered, lacks the requested states, or its files do not fit each other
@@ -186,7 +188,7 @@ def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, eve
         raise UserError(
             f"{directory} holds no prompt states, which the attending adapter reads. Extract them:\n  {command} --prompt_states 160"
         )
-    files = ({"events": EVENT_STATES} if events else {}) | ({"prompt": PROMPT_STATES} if prompt else {})
+    files = ({"events": EVENT_STATES} if events else {}) | ({"prompt": PROMPT_STATES, "prompt_inputs": PROMPT_INPUTS} if prompt else {})
     clip_index = positions.get("clip_index", torch.arange(len(rows)))  # files of earlier versions have event states of every row
     if clip_index.tolist() != list(event_rows(rows)):
         raise UserError(f"{directory}: clip_index of positions.pt is not that of samples.jsonl. Make them again:\n  {command}")
