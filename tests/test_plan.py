@@ -35,7 +35,7 @@ def calibrated(finished):
 def test_the_bytes_are_those_that_the_run_wrote(finished, calibrated):
     found = {name: (finished / "out" / name).stat().st_size for name in calibrated["bytes"]}
     states = {name: size for name, size in found.items() if name.endswith("_states.pt") or "vl_" in name}
-    assert len(states) == 14
+    assert len(states) == 17
     for name, size in states.items():
         assert calibrated["bytes"][name] == pytest.approx(size, abs=500), name
     assert calibrated["clips"] == {"train": 6, "validation": 3, "test": 4}
