@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,17 +139,17 @@ def plan(cfg: PlanConfig, settings: Mapping[str, Settings], start: float) -> Pla
         splits[name] = planned_split(name, samples, batch_size, encode_prompt)
     if missing := [name for name in SPLITS if name not in splits]:
         raise UserError(f"the config has no manifest for {', '.join(missing)}; expected train, validation and test under `manifests`.")
-    memory = memory_of(cfg, settings, pair, list(splits.values()))
-    available = device_bytes(cfg)
-    if cfg.tokens_per_second is None:
-        refuse_memory(cfg, memory, available)  # before anything is loaded
-        rates = plan_hours.calibrate(cfg, settings, splits, start)
-        seconds, tokens = plan_hours.hours(settings, splits, rates, cfg.gpus), rates.tokens
-    else:
-        seconds = plan_hours.stated_hours(settings, splits, target.prompt_tokens, cfg.tokens_per_second, cfg.gpus)
-        tokens = None
-    files = run_bytes(cfg, settings, pair, list(splits.values()), tokens)
-    return Plan(list(splits.values()), files, free_bytes(cfg.out, files), memory, available, seconds)
+    every = list(splits.values())
+    files = run_bytes(cfg, settings, pair, every)
+    found = Plan(every, files, free_bytes(cfg.out, files), memory_of(cfg, settings, pair, every), device_bytes(cfg), {})
+    if cfg.tokens_per_second is not None:
+        hours = plan_hours.stated_hours(settings, splits, target.prompt_tokens, cfg.tokens_per_second, cfg.gpus)
+        return replace(found, seconds=hours)
+    if refusal(cfg, found):  # nothing is loaded for a run that does not fit
+        return found
+    rates = plan_hours.calibrate(cfg, settings, splits, start)
+    hours = plan_hours.hours(settings, splits, rates, cfg.gpus)
+    return replace(found, seconds=hours, files=run_bytes(cfg, settings, pair, every, rates.tokens))
 
 
 def device_bytes(cfg: PlanConfig) -> int:
@@ -171,27 +171,25 @@ def free_bytes(out: Path, files: Mapping[str, int]) -> int:
     return shutil.disk_usage(folder).free + sum((out / name).stat().st_size for name in files if (out / name).is_file())
 
 
-def refuse_memory(cfg: PlanConfig, memory: Mapping[str, Memory], available: int) -> None:
-    """Raise UserError if a script needs more memory than there is."""
+def refusal(cfg: PlanConfig, found: Plan) -> str | None:
+    """Why a run does not fit in memory or on the disk, and what to change; None if it fits."""
     together = cfg.gpus if cfg.device == "cpu" else 1  # processes on a CPU share its memory
-    for name, needed in memory.items():
+    available = found.device_bytes
+    for name, needed in found.memory.items():
         total = needed.total * (together if name == "extract_hidden_states" else 1)
         if total > available:
-            raise UserError(
+            return (
                 f"{name} needs about {total / GIB:.2f} GiB (weights {needed.weights / GIB:.2f}, caches {needed.caches / GIB:.2f}, batch "
                 f"{needed.batch / GIB:.2f} per process), {cfg.device} has {available / GIB:.2f} GiB. Give a smaller batch_size "
                 "in the config, --dtype bfloat16, --quantize nf4, or --device_map auto."
             )
-
-
-def refuse_disk(cfg: PlanConfig, found: Plan) -> None:
-    """Raise UserError if the disk has too little room."""
     if found.needed_bytes > found.free_bytes:
         largest = max(found.files, key=lambda name: found.files[name])
-        raise UserError(
+        return (
             f"{cfg.out} needs {found.needed_bytes:,} bytes, its disk has {found.free_bytes:,} free. The largest file is {largest} with "
             f"{found.files[largest]:,}. Give an --output_dir on another disk, --limit, or a smaller store_dtype or max_positions."
         )
+    return None
 
 
 def show(cfg: PlanConfig, found: Plan) -> None:
@@ -205,6 +203,8 @@ def show(cfg: PlanConfig, found: Plan) -> None:
     how = "a calibration on this machine"
     if cfg.tokens_per_second is not None:
         how = f"{cfg.tokens_per_second:g} tokens/s; start-up, loading, training and measuring are not included"
+    if not found.seconds:
+        return
     times = [(name, f"{s / 3600:.3f}", f"{s:,.0f}") for name, s in found.seconds.items()]
     total = sum(found.seconds.values())
     print_table(f"time, from {how}", ("script", "hours", "seconds"), [*times, ("together", f"{total / 3600:.3f}", f"{total:,.0f}")])
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     settings = settings_of(sys.argv[1:] if argv is None else argv)
     found = plan(cfg, settings, start)
     show(cfg, found)
-    refuse_memory(cfg, found.memory, found.device_bytes)
-    refuse_disk(cfg, found)
+    if why := refusal(cfg, found):
+        raise UserError(why)
     print_json_line(found.to_json())
     return found.to_json()

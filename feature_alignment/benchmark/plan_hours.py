@@ -33,6 +33,7 @@ BATCH_SECONDS = 6.0  # a second batch is extracted if the first, which also warm
 TRAINING_EPOCHS = 4  # that a training is timed for
 FORWARD_SHARE = 0.3  # of a training step: validation runs forward only
 REPORT_SECONDS = 3.0  # pictures, intervals and tables of one result
+WIDE_LAYER_SECONDS = 8.0  # of `hidden_adapter`, which times one decoder layer of width 4096 whatever the pair
 COMPILE_SECONDS = 60.0  # of compiled steps
 GENERATE_BASELINES = 3
 CALIBRATION_PROMPTS = 3
@@ -82,7 +83,7 @@ def hours(settings: Mapping[str, Settings], splits: Mapping[str, PlannedSplit], 
     """
     started, rows = rates.start + rates.load, {name: len(split.samples) for name, split in splits.items()}
     found = {f"extract_hidden_states, {name}": started + n * rates.row / processes for name, n in rows.items()}
-    found["hidden_adapter"] = rates.start + REPORT_SECONDS
+    found["hidden_adapter"] = rates.start + WIDE_LAYER_SECONDS
     per_epoch = rows["train"] + FORWARD_SHARE * rows["validation"]
     epochs = settings["train_hidden_adapter.hidden"].num_epochs
     found["train_hidden_adapter, hidden"] = rates.start + rates.hidden_start * rows["train"] + epochs * per_epoch * rates.hidden
@@ -135,7 +136,8 @@ def stated_hours(
     prefill, found = prompt_tokens / PROMPT_TOKENS_PER_STEP, {}
     for name, split in splits.items():
         clips = sum(len({split.clip_index[row] for row in batch}) for batch in split.batches)
-        steps = 2 * (clips * prefill + len(split.batches) * extract.max_new_tokens) + 2 * len(split.samples)
+        answers = len(split.batches) * extract.max_new_tokens * (1 + extract.draft_answers)
+        steps = 2 * clips * prefill + answers + 2 * len(split.samples)  # both models read every answer, one forward pass each
         found[f"extract_hidden_states, {name}"] = steps * step / processes
     tokens = settings["benchmark_feature_sd"].max_new_tokens
     stated = Rates(0, 0, 0, tokens, 0, 0, None, 0, 0, prefill * step, step)
@@ -152,7 +154,7 @@ def calibrate(cfg: Common, settings: Mapping[str, Settings], splits: Mapping[str
         start: Seconds that this process took to start.
     """
     extract, train = settings["extract_hidden_states"], splits["train"]
-    load, (pair, full) = timed(lambda: loaded(cfg))
+    load, (pair, full) = timed(lambda: loaded(cfg, extract))
     for count, batch in enumerate(train.batches[:2]):
         samples = [train.samples[row] for row in batch]
         seconds, found = timed(functools.partial(batch_states, pair, full, samples, extract))
@@ -183,10 +185,12 @@ def batch_states(pair: Pair, full: Decoder, samples: Sequence[Sample], extract: 
     return list(states_of(pair, full, samples, [None] * len(samples), extract, extract.event_states))
 
 
-def loaded(cfg: Common) -> tuple[Pair, Decoder]:
-    """The pair, and EventGPT at full depth; both run as extraction runs them."""
+def loaded(cfg: Common, extract: Settings) -> tuple[Pair, Decoder]:
+    """The pair, and EventGPT at full depth if its own texts are wanted; all run as extraction runs them."""
     pair = load_pair(cfg)
-    full = pair.draft if pair.draft.has_own_head else pair.draft_with(None, cfg)
+    full = pair.draft
+    if (extract.own_drafts or extract.draft_answers) and not full.has_own_head:
+        full = pair.draft_with(None, cfg)
     for decoder in (pair.target, pair.draft, full):
         decoder.pack_linear()
     return pair, full

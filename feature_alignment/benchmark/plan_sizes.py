@@ -125,8 +125,9 @@ def text_bytes(samples: Sequence[Sample], extract: Settings, vocabulary: int, to
     files = sum(len(s.events.name) + len(s.video.name) for s in samples) / len(samples)
     ids, text = tokens * (len(str(vocabulary - 1)) + 1.2), tokens * CHARACTERS_PER_TOKEN
     prompt = (extract.prompt_states + 1) * 4.5 * bool(extract.prompt_states)
-    entry = ENTRY_BYTES + asked + facts + files + 2 * (ids + text) + ids * extract.own_drafts + prompt
-    return round(entry), round(PAIR_BYTES + asked + 2 * (ids + text))
+    answers = (1 + extract.draft_answers) * (ids + text)
+    entry = ENTRY_BYTES + asked + facts + files + answers + ids * extract.own_drafts + prompt
+    return round(entry), round(PAIR_BYTES + asked + answers)
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,8 @@ def memory_of(cfg: Common, settings: Mapping[str, Settings], pair: PairReport, s
     extract, (draft, target) = settings["extract_hidden_states"], pair.models.values()
     size, last = getattr(torch, cfg.dtype).itemsize, taps_of(cfg, draft)[-1]
     exit_weights = draft.weight_bytes - (draft.layers - last) * draft.layer_bytes
-    own_head = last == draft.layers
-    both = target.weight_bytes + exit_weights + (0 if own_head else draft.weight_bytes)  # EventGPT at full depth writes its own texts
+    both = target.weight_bytes + exit_weights
+    writes = both + draft.weight_bytes * (last < draft.layers)  # EventGPT at full depth writes its own texts
     a_position = {m: m.cache_bytes / (m.prompt_tokens + ANSWER_TOKENS) for m in (draft, target)}
 
     clips, questions = (max(counts) for counts in zip(*(split.largest_batch for split in splits), strict=True))
@@ -163,11 +164,12 @@ def memory_of(cfg: Common, settings: Mapping[str, Settings], pair: PairReport, s
     prompts = sum(clips * m.prompt_tokens * a_position[m] for m in (draft, target))  # one copy stays, another has room for answers
     answers = max(clips * (m.prompt_tokens + room) * a_position[m] for m in (draft, target))
     batch = clips * activations(target, size) + 4 * extract.batch_size * target.embedding_rows
-    found = {"extract_hidden_states": Memory(both, round(prompts + answers), round(batch))}
+    own_texts = extract.own_drafts or extract.draft_answers
+    found = {"extract_hidden_states": Memory(writes if own_texts else both, round(prompts + answers), round(batch))}
 
     longest = max(settings[name].max_new_tokens for name in ("feature_sd_inference", "benchmark_feature_sd"))
     one = sum((m.prompt_tokens + longest) * a_position[m] for m in (draft, target)) * 2  # and a cache of fixed size
-    found["feature_sd_inference, benchmark_feature_sd"] = Memory(both, round(one), activations(target, size))
+    found["feature_sd_inference, benchmark_feature_sd"] = Memory(writes, round(one), activations(target, size))
 
     head = 4 * min(draft.embedding_rows, target.embedding_rows) * target.hidden_size
     hidden, chained = (settings[f"train_hidden_adapter.{kind}"] for kind in ("hidden", "chained"))
