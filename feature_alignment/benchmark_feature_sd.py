@@ -2,8 +2,8 @@
 
 reads   both checkpoints, adapter/adapter.pt, chained_adapter/adapter.pt, a manifest, token_pairs/<train split>.json,
         acceptance/acceptance.json
-writes  benchmark/benchmark.json, speculation_profile.json, report.md, report.html, five pictures; with --planted_acceptance
-        planted.json and planted.md instead
+writes  benchmark/benchmark.json, speculation_profile.json, lossy_rules.json, report.md, report.html, pictures; with
+        --planted_acceptance planted.json and planted.md instead
 
     python feature_alignment/benchmark_feature_sd.py --config configs/demo.yaml
     python feature_alignment/benchmark_feature_sd.py compare A.json B.json
@@ -46,8 +46,9 @@ class BenchmarkConfig(Common):
         most_draft_tokens: largest number of draft tokens per verification in the adaptive rows
         threshold: cosines above which the feature and relaxed rules accept a draft token, one row each
         exit_adapters: hidden adapters that read one other layer of EventGPT each, for one row of aligned drafts each
-        planted_acceptance: measure wall clock only: draft tokens are accepted at random with these probabilities, whatever they say. For a
-            pair with --random_weights, whose text is noise; adapters need not be trained. Writes planted.json and judges no target
+        planted_acceptance: measure wall clock only: draft tokens are accepted at random with these probabilities, whatever they say; a
+            speculation_profile.json replays its acceptance by draft position. For a pair with --random_weights, whose text is noise;
+            adapters need not be trained. Writes planted.json and judges no target
         max_new_tokens: longest answer, EOS included
         steps: how models step: auto = compiled on a GPU, eager on a CPU; eager; graphs = CUDA graphs over caches of a fixed size (on
             other devices the fixed cache alone); compiled = also fused by torch.compile, after a minute of compilation
@@ -64,7 +65,7 @@ class BenchmarkConfig(Common):
     most_draft_tokens: int = 24
     threshold: list[float] = dataclasses.field(default_factory=lambda: [0.9])
     exit_adapters: list[Path] = dataclasses.field(default_factory=list)
-    planted_acceptance: list[float] = dataclasses.field(default_factory=list)
+    planted_acceptance: list[float | Path] = dataclasses.field(default_factory=list)
     max_new_tokens: int = 64
     steps: StepsSetting = "auto"
     draft_vocabulary: int | None = None
@@ -99,6 +100,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     from feature_alignment.benchmark.plots import PICTURES
     from feature_alignment.benchmark.results import BenchmarkReport
     from feature_alignment.benchmark.run import Measurements, part_costs, profiles, take_turns
+    from feature_alignment.benchmark.sweep import sweep
     from feature_alignment.decoding.plain import greedy
     from feature_alignment.measurement.records import read_record
     from feature_alignment.measurement.reports import AcceptanceReport
@@ -132,10 +134,11 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     meta = provenance("benchmark_feature_sd", cfg, made_from, identity, **about)
     measurements = Measurements.of(setup, timed, part_cost, chain)
     result, shown = results_of(cfg, measurements, acceptance, list(ways)[1:], meta)
-    report.write_benchmark_report(result, shown, target.tokenizer.decode, out)
-    found = profiles(measurements, result.cost)
+    found, lossy = profiles(measurements, result.cost), sweep(measurements, cfg.max_new_tokens)
+    report.write_benchmark_report(result, found, lossy, shown, target.tokenizer.decode, out)
     write_hashed_json(out / "speculation_profile.json", {"meta": meta, "profiles": [p.to_json() for p in found]})
-    files = ("report.md", "report.html", "speculation_profile.json", *(f"{name}.png" for name in PICTURES))
+    write_hashed_json(out / "lossy_rules.json", {"meta": meta, **lossy.to_json()})
+    files = ("report.md", "report.html", "speculation_profile.json", "lossy_rules.json", *(f"{name}.png" for name in PICTURES))
     write_hashed_json(out / "benchmark.json", result.to_json(), files)  # Last: its presence means that the report is complete.
     _show(result, out, reused=False)
     return result.to_json()
@@ -215,6 +218,8 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: Acceptan
         raise UserError(f"--exit_adapters: {len(cfg.exit_adapters)} files read layers {sorted(exits)}; expected one file for each layer.")
     adapters = ("chained", "aligned") if has_chain else ("aligned",)
     rows = modes(cfg.num_draft_tokens, cfg.most_draft_tokens, cfg.threshold, adapters, sorted(exits))
+    if sources.draft_ids is not None:  # the chained adapter then has no distribution over all ids
+        rows = [mode for mode in rows if mode.accept != "kl"]
     if attending_path(cfg).is_file():
         rows += attending_modes(cfg.num_draft_tokens, cfg.most_draft_tokens)
     proposers = {name: sources.open(name) for name in {mode.draft for mode in rows}}
@@ -280,14 +285,17 @@ def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, 
     files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
     adapters = {name: cfg.out / f"{name}/adapter.pt" for name in ("adapter", "chained_adapter")}
     made_from = files | {"clips": clips} | {name: path for name, path in adapters.items() if path.is_file()}
-    identity = identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
+    profiles = [rate for rate in cfg.planted_acceptance if isinstance(rate, Path)]
+    made_from |= {"profiles": profiles} if profiles else {}
+    rates = [planted.read_profile(rate) if isinstance(rate, Path) else rate for rate in cfg.planted_acceptance]
+    numbers = [rate for rate in cfg.planted_acceptance if not isinstance(rate, Path)]  # profiles are compared by content
+    identity = identity_of("benchmark_feature_sd", dataclasses.replace(cfg, planted_acceptance=numbers), made_from, timed=True)
     cached = cached_result(out / "planted.json", cfg, identity)
     if cached is not None:
         result = PlantedReport.from_json(cached)
     else:
         facts = {"device": cfg.device, "dtype": cfg.dtype, "planted": True}
-        lengths, rates = cfg.num_draft_tokens, cfg.planted_acceptance
-        settings = planted.PlantedSettings(cfg.steps, lengths, rates, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
+        settings = planted.PlantedSettings(cfg.steps, cfg.num_draft_tokens, rates, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
         meta = provenance("benchmark_feature_sd", cfg, made_from, identity, **facts)
         result = planted.measure(cfg, settings, samples, meta)
         planted.write(result, out)

@@ -12,7 +12,7 @@ import torch
 
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage import hidden_states, hidden_states_writer
+from feature_alignment.storage import hidden_states, hidden_states_writer, progress_notes
 from feature_alignment.storage.earlier_rows import copy_unchanged_rows, find_complete_run, refuse_changes, with_recorded_code
 from feature_alignment.storage.files import file_hash, load_pt, read_json, save_pt, write_hashed_json, write_json
 from feature_alignment.storage.hidden_states import EVENT_STATES, HiddenStates, layer_file, load_hidden_states
@@ -614,7 +614,7 @@ def test_rows_of_a_batch_that_is_unchanged_are_copied_under_their_new_names(tmp_
     copy_unchanged_rows(writer, made_with(a=1), rows)
     assert writer.done == {0, 2}
     assert "2 rows whose question, clip and batch are unchanged. Extracted again: 0 damaged, 1 now read together" in caplog.text
-    notes = {note["row"]: note for note in hidden_states_writer.progress_entries(writer.part)}
+    notes = {note["row"]: note for note in progress_notes.progress_entries(writer.part)}
     assert [(notes[r]["id"], notes[r]["sequence"], notes[r]["read"]) for r in (0, 2)] == [
         ("new0", "other", [10, 11]),
         ("new1", "other", [10, 11]),

@@ -28,6 +28,7 @@ from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.generation import Generation, Round
 from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
+from feature_alignment.decoding.settings import DEFAULT_THRESHOLDS
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.storage.files import content_hash
 
@@ -252,7 +253,9 @@ def test_only_rows_of_the_runs_own_adapters_can_be_the_target():
     usual = Mode("aligned", "token", 5)
     assert targets.is_candidate(usual) and targets.is_candidate(Mode("own", "token", 5))
     assert not targets.is_candidate(dataclasses.replace(usual, exit_layer=2))
-    assert not targets.is_candidate(Mode("ngram", "token", 5)) and not targets.is_candidate(Mode("aligned", "feature", 5, threshold=0.9))
+    assert not targets.is_candidate(Mode("ngram", "token", 5))
+    for rule, threshold in DEFAULT_THRESHOLDS.items():
+        assert not targets.is_candidate(Mode("aligned", rule, 5, threshold=threshold))
 
 
 @pytest.mark.parametrize("draft", ["aligned", "chained"])

@@ -21,6 +21,7 @@ from feature_alignment.decoding.draft_length import DraftLengthController
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.generation import PREFILL_STAGES, Generation
 from feature_alignment.decoding.proposers import Proposer
+from feature_alignment.decoding.settings import COSINE_RULES
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.measurement.lexicon import Lexicon
@@ -156,7 +157,7 @@ def speculative(setup: Setup, mode: Mode, max_new_tokens: int) -> Callable[[int]
             max_new_tokens=max_new_tokens,
             controller=controller,
             overlap=mode.overlap,
-            cosines=mode.accept != "token",
+            cosines=mode.accept in COSINE_RULES,
         )
 
     return answer

@@ -104,7 +104,7 @@ def speculate_batch(
         for i, (row, prompt, draft_prompt) in enumerate(zip(everyone, prompts, draft_prompts, strict=True)):
             row.proposer.selector = row.selector
             row.proposer.start(draft_prompt, watch)
-            row.proposer.read_target_prompt(prompt, state.prompt_states(i)[: len(prompt.ids)], watch)
+            row.proposer.read_target_prompt(prompt, state.read_prompt(i, len(prompt.ids)), watch)
     rows, passes = everyone, 0
     while True:
         going = [i for i, row in enumerate(rows) if not row.has_ended and len(row.emitted) < max_new_tokens]
@@ -202,7 +202,8 @@ def _prefill(target: Decoder, prompts: Sequence[Prompt]) -> tuple[State, Tensor,
     ids = torch.stack([torch.cat([p.ids, p.ids.new_zeros(longest - len(p.ids))]) for p in prompts]).to(target.device)
     state = target.prefill_encoded(ids[:, :shared], target.encode_vision(torch.stack([p.pixels for p in prompts])))
     begin, tails = state.prompt, target.step(state, ids[:, shared:])
-    assert begin is not None  # of a decoder with one tap
+    assert begin is not None and state.inputs is not None  # of a decoder with one tap
     state.prompt = torch.cat([begin, tails], 1)
+    state.inputs = torch.cat([state.inputs, target.llama.embed_tokens(ids[:, shared:]).to(target.device)], 1)
     state.last = tails[torch.arange(len(prompts)), ends[:, 0] - 1 - shared]
     return state, (torch.arange(longest, device=target.device) < ends).long(), ends

@@ -8,7 +8,7 @@ print(pair.answer(events="e.npy", video="v.mp4", question="What is happening?").
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +17,13 @@ from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import UserError
+from feature_alignment.decoding.batch import BatchGeneration, speculate_batch
 from feature_alignment.decoding.draft_length import DraftLengthController
 from feature_alignment.decoding.engine import Speculation
 from feature_alignment.decoding.generation import Generation, Round
 from feature_alignment.decoding.plain import decode_plainly
 from feature_alignment.decoding.sampling import Sampler
-from feature_alignment.decoding.settings import DecodingConfig
+from feature_alignment.decoding.settings import COSINE_RULES, DecodingConfig
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models.generation import with_flags
@@ -66,23 +67,31 @@ class SpeculativePair:
     Args:
         cfg: settings, as of feature_sd_inference.py
         trained: adapter and its meta to use instead of the one under the output directory
+        trial: choose the product of linear layers by a trial of speed; without it the choice, and so every bit, is the same in each process
 
     Raises:
         UserError: a checkpoint or a file of the drafter is missing or does not fit
     """
 
-    def __init__(self, cfg: DecodingConfig, trained: tuple[HiddenAdapter | ChainedAdapter, dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self, cfg: DecodingConfig, trained: tuple[HiddenAdapter | ChainedAdapter, dict[str, Any]] | None = None, trial: bool = True
+    ) -> None:
         self.cfg = cfg
         pair = load_pair(cfg)
         pair.use_steps(cfg.steps)
-        pair.choose_linear()
+        if trial:
+            pair.choose_linear()
+        elif pair.target.steps == "eager":
+            pair.target.pack_linear()
+            pair.draft.pack_linear()
         self.target, self.draft = pair.target, pair.draft
         flags = {name: getattr(cfg, name) for name in SETTINGS}
         self.target.settings = with_flags(self.target.settings, **flags, stop_strings=cfg.stop)
         self.sources = Sources(pair, cfg, cfg.train_split, draft_vocabulary=cfg.draft_vocabulary)
         if trained is not None:
             self.sources.use_adapter(*trained)
-        self.proposer = self.sources.open(cfg.draft, cfg.accept != "token")
+        self.proposer = self.sources.open(cfg.draft, cfg.accept in COSINE_RULES, cfg.accept == "kl")
+        self._proposers = [self.proposer]  # of the rows of a batch
         self._controller = DraftLengthController(self.sources.known_acceptance(cfg.draft)) if cfg.adaptive else None
         self._vision_caches = (VisionCache(), VisionCache())
         self.target.vision_cache, drafter_cache = self._vision_caches
@@ -168,6 +177,31 @@ class SpeculativePair:
             speculation.advance()
         return speculation.finish()
 
+    def decode_batch(self, prompts: Sequence[Prompts]) -> BatchGeneration:
+        """Decode several prompts at once, under the token rule and at a fixed draft length; each text equals that of its prompt alone.
+
+        Args:
+            prompts: at least one
+
+        Raises:
+            ValueError: other settings than that, or sampling
+        """
+        cfg = self.cfg
+        if cfg.accept != "token" or cfg.temperature or cfg.adaptive:
+            raise ValueError(
+                f"a batch is decoded greedily, by tokens, at a fixed length; got {cfg.accept}, {cfg.temperature}, {cfg.adaptive}"
+            )
+        while len(self._proposers) < len(prompts):
+            self._proposers.append(self.sources.open(cfg.draft))
+        return speculate_batch(
+            self.target,
+            self._proposers[: len(prompts)],
+            [p.target for p in prompts],
+            [p.draft for p in prompts],
+            num_draft_tokens=cfg.num_draft_tokens,
+            max_new_tokens=cfg.max_new_tokens,
+        )
+
     def decode_plainly(self, prompts: Prompts) -> Generation:
         """Decode by the target alone."""
         return decode_plainly(self.target, prompts.target, self.cfg.max_new_tokens, self._sampler())
@@ -190,7 +224,7 @@ class SpeculativePair:
             prompts.target,
             cfg.max_new_tokens,
             cfg.accept,
-            cfg.threshold,
+            cfg.acceptance_threshold,
             cfg.num_draft_tokens,
             self._sampler(),
             self._controller,

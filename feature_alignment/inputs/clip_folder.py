@@ -6,12 +6,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from feature_alignment.cli.console import UserError, log
-from feature_alignment.inputs.samples import Sample
+from feature_alignment.inputs.samples import Sample, read_questions
 
 EVENT_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".raw", ".dat", ".aedat4", ".txt", ".csv")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".flv", ".mpg", ".mpeg", ".ts", ".mxf", ".ogv", ".3gp", ".gif", ".zip")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 _SHOWN = 10
+
+
+def read_clips(folder: Path, question: str | None, questions: Path | None, limit: int | None = None) -> list[Sample]:
+    """The samples of `--clips`, asked `--question` or `--questions`.
+
+    Args:
+        folder: of clips
+        question: asked about every clip
+        questions: file of questions asked about every clip
+        limit: largest number of samples; None for all
+
+    Raises:
+        UserError: both or neither of the questions, and as `read_clip_folder`
+    """
+    if question is not None and questions is not None:
+        raise UserError(f"--question and --questions {questions}: wanted one of them with --clips.")
+    asked = [question] if question is not None else read_questions(questions) if questions is not None else []
+    return read_clip_folder(folder, asked)[:limit]
 
 
 def read_clip_folder(folder: Path, questions: Sequence[str]) -> list[Sample]:

@@ -227,6 +227,12 @@ class Decoder:
         weight: Tensor = self.llama.embed_tokens.weight
         return weight[: self.vocab_size].detach().to(self.device)
 
+    @torch.inference_mode()
+    def embeddings_of(self, ids: Sequence[int]) -> Tensor:
+        """[n, d]: input embeddings of any n token ids of this model."""
+        read: Tensor = self.llama.embed_tokens(torch.tensor(ids, dtype=torch.int64, device=self.device))
+        return read.to(self.device)
+
     def prefill(self, prompts: Sequence[Prompt]) -> State:
         """Read prompts of equal length, vision included. Afterwards `state.last` is h0."""
         vision = self.encode_vision(torch.stack([p.pixels for p in prompts]))
@@ -242,8 +248,9 @@ class Decoder:
         """
         ids = ids.to(self.device)
         cache = DynamicCache(config=self.llama.config)
-        state = State(cache, ids, 0, ids)
-        state.prompt = self._read(state, {"inputs_embeds": self._splice(ids, vision)}, keep=1)
+        inputs = self._splice(ids, vision)
+        state = State(cache, ids, 0, ids, inputs=inputs)
+        state.prompt = self._read(state, {"inputs_embeds": inputs}, keep=1)
         if self._fixed is not None and len(ids) == 1:
             state.cache = self._fixed.load_prompt(cache, state)
         return state

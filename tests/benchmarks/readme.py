@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from feature_alignment.adapters.hidden import HiddenAdapter
-from feature_alignment.benchmark.results import BenchmarkRow
+from feature_alignment.benchmark.results import BenchmarkRow, rule_name
 from feature_alignment.cli.console import rate_text
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS
+from feature_alignment.decoding.settings import COSINE_RULES
 
 ROOT = Path(__file__).parents[2]
 MEASURED_7B = "data/results/h100_random_7b"
@@ -62,11 +63,18 @@ class Run:
     def comparison(self) -> dict[str, Any]:
         return self.read("token_baseline/comparison.json")
 
+    @cached_property
+    def lossy_rules(self) -> dict[str, Any] | None:
+        """None in runs of earlier versions."""
+        path = self.out / "benchmark" / "lossy_rules.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
     @property
     def made(self) -> dict[str, str]:
         """Result file -> when it was made."""
         files = {"benchmark/benchmark.json": self.benchmark, "acceptance/acceptance.json": self.acceptance}
         files["token_baseline/comparison.json"] = self.comparison
+        files |= {"benchmark/lossy_rules.json": self.lossy_rules} if self.lossy_rules else {}
         return {name: content["meta"]["created"] for name, content in files.items()}
 
     def row(self, draft: str, accept: str, length: str) -> dict[str, Any]:
@@ -283,6 +291,28 @@ def synonyms(run: Run) -> str:
     )
 
 
+def lossy(run: Run) -> str:
+    sweep, floor = run.lossy_rules, 0.99
+    assert sweep is not None
+    best: dict[str, dict[str, Any]] = {}
+    for point in sweep["points"]:
+        found = best.get(point["accept"])
+        is_faithful = point["fidelity"]["token_agreement"]["value"] >= floor
+        if is_faithful and (found is None or point["tokens_per_pass"]["value"] > found["tokens_per_pass"]["value"]):
+            best[point["accept"]] = point
+    exact = sweep["lossless"]["tokens_per_pass"]
+    reached = [f"`{rule_name(rule, p['threshold'])}` {rate_text(p['tokens_per_pass'], 2)}" for rule, p in best.items()]
+    above = [f"`{rule}`" for rule, p in best.items() if p["tokens_per_pass"]["ci95"][0] > exact["ci95"][1]]
+    cosine = max((best[rule]["tokens_per_pass"]["value"] for rule in COSINE_RULES if rule in best), default=0.0)
+    others = max((p["tokens_per_pass"]["value"] for rule, p in best.items() if rule not in COSINE_RULES), default=0.0)
+    return _lines(
+        f"**{'Above' if above else 'No lossy rule is above'} the lossless one{': ' + ', '.join(above) if above else ''}.** Among the "
+        f"thresholds with a token agreement of at least {floor}, the most tokens per pass have {', '.join(reached)}; the lossless `token` "
+        f"has {rate_text(exact, 2)} ({sweep['draft']} draft tokens, {sweep['num_draft_tokens']} a round, {sweep['prompts']} prompts, "
+        f"untimed). The best cosine rule is {'above' if cosine > others else 'not above'} the best rule that compares no hidden states."
+    )
+
+
 def _fastest_row(run: Run) -> dict[str, Any]:
     return next(r for r in run.benchmark["rows"] if row_name(r) == run.benchmark["fastest_lossless"]["row"])
 
@@ -364,6 +394,7 @@ TEXTS = {
     "failures": (failures, ["benchmark/benchmark.json", "acceptance/acceptance.json"]),
     "formulas": (formulas, ["benchmark/benchmark.json"]),
     "synonyms": (synonyms, ["token_baseline/comparison.json"]),
+    "lossy": (lossy, ["benchmark/lossy_rules.json"]),
 }
 
 
@@ -384,6 +415,8 @@ def rendered(name: str, text: str, run: Run) -> str:
 
     def sentences(match: re.Match[str]) -> str:
         make, files = TEXTS[match[1]]
+        if not set(files) <= set(run.made):
+            return match[0]
         made = "; ".join(f"{file} made {run.made[file]}" for file in files)
         return f"<!-- text {match[1]}, from {made} -->\n{make(run)}\n<!-- /text {match[1]} -->"
 
