@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_alignment.cli.advice import command_for
-from feature_alignment.cli.config import Common, StepsSetting, parse_config
+from feature_alignment.cli.config import Common, DraftVocabulary, StepsSetting, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, run
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class BenchmarkConfig(Common):
         steps: how models step: auto = compiled on a GPU, eager on a CPU; eager; graphs = CUDA graphs over caches of a fixed size (on
             other devices the fixed cache alone); compiled = also fused by torch.compile, after a minute of compilation
         draft_vocabulary: chained drafts only this many token ids, those most frequent in training answers, which makes the head
-            cheaper and changes no text (default: all)
+            cheaper and changes no text that is not sampled; auto = as many as pay, by measured cost and coverage (default: all)
         assistant_layers: number of Video-LLaVA's own layers that assist transformers' generate, for comparison
         repeats: timed runs of every method on every prompt
         warmup: number of prompts that are run first, untimed
@@ -68,7 +68,7 @@ class BenchmarkConfig(Common):
     planted_acceptance: list[float | Path] = dataclasses.field(default_factory=list)
     max_new_tokens: int = 64
     steps: StepsSetting = "auto"
-    draft_vocabulary: int | None = None
+    draft_vocabulary: DraftVocabulary = None
     assistant_layers: int = 1
     repeats: int = 3
     warmup: int = 3

@@ -190,12 +190,12 @@ def test_the_cost_of_a_draft_beyond_that_of_its_loop_has_a_part_per_round_and_a_
     loop, lengths = ChainLoop(), [3, 3, 5, 8, 8]
     loop.rounds = [DraftedRound(n, n, 0.5 + 0.21 * n, 0.2 * n) for n in lengths[:-1]] + [DraftedRound(8, 2, 0.5 + 0.21 * 8, 1.6)]
     found = loop.costs(4.0)
-    assert found["c_chained_alone"] == pytest.approx(0.2 * 27 / 21 / 4)
-    assert found["c_chained_live"] == pytest.approx((5 * 0.5 + 0.21 * 27) / 21 / 4)
-    assert found["c_chained_once"] == pytest.approx(5 * 0.5 / 21 / 4)
+    assert found.alone == pytest.approx(0.2 * 27 / 21 / 4)
+    assert found.live == pytest.approx((5 * 0.5 + 0.21 * 27) / 21 / 4)
+    assert found.once == pytest.approx(5 * 0.5 / 21 / 4)
     loop.rounds = loop.rounds[:2]
-    assert loop.costs(4.0)["c_chained_once"] is None, "one draft length does not tell the two parts apart"
-    assert ChainLoop().costs(4.0) == {}
+    assert loop.costs(4.0).once is None, "one draft length does not tell the two parts apart"
+    assert ChainLoop().costs(4.0) == (None, None, None)
 
 
 def test_the_loop_repeats_the_draft_lengths_of_the_run_and_leaves_the_run_as_it_is():

@@ -35,6 +35,7 @@ _LONGEST_CONFIG = 100_000
 T = TypeVar("T", bound="Common")
 Steps = Literal["eager", "graphs", "compiled"]
 StepsSetting = Literal["auto", "eager", "graphs", "compiled"]
+DraftVocabulary = int | Literal["auto"] | None
 
 
 @dataclass(frozen=True)

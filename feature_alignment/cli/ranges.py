@@ -221,6 +221,11 @@ def validate_together(cfg: Any) -> None:
         raise UserError(
             f"--draft_vocabulary {cfg.draft_vocabulary}: limits the chained adapter only. Pass --draft chained, or leave it out."
         )
+    if get("draft_vocabulary") == "auto" and get("temperature") and not get("adaptive"):
+        raise UserError(
+            f"--draft_vocabulary auto --temperature {cfg.temperature:g}: the vocabulary is chosen by timing, and a sampled text would "
+            "depend on it. Pass a number, or --adaptive, whose text is that of Video-LLaVA alone."
+        )
     if not all(get("stop") or ()):
         raise UserError("--stop: wanted strings of at least one character; an empty one would end every text.")
     if get("mse_weight") is not None:
