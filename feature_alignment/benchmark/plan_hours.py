@@ -49,7 +49,8 @@ class Rates:
         start: Start of Python and its imports.
         load: Loading of both models.
         row: Extraction of one row by one process.
-        tokens: Mean length of an answer, in tokens.
+        tokens: Mean length of the target's answers, in tokens.
+        draft_tokens: Mean length of the drafter's own answers, in tokens.
         hidden_start: Initialization of the hidden adapter, per row of the training split.
         hidden: One row in one epoch of the hidden adapter's training.
         chained: The same for the chained adapter; None where the run trains none.
@@ -63,6 +64,7 @@ class Rates:
     load: float
     row: float
     tokens: float
+    draft_tokens: float
     hidden_start: float
     hidden: float
     chained: float | None
@@ -140,7 +142,7 @@ def stated_hours(
         steps = 2 * clips * prefill + answers + 2 * len(split.samples)  # both models read every answer, one forward pass each
         found[f"extract_hidden_states, {name}"] = steps * step / processes
     tokens = settings["benchmark_feature_sd"].max_new_tokens
-    stated = Rates(0, 0, 0, tokens, 0, 0, None, 0, 0, prefill * step, step)
+    stated = Rates(0, 0, 0, tokens, tokens, 0, 0, None, 0, 0, prefill * step, step)
     return found | decoding_seconds(settings, len(splits["test"].samples), stated, 0.0)
 
 
@@ -175,9 +177,11 @@ def calibrate(cfg: Common, settings: Mapping[str, Settings], splits: Mapping[str
     steps = sum(run.passes for run in runs)
     prefill = sum(run.ms["target_prefill"] for run in runs) / len(runs) / 1e3
     step = sum(run.ms["verify"] for run in runs) / max(1, steps) / 1e3
-    tokens = sum(len(f.vl_tokens) for f in found) / len(found)
     n = len(found)
-    return Rates(start, load, row, tokens, hidden_start / n, hidden / n, chained and chained / n, fit / n, scored / n, prefill, step)
+    tokens, draft_tokens = (sum(map(len, texts)) / n for texts in ([f.vl_tokens for f in found], [f.egpt_tokens for f in found]))
+    return Rates(
+        start, load, row, tokens, draft_tokens, hidden_start / n, hidden / n, chained and chained / n, fit / n, scored / n, prefill, step
+    )
 
 
 def batch_states(pair: Pair, full: Decoder, samples: Sequence[Sample], extract: Settings) -> list[RowStates]:
