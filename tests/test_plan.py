@@ -43,8 +43,9 @@ def settings_once(run):
 
 def planned(run, *flags):
     """The plan with these flags of its own."""
+    settings = settings_once(run)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "settings_of", lambda argv: settings_once(run))
+        patch.setattr(plan, "settings_of", lambda argv: settings)
         return plan.main(["--config", str(run / "tiny.yaml"), *flags])
 
 

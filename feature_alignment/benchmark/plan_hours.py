@@ -218,8 +218,8 @@ def as_split(pair: Pair, found: Sequence[RowStates], separate_layers: bool) -> H
     ids = torch.tensor([[*row.token_ids, *[0] * (width - len(row.token_ids))] for row in found])
     rows = [{"id": str(i), "sequence": str(i % 2), "question": ""} for i in range(len(found))]
     events = torch.stack([row.files[EVENT_STATES].float() for row in found]) if EVENT_STATES in found[0].files else None
-    states = (padded([row.files[name] for row in found]) for name in (draft, "vl_hidden_states.pt"))
-    return HiddenStates(*states, ids, torch.arange(width) < lengths[:, None], lengths, rows, {}, events)
+    g, v = (padded([row.files[name] for row in found]) for name in (draft, "vl_hidden_states.pt"))
+    return HiddenStates(g, v, ids, torch.arange(width) < lengths[:, None], lengths, rows, {}, events)
 
 
 def training_seconds(learn: Callable[[Settings], object], settings: Settings) -> tuple[float, float]:
@@ -230,7 +230,8 @@ def training_seconds(learn: Callable[[Settings], object], settings: Settings) ->
         settings: Of the script.
     """
     quiet = {**vars(settings), "tensorboard": False, "patience": TRAINING_EPOCHS}
-    one, more = (min(timed(lambda n=n: learn(Settings(**quiet | {"num_epochs": n})))[0] for _ in range(2)) for n in (1, TRAINING_EPOCHS))
+    runs = [functools.partial(learn, Settings(**quiet | {"num_epochs": n})) for n in (1, TRAINING_EPOCHS)]
+    one, more = (min(timed(run)[0] for _ in range(2)) for run in runs)
     epoch = max(0.0, (more - one) / (TRAINING_EPOCHS - 1))
     return max(0.0, one - epoch), epoch / (1 + FORWARD_SHARE)
 
