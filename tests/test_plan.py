@@ -98,7 +98,7 @@ def test_hours_grow_with_rows_epochs_and_prompts(finished):
     rows = plan_hours.modes([2, 3], 24, [0.9], ("chained", "aligned"))
     lossy = sum(mode.accept != "token" for mode in rows)
     runs = (len(rows) + 4) * 6  # four prompts once, and one prompt in two warm-ups
-    wanted = 6 + runs * (0.3 + 8 * 0.05) + (1 + lossy) * 4 * 0.3 + 600 * 0.05 + 3
+    wanted = 6 + 2 + runs * (0.3 + 8 * 0.05) + (1 + lossy) * 4 * 0.3 + 600 * 0.05 + 3
     assert len(rows) > 10 and lossy >= 4 and one["benchmark_feature_sd"] == pytest.approx(wanted)
     assert "train_hidden_adapter, chained" not in plan_hours.hours(settings, splits, dataclasses.replace(RATES, chained=None), 1)
 

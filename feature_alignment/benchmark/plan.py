@@ -133,11 +133,11 @@ def plan(cfg: PlanConfig, settings: Mapping[str, Settings], start: float) -> Pla
     def encode_prompt(question: str) -> torch.Tensor:
         return torch.tensor(eventgpt.encode_prompt(tokenizer, question))
 
-    batch_size = settings["extract_hidden_states"].batch_size
+    extract = settings["extract_hidden_states"]
     splits = {}
     for name in (name for name in SPLITS if name in cfg.manifests):
-        samples = read_samples(cfg.manifests, name, cfg.limit, cfg.questions, cfg.allow_outside)
-        splits[name] = planned_split(name, samples, batch_size, encode_prompt)
+        samples = read_samples(cfg.manifests, name, extract.limit, cfg.questions, cfg.allow_outside)
+        splits[name] = planned_split(name, samples, extract.batch_size, encode_prompt)
     if missing := [name for name in SPLITS if name not in splits]:
         raise UserError(f"the config has no manifest for {', '.join(missing)}; expected train, validation and test under `manifests`.")
     every = list(splits.values())
