@@ -103,17 +103,18 @@ def settings_of(argv: Sequence[str]) -> dict[str, Settings]:
         name = word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else None
         skip = name in OWN_FLAGS or (skip and name is None)
         shared += [] if skip else [word]
-    found = {}
+    running = {}
     variants = (f"train_hidden_adapter.{adapter}" for adapter in ("hidden", "chained"))
     for name in ("extract_hidden_states", *variants, "feature_sd_inference", "benchmark_feature_sd"):
         script, _, adapter = name.partition(".")
         more = ["--adapter", adapter] if adapter else []
         command = [sys.executable, "-m", f"feature_alignment.{script}", *shared, *more, "--print_config"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise UserError(done.stderr.strip().removeprefix("error: "))
-        found[name] = Settings(**yaml.safe_load(done.stdout))
-    return found
+        running[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = {name: process.communicate() for name, process in running.items()}
+    for name, process in running.items():
+        if process.returncode:
+            raise UserError(said[name][1].strip().removeprefix("error: "))
+    return {name: Settings(**yaml.safe_load(printed)) for name, (printed, _) in said.items()}
 
 
 def plan(cfg: PlanConfig, settings: Mapping[str, Settings], start: float) -> Plan:
@@ -132,11 +133,11 @@ def plan(cfg: PlanConfig, settings: Mapping[str, Settings], start: float) -> Pla
     def encode_prompt(question: str) -> torch.Tensor:
         return torch.tensor(eventgpt.encode_prompt(tokenizer, question))
 
-    batch_size = settings["extract_hidden_states"].batch_size
+    extract = settings["extract_hidden_states"]
     splits = {}
     for name in (name for name in SPLITS if name in cfg.manifests):
-        samples = read_samples(cfg.manifests, name, cfg.limit, cfg.questions, cfg.allow_outside)
-        splits[name] = planned_split(name, samples, batch_size, encode_prompt)
+        samples = read_samples(cfg.manifests, name, extract.limit, cfg.questions, cfg.allow_outside)
+        splits[name] = planned_split(name, samples, extract.batch_size, encode_prompt)
     if missing := [name for name in SPLITS if name not in splits]:
         raise UserError(f"the config has no manifest for {', '.join(missing)}; expected train, validation and test under `manifests`.")
     every = list(splits.values())
@@ -149,7 +150,7 @@ def plan(cfg: PlanConfig, settings: Mapping[str, Settings], start: float) -> Pla
         return found
     rates = plan_hours.calibrate(cfg, settings, splits, start)
     hours = plan_hours.hours(settings, splits, rates, cfg.gpus)
-    return replace(found, seconds=hours, files=run_bytes(cfg, settings, pair, every, rates.tokens))
+    return replace(found, seconds=hours, files=run_bytes(cfg, settings, pair, every, (rates.tokens, rates.draft_tokens)))
 
 
 def device_bytes(cfg: PlanConfig) -> int:

@@ -35,6 +35,7 @@ FORWARD_SHARE = 0.3  # of a training step: validation runs forward only
 REPORT_SECONDS = 3.0  # pictures, intervals and tables of one result
 WIDE_LAYER_SECONDS = 8.0  # of `hidden_adapter`, which times one decoder layer of width 4096 whatever the pair
 COMPILE_SECONDS = 60.0  # of compiled steps
+LINEAR_TRIAL_SECONDS = 2.0  # both models' choice of their linear layers, on a CPU
 GENERATE_BASELINES = 3
 CALIBRATION_PROMPTS = 3
 PART_COST_STEPS = 600  # target steps that the costs of single parts take together
@@ -49,7 +50,8 @@ class Rates:
         start: Start of Python and its imports.
         load: Loading of both models.
         row: Extraction of one row by one process.
-        tokens: Mean length of an answer, in tokens.
+        tokens: Mean length of the target's answers, in tokens.
+        draft_tokens: Mean length of the drafter's own answers, in tokens.
         hidden_start: Initialization of the hidden adapter, per row of the training split.
         hidden: One row in one epoch of the hidden adapter's training.
         chained: The same for the chained adapter; None where the run trains none.
@@ -63,6 +65,7 @@ class Rates:
     load: float
     row: float
     tokens: float
+    draft_tokens: float
     hidden_start: float
     hidden: float
     chained: float | None
@@ -110,10 +113,11 @@ def decoding_seconds(settings: Mapping[str, Settings], rows: int, rates: Rates, 
     texts = 1 + sum(mode.accept != "token" for mode in methods)  # texts whose likelihood the target computes
     runs = (len(methods) + 1 + GENERATE_BASELINES) * (prompts * bench.repeats + 2 * min(bench.warmup, prompts))
     compiling = COMPILE_SECONDS if bench.steps == "compiled" or (bench.steps == "auto" and bench.device != "cpu") else 0.0
+    trial = LINEAR_TRIAL_SECONDS if bench.device == "cpu" else 0.0
     spent = runs * prompt + texts * prompts * rates.prefill + PART_COST_STEPS * rates.step
     return {
-        "feature_sd_inference": started + 2 * prompt,
-        "benchmark_feature_sd": started + compiling + spent + REPORT_SECONDS,
+        "feature_sd_inference": started + trial + 2 * prompt,
+        "benchmark_feature_sd": started + trial + compiling + spent + REPORT_SECONDS,
     }
 
 
@@ -140,7 +144,7 @@ def stated_hours(
         steps = 2 * clips * prefill + answers + 2 * len(split.samples)  # both models read every answer, one forward pass each
         found[f"extract_hidden_states, {name}"] = steps * step / processes
     tokens = settings["benchmark_feature_sd"].max_new_tokens
-    stated = Rates(0, 0, 0, tokens, 0, 0, None, 0, 0, prefill * step, step)
+    stated = Rates(0, 0, 0, tokens, tokens, 0, 0, None, 0, 0, prefill * step, step)
     return found | decoding_seconds(settings, len(splits["test"].samples), stated, 0.0)
 
 
@@ -175,9 +179,11 @@ def calibrate(cfg: Common, settings: Mapping[str, Settings], splits: Mapping[str
     steps = sum(run.passes for run in runs)
     prefill = sum(run.ms["target_prefill"] for run in runs) / len(runs) / 1e3
     step = sum(run.ms["verify"] for run in runs) / max(1, steps) / 1e3
-    tokens = sum(len(f.vl_tokens) for f in found) / len(found)
     n = len(found)
-    return Rates(start, load, row, tokens, hidden_start / n, hidden / n, chained and chained / n, fit / n, scored / n, prefill, step)
+    tokens, draft_tokens = (sum(map(len, texts)) / n for texts in ([f.vl_tokens for f in found], [f.egpt_tokens for f in found]))
+    return Rates(
+        start, load, row, tokens, draft_tokens, hidden_start / n, hidden / n, chained and chained / n, fit / n, scored / n, prefill, step
+    )
 
 
 def batch_states(pair: Pair, full: Decoder, samples: Sequence[Sample], extract: Settings) -> list[RowStates]:
@@ -214,8 +220,8 @@ def as_split(pair: Pair, found: Sequence[RowStates], separate_layers: bool) -> H
     ids = torch.tensor([[*row.token_ids, *[0] * (width - len(row.token_ids))] for row in found])
     rows = [{"id": str(i), "sequence": str(i % 2), "question": ""} for i in range(len(found))]
     events = torch.stack([row.files[EVENT_STATES].float() for row in found]) if EVENT_STATES in found[0].files else None
-    states = (padded([row.files[name] for row in found]) for name in (draft, "vl_hidden_states.pt"))
-    return HiddenStates(*states, ids, torch.arange(width) < lengths[:, None], lengths, rows, {}, events)
+    g, v = (padded([row.files[name] for row in found]) for name in (draft, "vl_hidden_states.pt"))
+    return HiddenStates(g, v, ids, torch.arange(width) < lengths[:, None], lengths, rows, {}, events)
 
 
 def training_seconds(learn: Callable[[Settings], object], settings: Settings) -> tuple[float, float]:
@@ -226,7 +232,8 @@ def training_seconds(learn: Callable[[Settings], object], settings: Settings) ->
         settings: Of the script.
     """
     quiet = {**vars(settings), "tensorboard": False, "patience": TRAINING_EPOCHS}
-    one, more = (min(timed(lambda n=n: learn(Settings(**quiet | {"num_epochs": n})))[0] for _ in range(2)) for n in (1, TRAINING_EPOCHS))
+    runs = [functools.partial(learn, Settings(**quiet | {"num_epochs": n})) for n in (1, TRAINING_EPOCHS)]
+    one, more = (min(timed(run)[0] for _ in range(2)) for run in runs)
     epoch = max(0.0, (more - one) / (TRAINING_EPOCHS - 1))
     return max(0.0, one - epoch), epoch / (1 + FORWARD_SHARE)
 

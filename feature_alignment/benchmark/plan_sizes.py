@@ -78,7 +78,11 @@ def taps_of(cfg: Common, draft: ModelReport) -> list[int]:
 
 
 def run_bytes(
-    cfg: Common, settings: Mapping[str, Settings], pair: PairReport, splits: Sequence[PlannedSplit], tokens: float | None = None
+    cfg: Common,
+    settings: Mapping[str, Settings],
+    pair: PairReport,
+    splits: Sequence[PlannedSplit],
+    tokens: tuple[float, float] | None = None,
 ) -> dict[str, int]:
     """File, named from the output directory on -> its bytes: hidden states, texts, heads and adapters. Results are a few MB more.
 
@@ -87,7 +91,7 @@ def run_bytes(
         settings: Script -> its settings.
         pair: The checked pair.
         splits: Splits that are extracted.
-        tokens: Mean length of an answer; None for the longest.
+        tokens: Mean lengths of the target's and the drafter's answers; None for the longest.
     """
     extract, (draft, target) = settings["extract_hidden_states"], pair.models.values()
     dtype, taps = getattr(torch, extract.store_dtype), taps_of(cfg, draft)
@@ -101,7 +105,7 @@ def run_bytes(
         for name, size in states_bytes(shapes, dtype, split.clip_index).items():
             found[f"{folder}/{name}"] = size + FRAME_BYTES
         found[f"{folder}/positions.pt"] = rows * (9 * width + 8 * (1 + extract.event_states)) + FRAME_BYTES
-        entry, answers = text_bytes(split.samples, extract, vocabulary, tokens or extract.max_new_tokens)
+        entry, answers = text_bytes(split.samples, extract, vocabulary, tokens or (extract.max_new_tokens,) * 2)
         found[f"{folder}/samples.jsonl"] = rows * (entry + len(shapes) * 45)
         found[f"token_pairs/{split.name}.json"] = rows * answers
     head = vocabulary * target.hidden_size * getattr(torch, cfg.dtype).itemsize + FRAME_BYTES
@@ -118,15 +122,15 @@ def run_bytes(
     return found
 
 
-def text_bytes(samples: Sequence[Sample], extract: Settings, vocabulary: int, tokens: float) -> tuple[int, int]:
+def text_bytes(samples: Sequence[Sample], extract: Settings, vocabulary: int, tokens: tuple[float, float]) -> tuple[int, int]:
     """Bytes of a row of samples.jsonl without its hashes of states, and of a row of token_pairs; means over the rows."""
     asked = sum(len(json.dumps([s.id, s.sequence, s.question])) for s in samples) / len(samples)
     facts = sum(len(json.dumps(s.facts)) for s in samples) / len(samples)
     files = sum(len(s.events.name) + len(s.video.name) for s in samples) / len(samples)
-    ids, text = tokens * (len(str(vocabulary - 1)) + 1.2), tokens * CHARACTERS_PER_TOKEN
+    an_id = len(str(vocabulary - 1)) + 1.2  # with comma and space; some ids have fewer digits
     prompt = (extract.prompt_states + 1) * 4.5 * bool(extract.prompt_states)
-    answers = (1 + extract.draft_answers) * (ids + text)
-    entry = ENTRY_BYTES + asked + facts + files + answers + ids * extract.own_drafts + prompt
+    answers = (tokens[0] + tokens[1] * extract.draft_answers) * (an_id + CHARACTERS_PER_TOKEN)
+    entry = ENTRY_BYTES + asked + facts + files + answers + tokens[0] * an_id * extract.own_drafts + prompt
     return round(entry), round(PAIR_BYTES + asked + answers)
 
 
