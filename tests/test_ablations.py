@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from feature_alignment.adapters import tables
-from feature_alignment.adapters.attending_texts import Proposals
 from feature_alignment.storage.hidden_states import HiddenStates, load_hidden_states
 
 
@@ -70,16 +68,6 @@ def refuse_to_train(real):
             return real(*args)
 
     return train
-
-
-def test_the_best_record_of_a_bucket_decides():
-    """Bucket 1 was right in two of three cases, bucket 2 in none of one; padding and sources without a candidate do not count."""
-    ids, mask = torch.tensor([[5, 6, 7, 8, 0]]), torch.tensor([[True, True, True, True, False]])
-    states = HiddenStates(mask, mask, ids, mask, mask.sum(1), [{}], {})
-    tokens = torch.tensor([[[6, 6, -1], [7, -1, -1], [1, -1, -1], [0, -1, -1], [0, 0, 0]]])
-    buckets = torch.tensor([[[1, 2, 3], [1, 2, 3], [1, 2, 3], [1, 2, 3], [1, 2, 3]]])
-    records = ablations.bucket_records(states, Proposals(tokens, buckets))
-    assert records[:4].tolist() == pytest.approx([0, 2 / 4, 1 / 2, 0]) and len(records) == tables.BUCKETS
 
 
 def test_differences_are_paired():
