@@ -201,6 +201,11 @@ class FoldedChain:
         chances = torch.stack(confidence, 1) if confidence else memory.new_empty(len(memory), 0, dtype=torch.float32)
         return Drafts(torch.stack(tokens, 1), torch.stack(hidden, 1), memory, chances)
 
+    def is_chain_of(self, other: FoldedChain) -> bool:
+        """Whether both draft with the same adapter over the same ids, so that one can draft for both."""
+        same_ids = self.ids is other.ids or (self.ids is not None and other.ids is not None and torch.equal(self.ids, other.ids))
+        return self.adapter is other.adapter and same_ids
+
     def states(self, z: Tensor) -> Tensor:
         """The expected target states [.., d_target] of hidden layers z [.., w]: one product for a whole round."""
         states: Tensor = self.adapter.out(z * self._factor)

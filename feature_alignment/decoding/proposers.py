@@ -167,6 +167,17 @@ class ChainedProposer(Proposer):
         self._confident_block = captured(partial(self._draft_block, with_confidence=True), draft.steps)
         self._first, self._next = captured(self._expect, draft.steps), captured(self._read_and_expect, draft.steps)
 
+    @property
+    def chain(self) -> FoldedChain:
+        """The folded adapter."""
+        return self._chain
+
+    @property
+    def event_context(self) -> EventContext:
+        """What drafts after the current prompt attend to."""
+        assert self._context is not None  # a prompt was started
+        return self._context
+
     @torch.inference_mode()
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """See `Proposer`."""
@@ -198,8 +209,7 @@ class ChainedProposer(Proposer):
         if self._drafts_blocks:
             token_ids, hidden, self._tip, _ = self._block(self._tip, self._zeros(num_tokens))
         else:
-            assert self._context is not None  # a prompt was started
-            found = self._chain.draft(self._tip, self._context, num_tokens, ends=self.selector.eos_ids)
+            found = self._chain.draft(self._tip, self.event_context, num_tokens, ends=self.selector.eos_ids)
             token_ids, hidden, self._tip = found.tokens[0], found.hidden[0], found.memory
         self._ahead = token_ids[:-1]
         return Draft(token_ids, lambda: self._chain.states(hidden))
@@ -261,14 +271,12 @@ class ChainedProposer(Proposer):
 
     def _draft_block(self, memory: Tensor, length: Tensor, with_confidence: bool = False) -> tuple[Tensor, ...]:
         """`FoldedChain.draft` of one row as a function of tensors: `length` [g] holds any values. Returns the parts of `Drafts`."""
-        assert self._context is not None  # a prompt was started
-        found = self._chain.draft(memory, self._context, len(length), with_confidence)
+        found = self._chain.draft(memory, self.event_context, len(length), with_confidence)
         return found.tokens[0], found.hidden[0], found.memory, found.confidence[0]
 
     def _expect(self, memory: Tensor) -> Tensor:
         """The hidden layer [1, w] of the next predicted state, for the memory [1, w] of all tokens before it."""
-        assert self._context is not None  # a prompt was started
-        return self._chain.expect(memory, self._context)
+        return self._chain.expect(memory, self.event_context)
 
     def _read_and_expect(self, z: Tensor, token: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Read one draft token [1] with its hidden layer z [1, w]; returns the memory [1, w] and the next hidden layer [1, w]."""
