@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from feature_alignment.benchmark import speed_model
 from feature_alignment.benchmark.costs import Bound, Cost
 from feature_alignment.benchmark.profile import SpeculationProfile
-from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, PlainBaseline, Speedup
+from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, PlainBaseline
 from feature_alignment.benchmark.sweep import LossySweep
 from feature_alignment.decoding.generation import DRAFT_STAGES, Generation
 from feature_alignment.decoding.settings import DEFAULT_THRESHOLDS

@@ -228,7 +228,7 @@ class ChainedProposer(Proposer):
             found = self._chain.draft(self._tip, self.event_context, num_tokens, ends=self.selector.eos_ids)
             token_ids, hidden, self._tip = found.tokens[0], found.hidden[0], found.memory
         self._ahead = token_ids[:-1]
-        logits = None if self._ids is not None else lambda: self._chain.logits(hidden)
+        logits = None if self._chain.ids is not None else lambda: self._chain.logits(hidden)
         return Draft(token_ids, lambda: self._chain.states(hidden), logits=logits)
 
     def _propose_block(self, num_tokens: int, confidence_floor: float) -> Draft:
@@ -242,7 +242,7 @@ class ChainedProposer(Proposer):
             chance *= confidences[n]
             n += 1
         self._last_length = n  # the chain goes on from the verified text, or reads these tokens again
-        logits = None if self._ids is not None else lambda: self._chain.logits(hidden[:n])
+        logits = None if self._chain.ids is not None else lambda: self._chain.logits(hidden[:n])
         return Draft(token_ids[:n], lambda: self._chain.states(hidden[:n]), confidence=confidences[:n], logits=logits)
 
     def _propose_one_by_one(self, emitted: Sequence[int], num_tokens: int, watch: Stopwatch, confidence_floor: float) -> Draft:
