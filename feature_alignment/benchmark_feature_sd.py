@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_alignment.cli.advice import command_for
-from feature_alignment.cli.config import Common, StepsSetting, parse_config
+from feature_alignment.cli.config import Common, DraftVocabulary, StepsSetting, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, run
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class BenchmarkConfig(Common):
         steps: how models step: auto = compiled on a GPU, eager on a CPU; eager; graphs = CUDA graphs over caches of a fixed size (on
             other devices the fixed cache alone); compiled = also fused by torch.compile, after a minute of compilation
         draft_vocabulary: chained drafts only this many token ids, those most frequent in training answers, which makes the head
-            cheaper and changes no text (default: all)
+            cheaper and changes no text that is not sampled; auto = as many as pay, by measured cost and coverage (default: all)
         assistant_layers: number of Video-LLaVA's own layers that assist transformers' generate, for comparison
         repeats: timed runs of every method on every prompt
         warmup: number of prompts that are run first, untimed
@@ -68,7 +68,7 @@ class BenchmarkConfig(Common):
     planted_acceptance: list[float | Path] = dataclasses.field(default_factory=list)
     max_new_tokens: int = 64
     steps: StepsSetting = "auto"
-    draft_vocabulary: int | None = None
+    draft_vocabulary: DraftVocabulary = None
     assistant_layers: int = 1
     repeats: int = 3
     warmup: int = 3
@@ -276,7 +276,7 @@ def clips_of(samples: Sequence[Sample]) -> list[Path]:
 
 def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, Any]:
     """Measure wall clock at planted acceptances; returns the content of planted.json. Other results are left as they are."""
-    from feature_alignment.benchmark import planted
+    from feature_alignment.benchmark import planted, planted_report
     from feature_alignment.benchmark.results import PlantedReport
     from feature_alignment.storage.artifacts import cached_result, provenance
     from feature_alignment.storage.identity import identity_of
@@ -288,7 +288,8 @@ def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, 
     profiles = [rate for rate in cfg.planted_acceptance if isinstance(rate, Path)]
     made_from |= {"profiles": profiles} if profiles else {}
     rates = [planted.read_profile(rate) if isinstance(rate, Path) else rate for rate in cfg.planted_acceptance]
-    numbers = [rate for rate in cfg.planted_acceptance if not isinstance(rate, Path)]  # profiles are compared by content
+    # Profiles are compared by content.
+    numbers: list[float | Path] = [rate for rate in cfg.planted_acceptance if not isinstance(rate, Path)]
     identity = identity_of("benchmark_feature_sd", dataclasses.replace(cfg, planted_acceptance=numbers), made_from, timed=True)
     cached = cached_result(out / "planted.json", cfg, identity)
     if cached is not None:
@@ -298,8 +299,8 @@ def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, 
         settings = planted.PlantedSettings(cfg.steps, cfg.num_draft_tokens, rates, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
         meta = provenance("benchmark_feature_sd", cfg, made_from, identity, **facts)
         result = planted.measure(cfg, settings, samples, meta)
-        planted.write(result, out)
-    planted.show(result)
+        planted_report.write(result, out)
+    planted_report.show(result)
     content = result.to_json()
     print_json_line({"planted": True, "best": content["best"], "reused": cached is not None, "written": str(out / "planted.json")})
     return content

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from feature_alignment.cli.config import Common, parse_config
+from feature_alignment.cli.config import ClipsConfig, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, print_table, progress, run
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ExtractConfig(Common):
+class ExtractConfig(ClipsConfig):
     """Write hidden states of both models, teacher-forced on one token sequence.
 
     Reads the clips of a manifest and both checkpoints; writes hidden_states/<split>/ and token_pairs/<split>.json. A killed run can be
@@ -151,9 +151,9 @@ def identity_of(cfg: ExtractConfig) -> RunIdentity:
     """The identity of a run apart from its rows. Files are compared by content, the manifest row by row."""
     from feature_alignment.storage.identity import identity_of
 
-    sources = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
+    sources = {"target": cfg.target_id, "draft": cfg.draft_id, **({} if cfg.clips else {"manifest": cfg.manifests[cfg.split]})}
     sources |= {name: path for name, path in {"answers": cfg.answers, "questions": cfg.questions}.items() if path}
-    without = ["threads", "limit", "merge", *(() if cfg.random_weights else ("seed",))]
+    without = ["threads", "limit", "merge", "clips", "question", *(() if cfg.random_weights else ("seed",))]
     identity = identity_of("extract_hidden_states", cfg, sources, without=without)
     return dataclasses.replace(identity, not_compared=frozenset({"manifest"}))
 
@@ -163,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cfg = parse_config(ExtractConfig, argv, "extract_hidden_states")
     if not cfg.draft_answers and cfg.prefix != "verifier":
         raise UserError(f"--prefix {cfg.prefix} needs EventGPT's answers; expected --draft_answers true, or --prefix verifier.")
+    from feature_alignment.inputs.clip_folder import read_data_set
     from feature_alignment.inputs.row_identity import identify
-    from feature_alignment.inputs.samples import read_samples
     from feature_alignment.models.batches import plan_batches
     from feature_alignment.models.loading import fetch_checkpoints
     from feature_alignment.storage import earlier_rows, shards
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     shard, of = shards.parse_shard(cfg.shard, cfg.merge)
     if not cfg.merge:  # a merge works without the GPU that the shards ran on
         check_device(cfg.device)
-    samples = read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions, cfg.allow_outside)
+    samples = read_data_set(cfg, cfg.split, cfg.clips, cfg.question)
     fetch_checkpoints(cfg)
     identity = identity_of(cfg)
     parts = plan_batches(samples, cfg.batch_size)[shard - 1 :: of]
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if cfg.merge:  # works without the clips
         rows = [{"id": s.id, "sequence": s.sequence, "question": s.question, "facts": s.facts} for s in samples]
     else:
-        rows = identify(samples, parts, cfg.manifests[cfg.split], cfg.event_start_ms)
+        rows = identify(samples, parts, cfg.clips or cfg.manifests[cfg.split], cfg.event_start_ms)
     out = cfg.out / "hidden_states" / (shards.shard_name(cfg.split, shard, of) if cfg.shard else cfg.split)
     rank = (process := process_group("cpu" if cfg.merge else cfg.device)).rank
     if cfg.resume and earlier_rows.find_complete_run(out, identity, rows, cfg.ignore_code):
@@ -302,7 +302,7 @@ def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -
     return provenance(
         "extract_hidden_states",
         cfg,
-        {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]},
+        {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.clips.resolve() if cfg.clips else cfg.manifests[cfg.split]},
         identity,
         prefix=cfg.prefix,
         rows=rows,

@@ -44,7 +44,8 @@ class InferenceConfig(DecodingConfig):
     Reads both checkpoints, files of the drafter and samples; writes sd/<sample id>.json, or sd/<split or folder>.jsonl.
 
     Args:
-        split: answer all samples of this manifest; with --sample only that one (default: one sample of test)
+        split: answer all samples of this manifest; with --sample only that one (default: one sample of test). With --clips, the name of
+            the file of answers (default: that of the folder)
         sample: id of a single sample to answer (default: the first)
         events: event file to use instead of a sample's, together with --video and --question
         video: video file or folder of frames to use instead of a sample's
@@ -77,8 +78,8 @@ class InferenceConfig(DecodingConfig):
 
 def refuse_combinations(cfg: InferenceConfig) -> None:
     """Raise UserError for flags that do not go together."""
-    if cfg.clips is not None and (given := [f"--{name}" for name in ("split", "sample") if getattr(cfg, name) is not None]):
-        raise UserError(f"--clips and {' and '.join(given)} name different samples; wanted one of them.")
+    if cfg.clips is not None and cfg.sample is not None:
+        raise UserError(f"--clips {cfg.clips} and --sample {cfg.sample}: wanted all samples of a folder, or one of a manifest.")
     if not cfg.is_data_set:
         given = [name for name, value in (("shard", cfg.shard), ("merge", cfg.merge), ("fail_fast", cfg.fail_fast)) if value]
         given += ["batch_size"] if cfg.batch_size > 1 else []
@@ -98,17 +99,6 @@ def refuse_combinations(cfg: InferenceConfig) -> None:
             )
         if cfg.steps in ("graphs", "compiled"):
             raise UserError(f"--batch_size {cfg.batch_size} and --steps {cfg.steps}: batches step eagerly; pass --steps eager or auto.")
-
-
-def read_data_set(cfg: InferenceConfig) -> tuple[str, list[Sample]]:
-    """The name of a data set and its samples, from --clips or --split."""
-    from feature_alignment.inputs.clip_folder import read_clips
-    from feature_alignment.inputs.samples import read_samples
-
-    if cfg.clips is not None:
-        return cfg.clips.resolve().name or "clips", read_clips(cfg.clips, cfg.question, cfg.questions, cfg.limit)
-    assert cfg.split is not None  # `is_data_set`
-    return cfg.split, read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions, cfg.allow_outside)
 
 
 def choose_sample(cfg: InferenceConfig) -> Sample:
@@ -225,6 +215,7 @@ def answer_data_set(cfg: InferenceConfig) -> dict[str, Any]:
     Raises:
         UserError: at the end, if samples could not be read
     """
+    from feature_alignment.inputs.clip_folder import read_data_set
     from feature_alignment.models.batches import plan_batches
     from feature_alignment.models.loading import fetch_checkpoints
     from feature_alignment.storage.answer_rows import Asked, merge_answers
@@ -233,8 +224,10 @@ def answer_data_set(cfg: InferenceConfig) -> dict[str, Any]:
     from feature_alignment.storage.shards import parse_shard, shard_name
 
     shard, of = parse_shard(cfg.shard, cfg.merge)
-    check_device(cfg.device)
-    name, samples = read_data_set(cfg)
+    if not cfg.merge:  # a merge works without the GPU that the shards ran on
+        check_device(cfg.device)
+    name = cfg.split or (cfg.clips.resolve().name if cfg.clips else "") or "clips"
+    samples = read_data_set(cfg, name, cfg.clips, cfg.question)
     fetch_checkpoints(cfg)
     identity, made_from = identity_of(cfg)
     parts = plan_batches(samples, cfg.batch_size)[shard - 1 :: of]
@@ -258,7 +251,8 @@ def identity_of(cfg: InferenceConfig) -> tuple[RunIdentity, Sources]:
 
     sources: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id}
     sources |= drafter_files(cfg, cfg.draft, cfg.train_split, cfg.draft_vocabulary)
-    sources |= {} if cfg.split is None else {"manifest": cfg.manifests[cfg.split]}
+    if cfg.split is not None and cfg.clips is None:
+        sources["manifest"] = cfg.manifests[cfg.split]
     of_samples = ("split", "sample", "events", "video", "question", "clips", "limit")
     without = [*of_samples, "threads", "merge", "fail_fast", "verbose", *(() if cfg.random_weights or cfg.temperature else ("seed",))]
     any_gpu = dataclasses.replace(cfg, device=cfg.device.partition(":")[0])  # shards may run on several GPUs of one machine
@@ -283,9 +277,11 @@ def fill(
     from feature_alignment.storage.answer_rows import AnswersFile, Asked
     from feature_alignment.storage.artifacts import provenance
 
-    folder = out if cfg.clips is not None else cfg.manifests[name]
     flat = [sample for group in groups for sample in group]
-    hash_of = {row["id"]: row["identity"]["row"] for row in identify(flat, [range(len(flat))], folder, cfg.event_start_ms)}
+    hash_of = {
+        row["id"]: row["identity"]["row"]
+        for row in identify(flat, [range(len(flat))], cfg.clips or cfg.manifests[name], cfg.event_start_ms)
+    }
     asked = [[Asked(sample.id, sample.question, hash_of[sample.id]) for sample in group] for group in groups]
     file = AnswersFile(out, identity, asked, resume=cfg.resume, limited=cfg.limit is not None, ignore_code=cfg.ignore_code)
     if file.is_complete:
@@ -332,7 +328,7 @@ def report(file: AnswersFile, tokens_per_s: float | None) -> dict[str, Any]:
     if failed := [row for row in rows if "error" in row]:
         raise UserError(
             f"{len(failed)} of {len(rows)} samples could not be answered; their rows in {file.path} hold the errors. The first, "
-            f"{failed[0]['id']}: {failed[0]['error']}\nRepair the files and run the same command again: only these are answered."
+            f"{failed[0]['id']}: {failed[0]['error']}\nRepair the files and run the same command again: only these, and those of their batch, are answered."
         )
     return file.meta
 

@@ -626,6 +626,18 @@ def test_rows_of_a_batch_that_is_unchanged_are_copied_under_their_new_names(tmp_
     assert "0 rows whose" in caplog.text and writer.done == {0, 2}  # again: they are there
 
 
+def test_rows_are_copied_from_the_complete_run_and_from_every_unfinished_one(tmp_path):
+    path = tmp_path / "a"
+    finished_run(path, 2)
+    for row, rows in ((2, 3), (3, 4)):
+        writer = open_writer(path, rows=rows)
+        fill(writer, [row])
+        writer.close()
+    writer = open_writer(path, rows=5)
+    copy_unchanged_rows(writer, made_with(a=1), entries())
+    assert writer.done == {0, 1, 2, 3}
+
+
 def test_a_damaged_row_is_not_copied(tmp_path, caplog):
     caplog.set_level("INFO")
     path = tmp_path / "a"

@@ -14,7 +14,7 @@ from conftest import ROOT, as_decoder, main_of, noisy_copy, prompt_of, tiny_llam
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
-from feature_alignment.benchmark import fidelity, planted, report, speed_model, targets, timing
+from feature_alignment.benchmark import fidelity, planted_report, report, speed_model, targets, timing
 from feature_alignment.benchmark.chain_loop import ChainLoop, DraftedRound
 from feature_alignment.benchmark.compare import compare
 from feature_alignment.benchmark.costs import LoopCosts
@@ -190,12 +190,12 @@ def test_the_cost_of_a_draft_beyond_that_of_its_loop_has_a_part_per_round_and_a_
     loop, lengths = ChainLoop(), [3, 3, 5, 8, 8]
     loop.rounds = [DraftedRound(n, n, 0.5 + 0.21 * n, 0.2 * n) for n in lengths[:-1]] + [DraftedRound(8, 2, 0.5 + 0.21 * 8, 1.6)]
     found = loop.costs(4.0)
-    assert found["c_chained_alone"] == pytest.approx(0.2 * 27 / 21 / 4)
-    assert found["c_chained_live"] == pytest.approx((5 * 0.5 + 0.21 * 27) / 21 / 4)
-    assert found["c_chained_once"] == pytest.approx(5 * 0.5 / 21 / 4)
+    assert found.alone == pytest.approx(0.2 * 27 / 21 / 4)
+    assert found.live == pytest.approx((5 * 0.5 + 0.21 * 27) / 21 / 4)
+    assert found.once == pytest.approx(5 * 0.5 / 21 / 4)
     loop.rounds = loop.rounds[:2]
-    assert loop.costs(4.0)["c_chained_once"] is None, "one draft length does not tell the two parts apart"
-    assert ChainLoop().costs(4.0) == {}
+    assert loop.costs(4.0).once is None, "one draft length does not tell the two parts apart"
+    assert ChainLoop().costs(4.0) == (None, None, None)
 
 
 def test_the_loop_repeats_the_draft_lengths_of_the_run_and_leaves_the_run_as_it_is():
@@ -223,7 +223,7 @@ def test_the_report_says_how_far_live_and_alone_are_apart_and_why(finished):
     assert result.cost.c_chained_live == pytest.approx(fixed.c) and result.cost.c_chained_alone > 0
     assert result.cost.c_chained_once is not None, "two draft lengths"
     cost = dataclasses.replace(result.cost, c_chained_live=0.03, c_chained_alone=0.02, c_chained_once=0.004)
-    for rows in (report.decoding_cost_table(cost)[2], planted.chained_rows(cost)):
+    for rows in (report.decoding_cost_table(cost)[2], planted_report.chained_rows(cost)):
         cells = dict(row for row in rows if "live" in row[0] or "alone" in row[0])
         assert [*cells.values()][:2] == ["0.0300", "0.0200"]
         assert cells["live / alone"].startswith("1.50 times; the difference is 0.0100: 0.0040 is spent once a round")
@@ -232,14 +232,14 @@ def test_the_report_says_how_far_live_and_alone_are_apart_and_why(finished):
     assert "| live / alone |" in text and "live / alone" in (finished / "out" / "benchmark" / "report.html").read_text()
     earlier = dataclasses.replace(cost, c_chained_live=None, c_chained_alone=None, c_chained_once=None)
     labels = [row[0] for row in report.decoding_cost_table(earlier)[2]]
-    assert planted.chained_rows(earlier) == [] and "c of a chained draft token, in a loop of nothing else" in labels
+    assert planted_report.chained_rows(earlier) == [] and "c of a chained draft token, in a loop of nothing else" in labels
 
 
 def test_an_eager_fallback_is_a_table_of_both_reports():
     folder = ROOT / "data" / "results" / "h100_random_7b"
     for kind, name, tables in (
         (BenchmarkReport, "benchmark.json", report.tables),
-        (PlantedReport, "planted.json", planted.tables),
+        (PlantedReport, "planted.json", planted_report.tables),
     ):
         result = kind.from_json(json.loads((folder / name).read_text()))
         assert not [title for title, *_ in tables(result) if "EAGER" in title]

@@ -241,6 +241,13 @@ def test_a_missing_gpu_is_refused_before_anything_is_loaded(script, device, tmp_
         ("feature_sd_inference", ["--temperature", "0.5", "--accept", "feature"], "--accept token"),
         ("feature_sd_inference", ["--draft_vocabulary", "0", "--draft", "chained"], "--draft_vocabulary 0: wanted"),
         ("feature_sd_inference", ["--draft_vocabulary", "9", "--draft", "ngram"], "limits the chained adapter only"),
+        ("feature_sd_inference", ["--draft_vocabulary", "auto", "--draft", "own"], "limits the chained adapter only"),
+        ("feature_sd_inference", ["--draft_vocabulary", "many", "--draft", "chained"], "many"),
+        (
+            "feature_sd_inference",
+            ["--draft_vocabulary", "auto", "--draft", "chained", "--temperature", "0.7"],
+            "chosen by timing, and a sampled text would depend on it",
+        ),
         ("feature_sd_inference", ["--events", "EXISTS"], "--video, --question missing"),
         ("feature_sd_inference", ["--events", "EXISTS", "--video", "absent", "--question", "What?"], "no such file or folder"),
         ("train_hidden_adapter", ["--mse_weight", "0", "--cosine_weight", "0", "--kl_weight", "0"], "at least one above 0"),

@@ -79,6 +79,20 @@ def test_a_batch_of_clips_says_and_thinks_what_each_question_alone_does(pair_and
         torch.testing.assert_close(states, model.teacher_force(state, torch.tensor([answer]))[0], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("before", [1, 3, 1000])
+def test_states_of_a_prompts_end_are_those_of_its_prefill(pair_and_samples, before):
+    """From any place on; where a prompt is shorter than what is asked for, zeros stand in front."""
+    pair, samples = pair_and_samples
+    batch = ClipBatch(pair.target, samples[:3])
+    answers = batch.generate(4)
+    for sample, answer, states in zip(samples, answers, batch.states(answers, before), strict=False):
+        state = pair.target.prefill([pair.target.prepare(sample)])
+        prompt = state.prompt[0, :-1]
+        wanted = torch.cat([prompt, pair.target.teacher_force(state, torch.tensor([answer]))[0]])[-before - len(answer) :]
+        assert len(states) == before + len(answer) and not states[: len(states) - len(wanted)].any()
+        torch.testing.assert_close(states[len(states) - len(wanted) :], wanted, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("counts", [(1, 3), (3, 1), (1, 3, 1, 1), (2, 3, 1)])
 def test_clips_of_one_and_three_questions_make_whole_batches(pair_and_samples, counts):
     """At batch size 3: no clip is split, and each answer is what its question alone gives."""

@@ -173,9 +173,9 @@ def test_each_rule_has_a_default_threshold_of_its_own():
 @pytest.mark.parametrize("source", ["aligned", "chained"])
 @pytest.mark.parametrize("rule", LOSSY)
 def test_a_sweep_is_what_decoding_at_each_threshold_gives(rule, source):
-    decoded, texts, total = [], set(), 0
+    decoded, total = [], 0
     for seed, prompt in enumerate(PROMPTS):
-        target, proposer, _ = drafts_of(source, 0.02, seed)
+        target, proposer, _ = drafts_of(source, 0.05, seed)
 
         def decode(threshold, target=target, proposer=proposer, prompt=prompt):
             settings = {"accept": rule, "threshold": threshold, "num_draft_tokens": 4, "max_new_tokens": 20}
@@ -191,9 +191,8 @@ def test_a_sweep_is_what_decoding_at_each_threshold_gives(rule, source):
         result = [(g.token_ids, g.passes, [r.accepted for r in g.rounds]) for g in found]
         assert result == [(g.token_ids, g.passes, [r.accepted for r in g.rounds]) for g in map(decode, thresholds)]
         assert len(decoded) == before and {id(g) for g in found} <= {id(g) for g in decoded}
-        texts |= {(seed, tuple(g.token_ids)) for g in found}
         total += len(thresholds)
-    assert len(PROMPTS) < len(texts) <= len(decoded) <= total / 2, "what decides alike is decoded once"
+    assert len(PROMPTS) < len(decoded) <= total / 2, "what decides alike is decoded once"
 
 
 @pytest.mark.parametrize("rule", LOSSY)

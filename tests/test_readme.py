@@ -196,6 +196,12 @@ def adapted(words: list[str], root: Path) -> list[str]:
         words[at:end] = ["1", "2", "3"]
     if "--sample" in words:
         words[words.index("--sample") + 1] = json.loads((root / "scenes" / "test.jsonl").read_text().splitlines()[0])["id"]
+    if "--clips" in words:
+        row = json.loads((root / "scenes" / "test.jsonl").read_text().splitlines()[0])
+        (root / "clips").mkdir(exist_ok=True)
+        for key in ("events", "video"):
+            shutil.copy(root / "scenes" / row[key], root / "clips" / f"a{Path(row[key]).suffix}")
+        words[words.index("--clips") + 1] = str(root / "clips")
     if "--train_token_adapter" in words:
         words += ["--num_epochs", "1"]
     return words

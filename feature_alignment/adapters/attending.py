@@ -187,7 +187,16 @@ class AttendingAdapter(nn.Module):
 
     def inputs(self, states: Tensor, tokens: Tensor, before: Tensor, proposals: Tensor | float = 0.0) -> Tensor:
         """The input [.., w] at each position: the sum of state, token, previous token and candidate inputs [.., w]."""
-        return self._dropped(states + tokens + self.previous(before) + proposals)
+        return self.joined(states, self.around(tokens, before, proposals))
+
+    def around(self, tokens: Tensor, before: Tensor, proposals: Tensor | float = 0.0) -> Tensor:
+        """The part [.., w] of `inputs` that does not depend on the state."""
+        rest: Tensor = tokens + self.previous(before) + proposals
+        return rest
+
+    def joined(self, states: Tensor, rest: Tensor) -> Tensor:
+        """The input [.., w] of state inputs and `around`, both [.., w]."""
+        return self._dropped(states + rest)
 
     def prompt_inputs(self, states: Tensor, read: Tensor, mask: Tensor | None = None) -> Tensor:
         """The input [b, p, w] at prompt positions; the first one has no token before it.

@@ -78,8 +78,8 @@ class Reader:
         a, s, p = self.adapter, texts.states.shape[1], texts.prompt.shape[1]
         before = torch.cat([texts.before[:, None], texts.token_ids[:, :-1]], 1)
         tokens, tokens_before, candidates = self.tokens(texts.token_ids, before, texts.proposed)
-        proposed = a.read_candidates(candidates, texts.buckets)
-        text, hidden = self._seen(texts, a.inputs(a.read_states(texts.states), tokens, tokens_before, proposed))
+        read, rest = a.read_states(texts.states), a.around(tokens, tokens_before, a.read_candidates(candidates, texts.buckets))
+        text, hidden = self._seen(texts, a.joined(read, rest))
         events, head = a.read_events(texts.events), self._folded_head()
 
         def at(x: Tensor, position: Tensor) -> Tensor:
@@ -92,9 +92,8 @@ class Reader:
             position = origins + k
             real = (position + 1 < s) & (position >= 0)
             here = position.clamp(max=s - 1)
-            state = a.read_states(at(texts.states, here)) if output is None else a.own(output)
-            given = at(proposed, here) if isinstance(proposed, Tensor) else 0.0
-            output, own = a(a.inputs(state, at(tokens, here), at(tokens_before, here), given), p + position, events, text, hidden, chain)
+            state = at(read, here) if output is None else a.own(output)
+            output, own = a(a.joined(state, at(rest, here)), p + position, events, text, hidden, chain)
             chain.append(own)
             wanted = (position + 1).clamp(max=s - 1)
             real = real & texts.mask.gather(1, wanted)
@@ -148,7 +147,8 @@ def losses(
     for k, step in enumerate(reader.roll_out(texts, origins, steps)):
         index = (step.position + torch.arange(len(origins), device=says.device)[:, None] * texts.states.shape[1]).flatten()
         real, logits, label = step.real.flatten(), step.logits.flatten(0, 1).log_softmax(-1), labels[index]
-        match = (logits.argmax(-1) == label) & real
+        of_label = logits.gather(-1, label.clamp(min=0)[:, None])[:, 0]
+        match = (of_label >= logits.amax(-1)) & (label >= 0) & real
         hits.append(match.view_as(step.real))
         if k >= cfg.roll_out_steps:
             continue
@@ -157,7 +157,7 @@ def losses(
             "mse": (expected - wanted).square().mean(-1) / variance,
             "cosine": F.cosine_similarity(expected, wanted, dim=-1),
             "kl": -entropy[index] - (soft * logits).sum(-1),
-            "ce": -logits.gather(-1, label.clamp(min=0)[:, None])[:, 0] * (label >= 0),
+            "ce": -of_label * (label >= 0),
             "token_match": match.float(),
         }
         if cfg.loss == "tv":

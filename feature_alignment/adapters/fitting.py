@@ -193,7 +193,7 @@ def fit(
     """
     share = share or ProcessShare()
     log_epoch = epoch_logger(settings.tensorboard, checkpoint if share.rank == 0 else None)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     steps = settings.num_epochs * steps_per_epoch
 
     def record(number: int, seen: dict[str, float]) -> dict[str, float]:

@@ -40,6 +40,14 @@ class DraftedRound(NamedTuple):
     alone_ms: float
 
 
+class ChainedCosts(NamedTuple):
+    """`c_chained_live`, `c_chained_alone` and `c_chained_once` of `DecodingCosts`."""
+
+    live: float | None = None
+    alone: float | None = None
+    once: float | None = None
+
+
 class ChainLoop:
     """Collects the rounds of all chained rows with a fixed draft length."""
 
@@ -67,25 +75,26 @@ class ChainLoop:
 
         return answer_and_redraft
 
-    def costs(self, step_ms: float) -> dict[str, float | None]:
-        """`c_chained_live`, `c_chained_alone` and `c_chained_once` of `DecodingCosts`.
+    def costs(self, step_ms: float) -> ChainedCosts:
+        """Costs of one chained draft token.
 
         Args:
             step_ms: milliseconds of one pass of plain decoding
         """
         drafts = sum(r.counted for r in self.rounds)
         if not drafts:
-            return {}
+            return ChainedCosts()
         live, alone = (sum(ms) / drafts / step_ms for ms in ([r.live_ms for r in self.rounds], [r.alone_ms for r in self.rounds]))
         lengths, gaps = np.array([r.length for r in self.rounds]), np.array([r.live_ms - r.alone_ms for r in self.rounds])
-        once = None
-        if len(set(lengths)) > 1:
-            once = float(np.polyfit(lengths, gaps, 1)[1]) * len(self.rounds) / drafts / step_ms
-        return {"c_chained_live": live, "c_chained_alone": alone, "c_chained_once": once}
+        if len(set(lengths)) == 1:
+            return ChainedCosts(live, alone)
+        once = float(np.polyfit(lengths, gaps, 1)[1])
+        return ChainedCosts(live, alone, once * len(self.rounds) / drafts / step_ms)
 
     def added_to(self, cost: DecodingCosts) -> DecodingCosts:
         """These costs next to the others that were measured during decoding."""
-        return replace(cost, **self.costs(cost.t_target_ms))
+        found = self.costs(cost.t_target_ms)
+        return replace(cost, c_chained_live=found.live, c_chained_alone=found.alone, c_chained_once=found.once)
 
 
 def drafting_ms(r: Round) -> float:

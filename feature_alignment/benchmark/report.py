@@ -10,7 +10,7 @@ from pathlib import Path
 
 from feature_alignment.benchmark import plots, speed_model
 from feature_alignment.benchmark.costs import Cost, DrafterCost
-from feature_alignment.benchmark.planted import chained_rows, fallback_tables, machine_rows
+from feature_alignment.benchmark.planted_report import chained_rows, fallback_tables, machine_rows
 from feature_alignment.benchmark.plots import PICTURES
 from feature_alignment.benchmark.profile import SpeculationProfile
 from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, Fidelity, PlainBaseline, Target, drafter_name, rule_name

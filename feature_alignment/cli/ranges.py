@@ -221,6 +221,11 @@ def validate_together(cfg: Any) -> None:
         raise UserError(
             f"--draft_vocabulary {cfg.draft_vocabulary}: limits the chained adapter only. Pass --draft chained, or leave it out."
         )
+    if get("draft_vocabulary") == "auto" and get("temperature") and not get("adaptive"):
+        raise UserError(
+            f"--draft_vocabulary auto --temperature {cfg.temperature:g}: the vocabulary is chosen by timing, and a sampled text would "
+            "depend on it. Pass a number, or --adaptive, whose text is that of Video-LLaVA alone."
+        )
     if not all(get("stop") or ()):
         raise UserError("--stop: wanted strings of at least one character; an empty one would end every text.")
     if get("mse_weight") is not None:
@@ -234,6 +239,8 @@ def validate_together(cfg: Any) -> None:
         if found := [flag for flag in ("--events", "--video") if clip.get(flag)]:
             raise UserError(f"--clips {cfg.clips} and {found[0]}: wanted a folder of clips or the files of one.")
         clip = {}
+    elif "--video" not in clip and clip.pop("--question", None):
+        raise UserError(f"--question {cfg.question!r}: asked about the clips of --clips DIR; a manifest has questions of its own.")
     missing = [flag for flag, value in clip.items() if value is None]
     if 0 < len(missing) < len(clip):
         raise UserError(f"{', '.join(missing)} missing: --events, --video and --question belong together.")

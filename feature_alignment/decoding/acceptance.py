@@ -49,7 +49,8 @@ def accepted_drafts(rule: Rule, draft_ids: Tensor, target_ids: Tensor, score: Te
     if rule == "token":
         return (draft_ids == target_ids).cumprod(0).bool()
     if score is None:
-        raise ValueError(f"the rule {rule!r} compares {'distributions' if rule == 'kl' else 'hidden states'}, and this drafter has none")
+        needs = "distributions, and this drafter has none" if rule == "kl" else "hidden states, and this drafter predicts none"
+        raise ValueError(f"the rule {rule!r} compares {needs}")
     passes = score < threshold if rule == "kl" else score > threshold
     return passes if rule == "relaxed" else passes.cumprod(0).bool()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from feature_alignment.cli.config import Common, StepsSetting
+from feature_alignment.cli.config import Common, DraftVocabulary, StepsSetting
 
 RuleName = Literal["token", "feature", "relaxed", "typical", "kl"]  # acceptance rules; all but token are lossy
 COSINE_RULES: tuple[RuleName, ...] = ("feature", "relaxed")  # they compare hidden states
@@ -30,7 +30,7 @@ class DecodingConfig(Common):
         adaptive: choose the draft length of each round by expected gain and cost, down to no drafting at all
         overlap: prefill EventGPT in a thread of its own while Video-LLaVA prefills; needs a second core
         draft_vocabulary: chained drafts only this many token ids, those most frequent in training answers, which makes the head
-            cheaper and changes no text (default: all)
+            cheaper and changes no text that is not sampled; auto = as many as pay, by measured cost and coverage (default: all)
         max_new_tokens: longest answer, EOS included
         temperature: above 0 the answer is sampled from the same distribution as from Video-LLaVA alone; --accept token only. The same
             --seed gives the same answer; with --adaptive it is the answer of Video-LLaVA alone, at a somewhat lower acceptance
@@ -52,7 +52,7 @@ class DecodingConfig(Common):
     num_draft_tokens: int = 5
     adaptive: bool = False
     overlap: bool = False
-    draft_vocabulary: int | None = None
+    draft_vocabulary: DraftVocabulary = None
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float | None = None

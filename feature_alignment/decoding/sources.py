@@ -15,8 +15,9 @@ from feature_alignment.adapters.attending_texts import MOST_IDS
 from feature_alignment.adapters.chained import ChainedAdapter, load_chained_adapter
 from feature_alignment.adapters.hidden import HiddenAdapter, load_adapter
 from feature_alignment.cli.advice import command_for
-from feature_alignment.cli.config import Common
+from feature_alignment.cli.config import Common, DraftVocabulary
 from feature_alignment.cli.console import UserError, log
+from feature_alignment.decoding import draft_vocabulary
 from feature_alignment.decoding.attending_proposer import AttendingProposer
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, SEARCH_THE_QUESTION, HybridProposer, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
@@ -24,6 +25,8 @@ from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import Pair
 from feature_alignment.storage.answers import read_token_pairs
 from feature_alignment.storage.files import load_pt
+
+UNKNOWN_ACCEPTANCE = 0.8  # of an adapter whose file records none
 
 
 class Sources:
@@ -34,11 +37,12 @@ class Sources:
         cfg: settings
         train_split: split whose answers the tables know
         untrained: use a new adapter where none has been trained
-        draft_vocabulary: the chained adapter drafts only so many token ids, those most frequent in training answers; None for all
+        draft_vocabulary: the chained adapter drafts only so many token ids, those most frequent in training answers; "auto" for as many
+            as are expected to be fastest; None for all
     """
 
     def __init__(
-        self, pair: Pair, cfg: Common, train_split: str = "train", untrained: bool = False, draft_vocabulary: int | None = None
+        self, pair: Pair, cfg: Common, train_split: str = "train", untrained: bool = False, draft_vocabulary: DraftVocabulary = None
     ) -> None:
         self._pair, self._cfg, self._untrained = pair, cfg, untrained
         self._train_split, self._draft_vocabulary = train_split, draft_vocabulary
@@ -119,20 +123,41 @@ class Sources:
 
         An id outside is never drafted; the target may still emit it, so the text does not change (FR-Spec, Zhao et al. 2502.14856).
         """
-        if self._draft_vocabulary is None or self._draft_vocabulary >= self._pair.target.vocab_size:
+        target, size = self._pair.target, self._draft_vocabulary
+        if size == "auto":
+            size = self._paying_vocabulary()
+        if size is None or size >= target.vocab_size:
             return None
         counts = Counter(token for _, tokens in self.texts for token in tokens)
-        ends = [i for i in self._pair.target.eos_ids if i < self._pair.target.vocab_size]
-        frequent = [token for token, _ in counts.most_common(self._draft_vocabulary)]
-        ids = sorted(set(frequent[: max(1, self._draft_vocabulary - len(ends))]) | set(ends))
+        ids = draft_vocabulary.frequent_ids(counts, size, self._ends)
         covered = sum(counts[i] for i in ids) / max(1, counts.total())
-        log.info(
-            "draft vocabulary  %d of %d ids, which are %.2f %% of the training answers",
-            len(ids),
-            self._pair.target.vocab_size,
-            100 * covered,
-        )
-        return torch.tensor(ids, device=self._pair.target.device)
+        log.info("draft vocabulary  %d of %d ids, which are %.2f %% of the training answers", len(ids), target.vocab_size, 100 * covered)
+        return torch.tensor(ids, device=target.device)
+
+    def _paying_vocabulary(self) -> int:
+        """The number of ids that is expected to be fastest, by measured cost and coverage; all ids where fewer do not pay."""
+        target, texts = self._pair.target, self.texts
+        numbers = draft_vocabulary.sizes(target.vocab_size)
+        costs = draft_vocabulary.draft_ms(self.chained_adapter, target, numbers, self._pair.draft.steps)
+        coverages = draft_vocabulary.coverages([tokens for _, tokens in texts], numbers, self._ends)
+        candidates = [draft_vocabulary.Candidate(*row) for row in zip(numbers, [*coverages[:-1], 1.0], costs, strict=True)]
+        acceptance = self.known_acceptance("chained") or UNKNOWN_ACCEPTANCE
+        size, gain = draft_vocabulary.best_size(candidates, acceptance, draft_vocabulary.step_ms(target, texts[0][0]))
+        chosen = next(c for c in candidates if c.size == size)
+        if size == target.vocab_size:
+            log.info("draft vocabulary  auto: all %d ids, because no smaller number is expected to be faster", size)
+        else:
+            log.info(
+                "draft vocabulary  auto: %d of %d ids, %.2f %% of held-out training answers; a draft token takes %.3f instead of %.3f ms; "
+                "expected to decode %.2f times as fast",
+                *(size, target.vocab_size, 100 * chosen.coverage, chosen.draft_ms, costs[-1], gain),
+            )
+        return size
+
+    @property
+    def _ends(self) -> list[int]:
+        """The shared ids that end a text."""
+        return [i for i in self._pair.target.eos_ids if i < self._pair.target.vocab_size]
 
     @cached_property
     def full_draft(self) -> Decoder:
@@ -242,7 +267,7 @@ class Sources:
         return drafter_files(self._cfg, name, self._train_split, self._draft_vocabulary)
 
 
-def drafter_files(cfg: Common, name: str, train_split: str = "train", draft_vocabulary: int | None = None) -> dict[str, Path]:
+def drafter_files(cfg: Common, name: str, train_split: str = "train", draft_vocabulary: DraftVocabulary = None) -> dict[str, Path]:
     """The files that a drafter's draft tokens depend on, found without loading a model.
 
     Args:

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from feature_alignment import train_hidden_adapter
-from feature_alignment.adapters import rounds, tables
+from feature_alignment.adapters import rounds
 from feature_alignment.adapters.attending import load_attending_adapter
-from feature_alignment.adapters.attending_texts import Proposals, answers_of, proposals
+from feature_alignment.adapters.attending_texts import answers_of
 from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import UserError, markdown_table, print_json_line, print_table, run
-from feature_alignment.decoding.baseline_drafters import NGram
+from feature_alignment.decoding.baseline_drafters import Lookup, NGram, Table
+from feature_alignment.decoding.best_table import BestTable
 from feature_alignment.measurement import metrics
 from feature_alignment.measurement.attending_scoring import attending_scores
 from feature_alignment.storage.artifacts import provenance
@@ -68,45 +69,23 @@ def flags_of(name: str, num_rows: int, num_epochs: int) -> list[str]:
 
 
 def table_bits(train: HiddenStates, test: HiddenStates) -> dict[str, Tensor]:
-    """For each table whether it proposes the text's own token, [n, s] bool, given the text before it.
+    """For each zero-cost table of the benchmark whether it proposes the text's own token, [n, s] bool, given the text before it.
 
-    `n-gram + lookup` proposes, of the candidates of `adapters.tables`, the one whose confidence bucket has the best record on the training
-    texts; there the counts leave the text's own clip out.
+    Lookup searches the end of the prompt that was stored, and the answer.
     """
-    answers, counts = answers_of(test), tables.Counts(answers_of(train))
-    learned, found = proposals(train, counts, leave_out=True), proposals(test, tables.NGramTable(counts.entries()), leave_out=False)
-    ngram = NGram((row["question"], answer.tokens) for row, answer in zip(train.rows, answers_of(train), strict=True))
-    by_ngram = torch.zeros_like(test.mask)
-    for i, (row, answer) in enumerate(zip(test.rows, answers, strict=True)):
-        guesses = [ngram.next_token(row["question"], answer.tokens[:t]) for t in range(len(answer.tokens))]
-        by_ngram[i, : len(guesses)] = torch.tensor([guess == token for guess, token in zip(guesses, answer.tokens, strict=True)])
-    hits = _hits(test, found)
-    best = bucket_records(train, learned)[found.buckets].masked_fill(found.tokens == tables.NO_TOKEN, -1.0).argmax(-1, keepdim=True)
-    chosen = hits.gather(-1, best[:, :-1])[..., 0]
-    first = torch.zeros_like(test.mask[:, :1])  # no candidates before the first token: it comes from the target's prefill
-    return {
-        "n-gram": by_ngram & test.mask,
-        "prompt lookup": torch.cat([first, hits[..., -1]], 1) & test.mask,
-        "n-gram + lookup": torch.cat([first, chosen], 1) & test.mask,
+    prompts = {row["question"]: [token for token in row["prompt_ids"] if token >= 0] for row in [*train.rows, *test.rows]}
+    texts = [(row["question"], answer.tokens) for row, answer in zip(train.rows, answers_of(train), strict=True)]
+    drafters: dict[str, Table] = {
+        "n-gram": NGram(texts),
+        "prompt lookup": Lookup(encode=prompts.__getitem__),
+        "n-gram + lookup": BestTable(texts, prompts.__getitem__),
     }
-
-
-def _hits(states: HiddenStates, found: Proposals) -> Tensor:
-    """Whether each source's candidate after position t is the token at t + 1, [n, s - 1, SOURCES] bool."""
-    return found.tokens[:, :-1] == states.token_ids[:, 1:, None]
-
-
-def bucket_records(train: HiddenStates, found: Proposals) -> Tensor:
-    """Share of right candidates in each confidence bucket, [BUCKETS]; one wrong case is added to each.
-
-    Args:
-        train: training texts
-        found: their candidates, of tables without the text's own clip
-    """
-    real = train.mask[:, 1:, None] & (found.tokens[:, :-1] != tables.NO_TOKEN)
-    buckets = found.buckets[:, :-1][real]
-    right = torch.bincount(buckets, _hits(train, found)[real].double(), minlength=tables.BUCKETS)
-    return right / (torch.bincount(buckets, minlength=tables.BUCKETS) + 1)
+    bits = {name: torch.zeros_like(test.mask) for name in drafters}
+    for i, (row, answer) in enumerate(zip(test.rows, answers_of(test), strict=True)):
+        for name, drafter in drafters.items():
+            right = [drafter.next_token(row["question"], answer.tokens[:t]) == token for t, token in enumerate(answer.tokens)]
+            bits[name][i, : len(right)] = torch.tensor(right)
+    return bits
 
 
 def passes_of(bits: Tensor, test: HiddenStates, num_draft_tokens: int) -> np.ndarray:
@@ -140,7 +119,7 @@ def train_and_score(name: str, argv: Sequence[str], states: dict[str, HiddenStat
 
     Args:
         name: of the variant
-        argv: flags of the config, and further ones for every training
+        argv: flags of every training
         states: "train" and "test" -> split
         cfg: settings
         num_epochs: budget, in epochs over all training rows
@@ -185,13 +164,16 @@ def table_of(rows: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], list[tupl
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Train, score and write; flags that are not listed go to `train_hidden_adapter`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """Train, score and write; returns the rows of ablations.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="the pair's config file")
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *PARTS], default=[*VARIANTS, *PARTS])
     parser.add_argument("--split", default="test", help="split that is scored")
     parser.add_argument("--num_epochs", type=int, help="epochs over all training rows; default: the config's")
     parser.add_argument("--limit", type=int, help="training rows that count as all; default: all")
-    args, given = parser.parse_known_args(argv)
+    parser.add_argument("flags", nargs="*", help="flags of every training, after --, e.g. -- --lr 1e-3 --output_dir outputs/other")
+    args = parser.parse_args(argv)
+    given = ["--config", args.config, *args.flags]
     cfg = parse_config(TrainConfig, [*given, "--adapter", "attending"], "train_hidden_adapter", variant="adapter")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

@@ -40,18 +40,23 @@ class Way:
         """Draft tokens [n, STEPS] from each of the first n positions of one text, and the gap of the two best logits at each."""
         seen = self.adapter.encode_events(texts.events.to(self.dtype))
         memory = self.adapter.read(texts.states[:, :n].to(self.dtype), self.chain.tokens[texts.token_ids[:, :n]], None)[0]
-        tokens, gaps = [], []
+        tokens: list[Tensor] = []
+        gaps = []
         if self.folded:
             context = EventContext(*(x.expand(n, *x.shape[1:]) for x in self.chain.context(seen)))
+            z = self.chain.expect(memory, context)
         else:
             old = Unfolded(self.adapter, self.head, self.embeddings, EventKeyValues(*(x.expand(n, -1, -1, -1) for x in seen)))
+            z = self.adapter.predict(memory[:, None], old.seen)[:, 0]
         for i in range(STEPS):
             if self.folded:
-                memory = self.chain.go_on(z, tokens[-1], memory) if i else memory
-                z = self.chain.expect(memory, context)
+                if i:
+                    memory = self.chain.go_on(z, tokens[-1], memory)
+                    z = self.chain.expect(memory, context)
                 logits = self.chain.logits(z)
             else:
-                memory, z = old.step(z, tokens[-1], memory) if i else (memory, self.adapter.predict(memory[:, None], old.seen)[:, 0])
+                if i:
+                    memory, z = old.step(z, tokens[-1], memory)
                 logits = old.logits(z)
             best = logits.float().topk(2).values
             tokens.append(logits.argmax(-1))
