@@ -148,6 +148,7 @@ def test_event_states_of_every_row_are_planned_where_the_question_comes_first(fi
     assert [planned_split("train", samples, 4, encode).clips for encode in (first, last)] == [6, 18]
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_json_line_and_exits_with_2_where_it_does_not_fit(finished):
     command = [sys.executable, "-m", "feature_alignment.cli.plan", "--config", str(finished / "tiny.yaml"), *STATED]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
