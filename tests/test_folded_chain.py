@@ -37,7 +37,7 @@ def unfolded_chain(adapter, head, embeddings, events, states, tokens, steps):
 def folded_chain(adapter, head, embeddings, events, states, tokens, steps):
     chain = FoldedChain(adapter, head, embeddings)
     context = chain.context(adapter.encode_events(events))
-    memory, zs, logits = adapter.read(states, chain.tokens[tokens], None)[:, -1], [], []
+    memory, zs, logits = chain.read(states, tokens, None)[:, -1], [], []
     for _ in range(steps):
         zs.append(chain.expect(memory, context))
         logits.append(chain.logits(zs[-1]))

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from feature_alignment.adapters.training import train_chained, train_hidden
 from feature_alignment.benchmark.plan_sizes import PlannedSplit, Settings
 from feature_alignment.benchmark.rows import modes
+from feature_alignment.benchmark.sweep import MOST_PROMPTS, THRESHOLDS
 from feature_alignment.cli.config import Common
 from feature_alignment.decoding.plain import greedy
 from feature_alignment.inputs.samples import Sample
@@ -114,7 +115,8 @@ def decoding_seconds(settings: Mapping[str, Settings], rows: int, rates: Rates, 
     runs = (len(methods) + 1 + GENERATE_BASELINES) * (prompts * bench.repeats + 2 * min(bench.warmup, prompts))
     compiling = COMPILE_SECONDS if bench.steps == "compiled" or (bench.steps == "auto" and bench.device != "cpu") else 0.0
     trial = LINEAR_TRIAL_SECONDS if bench.device == "cpu" else 0.0
-    spent = runs * prompt + texts * prompts * rates.prefill + PART_COST_STEPS * rates.step
+    swept = sum(map(len, THRESHOLDS.values())) * min(MOST_PROMPTS, prompts) / 2  # about every second threshold decides as the one before
+    spent = (runs + swept) * prompt + texts * prompts * rates.prefill + PART_COST_STEPS * rates.step
     return {
         "feature_sd_inference": started + trial + 2 * prompt,
         "benchmark_feature_sd": started + trial + compiling + spent + REPORT_SECONDS,

@@ -15,7 +15,7 @@ from feature_alignment.benchmark.costs import Bound, Cost
 from feature_alignment.benchmark.profile import SpeculationProfile
 from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, PlainBaseline
 from feature_alignment.benchmark.sweep import LossySweep
-from feature_alignment.decoding.generation import Generation
+from feature_alignment.decoding.generation import DRAFT_STAGES, Generation
 from feature_alignment.decoding.settings import DEFAULT_THRESHOLDS
 from feature_alignment.measurement.metrics import Rate
 from feature_alignment.measurement.plots import BLUE, GREEN, GREY, ORANGE, VERMILION, save
@@ -24,6 +24,7 @@ STAGE_COLORS = {
     "target_prefill": "#999999",
     "draft_prefill": "#CCCCCC",
     "draft": "#0072B2",
+    "read": "#A6CEE3",
     "adapter": "#56B4E9",
     "head": "#009E73",
     "verify": "#E69F00",
@@ -160,7 +161,7 @@ def timeline(shown: Mapping[str, Generation], path: Path) -> None:
     """
     lanes = [(name, side) for name, g in shown.items() for side in ("Video-LLaVA", "drafter") if g.rounds or side == "Video-LLaVA"]
     figure, axis = plt.subplots(figsize=(11, 0.62 * len(lanes) + 1.7), layout="constrained")
-    drafting = {"draft_prefill", "draft", "adapter", "head"}
+    drafting = {"draft_prefill", *DRAFT_STAGES}
     for name, g in shown.items():
         for stage, begin, end in g.spans:
             kind, _, is_parallel = stage.partition(", ")

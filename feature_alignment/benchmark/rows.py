@@ -99,7 +99,7 @@ def timed_row(mode: Mode, runs: Timed, plain: Timed, clips: Sequence[str]) -> Ti
     every = runs.every
     num_emitted = sum(len(g.token_ids) - 1 for g in every)
     num_drafted = sum(len(r.proposed) for g in every for r in g.rounds)
-    adapter_ms = sum(g.ms.get("adapter", 0.0) for g in every)
+    adapter_ms = sum(g.ms.get("read", 0.0) + g.ms.get("adapter", 0.0) for g in every)
     return TimedRow(
         **dataclasses.asdict(mode),
         drafts_per_round=mode.drafts_per_round,

@@ -103,8 +103,9 @@ def _decode(pair: SpeculativePair, prompts: Sequence[Prompts], together: bool) -
 
 
 def recorded_settings(cfg: DecodingConfig) -> dict[str, Any]:
-    """The settings of drafting and decoding that each row records; the threshold only where states are compared."""
-    return {name: getattr(cfg, name) for name in RECORDED_SETTINGS if name != "threshold" or cfg.accept != "token"}
+    """The settings of drafting and decoding that each row records; the threshold only of lossy rules."""
+    settings = {name: getattr(cfg, name) for name in RECORDED_SETTINGS if name != "threshold"}
+    return settings if cfg.accept == "token" else {**settings, "threshold": cfg.acceptance_threshold}
 
 
 @dataclass

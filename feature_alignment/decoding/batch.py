@@ -1,10 +1,9 @@
 """Speculative decoding of several prompts at once. Each row advances by its own accepted draft tokens.
 
-One pass verifies the draft tokens of all rows. Rejected ones stay in the cache as holes that the mask hides; entries after the last token
-of every row are cropped. Each row has its own positions, so a hole costs work and changes nothing:
+A chained adapter drafts for all rows in one call, and one pass of the target verifies all drafts (`models.row_cache`):
 
-    row 1 | prompt   | x d1 d2 d3 | x d1 ·  · |      accepted 3, then 1
-    row 2 | prompt _ | x ·  ·  ·  | x d1 d2 · |      accepted 0, then 2; _ pads the shorter prompt, · is a hole
+    row 1 | prompt   | x d1 d2 d3 |      accepted 3: four positions further
+    row 2 | prompt | x ·  ·  ·  |        accepted 0: one position further; the next round overwrites what was rejected
 """
 
 from __future__ import annotations
@@ -14,12 +13,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from feature_alignment.decoding.batch_drafts import NO_TOKEN, RowDrafter, drafter_of_rows
 from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
 from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.generation import most_likely
+from feature_alignment.models.row_cache import RowBatch, compacted
 from feature_alignment.models.state import Prompt, State
 
 
@@ -28,17 +29,13 @@ class Row:
     """One prompt.
 
     Args:
-        proposer: its drafter
         selector: its token selector
         emitted: token ids of its text
-        states: [n, d_target], the target's hidden states that emitted them
         accepted: number of accepted draft tokens in each round
     """
 
-    proposer: Proposer
     selector: TokenSelector
     emitted: list[int]
-    states: Tensor
     accepted: list[int]
 
     @property
@@ -96,88 +93,97 @@ def speculate_batch(
     watch = Stopwatch(target.device)
     start = watch.now()
     with watch("target_prefill"):
-        state, valid, position = _prefill(target, prompts)
+        state, lengths = _prefill(target, prompts)
         selectors = [TokenSelector.of(target, prompt) for prompt in prompts]
-        first = [int(s.select(logits, []).token) for s, logits in zip(selectors, target.lm_head(state.last)[:, None], strict=True)]
-    everyone = [Row(p, s, [token], h[None], []) for p, s, token, h in zip(proposers, selectors, first, state.last, strict=True)]
-    if num_draft_tokens:
-        for i, (row, prompt, draft_prompt) in enumerate(zip(everyone, prompts, draft_prompts, strict=True)):
-            row.proposer.selector = row.selector
-            row.proposer.start(draft_prompt, watch)
-            row.proposer.read_target_prompt(prompt, state.read_prompt(i, len(prompt.ids)), watch)
-    rows, passes = everyone, 0
-    while True:
-        going = [i for i, row in enumerate(rows) if not row.has_ended and len(row.emitted) < max_new_tokens]
-        if not going:
-            break
+        first = most_likely([s.rules for s in selectors], target.lm_head(state.last), [[] for _ in prompts])
+        batch = RowBatch(target, state, lengths, max_new_tokens + num_draft_tokens)
+        states = state.last.new_empty(len(prompts), max_new_tokens + num_draft_tokens + 1, target.hidden_size)
+        states[:, 0] = state.last
+    everyone = rows = [Row(s, [token], []) for s, token in zip(selectors, first, strict=True)]
+    drafter = _start(proposers, selectors, prompts, draft_prompts, state, watch) if num_draft_tokens else None
+    passes = 0
+    while going := [i for i, row in enumerate(rows) if not row.has_ended and len(row.emitted) < max_new_tokens]:
         if len(going) < len(rows):
             with watch("rollback"):
-                rows, index = [rows[i] for i in going], torch.tensor(going, device=target.device)
-                assert isinstance(state.cache, DynamicCache)  # no step over fixed buffers takes a batch
-                state.cache.batch_select_indices(index)
-                valid, position = valid[index], position[index]
-        drafts = []
-        for row in rows:
-            room = min(num_draft_tokens, max_new_tokens - len(row.emitted) - 1)
-            drafts.append(row.proposer.propose(row.emitted, row.states, room, watch).token_ids.tolist() if room > 0 else [])
+                order = compacted(going)
+                rows, states = [rows[i] for i in order], states[torch.tensor(order, device=target.device)]
+                batch.keep(order)
+                if drafter is not None:
+                    drafter.keep(order)
+        room = [min(num_draft_tokens, max_new_tokens - len(row.emitted) - 1) for row in rows]
+        drafts = torch.empty(len(rows), 0, dtype=torch.long, device=target.device)
+        if drafter is not None and max(room) > 0:
+            drafts = drafter.propose([row.emitted for row in rows], states, room, watch)
         with watch("verify"):
-            hidden, choices = _verify(target, state, rows, drafts, valid, position)
+            hidden, drafted, choices = _verify(target, batch, rows, drafts, room)
             passes += 1
         with watch("accept"):
-            kept = [_accept(*of_row) for of_row in zip(rows, drafts, choices, hidden, strict=True)]
-        with watch("rollback"):
-            kept_here = torch.tensor(kept, device=target.device)[:, None]
-            target.rollback(state, hidden.shape[1] - max(kept))
-            valid = torch.cat([valid, (torch.arange(max(kept), device=target.device) < kept_here).long()], 1)
-            position = position + kept_here
+            places = torch.tensor([[len(row.emitted)] for row in rows], device=target.device)
+            places = places + torch.arange(hidden.shape[1], device=target.device)
+            states[torch.arange(len(rows), device=target.device)[:, None], places] = hidden  # of rejected draft tokens until overwritten
+            for i, of_row in enumerate(zip(rows, drafted, choices, strict=True)):
+                batch.lengths[i] += _accept(*of_row)
     if num_draft_tokens:
-        for row in everyone:
-            row.proposer.finish(row.emitted)
+        for proposer, row in zip(proposers, everyone, strict=True):
+            proposer.finish(row.emitted)
     return BatchGeneration([r.emitted for r in everyone], [r.accepted for r in everyone], passes, watch.now() - start, watch.ms)
 
 
+def _start(
+    proposers: Sequence[Proposer],
+    selectors: Sequence[TokenSelector],
+    prompts: Sequence[Prompt],
+    draft_prompts: Sequence[Prompt],
+    state: State,
+    watch: Stopwatch,
+) -> RowDrafter:
+    """Let the drafters read their prompts; arguments as in `speculate_batch`, and the target's state after its prefill."""
+    for i, (proposer, selector, prompt, draft_prompt) in enumerate(zip(proposers, selectors, prompts, draft_prompts, strict=True)):
+        proposer.selector = selector
+        proposer.start(draft_prompt, watch)
+        proposer.read_target_prompt(prompt, state.read_prompt(i, len(prompt.ids)), watch)
+    return drafter_of_rows(proposers)
+
+
 def _verify(
-    target: Decoder, state: State, rows: Sequence[Row], drafts: Sequence[list[int]], valid: Tensor, position: Tensor
-) -> tuple[Tensor, list[list[int]]]:
-    """Read the last token and the draft tokens of every row in one pass of the target.
+    target: Decoder, batch: RowBatch, rows: Sequence[Row], drafts: Tensor, room: Sequence[int]
+) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+    """Read the last token and the draft tokens of every row in one pass of the target. Reads one small tensor from the device.
 
     Args:
         target: the model whose text is reproduced
-        state: its cache, which gains one entry for each position of the block
+        batch: its cache; what is rejected later is overwritten
         rows: the unfinished rows, b of them
-        drafts: draft tokens of each row; shorter drafts are padded, and the mask hides the padding
-        valid: [b, s] int64, 1 where a cache entry is valid
-        position: [b, 1] int64, position of each row's last token
+        drafts: [b, g] int64, from a `RowDrafter`
+        room: maximum number of draft tokens of each row
 
     Returns:
-        the target's hidden states [b, w, d] with w = 1 + the longest draft, and of each row the target's own token after its last token
-        and after each draft token
+        the target's hidden states [b, 1 + g, d], and for each row its draft tokens up to the first that ends its text, and the target's own
+        token after the row's last token and after each of these
     """
-    width = 1 + max(map(len, drafts))
-    blocks = [[row.emitted[-1], *d] for row, d in zip(rows, drafts, strict=True)]
-    block = torch.tensor([[*b, *[0] * (width - len(b))] for b in blocks], device=target.device)
-    in_block = torch.arange(width, device=target.device) < torch.tensor([[len(b)] for b in blocks], device=target.device)
-    where = {
-        "position_ids": position + torch.arange(width, device=target.device),
-        "attention_mask": torch.cat([valid, in_block.long()], 1),
-    }
-    hidden = target.step(state, block, **where)
+    last = torch.tensor([[row.emitted[-1]] for row in rows], device=target.device)
+    hidden = batch.step(torch.cat([last, drafts.clamp(min=0)], 1))
     logits = target.lm_head(hidden)
-    choices = [
-        row.selector.rules.scores(scores[: len(drafted) + 1], row.emitted, drafted).argmax(-1).tolist()
-        for row, drafted, scores in zip(rows, drafts, logits, strict=True)
-    ]
-    return hidden, choices
+    read = torch.cat([drafts, logits.argmax(-1)], 1).tolist()
+    drafted, choices = [], []
+    for row, found, most, scores in zip(rows, read, room, logits, strict=True):
+        own, said = found[: drafts.shape[1]], found[drafts.shape[1] :]
+        stop = (i + (token != NO_TOKEN) for i, token in enumerate(own) if token == NO_TOKEN or token in row.selector.eos_ids)
+        n = max(0, min(most, next(stop, len(own))))
+        drafted.append(own[:n])
+        if row.selector.rules.processors:
+            said = row.selector.rules.scores(scores[: n + 1], row.emitted, own[:n]).argmax(-1).tolist()
+        choices.append(said[: n + 1])
+    return hidden, drafted, choices
 
 
-def _accept(row: Row, drafted: list[int], choices: list[int], hidden: Tensor) -> int:
+def _accept(row: Row, drafted: list[int], choices: list[int]) -> int:
     """Append the accepted draft tokens and the target's token after them to the row, up to the end of its text.
 
     Args:
         row: extended in position
         drafted: its draft tokens
         choices: the target's own token at each position, one more than draft tokens
-        hidden: [w, d], the target's hidden states that gave `choices`
 
     Returns:
         the number of cache entries that stay valid: the last token and the accepted draft tokens
@@ -186,24 +192,24 @@ def _accept(row: Row, drafted: list[int], choices: list[int], hidden: Tensor) ->
     new = [*drafted[:n], choices[n]]
     new = new[: row.selector.rules.end_of(row.emitted, new)]
     row.emitted += new
-    row.states = torch.cat([row.states, hidden[: len(new)]])
     row.accepted.append(min(n, len(new)))
     return 1 + n
 
 
-def _prefill(target: Decoder, prompts: Sequence[Prompt]) -> tuple[State, Tensor, Tensor]:
+def _prefill(target: Decoder, prompts: Sequence[Prompt]) -> tuple[State, list[int]]:
     """Read prompts of unequal lengths, padded after their ends, which no real token attends to.
 
     Returns:
-        the state, whose `last` is at the end of each prompt; which cache entries are valid [b, s]; each row's next position [b, 1]
+        the state, whose `last` is at the end of each prompt, and the number of positions of each
     """
-    ends = torch.tensor([[len(p.ids)] for p in prompts], device=target.device)
-    longest, shared = int(ends.max()), int(ends.min()) - 1
+    lengths = [len(p.ids) for p in prompts]
+    longest, shared = max(lengths), min(lengths) - 1
     ids = torch.stack([torch.cat([p.ids, p.ids.new_zeros(longest - len(p.ids))]) for p in prompts]).to(target.device)
     state = target.prefill_encoded(ids[:, :shared], target.encode_vision(torch.stack([p.pixels for p in prompts])))
     begin, tails = state.prompt, target.step(state, ids[:, shared:])
     assert begin is not None and state.inputs is not None  # of a decoder with one tap
     state.prompt = torch.cat([begin, tails], 1)
     state.inputs = torch.cat([state.inputs, target.llama.embed_tokens(ids[:, shared:]).to(target.device)], 1)
-    state.last = tails[torch.arange(len(prompts)), ends[:, 0] - 1 - shared]
-    return state, (torch.arange(longest, device=target.device) < ends).long(), ends
+    ends = torch.tensor(lengths, device=target.device)
+    state.last = tails[torch.arange(len(prompts), device=target.device), ends - 1 - shared]
+    return state, lengths

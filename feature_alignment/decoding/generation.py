@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PREFILL_STAGES = ("target_prefill", "draft_prefill")
-DRAFT_STAGES = ("draft", "adapter", "head")
+DRAFT_STAGES = ("draft", "read", "adapter", "head")  # read: an adapter reads the tokens that the target has verified
 
 
 @dataclass

@@ -162,14 +162,24 @@ class ChainedProposer(Proposer):
 
     def __init__(self, draft: Decoder, adapter: ChainedAdapter, head: Tensor, embeddings: Tensor, draft_ids: Tensor | None = None) -> None:
         self._draft, self._adapter, self._vocab_size = draft, adapter, len(head)
-        self._ids = None if draft_ids is None else draft_ids.to(head.device)
-        self._chain = FoldedChain(adapter, head if self._ids is None else head[self._ids], embeddings)
+        self._chain = FoldedChain(adapter, head, embeddings, draft_ids)
         self._context: EventContext | None = None
-        self._drafts_blocks = head.device.type != "cpu"  # at a confidence floor
+        self._drafts_blocks = head.device.type != "cpu"  # reads a whole round's tokens at once
         self._last_length = 8  # draft length at the last confidence floor
         self._block = captured(self._draft_block, draft.steps)
         self._confident_block = captured(partial(self._draft_block, with_confidence=True), draft.steps)
         self._first, self._next = captured(self._expect, draft.steps), captured(self._read_and_expect, draft.steps)
+
+    @property
+    def chain(self) -> FoldedChain:
+        """The folded adapter."""
+        return self._chain
+
+    @property
+    def event_context(self) -> EventContext:
+        """What drafts after the current prompt attend to."""
+        assert self._context is not None  # a prompt was started
+        return self._context
 
     @torch.inference_mode()
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
@@ -187,14 +197,12 @@ class ChainedProposer(Proposer):
 
     @torch.inference_mode()
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:
-        """See `Proposer`. With a fixed length, tokens after one that ends the text are proposed too; the loop drops them unread."""
-        with watch("adapter"):
+        """See `Proposer`. With a fixed length, a GPU also proposes tokens after one that ends the text; the loop drops them unread."""
+        with watch("read"):
             self._catch_up(emitted, states)
+        with watch("adapter"):
             if self.selector.is_plain_argmax and confidence_floor == 0:
-                token_ids, hidden, self._tip, _ = self._block(self._tip, self._zeros(num_tokens))
-                self._ahead = token_ids[:-1]
-                logits = None if self._ids is not None else lambda: self._chain.logits(hidden)
-                return Draft(token_ids, lambda: self._chain.states(hidden), logits=logits)
+                return self._propose_fixed(num_tokens)
             if self.selector.is_plain_argmax and self._drafts_blocks:
                 return self._propose_block(num_tokens, confidence_floor)
         return self._propose_one_by_one(emitted, num_tokens, watch, confidence_floor)
@@ -207,8 +215,21 @@ class ChainedProposer(Proposer):
     @torch.inference_mode()
     def redraft(self, num_tokens: int) -> Tensor:
         """Greedy draft tokens [g] after the text read last, without reading anything: the chain alone, to time it."""
-        token_ids: Tensor = self._block(self._tip, self._zeros(num_tokens))[0]
-        return token_ids
+        if self._drafts_blocks:
+            token_ids: Tensor = self._block(self._tip, self._zeros(num_tokens))[0]
+            return token_ids
+        return self._chain.draft(self._tip, self.event_context, num_tokens).tokens[0]
+
+    def _propose_fixed(self, num_tokens: int) -> Draft:
+        """Draft tokens of a greedy text, as many as asked for. On a CPU, where reading a token is free, none after one that ends it."""
+        if self._drafts_blocks:
+            token_ids, hidden, self._tip, _ = self._block(self._tip, self._zeros(num_tokens))
+        else:
+            found = self._chain.draft(self._tip, self.event_context, num_tokens, ends=self.selector.eos_ids)
+            token_ids, hidden, self._tip = found.tokens[0], found.hidden[0], found.memory
+        self._ahead = token_ids[:-1]
+        logits = None if self._chain.ids is not None else lambda: self._chain.logits(hidden)
+        return Draft(token_ids, lambda: self._chain.states(hidden), logits=logits)
 
     def _propose_block(self, num_tokens: int, confidence_floor: float) -> Draft:
         """Draft up to twice the last length at once, read all tokens and confidences, and cut at the confidence floor."""
@@ -221,7 +242,7 @@ class ChainedProposer(Proposer):
             chance *= confidences[n]
             n += 1
         self._last_length = n  # the chain goes on from the verified text, or reads these tokens again
-        logits = None if self._ids is not None else lambda: self._chain.logits(hidden[:n])
+        logits = None if self._chain.ids is not None else lambda: self._chain.logits(hidden[:n])
         return Draft(token_ids[:n], lambda: self._chain.states(hidden[:n]), confidence=confidences[:n], logits=logits)
 
     def _propose_one_by_one(self, emitted: Sequence[int], num_tokens: int, watch: Stopwatch, confidence_floor: float) -> Draft:
@@ -250,9 +271,8 @@ class ChainedProposer(Proposer):
         n = len(states)
         if n > self._num_read:
             new = torch.tensor([emitted[self._num_read : n]], device=states.device)
-            memories = self._adapter.read(states[None, self._num_read :], self._chain.tokens[new], self._memory)
-            self._memory, self._num_read = memories[:, -1], n
-            self._ahead, self._tip = [], memories[:, -1]
+            self._memory = self._tip = self._chain.read(states[None, self._num_read :], new, self._memory)[:, -1]
+            self._num_read, self._ahead = n, []
         following = list(emitted[n:])
         ahead = self._ahead if isinstance(self._ahead, list) else self._ahead.tolist()
         if following[: len(ahead)] != ahead:
@@ -267,36 +287,14 @@ class ChainedProposer(Proposer):
         """A tensor whose shape tells the captured block its draft length."""
         return torch.zeros(num_tokens, dtype=torch.bool, device=self._tip.device)
 
-    def _draft_block(self, memory: Tensor, length: Tensor, with_confidence: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Greedy draft tokens without a read from the device.
-
-        Args:
-            memory: [1, w], of the text so far
-            length: [g], any values
-            with_confidence: also compute the probability of each token
-
-        Returns:
-            token ids [g] int64, hidden layers [g, w] that `FoldedChain.states` turns into predicted states, the memory [1, w] after all
-            tokens but the last, and the probabilities [g] float32, or [0] if they were not requested
-        """
-        tokens: list[Tensor] = []
-        hidden: list[Tensor] = []
-        confidence: list[Tensor] = [self._tip.new_empty(0, dtype=torch.float32)]
-        for i in range(len(length)):
-            if i:
-                memory = self._chain.go_on(hidden[-1], tokens[-1], memory)
-            hidden.append(self._expect(memory))
-            logits = self._chain.logits(hidden[-1])
-            best = logits.argmax(-1)
-            tokens.append(best if self._ids is None else self._ids[best])
-            if with_confidence:
-                confidence.append(logits.float().softmax(-1).amax(-1))
-        return torch.cat(tokens), torch.cat(hidden), memory, torch.cat(confidence)
+    def _draft_block(self, memory: Tensor, length: Tensor, with_confidence: bool = False) -> tuple[Tensor, ...]:
+        """`FoldedChain.draft` of one row as a function of tensors: `length` [g] holds any values. Returns the parts of `Drafts`."""
+        found = self._chain.draft(memory, self.event_context, len(length), with_confidence)
+        return found.tokens[0], found.hidden[0], found.memory, found.confidence[0]
 
     def _expect(self, memory: Tensor) -> Tensor:
         """The hidden layer [1, w] of the next predicted state, for the memory [1, w] of all tokens before it."""
-        assert self._context is not None  # a prompt was started
-        return self._chain.expect(memory, self._context)
+        return self._chain.expect(memory, self.event_context)
 
     def _read_and_expect(self, z: Tensor, token: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Read one draft token [1] with its hidden layer z [1, w]; returns the memory [1, w] and the next hidden layer [1, w]."""
@@ -309,7 +307,7 @@ class ChainedProposer(Proposer):
         Their logits are finite: if generation rules forbid all ids that may be drafted, softmax of the logits stays a distribution.
         """
         logits = self._chain.logits(z)
-        if self._ids is None:
+        if self._chain.ids is None:
             return logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits.new_full((1, self._vocab_size), OUTSIDE).index_copy_(1, self._ids, logits)
+        return logits.new_full((1, self._vocab_size), OUTSIDE).index_copy_(1, self._chain.ids, logits)

@@ -107,7 +107,8 @@ def differences(outputs: Path, steps: int = 5) -> dict[str, object]:
     folder = outputs / "hidden_states"
     adapter, _ = load_chained_adapter(outputs / "chained_adapter" / "adapter.pt")
     head, embeddings = (load_pt(folder / f"{name}.pt", "run_all.sh").float() for name in ("vl_lm_head", "vl_embeddings"))
-    new, states = FoldedChain(adapter, head, embeddings), load_hidden_states(folder / "test", events=True)
+    old_tokens, new = adapter.tokens(embeddings), FoldedChain(adapter, head, embeddings)
+    states = load_hidden_states(folder / "test", events=True)
     compared, gaps = 0, []
     for texts in text_batches(states, torch.arange(len(states.mask)).split(1), "cpu"):
         n = int(texts.mask.sum()) - 1
@@ -116,9 +117,9 @@ def differences(outputs: Path, steps: int = 5) -> dict[str, object]:
         seen = adapter.encode_events(texts.events)
         old, context = Unfolded(adapter, head, embeddings, EventKeyValues(*(x.expand(n, -1, -1, -1) for x in seen))), new.context(seen)
         context = type(context)(*(x.expand(n, *x.shape[1:]) for x in context))
-        memory = adapter.read(texts.states[:, :n], new.tokens[texts.token_ids[:, :n]], None)[0]
-        old_memory, new_memory = memory, memory
-        state, z = adapter.predict(memory[:, None], old.seen)[:, 0], new.expect(memory, context)
+        old_memory = adapter.read(texts.states[:, :n], old_tokens[texts.token_ids[:, :n]], None)[0]
+        new_memory = new.read(texts.states[:, :n], texts.token_ids[:, :n], None)[0]
+        state, z = adapter.predict(old_memory[:, None], old.seen)[:, 0], new.expect(new_memory, context)
         same = torch.ones(n, dtype=torch.bool)
         for _ in range(steps):
             a, b = old.logits(state), new.logits(z)
@@ -159,7 +160,7 @@ def live(outputs: Path, config: Path, prompts: int) -> dict[str, float]:
                     proposer._block(proposer._tip, proposer._zeros(BLOCK))[0].tolist()
             if repeat:
                 own, own_drafted = own + (time.perf_counter() - start) * 1e3, own_drafted + 20 * BLOCK
-                spent, drafted = spent + got.ms["adapter"], drafted + sum(len(r.proposed) for r in got.rounds)
+                spent, drafted = spent + got.ms["read"] + got.ms["adapter"], drafted + sum(len(r.proposed) for r in got.rounds)
     return {"live": spent / drafted, "alone": own / own_drafted, "ratio": spent / drafted / (own / own_drafted)}
 
 

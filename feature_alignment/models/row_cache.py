@@ -1,0 +1,100 @@
+"""Key/value cache of a batch whose rows advance by different amounts.
+
+row 1 | prompt   | x d1 d2 d3 | x d1 · |        each token is written at its own row's position; entries after a row's last
+row 2 | prompt | x | x d1 d2 · · · |            token are masked and overwritten by the next step, so a rollback costs nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.state import State
+
+
+class _RowLayer(DynamicLayer):
+    """Keys and values of one layer in preallocated buffers [b, heads, size, d_head]."""
+
+    @torch.inference_mode()
+    def __init__(self, layer: DynamicLayer, size: int) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        rows, heads, length, d = layer.keys.shape
+        self._buffers = [old.new_zeros(rows, heads, size, d) for old in (layer.keys, layer.values)]  # zeros: a masked nan would spread
+        for new, old in zip(self._buffers, (layer.keys, layer.values), strict=True):
+            new[:, :, :length] = old
+        self.keys, self.values = self._buffers
+        self.positions: Tensor  # [b, k], of the tokens that are read next
+        self.end = length  # after the last of them
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write keys and values [b, heads, k, d_head] at `positions`; returns all entries before `end`."""
+        rows = torch.arange(len(key_states), device=key_states.device)[:, None]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[rows, :, self.positions] = states.transpose(1, 2)
+        self.keys, self.values = (buffer[:, :, : self.end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order; rows that stay where they are are not copied."""
+        for buffer in self._buffers:
+            for new, old in enumerate(rows):
+                if new != old:
+                    buffer[new] = buffer[old]
+        self._buffers = [buffer[: len(rows)] for buffer in self._buffers]
+
+
+class RowBatch:
+    """Prefilled prompts of one model that are read on row by row.
+
+    Args:
+        target: the model
+        state: of the prefilled prompts, padded after their ends; its cache is copied
+        lengths: number of positions of each prompt
+        room: positions after the longest prompt
+    """
+
+    def __init__(self, target: Decoder, state: State, lengths: Sequence[int], room: int) -> None:
+        assert isinstance(state.cache, DynamicCache)  # prefilled as a batch
+        cache = DynamicCache()
+        cache.layers = self._layers = [_RowLayer(layer, max(lengths) + room) for layer in state.cache.layers]
+        self._target, self._state, self.lengths = target, State(cache, state.last, 0), list(lengths)
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Read k tokens of each row after its `lengths` positions; `lengths` do not change.
+
+        Args:
+            token_ids: [b, k] int64
+
+        Returns:
+            [b, k, d], hidden states on these tokens.
+        """
+        k, device = token_ids.shape[1], token_ids.device
+        end = max(self.lengths) + k
+        positions = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(k, device=device)
+        for layer in self._layers:
+            layer.positions, layer.end = positions, end
+        dtype = self._state.last.dtype
+        hidden = torch.arange(end, device=device) > positions[:, :, None]
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, torch.finfo(dtype).min)[:, None]
+        return self._target.step(self._state, token_ids, position_ids=positions, attention_mask=mask)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order: `rows[i] >= i`, so that no row is overwritten before it has moved."""
+        for layer in self._layers:
+            layer.keep_rows(rows)
+        self.lengths = [self.lengths[row] for row in rows]
+
+
+def compacted(remaining: Sequence[int]) -> list[int]:
+    """An order of the remaining rows for `RowBatch.keep`: the last ones fill the gaps, all others stay where they are."""
+    count = len(remaining)
+    movers = [row for row in remaining if row >= count]
+    stay = set(remaining)
+    return [row if row in stay else movers.pop() for row in range(count)]
