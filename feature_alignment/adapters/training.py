@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from feature_alignment.adapters.attending_texts import MOST_IDS, answers_of, drafted_ids
+from feature_alignment.adapters.attending_texts import MOST_IDS
 from feature_alignment.adapters.chained import ChainedAdapter, Texts, chained_predictions, text_batches
 from feature_alignment.adapters.closed_form import RIDGE_STRENGTHS, Affine, moments, positions
 from feature_alignment.adapters.fitting import (
@@ -194,8 +194,11 @@ def training_head(head: Tensor, states: HiddenStates) -> tuple[Tensor, Tensor]:
         head: [v, d_target], weight of the target's LM head.
         states: The training texts.
     """
-    ids = torch.arange(len(head)) if len(head) <= MOST_IDS else drafted_ids(answers_of(states))
-    return (head if len(ids) == len(head) else head[ids.to(head.device)]), ids
+    if len(head) <= MOST_IDS:
+        return head, torch.arange(len(head))
+    found, count = states.token_ids[states.mask].unique(return_counts=True)
+    ids = found[count.argsort(descending=True, stable=True)[:MOST_IDS]].sort().values
+    return head[ids.to(head.device)], ids
 
 
 def train_hidden(
