@@ -226,7 +226,8 @@ def train_hidden(
     """
     share = share or ProcessShare()
     torch.manual_seed(settings.seed)
-    head = training_head(head, states)[0].float().to(settings.device)
+    head, ids = training_head(head, states)
+    head = head.float().to(settings.device)
 
     def row_batches(some: HiddenStates, batches: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in batches:
@@ -253,7 +254,7 @@ def train_hidden(
         plain, batches = scale.folded(adapter), torch.arange(len(validation.draft)).split(256)
         found = [compared(plain(g), v, head, variance, settings) for g, v in row_batches(validation, batches)]
         matches = [match.cpu() for _, _, match in found if match is not None]
-        bits = torch.zeros_like(validation.mask).masked_scatter(validation.mask, torch.cat(matches))
+        bits = torch.zeros_like(validation.mask).masked_scatter(validation.mask, torch.cat(matches)) & torch.isin(validation.token_ids, ids)
         scores = mean_over_positions((len(match), parts) for (_, parts, _), match in zip(found, matches, strict=True))
         return {**scores, "tokens_per_pass": tokens_per_pass(bits, validation.mask, validation.ended)}
 
