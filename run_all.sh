@@ -7,7 +7,7 @@ source ./setup.sh
 config=${1:-configs/demo.yaml}
 step() { printf '\n== %s\n' "$*" >&2; python "$@"; }
 
-extract=(feature_alignment/extract_hidden_states.py)
+extract=(feature_alignment/extract_hidden_states.py) target_only=()
 if [ "$config" = configs/demo.yaml ]; then
   step -m feature_alignment.demo.scenes
   extract=(-m torch.distributed.run --standalone --nproc_per_node 2 "${extract[@]}")   # two processes, the same bytes
@@ -18,15 +18,18 @@ elif [ "$config" = configs/language.yaml ]; then
   step -m feature_alignment.demo.language_models
   step -m feature_alignment.demo.language_scenes
   extract=(-m torch.distributed.run --standalone --nproc_per_node 2 "${extract[@]}")
+  target_only=(--draft_answers false --own_drafts false)                                # in training only the target's answers are read
 fi
 for split in train validation test; do
-  step "${extract[@]}" --config "$config" --split "$split"                              # Task 1.1
+  [ "$split" = test ] && target_only=()
+  step "${extract[@]}" --config "$config" --split "$split" "${target_only[@]}"          # Task 1.1
 done
 if [ "$config" = configs/language.yaml ]; then step -m feature_alignment.demo.language_grounding; fi
 step feature_alignment/hidden_adapter.py --config "$config"                             # Task 1.2
 step feature_alignment/train_hidden_adapter.py --config "$config" & hidden=$!           # Task 1.3
 step feature_alignment/train_hidden_adapter.py --config "$config" --adapter chained
 wait $hidden
+if [ "$config" = configs/language.yaml ]; then step feature_alignment/train_hidden_adapter.py --config "$config" --adapter attending; fi
 step feature_alignment/measure_feature_acceptance.py --config "$config"                 # Task 2.1
 step feature_alignment/compare_token_baseline.py --config "$config"                     # Task 2.2
 step feature_alignment/feature_sd_inference.py --config "$config" --draft chained       # Task 3.1

@@ -2,8 +2,8 @@
 
 reads   both checkpoints, adapter/adapter.pt, chained_adapter/adapter.pt, a manifest, token_pairs/<train split>.json,
         acceptance/acceptance.json
-writes  benchmark/benchmark.json, speculation_profile.json, report.md, report.html, five pictures; with --planted_acceptance
-        planted.json and planted.md instead
+writes  benchmark/benchmark.json, speculation_profile.json, lossy_rules.json, report.md, report.html, pictures; with
+        --planted_acceptance planted.json and planted.md instead
 
     python feature_alignment/benchmark_feature_sd.py --config configs/demo.yaml
     python feature_alignment/benchmark_feature_sd.py compare A.json B.json
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feature_alignment.cli.advice import command_for
-from feature_alignment.cli.config import Common, StepsSetting, parse_config
+from feature_alignment.cli.config import Common, DraftVocabulary, StepsSetting, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, run
 
 if TYPE_CHECKING:
@@ -46,13 +46,14 @@ class BenchmarkConfig(Common):
         most_draft_tokens: largest number of draft tokens per verification in the adaptive rows
         threshold: cosines above which the feature and relaxed rules accept a draft token, one row each
         exit_adapters: hidden adapters that read one other layer of EventGPT each, for one row of aligned drafts each
-        planted_acceptance: measure wall clock only: draft tokens are accepted at random with these probabilities, whatever they say. For a
-            pair with --random_weights, whose text is noise; adapters need not be trained. Writes planted.json and judges no target
+        planted_acceptance: measure wall clock only: draft tokens are accepted at random with these probabilities, whatever they say; a
+            speculation_profile.json replays its acceptance by draft position. For a pair with --random_weights, whose text is noise;
+            adapters need not be trained. Writes planted.json and judges no target
         max_new_tokens: longest answer, EOS included
         steps: how models step: auto = compiled on a GPU, eager on a CPU; eager; graphs = CUDA graphs over caches of a fixed size (on
             other devices the fixed cache alone); compiled = also fused by torch.compile, after a minute of compilation
         draft_vocabulary: chained drafts only this many token ids, those most frequent in training answers, which makes the head
-            cheaper and changes no text (default: all)
+            cheaper and changes no text that is not sampled; auto = as many as pay, by measured cost and coverage (default: all)
         assistant_layers: number of Video-LLaVA's own layers that assist transformers' generate, for comparison
         repeats: timed runs of every method on every prompt
         warmup: number of prompts that are run first, untimed
@@ -64,10 +65,10 @@ class BenchmarkConfig(Common):
     most_draft_tokens: int = 24
     threshold: list[float] = dataclasses.field(default_factory=lambda: [0.9])
     exit_adapters: list[Path] = dataclasses.field(default_factory=list)
-    planted_acceptance: list[float] = dataclasses.field(default_factory=list)
+    planted_acceptance: list[float | Path] = dataclasses.field(default_factory=list)
     max_new_tokens: int = 64
     steps: StepsSetting = "auto"
-    draft_vocabulary: int | None = None
+    draft_vocabulary: DraftVocabulary = None
     assistant_layers: int = 1
     repeats: int = 3
     warmup: int = 3
@@ -95,9 +96,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     """Measure, or reuse a cached result; returns the content of benchmark.json."""
     from feature_alignment.benchmark import report, transformers_baselines
+    from feature_alignment.benchmark.chain_loop import ChainLoop
     from feature_alignment.benchmark.plots import PICTURES
     from feature_alignment.benchmark.results import BenchmarkReport
     from feature_alignment.benchmark.run import Measurements, part_costs, profiles, take_turns
+    from feature_alignment.benchmark.sweep import sweep
     from feature_alignment.decoding.plain import greedy
     from feature_alignment.measurement.records import read_record
     from feature_alignment.measurement.reports import AcceptanceReport
@@ -124,16 +127,20 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     target, part_cost = setup.pair.target, part_costs(setup)
     ways: dict[str, Callable[[Prompt], Generation]] = {"plain": lambda prompt: greedy(target, prompt, cfg.max_new_tokens)}
     ways |= transformers_baselines.ways(target, cfg.max_new_tokens, cfg.num_draft_tokens[0], cfg.assistant_layers)
-    timed = take_turns(setup, ways, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
+    chain = ChainLoop()
+    timed = take_turns(setup, ways, cfg.max_new_tokens, cfg.repeats, cfg.warmup, chain)
     about: dict[str, Any] = {"device": cfg.device, "dtype": cfg.dtype, "eager_fallbacks": fixed.eager_fallbacks}
     about["linear"] = {role: decoder.linear.to_json() for role, decoder in (("target", target), ("draft", setup.pair.draft))}
+    if setup.chained is not None and (draft_ids := setup.sources.draft_ids) is not None:
+        about["draft_vocabulary"] = len(draft_ids)
     meta = provenance("benchmark_feature_sd", cfg, made_from, identity, **about)
-    measurements = Measurements.of(setup, timed, part_cost)
+    measurements = Measurements.of(setup, timed, part_cost, chain)
     result, shown = results_of(cfg, measurements, acceptance, list(ways)[1:], meta)
-    report.write_benchmark_report(result, shown, target.tokenizer.decode, out)
-    found = profiles(measurements, result.cost)
+    found, lossy = profiles(measurements, result.cost), sweep(measurements, cfg.max_new_tokens)
+    report.write_benchmark_report(result, found, lossy, shown, target.tokenizer.decode, out)
     write_hashed_json(out / "speculation_profile.json", {"meta": meta, "profiles": [p.to_json() for p in found]})
-    files = ("report.md", "report.html", "speculation_profile.json", *(f"{name}.png" for name in PICTURES))
+    write_hashed_json(out / "lossy_rules.json", {"meta": meta, **lossy.to_json()})
+    files = ("report.md", "report.html", "speculation_profile.json", "lossy_rules.json", *(f"{name}.png" for name in PICTURES))
     write_hashed_json(out / "benchmark.json", result.to_json(), files)  # Last: its presence means that the report is complete.
     _show(result, out, reused=False)
     return result.to_json()
@@ -213,6 +220,8 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: Acceptan
         raise UserError(f"--exit_adapters: {len(cfg.exit_adapters)} files read layers {sorted(exits)}; expected one file for each layer.")
     adapters = ("chained", "aligned") if has_chain else ("aligned",)
     rows = modes(cfg.num_draft_tokens, cfg.most_draft_tokens, cfg.threshold, adapters, sorted(exits))
+    if sources.draft_ids is not None:  # the chained adapter then has no distribution over all ids
+        rows = [mode for mode in rows if mode.accept != "kl"]
     if attending_path(cfg).is_file():
         rows += attending_modes(cfg.num_draft_tokens, cfg.most_draft_tokens)
     proposers = {name: sources.open(name) for name in {mode.draft for mode in rows}}
@@ -269,7 +278,7 @@ def clips_of(samples: Sequence[Sample]) -> list[Path]:
 
 def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, Any]:
     """Measure wall clock at planted acceptances; returns the content of planted.json. Other results are left as they are."""
-    from feature_alignment.benchmark import planted
+    from feature_alignment.benchmark import planted, planted_report
     from feature_alignment.benchmark.results import PlantedReport
     from feature_alignment.storage.artifacts import cached_result, provenance
     from feature_alignment.storage.identity import identity_of
@@ -278,18 +287,22 @@ def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, 
     files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
     adapters = {name: cfg.out / f"{name}/adapter.pt" for name in ("adapter", "chained_adapter")}
     made_from = files | {"clips": clips} | {name: path for name, path in adapters.items() if path.is_file()}
-    identity = identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
+    profiles = [rate for rate in cfg.planted_acceptance if isinstance(rate, Path)]
+    made_from |= {"profiles": profiles} if profiles else {}
+    rates = [planted.read_profile(rate) if isinstance(rate, Path) else rate for rate in cfg.planted_acceptance]
+    # Profiles are compared by content.
+    numbers: list[float | Path] = [rate for rate in cfg.planted_acceptance if not isinstance(rate, Path)]
+    identity = identity_of("benchmark_feature_sd", dataclasses.replace(cfg, planted_acceptance=numbers), made_from, timed=True)
     cached = cached_result(out / "planted.json", cfg, identity)
     if cached is not None:
         result = PlantedReport.from_json(cached)
     else:
         facts = {"device": cfg.device, "dtype": cfg.dtype, "planted": True}
-        lengths, rates = cfg.num_draft_tokens, cfg.planted_acceptance
-        settings = planted.PlantedSettings(cfg.steps, lengths, rates, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
+        settings = planted.PlantedSettings(cfg.steps, cfg.num_draft_tokens, rates, cfg.max_new_tokens, cfg.repeats, cfg.warmup)
         meta = provenance("benchmark_feature_sd", cfg, made_from, identity, **facts)
         result = planted.measure(cfg, settings, samples, meta)
-        planted.write(result, out)
-    planted.show(result)
+        planted_report.write(result, out)
+    planted_report.show(result)
     content = result.to_json()
     print_json_line({"planted": True, "best": content["best"], "reused": cached is not None, "written": str(out / "planted.json")})
     return content

@@ -90,6 +90,8 @@ def train_token_adapter(cfg: ComparisonConfig, rows: Sequence[Row]) -> None:
         return
     train, validation = (read_token_pairs(cfg.out / "token_pairs" / f"{split}.json") for split in (cfg.train_split, cfg.validation_split))
     extract = command_for("extract_hidden_states", split=cfg.train_split)
+    for split, of_split in ((cfg.train_split, train), (cfg.validation_split, validation)):
+        _refuse_silent_drafter(of_split, cfg.out / "token_pairs" / f"{split}.json", split)
     vocabulary = len(load_pt(cfg.out / "hidden_states" / "vl_lm_head.pt", extract))
     longest = max(len(r[k]) for r in (*train, *validation, *rows) for k in ("egpt_tokens", "vl_tokens"))
     began = time.time()
@@ -224,6 +226,7 @@ def compare(cfg: ComparisonConfig) -> dict[str, Any]:
         torch.set_num_threads(cfg.threads)
     made_from, path = sources_of(cfg), cfg.out / "token_baseline" / "comparison.json"
     rows = read_token_pairs(made_from["token_pairs"])
+    _refuse_silent_drafter(rows, made_from["token_pairs"], cfg.split)
     if cfg.train_token_adapter and not cfg.token_pairs:
         train_token_adapter(cfg, rows)
     identity = identity_of("compare_token_baseline", cfg, made_from, timed=True, without=("train_token_adapter",))
@@ -250,6 +253,13 @@ def compare(cfg: ComparisonConfig) -> dict[str, Any]:
     numbers = {k: getattr(level, k).value for k in ("position_match", "mean_prefix", "first_token_differs")}
     print_json_line({**numbers, "reused": cached is not None, "written": str(path)})
     return report.to_json()
+
+
+def _refuse_silent_drafter(rows: Sequence[Row], path: Path, split: str) -> None:
+    """Raise UserError for token pairs that were extracted without EventGPT's answers."""
+    if not any(row["egpt_tokens"] for row in rows):
+        again = command_for("extract_hidden_states", split=split, draft_answers="true")
+        raise UserError(f"{path} has no answers of EventGPT, which this comparison needs. Extract them:\n  {again}")
 
 
 def sources_of(cfg: ComparisonConfig) -> dict[str, Path]:

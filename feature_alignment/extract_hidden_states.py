@@ -21,13 +21,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from feature_alignment.cli.config import Common, parse_config
+from feature_alignment.cli.config import ClipsConfig, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, print_table, progress, run
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ExtractConfig(Common):
+class ExtractConfig(ClipsConfig):
     """Write hidden states of both models, teacher-forced on one token sequence.
 
     Reads the clips of a manifest and both checkpoints; writes hidden_states/<split>/ and token_pairs/<split>.json. A killed run can be
@@ -59,9 +59,11 @@ class ExtractConfig(Common):
         batch_size: rows per forward pass
         store_dtype: number format of the files
         separate_layers: store each of draft_layers in a separate file, egpt_hidden_states.layer02.pt, …, instead of concatenated
-        event_states: store EventGPT's states over its event tokens as well, which the chained adapter reads (4.8 MB a row at 7B)
+        event_states: store EventGPT's states over its event tokens as well, which the chained adapter reads (4.8 MB a clip at 7B)
         prompt_states: store Video-LLaVA's states on this many of the last prompt positions as well, which the attending adapter reads
             (160: 1.3 MB a row at 7B)
+        draft_answers: decode EventGPT's own answers as well. Only the token-level comparison reads them; without them the training split
+            takes a third less time
         own_drafts: store EventGPT's own next token after every prefix of the text, for token-level comparison; EventGPT runs at full depth
         answers: token pairs file whose answers are used instead of generating them (default: matching answers in output_dir)
         shard: extract only part i of n, e.g. 2/3
@@ -77,6 +79,7 @@ class ExtractConfig(Common):
     separate_layers: bool = False
     event_states: bool = False
     prompt_states: int = 0
+    draft_answers: bool = True
     own_drafts: bool = False
     answers: Path | None = None
     shard: str | None = None
@@ -110,47 +113,24 @@ def extract(
         first: whether this process shows progress
     """
     from feature_alignment.cli.console import repairs_of
-    from feature_alignment.models.batches import ClipBatch
-    from feature_alignment.models.stored_states import draft_files
-    from feature_alignment.storage.hidden_states import EVENT_STATES, PROMPT_STATES
+    from feature_alignment.models.stored_states import states_of
+    from feature_alignment.storage.hidden_states import EVENT_STATES
 
     todo = [rows for rows in own_batches if any(file_row[row] not in writer.done for row in rows)]
     total, began = sum(map(len, todo)), time.perf_counter()
     with progress(total=total, first=first, desc=f"extract {cfg.split}", unit="row") as bar:
         for n, rows in enumerate(todo):
             asked = [samples[row] for row in rows]
-            target, deep = ClipBatch(pair.target, asked), ClipBatch(full_depth_draft, asked)
-            draft = deep if full_depth_draft is pair.draft else ClipBatch(pair.draft, asked, deep)
-            if all(sample.id in answers for sample in asked):
-                vl, egpt = ([list(answers[s.id][model]) for s in asked] for model in (0, 1))
-            else:
-                vl, egpt = target.generate(cfg.max_new_tokens), deep.generate(cfg.max_new_tokens)
-            texts = {"verifier": (vl, vl), "drafter": (egpt, egpt), "own": (vl, egpt)}[cfg.prefix]
-            target_reads, draft_reads = ([answer[: cfg.max_positions] for answer in text] for text in texts)
-            seen = draft.vision_states() if cfg.event_states else [None] * len(asked)
-            own = deep.predict_tokens(draft_reads) if cfg.own_drafts else [None] * len(asked)
-            p = cfg.prompt_states
-            found = target.states(target_reads, p), draft.states(draft_reads), seen, own, target.prompt_ids(p + 1)
-            for row, sample, pv, g, events, said, prompt_ids, read, vl_tokens, egpt_tokens in zip(
-                rows, asked, *found, target_reads, vl, egpt, strict=True
-            ):
-                v = pv[p:]
-                length = min(len(v), len(g))  # `own` is paired by index, up to the shorter text
+            known = [answers.get(sample.id) for sample in asked]
+            held = any(writer.holds(EVENT_STATES, file_row[row]) for row in rows)
+            for row, sample, found in zip(rows, asked, states_of(pair, full_depth_draft, asked, known, cfg, held), strict=True):
                 about: dict[str, Any] = dict(entries[file_row[row]])
                 if repairs := repairs_of(sample.events, sample.video):
                     about["repaired"] = repairs
-                for model, decoder, tokens in (("vl", pair.target, vl_tokens), ("egpt", pair.draft, egpt_tokens)):
+                for model, decoder, tokens in (("vl", pair.target, found.vl_tokens), ("egpt", pair.draft, found.egpt_tokens)):
                     about |= {f"{model}_tokens": tokens, f"{model}_text": decoder.tokenizer.decode(tokens, skip_special_tokens=True)}
-                about["cut"] = cuts(vl_tokens, egpt_tokens, read, cfg, pair)
-                stored = {**draft_files(pair.draft, g[:length], cfg.separate_layers), "vl_hidden_states.pt": v[:length]}
-                if events is not None:
-                    stored[EVENT_STATES] = events
-                if p:
-                    stored[PROMPT_STATES] = pv[:p]
-                    about["prompt_ids"] = prompt_ids
-                if said is not None:
-                    about["egpt_drafts"] = said[:length]
-                writer.write(file_row[row], stored, read[:length], about)
+                about["cut"] = cuts(found.vl_tokens, found.egpt_tokens, found.read, cfg, pair)
+                writer.write(file_row[row], found.files, found.token_ids, {**about, **found.about})
             writer.commit()
             bar.update(len(rows))
             if n == 0 and first:
@@ -162,7 +142,7 @@ def cuts(vl_tokens: list[int], egpt_tokens: list[int], read: list[int], cfg: Ext
     """Names of the limits that shortened a row, from both answers and the token ids `read`; counted in `meta` and printed."""
     ends = {"Video-LLaVA": pair.target.eos_ids, "EventGPT": pair.draft.eos_ids}
     named = {"Video-LLaVA": vl_tokens, "EventGPT": egpt_tokens}
-    found = [f"{name}'s answer reached max_new_tokens" for name, tokens in named.items() if tokens[-1] not in ends[name]]
+    found = [f"{name}'s answer reached max_new_tokens" for name, tokens in named.items() if tokens and tokens[-1] not in ends[name]]
     is_complete = read[-1] in ends["EventGPT" if cfg.prefix == "drafter" else "Video-LLaVA"]
     return [*found, "states beyond max_positions not kept"] if len(read) == cfg.max_positions and not is_complete else found
 
@@ -171,9 +151,9 @@ def identity_of(cfg: ExtractConfig) -> RunIdentity:
     """The identity of a run apart from its rows. Files are compared by content, the manifest row by row."""
     from feature_alignment.storage.identity import identity_of
 
-    sources = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
+    sources = {"target": cfg.target_id, "draft": cfg.draft_id, **({} if cfg.clips else {"manifest": cfg.manifests[cfg.split]})}
     sources |= {name: path for name, path in {"answers": cfg.answers, "questions": cfg.questions}.items() if path}
-    without = ["threads", "limit", "merge", *(() if cfg.random_weights else ("seed",))]
+    without = ["threads", "limit", "merge", "clips", "question", *(() if cfg.random_weights else ("seed",))]
     identity = identity_of("extract_hidden_states", cfg, sources, without=without)
     return dataclasses.replace(identity, not_compared=frozenset({"manifest"}))
 
@@ -181,16 +161,19 @@ def identity_of(cfg: ExtractConfig) -> RunIdentity:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Extract one split, a shard of it, or merge its shards; returns the meta."""
     cfg = parse_config(ExtractConfig, argv, "extract_hidden_states")
+    if not cfg.draft_answers and cfg.prefix != "verifier":
+        raise UserError(f"--prefix {cfg.prefix} needs EventGPT's answers; expected --draft_answers true, or --prefix verifier.")
+    from feature_alignment.inputs.clip_folder import read_data_set
     from feature_alignment.inputs.row_identity import identify
-    from feature_alignment.inputs.samples import read_samples
     from feature_alignment.models.batches import plan_batches
     from feature_alignment.models.loading import fetch_checkpoints
     from feature_alignment.storage import earlier_rows, shards
     from feature_alignment.storage.processes import check_device, check_writable, exclusive_lock, process_group
 
     shard, of = shards.parse_shard(cfg.shard, cfg.merge)
-    check_device(cfg.device)
-    samples = read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions, cfg.allow_outside)
+    if not cfg.merge:  # a merge works without the GPU that the shards ran on
+        check_device(cfg.device)
+    samples = read_data_set(cfg, cfg.split, cfg.clips, cfg.question)
     fetch_checkpoints(cfg)
     identity = identity_of(cfg)
     parts = plan_batches(samples, cfg.batch_size)[shard - 1 :: of]
@@ -199,9 +182,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if cfg.merge:  # works without the clips
         rows = [{"id": s.id, "sequence": s.sequence, "question": s.question, "facts": s.facts} for s in samples]
     else:
-        rows = identify(samples, parts, cfg.manifests[cfg.split], cfg.event_start_ms)
+        rows = identify(samples, parts, cfg.clips or cfg.manifests[cfg.split], cfg.event_start_ms)
     out = cfg.out / "hidden_states" / (shards.shard_name(cfg.split, shard, of) if cfg.shard else cfg.split)
-    rank = (process := process_group(cfg.device)).rank
+    rank = (process := process_group("cpu" if cfg.merge else cfg.device)).rank
     if cfg.resume and earlier_rows.find_complete_run(out, identity, rows, cfg.ignore_code):
         return report(cfg, out, reused=True, first=rank == 0)
     check_writable(cfg.out / "token_pairs" / f"{cfg.split}.json")
@@ -236,11 +219,13 @@ def fill(
     import torch
 
     from feature_alignment.models.pair import load_pair
-    from feature_alignment.models.stored_states import shapes_of
+    from feature_alignment.models.stored_states import StateGeometry, depend_on_the_clip_alone, shapes_of
     from feature_alignment.storage import earlier_rows
     from feature_alignment.storage import hidden_states_writer as files
     from feature_alignment.storage.answers import known_answers, refuse_foreign_ids
     from feature_alignment.storage.files import save_pt
+    from feature_alignment.storage.hidden_states import event_rows
+    from feature_alignment.storage.progress_notes import rows_done
 
     rank, world, device, wait = process
     token_pairs = cfg.out / "token_pairs" / f"{cfg.split}.json"
@@ -248,29 +233,32 @@ def fill(
     pair = load_pair(dataclasses.replace(cfg, device=device))
     refuse_foreign_ids(answers, pair.target.vocab_size)
     full_depth_draft = pair.draft
-    if (cfg.own_drafts or len(answers) < len(rows)) and not pair.draft.has_own_head:
+    if (cfg.own_drafts or (cfg.draft_answers and len(answers) < len(rows))) and not pair.draft.has_own_head:
         full_depth_draft = pair.draft_with(None, dataclasses.replace(cfg, device=device))
     for decoder in (pair.target, pair.draft, full_depth_draft):
         decoder.pack_linear()  # Without a trial, so that every process and every resumed run writes the same bytes.
     file_row = {row: i for i, row in enumerate(row for part in parts for row in part)}
     width, dtype = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens), getattr(torch, cfg.store_dtype)
-    shapes = shapes_of(pair, width, cfg.separate_layers, cfg.event_states, cfg.prompt_states)
+    shapes = shapes_of(StateGeometry.of(pair), width, cfg.separate_layers, cfg.event_states, cfg.prompt_states)
+    prompts = map(pair.draft.encode_prompt, {sample.question for sample in samples})
+    if not (cfg.event_states and depend_on_the_clip_alone(prompts, pair.draft.placeholder)):
+        rows = [{key: value for key, value in row.items() if key != "events"} for row in rows]
+    clip_index = list(event_rows(rows))
     if cfg.resume:
         earlier_rows.refuse_changes(out, identity, rows, cfg.limit is not None, cfg.ignore_code)
         identity = earlier_rows.with_recorded_code(out, identity) if cfg.ignore_code else identity
     wait()  # all processes have read the earlier run before it changes
     if rank == 0:
-        begun = files.rows_done(out) if cfg.resume else set()
-        at_most = (len(file_row) - len(begun)) * files.row_bytes(shapes.values(), dtype) + pair.target.head_weight.nbytes
-        files.check_disk_space(cfg.out, at_most + (pair.target.embeddings.nbytes if cfg.event_states else 0))
+        begun = rows_done(out) if cfg.resume else set()
+        check_room(cfg, pair, shapes, clip_index, begun)
         may_keep = files.begin_run(out, identity, files.plan_hash(rows), cfg.resume)
-        writer = files.HiddenStatesWriter(out, len(file_row), shapes, dtype)
+        writer = files.HiddenStatesWriter(out, len(file_row), shapes, dtype, clip_index=clip_index)
         if may_keep:
             earlier_rows.copy_unchanged_rows(writer, identity, rows, cfg.ignore_code)
         log.info("extract  %s: %d of %d rows to do", cfg.split, len(file_row) - len(writer.done), len(file_row))
     wait()
     if rank:
-        writer = files.HiddenStatesWriter(out, len(file_row), shapes, dtype, rank)
+        writer = files.HiddenStatesWriter(out, len(file_row), shapes, dtype, rank, clip_index)
     try:
         extract(pair, full_depth_draft, samples, parts[rank::world], cfg, writer, answers, file_row, rows, first=rank == 0)
         wait()
@@ -284,6 +272,29 @@ def fill(
     wait()
 
 
+def check_room(cfg: ExtractConfig, pair: Pair, shapes: Mapping[str, tuple[int, int]], clip_index: Sequence[int], begun: set[int]) -> None:
+    """Log the size of every file of states, and raise UserError if the disk has too little room.
+
+    Args:
+        cfg: settings
+        pair: both models
+        shapes: file name -> (positions, size) of a row in it
+        clip_index: for each row, its row of event states
+        begun: rows whose states are on the disk already
+    """
+    import torch
+
+    from feature_alignment.storage.hidden_states_writer import check_disk_space, states_bytes
+
+    dtype = getattr(torch, cfg.store_dtype)
+    sizes = states_bytes(shapes, dtype, clip_index)
+    each = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in sizes.items())
+    counted = f"{len(clip_index):,} rows" + (f" about {max(clip_index) + 1:,} clips" if cfg.event_states else "")
+    log.info("extract  %s: %s, at most %s MB: %s", cfg.split, counted, f"{sum(sizes.values()) / 1e6:,.1f}", each)
+    heads = pair.target.head_weight.nbytes + (pair.target.embeddings.nbytes if cfg.event_states else 0)
+    check_disk_space(cfg.out, sum(states_bytes(shapes, dtype, clip_index, begun).values()) + heads)
+
+
 def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -> dict[str, Any]:
     """The `meta` of a run."""
     from feature_alignment.storage.artifacts import provenance
@@ -291,7 +302,7 @@ def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -
     return provenance(
         "extract_hidden_states",
         cfg,
-        {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]},
+        {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.clips.resolve() if cfg.clips else cfg.manifests[cfg.split]},
         identity,
         prefix=cfg.prefix,
         rows=rows,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ class AcceptanceConfig(Common):
         train_split: split that the null predictors are fitted on
         validation_split: split that chooses the ridge strength
         num_draft_tokens: draft tokens per verification
+        variants: chained and attending adapters trained with `--variant NAME` to score as well
         calibrate: certify a cosine threshold above which accepted draft tokens are the target's own, on calibration_split
         calibration_split: split with clips of its own
         epsilon: largest share of accepted draft tokens that may differ from the target's token
@@ -63,6 +64,7 @@ class AcceptanceConfig(Common):
     train_split: str = "train"
     validation_split: str = "validation"
     num_draft_tokens: int = 5
+    variants: list[str] = field(default_factory=list)
     calibrate: bool = False
     calibration_split: str = "calibration"
     epsilon: float = 0.02
@@ -108,7 +110,7 @@ def score_chains(cfg: AcceptanceConfig, split: str, head: Tensor, with_controls:
     from feature_alignment.storage.hidden_states import load_hidden_states
 
     found: dict[str, ChainScores] = {}
-    paths = {name: path for name, path in adapter_paths(cfg).items() if name in CHAINED and (with_controls or name == "chained")}
+    paths = {name: path for name, path in adapter_paths(cfg).items() if name in chain_folders(cfg) and (with_controls or name == "chained")}
     if not paths:
         return found
     reads_prompt = any(name.startswith("attending") for name in paths)
@@ -131,9 +133,22 @@ def score_chains(cfg: AcceptanceConfig, split: str, head: Tensor, with_controls:
     return found
 
 
+def chain_folders(cfg: AcceptanceConfig) -> dict[str, str]:
+    """Name -> folder of every chained and attending adapter that may be there; raises UserError for a variant that is not."""
+    folders = dict(CHAINED)
+    for variant in cfg.variants:
+        found = {f"{kind}, {variant}": f"{kind}_adapter_{variant}" for kind in SEEING}
+        found = {name: folder for name, folder in found.items() if (cfg.out / folder / "adapter.pt").is_file()}
+        if not found:
+            command = command_for("train_hidden_adapter", adapter="attending", variant=variant)
+            raise UserError(f"--variants {variant}: {cfg.out} holds no adapter of this name. Train it:\n  {command}")
+        folders |= found
+    return folders
+
+
 def adapter_paths(cfg: AcceptanceConfig) -> dict[str, Path]:
     """Name -> file of every adapter that is trained, and of the hidden adapter, which is required."""
-    folders = {"adapter": "adapter", "plain": "plain_adapter", **CHAINED}
+    folders = {"adapter": "adapter", "plain": "plain_adapter", **chain_folders(cfg)}
     paths = {name: cfg.out / folder / "adapter.pt" for name, folder in folders.items()}
     return {name: path for name, path in paths.items() if name == "adapter" or path.is_file()}
 

@@ -10,7 +10,7 @@
 reads   hidden_states/<train and validation split>, vl_lm_head.pt; for `chained` also egpt_event_states.pt, vl_embeddings.pt, for
         `attending` vl_prompt_states.pt as well
 writes  adapter/adapter.pt (the best epoch on validation), adapter/history.jsonl, adapter/training_curves.png;
-        for the others the same under plain_adapter/, chained_adapter/ and attending_adapter/
+        for the others the same under plain_adapter/, chained_adapter/ and attending_adapter/; with --variant NAME under …_NAME/
 
 An interrupted run resumes after its last epoch. Several GPUs:
     `torchrun --nproc_per_node 2 feature_alignment/train_hidden_adapter.py …`
@@ -50,6 +50,7 @@ class TrainConfig(Common):
         blind: chained and attending only: train without EventGPT's event states, to measure what they add; written to
             <adapter>_adapter_blind/
         without: attending only: train without these inputs, to measure what they add; written to a folder of its own
+        variant: name that is appended to the folder, so that the main adapter stays; measuring scores it with `--variants NAME`
         train_split: split to train on
         validation_split: split that chooses the best epoch; it must not share clips with the training split
         bottleneck: width of the adapter's hidden layer
@@ -58,8 +59,10 @@ class TrainConfig(Common):
         origins: attending only: number of random positions of each text that a training step drafts from
         soft_targets: attending only: share of the target's distribution in the cross-entropy; the rest is its token
         dropout: attending only: dropout rate
+        loss: ce_cosine is the loss of each adapter: cross-entropy or KL divergence, and cosine (and squared error, but for attending);
+            ce the cross-entropy alone; tv 0.9 total variation and 0.1 cross-entropy, later draft steps weighing less
         num_epochs: passes over the training rows
-        patience: stop after this many epochs without a lower validation loss
+        patience: stop after this many epochs without more tokens per pass on validation (simulated rounds of 5 draft tokens)
         batch_size: rows (texts) per step
         lr: peak learning rate of AdamW, after a warm-up over the first 5 % of the steps, then cosine decay
         weight_decay: of AdamW
@@ -72,6 +75,7 @@ class TrainConfig(Common):
     adapter: Literal["hidden", "plain", "chained", "attending"] = "hidden"
     blind: bool = False
     without: list[Literal["prompt", "candidates"]] = field(default_factory=list)
+    variant: str | None = None
     train_split: str = "train"
     validation_split: str = "validation"
     bottleneck: int = 256
@@ -80,6 +84,7 @@ class TrainConfig(Common):
     origins: int = 16
     soft_targets: float = 0.5
     dropout: float = 0.15
+    loss: Literal["ce_cosine", "ce", "tv"] = "ce_cosine"
     num_epochs: int = 20
     patience: int = 10
     batch_size: int = 16
@@ -92,7 +97,7 @@ class TrainConfig(Common):
 
 
 def plot_curves(history: list[dict[str, float]], path: Path) -> None:
-    """Plot loss, cosine and token match per epoch, on training and validation rows.
+    """Plot loss, cosine, token match and tokens per pass per epoch, on training and validation rows.
 
     Args:
         history: Scores of each epoch.
@@ -105,11 +110,11 @@ def plot_curves(history: list[dict[str, float]], path: Path) -> None:
 
     from feature_alignment.storage.files import atomic_write
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for axis, name in zip(axes, ("loss", "cosine", "token_match"), strict=True):
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+    for axis, name in zip(axes, ("loss", "cosine", "token_match", "tokens_per_pass"), strict=True):
         for part, style in (("train", "--"), ("validation", "-")):
             points = [(h["epoch"], h[f"{part}_{name}"]) for h in history if f"{part}_{name}" in h]
-            if points:  # the plain recipe computes no token match in training
+            if points:  # training computes no rounds, and the plain recipe no token match
                 axis.plot(*zip(*points, strict=True), style, label=part)
         axis.set(xlabel="epoch", title=name.replace("_", " "))
         axis.grid(alpha=0.3)
@@ -138,7 +143,16 @@ def adapter_folder(cfg: TrainConfig) -> Path:
     """Folder of the adapter, its history and its curves."""
     without = ["blind"] * cfg.blind + [f"without_{part}" for part in cfg.without]
     kept = without if cfg.adapter in ("chained", "attending") else []
-    return cfg.out / "_".join(["adapter" if cfg.adapter == "hidden" else f"{cfg.adapter}_adapter", *kept])
+    name = "_".join(["adapter" if cfg.adapter == "hidden" else f"{cfg.adapter}_adapter", *kept])
+    return cfg.out / (f"{name}_{cfg.variant}" if cfg.variant else name)
+
+
+def first_rows(states: HiddenStates, limit: int | None) -> HiddenStates:
+    """The first `limit` rows of a split, all if None."""
+    n = len(states.rows)
+    values = {f.name: getattr(states, f.name) for f in dataclasses.fields(states)}
+    per_row = {k: v[:limit] for k, v in values.items() if v is not None and k not in ("meta", "events") and len(v) == n}
+    return states if limit is None else dataclasses.replace(states, **per_row)
 
 
 def _check_splits(cfg: TrainConfig, states: dict[str, HiddenStates]) -> None:
@@ -184,11 +198,12 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
     splits = {"train": folder / cfg.train_split, "validation": folder / cfg.validation_split}
     states = {name: load_hidden_states(split, cfg.draft_layers, events=chains, prompt=attending) for name, split in splits.items()}
     _check_splits(cfg, states)
+    states["train"] = first_rows(states["train"], cfg.limit)
     weights = {name: folder / f"{name}.pt" for name in (("vl_lm_head", "vl_embeddings") if chains else ("vl_lm_head",))}
 
     out = adapter_folder(cfg)
     made_from = {k: split / "meta.json" for k, split in splits.items()} | weights
-    identity = identity_of("train_hidden_adapter", cfg, made_from)
+    identity = identity_of("train_hidden_adapter", cfg, made_from, without=("variant",))
     meta = cached_result(out / "meta.json", cfg, identity, cfg.ignore_code) if (out / "adapter.pt").is_file() else None
     if meta is not None:
         return _show(meta, out, reused=True) if rank == 0 else meta
@@ -200,7 +215,7 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
     unfinished = fitting.Checkpoint(out / "unfinished.pt", identity.hash, cfg.resume)
     own_cfg = dataclasses.replace(cfg, device=device)
     adapter, history = learn(states["train"], states["validation"], *matrices, own_cfg, unfinished, fitting.ProcessShare(rank, world))
-    best = min(history, key=lambda h: h["validation_loss"])
+    best = fitting.best_of(history)
     meta = provenance(
         "train_hidden_adapter",
         cfg,
@@ -208,6 +223,7 @@ def train(cfg: TrainConfig, rank: int, world: int, device: str, wait: Callable[[
         identity,
         geometry=adapter.geometry,
         parameters=adapter.num_parameters,
+        rows=len(states["train"].rows),
         weights_hash=weights_hash(adapter.state_dict()),
         draft_layers=states["train"].meta["draft_layers"],
         prefix=states["train"].meta["prefix"],
@@ -233,7 +249,7 @@ def validation_scores(epoch: dict[str, float]) -> dict[str, float]:
 
 
 def _show(meta: dict[str, Any], out: Path, reused: bool) -> dict[str, Any]:
-    columns = ("loss", "mse", "cosine", "kl", "token_match")
+    columns = ("loss", "mse", "cosine", "kl", "token_match", "tokens_per_pass")
     start = "linear map" if meta["config"]["adapter"] == "hidden" and meta["config"]["linear_units"] else "untrained"
     rows = [
         [start, *[meta["untrained"][c] for c in columns]],

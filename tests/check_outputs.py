@@ -34,6 +34,8 @@ FILES = [
     "token_baseline/comparison.md",
     "token_baseline/threshold_sweep.png",
     "benchmark/benchmark.json",
+    "benchmark/speculation_profile.json",
+    "benchmark/lossy_rules.json",
     "benchmark/report.md",
     "benchmark/report.html",
     *[f"benchmark/{name}.png" for name in PICTURES],
@@ -61,6 +63,8 @@ def test_lossless_rows_are_lossless_and_the_targets_are_read_off_the_measurement
         "token",
         "feature",
         "relaxed",
+        "typical",
+        "kl",
     }
     assert all(r["exact_match"] == 1.0 for r in rows if r["accept"] == "token")
     targets = {t["metric"]: t for t in benchmark["targets"]}

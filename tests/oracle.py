@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from feature_alignment.adapters import tables
-from feature_alignment.adapters.attending_training import PromptedTexts, Reader
+from feature_alignment.adapters.attending_texts import PromptedTexts
+from feature_alignment.adapters.attending_training import Reader
 from feature_alignment.decoding.acceptance import cosine_per_position
 from feature_alignment.models.decoder import Decoder
 
@@ -98,6 +99,7 @@ def by_attending(draft: Decoder, draft_prompt, adapter, target: Decoder, prompt:
         events = draft.vision_states(draft_prompt.ids[None], draft.encode_vision(draft_prompt.pixels[None]))
         states = states_behind(target.llama, [*prompt, *emitted])
         before, own = states[: len(prompt) - 1][-p:], states[len(prompt) - 1 : -1]
+        read = target.embeddings_of(prompt[len(prompt) - len(before) :])
         room = own.new_zeros(len(drafts) + 1, own.shape[1])  # what stands there must not matter
         found = torch.tensor([[*tables.candidates_along(table, question, known, text), [(tables.NO_TOKEN, 0)] * tables.SOURCES]])
         texts = PromptedTexts(
@@ -106,7 +108,8 @@ def by_attending(draft: Decoder, draft_prompt, adapter, target: Decoder, prompt:
             torch.ones(1, len(text) + 1, dtype=torch.bool),
             events,
             torch.cat([before.new_zeros(p - len(before), before.shape[1]), before])[None],
-            torch.tensor([[-1] * (p + 1 - len(known)) + known]),
+            torch.cat([before.new_zeros(p - len(before), before.shape[1]), read])[None],
+            torch.tensor(known[-1:]),
             torch.arange(p)[None] >= p - len(before),
             *found.unbind(-1),
         )

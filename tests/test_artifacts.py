@@ -12,7 +12,7 @@ import torch
 
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError
-from feature_alignment.storage import hidden_states, hidden_states_writer
+from feature_alignment.storage import hidden_states, hidden_states_writer, progress_notes
 from feature_alignment.storage.earlier_rows import copy_unchanged_rows, find_complete_run, refuse_changes, with_recorded_code
 from feature_alignment.storage.files import file_hash, load_pt, read_json, save_pt, write_hashed_json, write_json
 from feature_alignment.storage.hidden_states import EVENT_STATES, HiddenStates, layer_file, load_hidden_states
@@ -614,7 +614,7 @@ def test_rows_of_a_batch_that_is_unchanged_are_copied_under_their_new_names(tmp_
     copy_unchanged_rows(writer, made_with(a=1), rows)
     assert writer.done == {0, 2}
     assert "2 rows whose question, clip and batch are unchanged. Extracted again: 0 damaged, 1 now read together" in caplog.text
-    notes = {note["row"]: note for note in hidden_states_writer.progress_entries(writer.part)}
+    notes = {note["row"]: note for note in progress_notes.progress_entries(writer.part)}
     assert [(notes[r]["id"], notes[r]["sequence"], notes[r]["read"]) for r in (0, 2)] == [
         ("new0", "other", [10, 11]),
         ("new1", "other", [10, 11]),
@@ -624,6 +624,18 @@ def test_rows_of_a_batch_that_is_unchanged_are_copied_under_their_new_names(tmp_
     caplog.clear()
     copy_unchanged_rows(writer, made_with(a=1), rows)
     assert "0 rows whose" in caplog.text and writer.done == {0, 2}  # again: they are there
+
+
+def test_rows_are_copied_from_the_complete_run_and_from_every_unfinished_one(tmp_path):
+    path = tmp_path / "a"
+    finished_run(path, 2)
+    for row, rows in ((2, 3), (3, 4)):
+        writer = open_writer(path, rows=rows)
+        fill(writer, [row])
+        writer.close()
+    writer = open_writer(path, rows=5)
+    copy_unchanged_rows(writer, made_with(a=1), entries())
+    assert writer.done == {0, 1, 2, 3}
 
 
 def test_a_damaged_row_is_not_copied(tmp_path, caplog):

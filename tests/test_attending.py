@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,18 +13,13 @@ import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 from oracle import states_behind
 
-from feature_alignment.adapters import tables
+from feature_alignment import measure_feature_acceptance, train_hidden_adapter
+from feature_alignment.adapters import attending_training, tables
 from feature_alignment.adapters.attending import AttendingAdapter, load_attending_adapter
 from feature_alignment.adapters.attending_drafts import FoldedAttending
-from feature_alignment.adapters.attending_training import (
-    PromptedTexts,
-    Reader,
-    answers_of,
-    prompted_texts,
-    proposals,
-    random_origins,
-    train_attending,
-)
+from feature_alignment.adapters.attending_texts import PromptedTexts, answers_of, prompted_texts, proposals
+from feature_alignment.adapters.attending_training import Reader, losses, random_origins, train_attending
+from feature_alignment.adapters.fitting import Checkpoint, best_of
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.benchmark import targets
 from feature_alignment.cli.config import parse_config
@@ -38,6 +34,7 @@ from feature_alignment.inputs.samples import read_samples
 from feature_alignment.measurement import metrics
 from feature_alignment.measurement.attending_scoring import attending_scores
 from feature_alignment.models.pair import load_pair
+from feature_alignment.models.state import ReadPrompt
 from feature_alignment.storage.files import read_json, save_pt
 from feature_alignment.storage.hidden_states import HiddenStates, load_hidden_states
 from feature_alignment.train_hidden_adapter import TrainConfig
@@ -77,8 +74,8 @@ def a_text(n: int = 9, prompt: int = PROMPT, seed: int = 1) -> tuple[PromptedTex
     found = torch.tensor([tables.candidates_along(table, 5, prompt_ids[0].tolist(), ids[0].tolist())])
     there = torch.arange(PROMPT)[None] >= PROMPT - prompt
     real = torch.ones(1, n, dtype=torch.bool)
-    states = torch.randn(1, n, D), ids, real, torch.randn(1, EVENTS, D), torch.randn(1, PROMPT, D)
-    return PromptedTexts(*states, prompt_ids, there, *found.unbind(-1)), torch.randn(VOCAB, D), torch.randn(VOCAB, D)
+    states = torch.randn(1, n, D), ids, real, torch.randn(1, EVENTS, D), torch.randn(1, PROMPT, D), torch.randn(1, PROMPT, D)
+    return PromptedTexts(*states, prompt_ids[:, -1], there, *found.unbind(-1)), torch.randn(VOCAB, D), torch.randn(VOCAB, D)
 
 
 def test_parameters_at_width_4096():
@@ -211,7 +208,7 @@ def test_without_a_part_it_does_not_depend_on_it(part):
     text, head, embeddings = a_text()
     other = {
         "events": changed(text, events=text.events + 1),
-        "prompt": changed(text, prompt=text.prompt + 1),
+        "prompt": changed(text, prompt=text.prompt + 1, prompt_inputs=text.prompt_inputs + 1),
         "candidates": changed(text, proposed=text.proposed.flip(1), buckets=text.buckets.flip(1)),
     }[part]
     for without in ((), (part,)):
@@ -258,11 +255,10 @@ def test_drafting_over_the_cache_is_the_roll_out(prompt, without):
     wanted = list(Reader(adapter, head, embeddings).roll_out(text, every, 4))
     folded = FoldedAttending(adapter, head, embeddings)
     folded.start(text.events)
-    last = text.prompt_ids[0, PROMPT - prompt :].tolist()
-    folded.read_prompt(text.prompt[0, PROMPT - prompt :], last)
+    folded.read_prompt(text.prompt[0, PROMPT - prompt :], text.prompt_inputs[0, PROMPT - prompt :])
     proposed = torch.stack([text.proposed[0], text.buckets[0]], -1).tolist()
     for begin, end in ((0, 1), (1, 2), (2, 5), (5, 6)):  # how many are verified at once
-        before = last[-1] if begin == 0 else ids[begin - 1]
+        before = int(text.before) if begin == 0 else ids[begin - 1]
         output = folded.read(begin, text.states[0, begin:end], torch.tensor([before, *ids[begin:end]]), proposed[begin:end])
         for k in range(4):
             place = end - 1 + k
@@ -297,7 +293,7 @@ def test_live_drafts_are_what_a_fresh_start_would_draft(accept, seed):
         states = states_behind(target.llama, [*prompt, *text])
         fresh = target_and_proposer(model, adapter)[1]
         fresh.start(prompt_of(*prompt), Stopwatch())
-        fresh.read_target_prompt(prompt_of(*prompt), states[: len(prompt)], Stopwatch())
+        fresh.read_target_prompt(prompt_of(*prompt), ReadPrompt(states[: len(prompt)], target.embeddings_of(prompt)), Stopwatch())
         again = fresh.propose(text, states[len(prompt) - 1 : -1], len(r.proposed), Stopwatch())
         assert again.token_ids.tolist() == r.proposed
         at += (len(r.accepted) if accept == "relaxed" else r.num_accepted) + (r.extra_token is not None)
@@ -314,7 +310,7 @@ def test_a_proposer_may_be_asked_anything_behind_the_verified_text(seed):
 
     def begun(new):
         new.start(prompt_of(*prompt), watch)
-        new.read_target_prompt(prompt_of(*prompt), states[: len(prompt)], watch)
+        new.read_target_prompt(prompt_of(*prompt), ReadPrompt(states[: len(prompt)], target.embeddings_of(prompt)), watch)
         return new
 
     begun(proposer)
@@ -353,17 +349,19 @@ def states_of(target, draft, prompts, limit) -> HiddenStates:
     """What extraction would store for these prompts."""
     texts = [greedy(target, prompt_of(*p), limit).token_ids for p in prompts]
     width = max(map(len, texts))
-    ids, v, p = torch.zeros(len(texts), width, dtype=torch.long), torch.zeros(len(texts), width, D), torch.zeros(len(texts), PROMPT, D)
+    ids, v = torch.zeros(len(texts), width, dtype=torch.long), torch.zeros(len(texts), width, D)
+    p, inputs = torch.zeros(2, len(texts), PROMPT, D)
     events = torch.cat([draft.vision_states(torch.tensor([prompt]), torch.zeros(1, 1)) for prompt in prompts])
     for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         state = target.prefill([prompt_of(*prompt)])
         before = state.prompt[0, :-1][-PROMPT:]
         ids[i, : len(text)], p[i, PROMPT - len(before) :] = torch.tensor(text), before
+        inputs[i, PROMPT - len(before) :] = target.embeddings_of(prompt[-len(before) :])
         v[i, : len(text)] = target.teacher_force(state, torch.tensor([text]))[0]
     lengths = torch.tensor([len(t) for t in texts])
     known = [target.text_ids(prompt)[-PROMPT - 1 :] for prompt in prompts]
     rows = [{"id": str(i), "sequence": str(i), "question": "", "prompt_ids": ids} for i, ids in enumerate(known)]
-    return HiddenStates(v, v, ids, torch.arange(width) < lengths[:, None], lengths, rows, {}, events, p)
+    return HiddenStates(v, v, ids, torch.arange(width) < lengths[:, None], lengths, rows, {}, events, p, inputs)
 
 
 @pytest.fixture(scope="module")
@@ -376,6 +374,89 @@ def learnt():
     adapter, history = train_attending(states, states, target.head_weight.detach(), target.embeddings, cfg)
     assert history[-1]["validation_token_match"] > history[0]["validation_token_match"] + 0.3
     return target, draft, states, adapter
+
+
+@pytest.mark.parametrize("kind", ["ce_cosine", "ce", "tv"])
+@pytest.mark.parametrize("soft", [0.0, 0.3])
+def test_the_loss_by_hand(learnt, kind, soft):
+    """From the roll-out's logits, draft token by draft token."""
+    target, _, states, adapter = learnt
+    cfg = TrainConfig(adapter="attending", loss=kind, soft_targets=soft, cosine_weight=0.7, roll_out_steps=2)
+    found = proposals(states, tables.NGramTable(adapter.table), leave_out=False)
+    (texts,) = prompted_texts(states, found, [torch.arange(3)], "cpu")
+    origins = torch.tensor([[0, 3], [5, 1], [2, 22]])  # the last one's second draft token is behind the text
+    reader = Reader(adapter, target.head_weight.detach(), target.embeddings)
+    wanted, weights = 0.0, 0.0
+    with torch.inference_mode():
+        for k, step in enumerate(reader.roll_out(texts, origins, 2)):
+            for row, column in step.real.nonzero().tolist():
+                position = int(step.position[row, column])
+                q = step.logits[row, column].double().softmax(0)
+                p = (texts.states[row, position] @ reader.head.T).double().softmax(0)
+                label = int(reader.column_of[texts.token_ids[row, position]])
+                ce = -(1 - soft) * (float(q[label].log()) if label >= 0 else 0.0) + soft * float((p * (p / q).log()).sum())
+                cosine = float(torch.cosine_similarity(step.expected[row, column], texts.states[row, position], 0))
+                tv = float(1 - torch.minimum(p, q).sum())
+                wanted += 0.9**k * {"ce": ce, "tv": 0.9 * tv + 0.1 * ce, "ce_cosine": ce + 0.7 * (1 - cosine)}[kind]
+                weights += 0.9**k
+        loss, parts, n, correct = losses(reader, texts, origins, 1.0, cfg)
+    assert float(loss) == float(parts["loss"]) == pytest.approx(wanted / weights, rel=1e-4)
+    assert correct.shape == (3, 2, 2) and 11 == n >= int(correct.sum()) > 0
+
+
+def test_tokens_per_pass_are_those_that_measuring_finds(learnt):
+    """Validation scores of the best epoch of a short training against the measurement of the adapter that was kept."""
+    target, _, states, _ = learnt
+    given = target.head_weight.detach(), target.embeddings
+    cfg = TrainConfig(adapter="attending", bottleneck=16, num_epochs=25, lr=1e-2, roll_out_steps=2, dropout=0.0)
+    adapter, history = train_attending(states, states, *given, cfg)
+    blocks = metrics.decoding_blocks(attending_scores(adapter, states, *given, 5)[0].match, states.mask, 5, states.ended)
+    assert 0.2 < blocks.acceptance_rate(3).value < 0.8
+    assert best_of(history)["validation_tokens_per_pass"] == pytest.approx(blocks.tokens_per_pass(states.lengths))
+
+
+def test_a_resumed_training_ends_with_the_same_bits(learnt, tmp_path, monkeypatch):
+    """Dropout and random origins included."""
+    target, _, states, _ = learnt
+    given = states, states, target.head_weight.detach(), target.embeddings
+    cfg = TrainConfig(adapter="attending", bottleneck=16, num_epochs=5, batch_size=2, dropout=0.3, lr=1e-2)
+    whole, history = train_attending(*given, cfg)
+    checkpoint, real, count = Checkpoint(tmp_path / "unfinished.pt", "these settings"), attending_training.losses, 0
+
+    def killed(*args):
+        nonlocal count
+        count += torch.is_grad_enabled()
+        if count > 5:  # in the third epoch of two steps
+            raise InterruptedError
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(attending_training, "losses", killed)
+        train_attending(*given, cfg, checkpoint)
+    torch.manual_seed(99)
+    resumed, again = train_attending(*given, cfg, checkpoint)
+    assert len(history) == 6 and again == history
+    assert all(torch.equal(x, y) for x, y in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+
+
+def test_a_variant_is_trained_and_measured_next_to_the_main_adapter(finished, tmp_path):
+    """On fewer rows, with the table of these rows."""
+    shutil.copytree(finished / "out", tmp_path / "out")
+    run = ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path / "out")]
+    main = (tmp_path / "out" / "attending_adapter" / "adapter.pt").read_bytes()
+    flags = ["--adapter", "attending", "--bottleneck", "16", "--variant", "half", "--limit", "9", "--loss", "tv"]
+    meta = train_hidden_adapter.main([*run, *flags])
+    assert meta["rows"] == 9 and meta["config"]["loss"] == "tv" and meta["validation"]["tokens_per_pass"] >= 1
+    assert (tmp_path / "out" / "attending_adapter" / "adapter.pt").read_bytes() == main
+    adapter = load_attending_adapter(tmp_path / "out" / "attending_adapter_half" / "adapter.pt")[0]
+    states = load_hidden_states(tmp_path / "out" / "hidden_states" / "train", events=True, prompt=True)
+    first = train_hidden_adapter.first_rows(states, 9)
+    assert torch.equal(adapter.table, tables.Counts(answers_of(states)[:9]).entries())
+    assert len(first.rows) == len(first.clip_index) == len(first.target) == len(first.mask) == 9 and first.rows == states.rows[:9]
+    report = measure_feature_acceptance.main([*run, "--variants", "half"])
+    assert {"attending", "attending, half"} <= set(report["chains"])
+    with pytest.raises(UserError, match=r"(?s)--variants other: .* holds no adapter.*--adapter attending --variant other"):
+        measure_feature_acceptance.main([*run, "--variants", "half", "other"])
 
 
 @pytest.mark.parametrize("gamma", [1, 3, 5])
@@ -478,9 +559,10 @@ def test_stored_prompt_states_are_those_that_decoding_meets(finished):
     assert states.prompt.shape[1] == 6 and len({len(row["prompt_ids"]) for row in states.rows}) == 1
     for row, sample in enumerate(samples[:7]):
         prompt = target.prepare(sample)
-        read = target.prefill([prompt]).prompt[0]
+        read, inputs = target.prefill([prompt]).read_prompt()
         assert states.rows[row]["id"] == sample.id and states.rows[row]["prompt_ids"] == target.text_ids(prompt.ids[-7:].tolist())
         torch.testing.assert_close(states.prompt[row], read[-7:-1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(states.prompt_inputs[row], inputs[-6:], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(states.target[row, 0], read[-1], atol=1e-4, rtol=1e-4)
 
 
@@ -498,8 +580,9 @@ def test_what_is_missing_of_a_prompt_is_hidden(learnt):
     target, _, states, adapter = learnt
     found = proposals(states, tables.NGramTable(adapter.table), leave_out=False)
     (texts,) = prompted_texts(states, found, [torch.arange(3)], "cpu")
-    assert texts.prompt_mask.sum(1).tolist() == [3, 2, 5] and (texts.prompt_ids >= 0).sum(1).tolist() == [3, 2, 5]
-    other = changed(texts, prompt=texts.prompt.masked_fill(~texts.prompt_mask[..., None], 7.0))
+    assert texts.prompt_mask.sum(1).tolist() == [3, 2, 5]
+    there = texts.prompt_mask[..., None]
+    other = changed(texts, prompt=texts.prompt.masked_fill(~there, 7.0), prompt_inputs=texts.prompt_inputs.masked_fill(~there, 7.0))
     reader, every = Reader(adapter, target.head_weight, target.embeddings), torch.zeros(3, 1, dtype=torch.long)
     with torch.inference_mode():
         (one,), (two,) = (list(reader.roll_out(t, every, 1)) for t in (texts, other))

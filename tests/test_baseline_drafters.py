@@ -10,6 +10,7 @@ import torch
 from conftest import prompt_of
 
 from feature_alignment.decoding.baseline_drafters import Lookup, NGram, Previous, TableProposer, Template
+from feature_alignment.decoding.best_table import BestTable
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
 from feature_alignment.models.generation import GenerationRules
@@ -130,3 +131,37 @@ def test_a_table_is_told_of_an_answer_when_another_prompt_begins():
         proposer.start(prompt, watch)
         proposer.finish(answer)
     assert table.told == [("", [6]), ("", [7])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the best table
+
+
+def rhymes(number: int, seed: int) -> list[tuple[str, list[int]]]:
+    """Texts of random tokens, each said twice, with an 8 in between: after the 8 a lookup is right and an n-gram is not."""
+    r = random.Random(seed)
+    words = [[r.randrange(10, 40) for _ in range(6)] for _ in range(number)]
+    return [("q", [7, *w, 8, *w, 9]) for w in words]
+
+
+def formulas(number: int, seed: int) -> list[tuple[str, list[int]]]:
+    """Texts of one formula, with a token that was not there before in place of what a lookup would repeat."""
+    r = random.Random(seed)
+    return [("q", [7, 1, 2, r.randrange(50, 60), 3, 1, 2, 4, 9]) for _ in range(number)]
+
+
+def test_the_best_table_trusts_what_was_right_on_texts_that_it_did_not_hold():
+    copied = rhymes(1, 99)[0][1]
+    table, ngram, lookup = BestTable(rhymes(40, 1)), NGram(rhymes(40, 1)), Lookup()
+    second = range(10, 14)  # from the third word after the 8 on: a match of two tokens or more
+    wanted = [copied[t] for t in second]
+    assert all([drafter.next_token("q", copied[:t]) for t in second] == wanted for drafter in (table, lookup))
+    assert [ngram.next_token("q", copied[:t]) for t in second] != [copied[t] for t in second]
+    said = formulas(1, 99)[0][1]
+    table, lookup = BestTable(formulas(40, 1)), Lookup()
+    assert table.next_token("q", said[:7]) == said[7] == 4 and lookup.next_token("q", said[:7]) == said[3]
+
+
+def test_the_best_table_of_nothing_proposes_what_lookup_finds():
+    table = BestTable([])
+    assert table.next_token("q", [5, 6, 7, 5]) == 6 and table.next_token("q", [5]) is None
+    assert BestTable([], lambda question: [3, 5, 4]).next_token("q", [5]) == 4

@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import as_decoder, main_of, noisy_copy, prompt_of, tiny_llama
+from conftest import ROOT, as_decoder, main_of, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
-from feature_alignment.benchmark import fidelity, speed_model, targets, timing
+from feature_alignment.benchmark import fidelity, planted_report, report, speed_model, targets, timing
+from feature_alignment.benchmark.chain_loop import ChainLoop, DraftedRound
 from feature_alignment.benchmark.compare import compare
 from feature_alignment.benchmark.costs import LoopCosts
-from feature_alignment.benchmark.results import BenchmarkRow
+from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, PlantedReport
 from feature_alignment.benchmark.rows import Mode, timed_row
 from feature_alignment.benchmark.speed_model import Costs, RoundCost, drafter_of
 from feature_alignment.benchmark.timing import Timed, fastest
@@ -26,7 +27,8 @@ from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.generation import Generation, Round
 from feature_alignment.decoding.plain import greedy
-from feature_alignment.decoding.proposers import ModelProposer
+from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
+from feature_alignment.decoding.settings import DEFAULT_THRESHOLDS
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.storage.files import content_hash
 
@@ -177,12 +179,83 @@ def test_the_choice_of_one_half_is_timed_on_the_other():
     assert alone.chosen == (0, 0) and alone.best == 0 and alone.runs.every == one.every
 
 
+def chained_proposer(target):
+    torch.manual_seed(3)
+    adapter = ChainedAdapter(32, 32, 1, width=8).eval()
+    return ChainedProposer(as_decoder(tiny_llama(1)), adapter, target.head_weight, target.embeddings)
+
+
+def test_the_cost_of_a_draft_beyond_that_of_its_loop_has_a_part_per_round_and_a_part_per_draft():
+    """0.2 ms a draft alone; live 0.5 ms a round and 0.01 ms a draft more; the last round counts two of its eight drafts."""
+    loop, lengths = ChainLoop(), [3, 3, 5, 8, 8]
+    loop.rounds = [DraftedRound(n, n, 0.5 + 0.21 * n, 0.2 * n) for n in lengths[:-1]] + [DraftedRound(8, 2, 0.5 + 0.21 * 8, 1.6)]
+    found = loop.costs(4.0)
+    assert found.alone == pytest.approx(0.2 * 27 / 21 / 4)
+    assert found.live == pytest.approx((5 * 0.5 + 0.21 * 27) / 21 / 4)
+    assert found.once == pytest.approx(5 * 0.5 / 21 / 4)
+    loop.rounds = loop.rounds[:2]
+    assert loop.costs(4.0).once is None, "one draft length does not tell the two parts apart"
+    assert ChainLoop().costs(4.0) == (None, None, None)
+
+
+def test_the_loop_repeats_the_draft_lengths_of_the_run_and_leaves_the_run_as_it_is():
+    target, prompt = as_decoder(tiny_llama(0)), prompt_of(1, 5, 9)
+    proposer, loop, asked = chained_proposer(target), ChainLoop(), []
+
+    def answer(i):
+        return speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=12)
+
+    alone, redraft = answer(0), proposer.redraft
+    proposer.redraft = lambda length: asked.append(length) or redraft(length)
+    got = loop.after(answer, proposer, 4)(0)
+    assert got.token_ids == alone.token_ids and [r.proposed for r in got.rounds] == [r.proposed for r in alone.rounds]
+    assert len(redraft(3)) == 3
+    drafted = [r for r in got.rounds if r.proposed]
+    lengths = [4 if r.stop_reason == "EOS" else len(r.proposed) for r in drafted]
+    assert asked == [lengths[0], *lengths] and [r.length for r in loop.rounds] == lengths
+    assert [r.live_ms for r in loop.rounds] == [r.ms["adapter"] for r in drafted] and min(r.alone_ms for r in loop.rounds) > 0
+    assert loop.after(answer, ModelProposer(as_decoder(tiny_llama(1)), None, None), 4) is answer
+
+
+def test_the_report_says_how_far_live_and_alone_are_apart_and_why(finished):
+    result = BenchmarkReport.from_json(json.loads((finished / "out" / "benchmark" / "benchmark.json").read_text()))
+    (fixed,) = (d for d in result.cost.rounds.drafters if (d.draft, d.adaptive) == ("chained", False))
+    assert result.cost.c_chained_live == pytest.approx(fixed.c) and result.cost.c_chained_alone > 0
+    assert result.cost.c_chained_once is not None, "two draft lengths"
+    cost = dataclasses.replace(result.cost, c_chained_live=0.03, c_chained_alone=0.02, c_chained_once=0.004)
+    for rows in (report.decoding_cost_table(cost)[2], planted_report.chained_rows(cost)):
+        cells = dict(row for row in rows if "live" in row[0] or "alone" in row[0])
+        assert [*cells.values()][:2] == ["0.0300", "0.0200"]
+        assert cells["live / alone"].startswith("1.50 times; the difference is 0.0100: 0.0040 is spent once a round")
+        assert cells["live / alone"].endswith("0.0060 with each draft token")
+    text = (finished / "out" / "benchmark" / "report.md").read_text()
+    assert "| live / alone |" in text and "live / alone" in (finished / "out" / "benchmark" / "report.html").read_text()
+    earlier = dataclasses.replace(cost, c_chained_live=None, c_chained_alone=None, c_chained_once=None)
+    labels = [row[0] for row in report.decoding_cost_table(earlier)[2]]
+    assert planted_report.chained_rows(earlier) == [] and "c of a chained draft token, in a loop of nothing else" in labels
+
+
+def test_an_eager_fallback_is_a_table_of_both_reports():
+    folder = ROOT / "data" / "results" / "h100_random_7b"
+    for kind, name, tables in (
+        (BenchmarkReport, "benchmark.json", report.tables),
+        (PlantedReport, "planted.json", planted_report.tables),
+    ):
+        result = kind.from_json(json.loads((folder / name).read_text()))
+        assert not [title for title, *_ in tables(result) if "EAGER" in title]
+        meta = {**result.meta, "eager_fallbacks": ["steps cannot be compiled: no C compiler: here"]}
+        ((title, _, rows),) = (table for table in tables(dataclasses.replace(result, meta=meta)) if "EAGER" in table[0])
+        assert f"--steps {meta['config']['steps']}" in title and rows == [["steps cannot be compiled", "no C compiler: here"]]
+
+
 def test_only_rows_of_the_runs_own_adapters_can_be_the_target():
     """Neither a row of another exit of EventGPT, nor a table, nor a lossy rule."""
     usual = Mode("aligned", "token", 5)
     assert targets.is_candidate(usual) and targets.is_candidate(Mode("own", "token", 5))
     assert not targets.is_candidate(dataclasses.replace(usual, exit_layer=2))
-    assert not targets.is_candidate(Mode("ngram", "token", 5)) and not targets.is_candidate(Mode("aligned", "feature", 5, threshold=0.9))
+    assert not targets.is_candidate(Mode("ngram", "token", 5))
+    for rule, threshold in DEFAULT_THRESHOLDS.items():
+        assert not targets.is_candidate(Mode("aligned", rule, 5, threshold=threshold))
 
 
 @pytest.mark.parametrize("draft", ["aligned", "chained"])

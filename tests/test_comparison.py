@@ -56,7 +56,7 @@ def test_drafters_see_each_answer_after_they_drafted_it():
     """`previous` knows the training answer first, then each answer it has seen to the same question; `lookup` reads the question too."""
     train = [{"query": "q", "vl_tokens": [5, 6, 2]}, {"query": "r", "vl_tokens": [5, 6, 9, 2]}]
     found = comparison.baseline_drafter_reports(train, ROWS, 3, [2])
-    assert list(found) == ["template", "ngram", "lookup", "previous"]
+    assert list(found) == ["template", "ngram", "lookup", "previous", "tables"]
     assert found["previous"].token_match.count == (2 + 0) + 4 + 3 + 3 and found["previous"].params == 0
     assert found["template"].token_match.total == 5 + 4 + 4 + 3
     assert found["lookup"].token_match.count == 0  # nothing repeats

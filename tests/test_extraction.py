@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, fork
 
-from feature_alignment import extract_hidden_states
+from feature_alignment import compare_token_baseline, extract_hidden_states
 from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import read_samples
@@ -26,7 +26,7 @@ from feature_alignment.models.batches import ClipBatch, plan_batches
 from feature_alignment.models.pair import load_pair
 from feature_alignment.storage.hidden_states import load_hidden_states
 
-FILES = ("egpt_hidden_states.pt", "vl_hidden_states.pt", "positions.pt", "samples.jsonl")
+FILES = ("egpt_hidden_states.pt", "vl_hidden_states.pt", "egpt_event_states.pt", "positions.pt", "samples.jsonl")
 
 
 def flags(run, out, *more):
@@ -77,6 +77,20 @@ def test_a_batch_of_clips_says_and_thinks_what_each_question_alone_does(pair_and
         state = model.prefill([model.prepare(sample)])
         assert model.generate(state, 12) == [answer]
         torch.testing.assert_close(states, model.teacher_force(state, torch.tensor([answer]))[0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("before", [1, 3, 1000])
+def test_states_of_a_prompts_end_are_those_of_its_prefill(pair_and_samples, before):
+    """From any place on; where a prompt is shorter than what is asked for, zeros stand in front."""
+    pair, samples = pair_and_samples
+    batch = ClipBatch(pair.target, samples[:3])
+    answers = batch.generate(4)
+    for sample, answer, states in zip(samples, answers, batch.states(answers, before), strict=False):
+        state = pair.target.prefill([pair.target.prepare(sample)])
+        prompt = state.prompt[0, :-1]
+        wanted = torch.cat([prompt, pair.target.teacher_force(state, torch.tensor([answer]))[0]])[-before - len(answer) :]
+        assert len(states) == before + len(answer) and not states[: len(states) - len(wanted)].any()
+        torch.testing.assert_close(states[len(states) - len(wanted) :], wanted, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("counts", [(1, 3), (3, 1), (1, 3, 1, 1), (2, 3, 1)])
@@ -195,6 +209,24 @@ def test_known_answers_are_read_and_change_nothing(tiny_run, whole, tmp_path, mo
     assert hashes(tmp_path) == hashes(whole)
     with pytest.raises(UserError, match="max_new_tokens: 12 recorded, 9 now"):
         extract_hidden_states.main(flags(tiny_run, tmp_path / "b", *known, "--max_new_tokens", "9"))
+
+
+def test_without_the_drafters_answers_the_states_are_the_same(tiny_run, whole, tmp_path):
+    silent = ["--draft_answers", "false", "--own_drafts", "false", "--event_states"]
+    extract_hidden_states.main(flags(tiny_run, tmp_path, *silent))
+    got, wanted = (load_hidden_states(out / "hidden_states" / "train") for out in (tmp_path, whole))
+    assert got.token_ids.equal(wanted.token_ids)
+    torch.testing.assert_close(got.target, wanted.target, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(got.draft, wanted.draft, atol=2e-5, rtol=1e-4)
+    assert {(*r["egpt_tokens"], r["egpt_text"]) for r in got.rows} == {("",)}
+    (tmp_path / "hidden_states" / "train" / "vl_hidden_states.pt").unlink()  # its answers are complete: they are not generated again
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClipBatch, "generate", None)
+        extract_hidden_states.main(flags(tiny_run, tmp_path, *silent))
+    with pytest.raises(UserError, match=r"--prefix own needs EventGPT's answers"):
+        extract_hidden_states.main(flags(tiny_run, tmp_path, *silent, "--prefix", "own"))
+    with pytest.raises(UserError, match=r"(?s)no answers of EventGPT.*--draft_answers true"):
+        compare_token_baseline.main(["--token_pairs", str(tmp_path / "token_pairs" / "train.json"), "--output_dir", str(tmp_path)])
 
 
 def test_layers_apart_are_the_layers_together(tiny_run, whole, tmp_path):

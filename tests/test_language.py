@@ -213,8 +213,9 @@ def test_stored_answers_are_judged_by_the_facts_of_their_own_scenes(tmp_path):
 
 
 def test_every_question_is_asked_equally_often():
-    asked = [q for clip in range(10) for q in language_scenes.questions_of(clip, 3)]
-    assert sorted(asked) == sorted([*range(10)] * 3)
+    count = len(language_world.QUESTIONS)
+    asked = [q for clip in range(count) for q in language_scenes.questions_of(clip, 6)]
+    assert sorted(asked) == sorted([*range(count)] * 6)
 
 
 def test_a_split_has_the_facts_and_files_of_its_clips(tmp_path):

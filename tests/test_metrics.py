@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from feature_alignment.adapters.closed_form import PositionMeans, moments
+from feature_alignment.adapters.rounds import run_from
 from feature_alignment.measurement import metrics
 
 
@@ -64,7 +65,7 @@ def test_positions_after_the_end_never_count():
 
 def test_runs():
     bits, mask = torch.tensor([[1, 1, 0, 1, 1, 1]]).bool(), torch.tensor([[1, 1, 1, 1, 1, 0]]).bool()
-    assert metrics.run_from(bits, mask).tolist() == [[2, 1, 0, 2, 1, 0]]
+    assert run_from(bits, mask).tolist() == [[2, 1, 0, 2, 1, 0]]
     assert metrics.leading_run(bits, mask).tolist() == [2]
 
 

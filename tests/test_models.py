@@ -460,6 +460,22 @@ def test_a_model_of_which_a_part_fits_nowhere_is_refused(monkeypatch, tmp_path):
     assert loading.load_model(int, tmp_path, "a model", dtype=torch.float32, device="meta") is model
 
 
+def test_both_models_keep_their_towers_and_projectors_out_of_four_bits(monkeypatch, tiny_run):
+    """Quantized are the text model's linear layers alone, and every module that is kept out exists."""
+    seen = {}
+    for name, module in (("video_llava", video_llava), ("eventgpt", eventgpt)):
+        monkeypatch.setattr(module, "load_model", lambda cls, path, what, **options: seen.setdefault(what, options["unquantized"]))
+        getattr(module, f"load_{name}")(tiny_run / "pair" / name, torch.float32)
+    models = {"Video-LLaVA": video_llava.load_video_llava, "EventGPT": load_eventgpt}
+    monkeypatch.undo()
+    for (what, kept), folder in zip(seen.items(), ("video_llava", "eventgpt"), strict=True):
+        model = models[what](tiny_run / "pair" / folder, torch.float32)
+        linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+        quantized = [name for name in linear if not any(name == k or name.startswith(f"{k}.") for k in kept)]
+        assert quantized and all(".layers." in name and "tower" not in name for name in quantized)
+        assert all(any(name == k or name.startswith(f"{k}.") for name, _ in model.named_modules()) for k in kept)
+
+
 def test_four_bits_are_nf4_with_double_quantization(monkeypatch):
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(loading, "BitsAndBytesConfig", dict)

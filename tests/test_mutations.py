@@ -264,13 +264,14 @@ class Scene:
 
     def undo(self, folder: Path) -> None:
         """Make a complete split look as if it had been killed after its first rows."""
-        from feature_alignment.storage.hidden_states_writer import _note, unfinished_folder
+        from feature_alignment.storage.progress_notes import note_line, unfinished_folder
 
         meta = json.loads((folder / "meta.json").read_text())
         positions = torch.load(folder / "positions.pt", weights_only=True)
         rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-        notes = [{"row": i, "read": positions["token_ids"][i, : positions["lengths"][i]].tolist(), **r} for i, r in enumerate(rows[:8])]
-        (folder / "progress-0.txt").write_bytes(b"".join(map(_note, notes)))
+        ids, lengths, clips = (positions[key] for key in ("token_ids", "lengths", "clip_index"))
+        notes = [{"row": i, "read": ids[i, : lengths[i]].tolist(), "event_row": int(clips[i]), **r} for i, r in enumerate(rows[:8])]
+        (folder / "progress-0.txt").write_bytes(b"".join(map(note_line, notes)))
         (folder / "settings.json").write_text(json.dumps({k: meta[k] for k in ("schema", "settings", "made_from", "code", "plan")}))
         for name in ("meta.json", "positions.pt", "samples.jsonl"):
             (folder / name).unlink()

@@ -32,8 +32,9 @@ def test_hidden_states_fit_their_tokens(finished):
 def test_the_best_epoch_is_what_is_kept(finished):
     history = [json.loads(line) for line in (finished / "out" / "adapter" / "history.jsonl").read_text().splitlines()]
     meta = read(finished / "out" / "adapter" / "meta.json")
-    best = min(history, key=lambda h: h["validation_loss"])
+    best = min(history, key=lambda h: (-h["validation_tokens_per_pass"], h["validation_loss"]))
     assert meta["best_epoch"] == best["epoch"] and meta["validation"]["cosine"] == best["validation_cosine"]
+    assert meta["validation"]["tokens_per_pass"] == best["validation_tokens_per_pass"] >= 1
     assert len(history) == 3 and history[0]["epoch"] == 0
 
 
@@ -152,7 +153,7 @@ def test_a_second_run_reuses_everything(finished, capsys):
 @pytest.mark.parametrize(
     "extra",
     [
-        *[["--draft", source] for source in ("own", "chained", "attending", "hybrid", "ngram", "template", "lookup", "previous")],
+        *[["--draft", source] for source in ("own", "chained", "attending", "hybrid", "ngram", "template", "lookup", "previous", "tables")],
         *[["--draft", source, "--temperature", "0.8"] for source in ("own", "attending", "hybrid")],
         ["--draft", "own", "--accept", "feature"],
         *[["--draft", source, "--accept", "relaxed", "--threshold", "0.1"] for source in ("chained", "attending")],

@@ -4,11 +4,14 @@ import json
 import random
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import pytest
 
+from feature_alignment.benchmark import plots
 from feature_alignment.benchmark.profile import ProfileCosts, SpeculationProfile, calibration_of, profile_of, recommended_length
 from feature_alignment.benchmark.timing import Timed
 from feature_alignment.decoding.generation import Generation, Round
+from feature_alignment.storage.files import read_hashed_json
 
 COSTS = ProfileCosts(c=0.05, r=0.1, v={"1": 1.0, "6": 1.5, "11": 2.0})
 
@@ -46,6 +49,22 @@ def test_mean_length_is_one_plus_the_sum_of_marginal_acceptance(seed):
     assert profile.draft_acceptance_rate.total == sum(len(r.proposed) for r in drafted)
 
 
+def test_the_identity_holds_on_the_profiles_of_a_real_run_and_their_intervals_hold_their_values(finished):
+    content = read_hashed_json(finished / "out" / "benchmark" / "speculation_profile.json", "")
+    profiles = [SpeculationProfile.from_json(p) for p in content["profiles"]]
+    assert {"chained", "aligned", "own", "ngram", "attending"} <= {p.draft for p in profiles}
+    rows = read_hashed_json(finished / "out" / "benchmark" / "benchmark.json", "")["rows"]
+    for p in profiles:
+        assert p.mean_acceptance_length == pytest.approx(1 + sum(r.value for r in p.marginal_acceptance), abs=1e-12)
+        low, high = p.mean_acceptance_length_ci95
+        assert low <= p.mean_acceptance_length <= high
+        row = next(r for r in rows if (r["draft"], r["accept"], r["drafts_per_round"]) == (p.draft, "token", str(p.num_draft_tokens)))
+        reached = sum(rate.total for rate in p.conditional_acceptance)
+        assert p.num_accepted_tokens / max(1, reached) == pytest.approx(row["acceptance_rate"]["value"] or 0)
+        assert p.costs.v["1"] > 0 and len(p.marginal_acceptance) == len(p.conditional_acceptance) == p.num_draft_tokens
+    assert any(p.num_accepted_tokens for p in profiles)
+
+
 def test_a_profile_survives_json():
     profile = profile_of("chained", 5, random_runs(0), [str(i) for i in range(12)], COSTS, random_runs(1))
     again = SpeculationProfile.from_json(json.loads(json.dumps(profile.to_json())))
@@ -81,3 +100,20 @@ def test_calibration_counts_only_draft_tokens_that_verification_reached():
     assert found.auroc == pytest.approx((2 * 1.5 + 1) / 6)  # of three accepted and two rejected; ties count half
     assert calibration_of([round_of(1, 1)]) is None
     assert calibration_of([round_of(1, 1, [1.0])]).auroc is None
+
+
+def test_the_picture_shows_marginal_and_conditional_acceptance_by_position_with_intervals(monkeypatch, tmp_path):
+    drawn = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path.name: figure}))
+    profiles = [profile_of(name, n, random_runs(n, n), [str(i) for i in range(12)], COSTS) for name, n in (("chained", 5), ("own", 3))]
+    plots.acceptance_by_position(profiles, tmp_path / "by_position.png")
+    for axis, key in zip(drawn["by_position.png"].axes, ("marginal_acceptance", "conditional_acceptance"), strict=True):
+        for profile, bars, shift in zip(profiles, axis.containers, (-0.03, 0.03), strict=True):
+            rates = getattr(profile, key)
+            line, _, (ends,) = bars
+            assert list(line.get_xdata()) == pytest.approx([i + 1 + shift for i in range(len(rates))])
+            assert list(line.get_ydata()) == [r.value for r in rates]
+            assert [s[:, 1].tolist() for s in ends.get_segments()] == [pytest.approx(list(r.ci95)) for r in rates]
+            assert bars.get_label() == f"{profile.draft}: {profile.mean_acceptance_length:.2f} tokens a round"
+        assert axis.get_ylim() == (0, 1.02)
+    plt.close("all")

@@ -55,7 +55,7 @@ INLINE = [
 SCRIPT_LINES = [
     line for line in dict.fromkeys([*RUN_HERE, *INLINE]) if "feature_alignment/" in line and " compare " not in line and "--" in line
 ]
-PROGRAMS = {"python", "bash", "pip", "torchrun", "ruff", "mypy", "source"}
+PROGRAMS = {"python", "bash", "pip", "torchrun", "ruff", "mypy", "source", "sbatch"}
 
 
 def measurements_in(lines: list[str]) -> list[str]:
@@ -134,7 +134,7 @@ def test_each_command_names_a_program_and_files_that_exist(line):
 
 
 def test_each_flag_is_known():
-    for name in (*SCRIPTS, "models.pair", "adapters.share"):
+    for name in (*SCRIPTS, "models.pair", "adapters.share", "benchmark.plan"):
         import_module(f"feature_alignment.{name}")
     kinds, known = [Common], {"help", "print_config", "config", "no_resume", "splits"}
     known |= {"modules", "sample"}  # of tests.mutate
@@ -142,13 +142,13 @@ def test_each_flag_is_known():
         kind = kinds.pop()
         kinds += kind.__subclasses__()
         known |= {f.name for f in dataclasses.fields(kind)}
-    torchrun = {"nproc_per_node"}
+    launchers = {"nproc_per_node", "array", "dependency"}  # of torchrun and sbatch
     unknown = {
         (name, flag)
         for name, text in DOCUMENTS.items()
         for code in [*code_spans(text), *commands_in(text)]
         for flag in re.findall(r"(?<![\w-])--([a-z][a-z_]*)", code)
-        if flag not in known | torchrun
+        if flag not in known | launchers
     }
     assert not unknown
 
@@ -196,6 +196,12 @@ def adapted(words: list[str], root: Path) -> list[str]:
         words[at:end] = ["1", "2", "3"]
     if "--sample" in words:
         words[words.index("--sample") + 1] = json.loads((root / "scenes" / "test.jsonl").read_text().splitlines()[0])["id"]
+    if "--clips" in words:
+        row = json.loads((root / "scenes" / "test.jsonl").read_text().splitlines()[0])
+        (root / "clips").mkdir(exist_ok=True)
+        for key in ("events", "video"):
+            shutil.copy(root / "scenes" / row[key], root / "clips" / f"a{Path(row[key]).suffix}")
+        words[words.index("--clips") + 1] = str(root / "clips")
     if "--train_token_adapter" in words:
         words += ["--num_epochs", "1"]
     return words
@@ -342,7 +348,7 @@ def test_all_documents_quote_one_run():
                 quoted.setdefault(name, set()).add(made)
         for name, made in re.findall(r"(\S+\.json) made (\S+?)(?:;| -->)", text):
             quoted.setdefault(name, set()).add(made)
-    assert len(quoted) == 3 and all(len(made) == 1 for made in quoted.values()), quoted
+    assert len(quoted) == 4 and all(len(made) == 1 for made in quoted.values()), quoted
 
 
 def test_numbers_of_the_gpu_run_are_those_of_its_files():

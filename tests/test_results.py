@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pytest
 from conftest import ROOT
 
-from feature_alignment.benchmark import costs, profile, results, summary
+from feature_alignment.benchmark import costs, profile, results, summary, sweep
 from feature_alignment.benchmark.compare import read_benchmark
 from feature_alignment.benchmark.results import BenchmarkReport, PlantedReport
 from feature_alignment.cli.console import UserError
@@ -21,7 +21,7 @@ from feature_alignment.measurement.records import OMIT_IF_NONE, Record, read_rec
 from feature_alignment.measurement.reports import AcceptanceReport, ComparisonReport
 from feature_alignment.storage.files import write_hashed_json
 
-MODULES = (metrics, calibration, reports, costs, results, profile, summary)
+MODULES = (metrics, calibration, reports, costs, results, profile, summary, sweep)
 RECORDS = {c for m in MODULES for c in vars(m).values() if isinstance(c, type) and issubclass(c, Record) and c is not Record}
 MEASURED_7B = ROOT / "data" / "results" / "h100_random_7b"
 

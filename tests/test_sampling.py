@@ -86,7 +86,7 @@ class Remembered(Decoder):
         state = State(None, None, len(prompts[0].ids))
         state.text = tuple(prompts[0].ids.tolist())
         state.prompt = torch.stack([self._behind(state.text[:end]) for end in range(1, state.length + 1)])[None]
-        state.last = state.prompt[:, -1]
+        state.last, state.inputs = state.prompt[:, -1], self.embeddings_of(list(state.text))[None]
         return state
 
     def step(self, state, token_ids):

@@ -14,6 +14,7 @@ from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.baseline_drafters import HybridProposer, Lookup, NGram, Previous, TableProposer, Template
+from feature_alignment.decoding.best_table import BestTable
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.models import pair
@@ -52,7 +53,7 @@ def test_each_drafter_names_the_files_it_depends_on(tmp_path, chained):
         save_adapter(chain, ChainedAdapter(32, 32, 1, 16), [3])
     model = {"chained_adapter": chain} if chained else {"adapter": adapter}
     wanted = {"own": {}, "aligned": {"adapter": adapter}, "chained": {"chained_adapter": chain}, "lookup": {}}
-    wanted |= {name: {"texts": texts} for name in ("ngram", "template", "previous")} | {"hybrid": {**model, "texts": texts}}
+    wanted |= {name: {"texts": texts} for name in ("ngram", "template", "previous", "tables")} | {"hybrid": {**model, "texts": texts}}
     assert {name: sources.files(name) for name in wanted} == wanted
     assert opened(tmp_path).texts_path == tmp_path / "token_pairs" / "train.json"
 
@@ -85,10 +86,11 @@ def test_drafters_are_made_of_what_their_names_say(tmp_path):
     assert type(hybrid) is HybridProposer and hybrid._table is sources.ngram and hybrid._model._adapter is sources.adapter
     save_adapter(sources.chained_path, ChainedAdapter(32, 32, 1, 16), [3])
     assert type(sources.open("chained")) is type(sources.open("hybrid")._model) is ChainedProposer
-    tables = {name: sources.open(name)._table for name in ("ngram", "lookup", "template", "previous")}
-    assert {name: type(t) for name, t in tables.items()} == {"ngram": NGram, "lookup": Lookup, "template": Template, "previous": Previous}
+    tables = {name: sources.open(name)._table for name in ("ngram", "lookup", "template", "previous", "tables")}
+    kinds = {"ngram": NGram, "lookup": Lookup, "template": Template, "previous": Previous, "tables": BestTable}
+    assert {name: type(t) for name, t in tables.items()} == kinds
     assert all(type(sources.open(name)) is TableProposer for name in tables) and tables["ngram"] is sources.ngram
-    assert [tables[name].next_token("q", [4]) for name in tables] == [5, None, 5, 5]
+    assert [tables[name].next_token("q", [4]) for name in tables] == [5, None, 5, 5, 5]
     assert (
         tables["lookup"].next_token("q", [8]) == 9 and tables["lookup"].next_token("q", [1]) is None
     )  # the question without a begin token
@@ -96,7 +98,7 @@ def test_drafters_are_made_of_what_their_names_say(tmp_path):
 
 def test_a_rule_that_compares_states_is_refused_where_there_are_none(tmp_path):
     sources = opened(tmp_path)
-    for name in ("ngram", "lookup", "template", "previous", "hybrid"):
+    for name in ("ngram", "lookup", "template", "previous", "tables", "hybrid"):
         with pytest.raises(UserError, match=f"{name} drafts have none; pass --draft chained"):
             sources.open(name, predicts_states=True)
     with pytest.raises(UserError, match=r"own drafts have none before the drafter's last layer; pass --draft_layers 3"):

@@ -187,14 +187,19 @@ def test_joined_weights_are_stored_once():
         assert new.gate_up.data_ptr() == old.gate_up.data_ptr() and new.keys.data_ptr() != old.keys.data_ptr()
 
 
-def test_unsupported_layers_run_eagerly(caplog, monkeypatch):
+@pytest.mark.parametrize("asked", ["graphs", "auto"])
+def test_unsupported_layers_run_eagerly(asked, caplog, monkeypatch):
+    """Also where `auto` would compile them, on a GPU."""
     model = tiny_llama(0)
     model.model.layers[0].mlp.gate_proj = torch.nn.Linear(32, 64, bias=True)
     decoder = as_decoder(model)
     monkeypatch.setattr(fixed, "eager_fallbacks", [])
-    decoder.use_steps("graphs")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(decoder), "device", property(lambda self: torch.device("cuda")))
+        decoder.use_steps(asked)
+    wanted = "graphs" if asked == "graphs" else "compiled"
     assert decoder.steps == "eager" and "quantized or have a bias" in caplog.text
-    assert len(fixed.eager_fallbacks) == 1 and "graphs steps of LlamaModel run eagerly: weights" in fixed.eager_fallbacks[0]
+    assert len(fixed.eager_fallbacks) == 1 and f"{wanted} steps of LlamaModel run eagerly: weights" in fixed.eager_fallbacks[0]
     assert not isinstance(decoder.prefill([prompt_of(1, 5)]).cache, FixedCache)
 
 

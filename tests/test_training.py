@@ -14,16 +14,20 @@ from conftest import ROOT
 
 from feature_alignment.adapters import fitting, training
 from feature_alignment.adapters.closed_form import moments
-from feature_alignment.adapters.fitting import Batch, Checkpoint, ProcessShare
+from feature_alignment.adapters.fitting import Batch, Checkpoint, ProcessShare, best_of
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.adapters.training import Scale, start_from_linear, train_chained, train_hidden
 from feature_alignment.cli.console import UserError
+from feature_alignment.measurement import metrics, scoring
 from feature_alignment.storage.hidden_states import HiddenStates
 from feature_alignment.train_hidden_adapter import TrainConfig
 
 D = 8
 HEAD = torch.randn(12, D, generator=torch.Generator().manual_seed(5)) / 100
 TURN = torch.randn(D, 2, generator=torch.Generator().manual_seed(1)) @ torch.randn(2, D, generator=torch.Generator().manual_seed(2))
+
+
+EMBEDDINGS = torch.randn(12, D, generator=torch.Generator().manual_seed(3))
 
 
 def bent(g):
@@ -41,10 +45,6 @@ def states(n, seed, change=bent, s=6):
 
 def config(**more):
     return TrainConfig(**{"bottleneck": 16, "linear_units": 4, "num_epochs": 12, "batch_size": 16, "lr": 1e-2, **more})
-
-
-def best_of(history):
-    return min(history, key=lambda h: h["validation_loss"])
 
 
 def same(a, b):
@@ -103,27 +103,88 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.parametrize("adapter", ["hidden", "chained"])
 @pytest.mark.parametrize("after", [1, 4])
-def test_a_resumed_training_ends_with_the_same_bits(tmp_path, monkeypatch, after):
-    train, validation, cfg = states(60, 1), states(20, 2), config(num_epochs=6)
-    whole, history = train_hidden(train, validation, HEAD, cfg)
+def test_a_resumed_training_ends_with_the_same_bits(tmp_path, monkeypatch, after, adapter):
+    whole, history = learn(adapter, ProcessShare(), num_epochs=6)
     checkpoint = Checkpoint(tmp_path / "unfinished.pt", "these settings")
     real, count = training.losses, 0
 
     def killed(*args):
         nonlocal count
         count += torch.is_grad_enabled()
-        if count > after * 4 + 2:  # in the middle of an epoch of four steps
+        if count > (after * 4 + 2) * (3 if adapter == "chained" else 1):  # in the middle of an epoch of four steps, of three drafts each
             raise Stopped
         return real(*args)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(training, "losses", killed)
-        train_hidden(train, validation, HEAD, cfg, checkpoint)
-    resumed, again = train_hidden(train, validation, HEAD, cfg, checkpoint)
+        learn(adapter, ProcessShare(), checkpoint, num_epochs=6)
+    assert len(checkpoint.load()["history"]) == after + 1
+    resumed, again = learn(adapter, ProcessShare(), checkpoint, num_epochs=6)
     assert same(whole, resumed) and again == history
     other = dataclasses.replace(checkpoint, identity="other settings")
     assert other.load() is None and dataclasses.replace(checkpoint, resume=False).load() is None
+
+
+def scripted(scores, **more):
+    """The history and the epoch kept of a training whose validation scores (tokens per pass, loss) are given."""
+    layer, waiting = torch.nn.Linear(1, 1), iter(scores)
+    weights = []
+
+    def evaluate():
+        weights.append(float(layer.weight.detach()))
+        tokens, loss = next(waiting)
+        return {"tokens_per_pass": tokens, "loss": loss}
+
+    def epoch(_):
+        yield Batch((layer(torch.ones(1, 1)) - 9).square().mean(), {}, 1)
+
+    kept, history = fitting.fit(layer, epoch, 1, evaluate, lambda: layer, config(num_epochs=len(scores) - 1, **more), [])
+    return history, weights.index(float(kept.weight.detach()))
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([(1.0, 9.0), (2.0, 5.0), (1.9, 4.0), (1.8, 3.0)], 1),  # the loss falls on, the rounds do not become longer
+        ([(1.0, 1.0), (1.1, 2.0), (1.2, 3.0)], 2),
+        ([(1.5, 3.0), (1.5, 2.0), (1.5, 2.0), (1.4, 1.0)], 1),  # of equal rounds the lower loss, of equal losses the first
+        ([(2.0, 1.0), (1.0, 0.5)], 0),
+    ],
+)
+def test_the_epoch_with_most_tokens_per_pass_is_kept(scores, best):
+    history, kept = scripted(scores, patience=9)
+    assert kept == best == best_of(history)["epoch"] and len(history) == len(scores)
+
+
+def test_training_stops_when_rounds_become_no_longer():
+    scores = [(1.0, 9.0), (2.0, 8.0), (1.9, 7.0), (1.9, 6.0), (1.9, 5.0), (3.0, 4.0)]
+    history, kept = scripted(scores, patience=3)
+    assert kept == 1 and [h["epoch"] for h in history] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("most_ids", [8192, 12])
+@pytest.mark.parametrize("adapter", ["hidden", "chained"])
+def test_tokens_per_pass_are_those_that_measuring_finds(adapter, most_ids, monkeypatch):
+    """Validation scores of the best epoch against the measurement of the adapter that was kept. The head reads all channels alike, and not
+    their means: tokens vary. Of a large vocabulary, training reads the ids of its texts only; every second id here only ties."""
+    monkeypatch.setattr(training, "MOST_IDS", most_ids)
+    head = HEAD / torch.logspace(-2, 2, D) * 100
+    head[:, 0] -= head.sum(1)
+    head, embeddings = (x.repeat_interleave(2, 0) for x in (head, EMBEDDINGS))
+    train, validation = (labelled(states(*which), head) for which in ((60, 1), (20, 2)))
+    cfg = config(num_epochs=2, linear_units=0)
+    if adapter == "hidden":
+        kept, history = train_hidden(train, validation, head, cfg)
+        match = scoring.score({"it": scoring.reads(kept)}, validation, head)["it"].match
+    else:
+        train, validation = (dataclasses.replace(some, events=some.draft[:, :3]) for some in (train, validation))
+        kept, history = train_chained(train, validation, head, embeddings, cfg)
+        match = scoring.chain_scores(kept, validation, head, embeddings, 5)[0].match
+    blocks = metrics.decoding_blocks(match, validation.mask, 5, validation.ended)
+    assert 0.1 < blocks.acceptance_rate(len(match)).value < 0.9
+    assert best_of(history)["validation_tokens_per_pass"] == pytest.approx(blocks.tokens_per_pass(validation.lengths))
 
 
 @pytest.mark.parametrize("adapter", ["hidden", "chained"])
@@ -239,13 +300,18 @@ def test_the_shares_of_a_batch_are_all_of_its_rows():
     assert ProcessShare(1, 3).rows(batch[:2]).tolist() == [0, 1]  # fewer rows than processes: each process reads both
 
 
-def learn(adapter, part, **more):
+def learn(adapter, part, checkpoint=None, **more):
     """A short training of either adapter, on rows of very different lengths."""
-    train, validation, cfg = states(60, 1), states(20, 2), config(**{"num_epochs": 3, **more})
+    train, validation, cfg = labelled(states(60, 1)), labelled(states(20, 2)), config(**{"num_epochs": 3, **more})
     if adapter == "hidden":
-        return train_hidden(train, validation, HEAD, cfg, None, part)
+        return train_hidden(train, validation, HEAD, cfg, checkpoint, part)
     train, validation = (dataclasses.replace(some, events=some.draft[:, :3]) for some in (train, validation))
-    return train_chained(train, validation, HEAD, torch.randn(12, D, generator=torch.Generator().manual_seed(3)), cfg, None, part)
+    return train_chained(train, validation, HEAD, EMBEDDINGS, cfg, checkpoint, part)
+
+
+def labelled(some, head=HEAD):
+    """The states with the tokens that they emit."""
+    return dataclasses.replace(some, token_ids=(some.target @ head.T).argmax(-1) * some.mask)
 
 
 TWO = """
@@ -303,6 +369,37 @@ def test_the_loss_is_the_sum_of_its_weighted_parts(kl):
         assert float(parts["mse"]) == pytest.approx(mse, rel=1e-5) and float(parts["cosine"]) == pytest.approx(cosine, abs=1e-6)
         assert ("kl" in parts) == ("token_match" in parts) == (bool(kl) or not learning)
     assert float(parts["token_match"]) == float((said.argmax(1) == wanted.argmax(1)).float().mean())
+
+
+@pytest.mark.parametrize("kind", ["ce", "tv"])
+def test_the_other_losses_by_hand(kind):
+    torch.manual_seed(0)
+    predicted, target = torch.randn(5, D), torch.randn(5, D) * 300
+    q, p = ((x @ HEAD.T).double().softmax(-1) for x in (predicted, target))
+    kl = float((p * (p / q).log()).sum(-1).mean())
+    rejected = float((1 - torch.minimum(p, q).sum(-1)).mean())
+    loss, parts = training.losses(predicted, target, HEAD, 3.0, config(loss=kind, kl_weight=0.0))
+    assert float(loss) == pytest.approx(kl if kind == "ce" else 0.9 * rejected + 0.1 * kl, rel=1e-4)
+    assert float(parts["kl"]) == pytest.approx(kl, rel=1e-4) and rejected > 0.1
+
+
+def test_later_draft_steps_of_the_chained_adapter_weigh_less_in_tv(monkeypatch):
+    """Of three steps with losses 0, 1 and 2 on as many positions each."""
+    n, s = 4, 4
+    g = torch.randn(n, s, D, generator=torch.Generator().manual_seed(1))
+    rows, ids = [{"id": f"s{i}", "sequence": str(i)} for i in range(n)], torch.zeros(n, s, dtype=torch.long)
+    some = HiddenStates(g, bent(g), ids, torch.ones(n, s, dtype=torch.bool), torch.full((n,), s), rows, {}, g[:, :3])
+    sizes = [n * (s - 1), n * (s - 2), n * (s - 3)]
+
+    def graded(predicted, *_):
+        loss = predicted.sum() * 0 + sizes.index(len(predicted))
+        return loss, {"loss": loss, "cosine": loss, "token_match": loss}
+
+    monkeypatch.setattr(training, "losses", graded)
+    for kind, decay in (("ce_cosine", 1.0), ("tv", 0.9)):
+        _, history = train_chained(some, some, HEAD, EMBEDDINGS, config(num_epochs=1, loss=kind))
+        weights = [size * decay**k for k, size in enumerate(sizes)]
+        assert history[0]["validation_loss"] == pytest.approx((weights[1] + 2 * weights[2]) / sum(weights))
 
 
 def test_the_learning_rate_warms_up_then_decays_to_zero(monkeypatch):

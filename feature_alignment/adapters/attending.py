@@ -187,13 +187,35 @@ class AttendingAdapter(nn.Module):
 
     def inputs(self, states: Tensor, tokens: Tensor, before: Tensor, proposals: Tensor | float = 0.0) -> Tensor:
         """The input [.., w] at each position: the sum of state, token, previous token and candidate inputs [.., w]."""
-        return self._dropped(states + tokens + self.previous(before) + proposals)
+        return self.joined(states, self.around(tokens, before, proposals))
+
+    def around(self, tokens: Tensor, before: Tensor, proposals: Tensor | float = 0.0) -> Tensor:
+        """The part [.., w] of `inputs` that does not depend on the state."""
+        rest: Tensor = tokens + self.previous(before) + proposals
+        return rest
+
+    def joined(self, states: Tensor, rest: Tensor) -> Tensor:
+        """The input [.., w] of state inputs and `around`, both [.., w]."""
+        return self._dropped(states + rest)
+
+    def prompt_inputs(self, states: Tensor, read: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The input [b, p, w] at prompt positions; the first one has no token before it.
+
+        Args:
+            states: [b, p, d_target], the target's states
+            read: [b, p, d_target], the target's input embedding after each of them, of a token or of vision
+            mask: [b, p] bool, False for padding in front
+        """
+        tokens = self.read_tokens(read)
+        if mask is not None:
+            tokens = tokens * mask[..., None]
+        return self.inputs(self.read_states(states), tokens, F.pad(tokens[:, :-1], (0, 0, 1, 0)))
 
     # ---- the layer
 
     def keys(self, inputs: Tensor, positions: Tensor) -> KeysValues:
         """Keys and values of inputs [b, n, w] at positions [n] or [b, n]."""
-        _, keys, values = self.attention(self.attention_norm(inputs)).chunk(3, -1)
+        keys, values = F.linear(self.attention_norm(inputs), self.attention.weight[self.width :]).chunk(2, -1)
         return KeysValues(rotated(_split_heads(keys), positions), _split_heads(values))
 
     def forward(

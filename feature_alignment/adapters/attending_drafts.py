@@ -49,20 +49,18 @@ class FoldedAttending:
         """Start a new text with EventGPT's event states [1, e, d_event]."""
         self._events, self._begin = self.adapter.read_events(events), 0
 
-    def read_prompt(self, states: Tensor, ids: Sequence[int]) -> None:
-        """Cache the target's prompt states.
+    def read_prompt(self, states: Tensor, inputs: Tensor) -> None:
+        """Cache the end of the target's prompt.
 
         Args:
             states: [p, d_target], on the last prompt positions except the very last
-            ids: p + 1 token ids, the last one included
+            inputs: [p, d_target], the target's input embedding after each of these positions
         """
         if "prompt" in self.adapter.without or not len(states):
             self._begin = 0
             return
-        tokens = self.tokens[torch.tensor(ids, device=self.head.device)]
-        inputs = self.adapter.inputs(self.adapter.read_states(states), tokens[1:], tokens[:-1])[None]
         self._begin = len(states)
-        self._put(0, self.adapter.keys(inputs, self._places(-len(states), len(states))))
+        self._put(0, self.adapter.keys(self.adapter.prompt_inputs(states[None], inputs[None]), self._places(-len(states), len(states))))
 
     def read(self, position: int, states: Tensor, text: Tensor, proposed: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
         """Cache n verified tokens; returns the output [1, 1, w] at the last one.

@@ -1,4 +1,4 @@
-"""Training of the attending adapter: texts with table candidates, roll-outs from random positions, and the loss.
+"""Training of the attending adapter: roll-outs from random positions, and the loss.
 
 Training inputs look like those of drafting: own outputs instead of target states, and tables without the text's own clip.
 `cfg` is the TrainConfig of train_hidden_adapter; its device is that of this process.
@@ -7,9 +7,8 @@ Training inputs look like those of drafting: own outputs instead of target state
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,48 +17,12 @@ from torch.nn import functional as F
 
 from feature_alignment.adapters import tables
 from feature_alignment.adapters.attending import AttendingAdapter, KeysValues, Part
+from feature_alignment.adapters.attending_texts import PromptedTexts, Proposals, answers_of, drafted_ids, prompted_texts, proposals
 from feature_alignment.adapters.fitting import Batch, Checkpoint, History, ProcessShare, fit, mean_over_positions, shuffled
-from feature_alignment.adapters.training import mean_variance, mixed_precision
+from feature_alignment.adapters.rounds import ROUND_DRAFT_TOKENS, tokens_per_pass
+from feature_alignment.adapters.training import STEP_DECAY, TV_WEIGHT, mean_variance, mixed_precision, total_variation
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage.hidden_states import HiddenStates
-
-MOST_IDS = 8192  # largest draft vocabulary
-STEP_DECAY = 0.9  # weight of a draft step in the loss, relative to the step before
-
-
-@dataclass(frozen=True)
-class Proposals:
-    """Table candidates after each token of each row's text: tokens [n, s, SOURCES] int64 (`tables.NO_TOKEN` for none) and buckets."""
-
-    tokens: Tensor
-    buckets: Tensor
-
-
-@dataclass(frozen=True)
-class PromptedTexts:
-    """A batch of texts, cut to the longest.
-
-    Args:
-        states: [b, s, d_target], target states
-        token_ids: [b, s]
-        mask: [b, s]
-        events: [b, e, d_event]
-        prompt: [b, p, d_target], target states on the last prompt positions except the very last
-        prompt_ids: [b, p + 1] int64, of these positions and the very last; negative for vision and for padding
-        prompt_mask: [b, p] bool, False for padding
-        proposed: [b, s, SOURCES] int64, candidates for the next token
-        buckets: [b, s, SOURCES] int64
-    """
-
-    states: Tensor
-    token_ids: Tensor
-    mask: Tensor
-    events: Tensor
-    prompt: Tensor
-    prompt_ids: Tensor
-    prompt_mask: Tensor
-    proposed: Tensor
-    buckets: Tensor
 
 
 class Step(NamedTuple):
@@ -76,62 +39,6 @@ class Step(NamedTuple):
     logits: Tensor
     position: Tensor
     real: Tensor
-
-
-def answers_of(states: HiddenStates) -> list[tables.Answer]:
-    """The texts of a split."""
-    return [
-        tables.Answer(row["sequence"], tables.question_number(row["question"]), states.token_ids[i, : int(states.lengths[i])].tolist())
-        for i, row in enumerate(states.rows)
-    ]
-
-
-def drafted_ids(answers: Iterable[tables.Answer]) -> Tensor:
-    """The draft vocabulary [ids] int64, ascending: the most frequent ids of the answers, at most `MOST_IDS`."""
-    counts = Counter(token for answer in answers for token in answer.tokens)
-    return torch.tensor(sorted(token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_IDS]))
-
-
-def proposals(states: HiddenStates, counts: tables.Counts | tables.NGramTable, leave_out: bool) -> Proposals:
-    """Table candidates along the text of each row.
-
-    Args:
-        states: rows with their questions and prompt ids
-        counts: the table
-        leave_out: subtract the counts of each row's own clip; for rows that were counted
-    """
-    answers, clips = answers_of(states), defaultdict(list)
-    for answer in answers:
-        clips[answer.clip].append(answer)
-    tokens = torch.full((*states.token_ids.shape, tables.SOURCES), tables.NO_TOKEN)
-    buckets = torch.zeros_like(tokens)
-    known: dict[str, Any] = {}
-    for i, answer in enumerate(answers):
-        if answer.clip not in known:
-            known = {answer.clip: counts}
-            if leave_out:
-                assert isinstance(counts, tables.Counts)  # a saved table does not know what each clip added
-                known = {answer.clip: tables.LeaveOneOut(counts, clips[answer.clip])}
-        found = tables.candidates_along(known[answer.clip], answer.question, states.rows[i]["prompt_ids"], answer.tokens)
-        tokens[i, : len(found)], buckets[i, : len(found)] = torch.tensor(found).unbind(-1)
-    return Proposals(tokens, buckets)
-
-
-def prompted_texts(states: HiddenStates, found: Proposals, batches: Iterable[Tensor], device: str) -> Iterator[PromptedTexts]:
-    """The texts of each batch of rows."""
-    assert states.events is not None and states.prompt is not None  # asked for when they were loaded
-    p = states.prompt.shape[1]
-    for rows in batches:
-        s = int(states.lengths[rows].max())
-        parts = [states.target[rows, :s].float(), states.token_ids[rows, :s], states.mask[rows, :s], states.events[rows].float()]
-        parts.append(states.prompt[rows].float())
-        states.refuse_non_finite(rows, parts[0], parts[3], parts[4])
-        ids, lengths = torch.full((len(rows), p + 1), -1), torch.zeros(len(rows), dtype=torch.int64)
-        for i, row in enumerate(rows.tolist()):
-            last = states.rows[row]["prompt_ids"][-p - 1 :]
-            ids[i, p + 1 - len(last) :], lengths[i] = torch.tensor(last), len(last) - 1
-        parts += [ids, torch.arange(p) >= p - lengths[:, None], found.tokens[rows, :s], found.buckets[rows, :s]]
-        yield PromptedTexts(*(part.to(device) for part in parts))
 
 
 class Reader:
@@ -151,11 +58,12 @@ class Reader:
         )  # token id -> its row of `head`; the last entry is for NO_TOKEN
         self.column_of[adapter.ids] = torch.arange(len(adapter.ids), device=head.device)
 
-    def tokens(self, ids: Tensor) -> Tensor:
-        """Token inputs [.., w] of token ids [..] int64; zeros for negative ids."""
-        known, where = ids.clamp(min=0).unique(return_inverse=True)
-        read = self.adapter.read_tokens(self.embeddings[known])[where]
-        return read * (ids >= 0)[..., None]
+    def tokens(self, *ids: Tensor) -> list[Tensor]:
+        """Token inputs [.., w] of each tensor of token ids [..] int64; zeros for negative ids."""
+        every = torch.cat([x.flatten() for x in ids])
+        known, where = every.clamp(min=0).unique(return_inverse=True)
+        read = F.embedding(where, self.adapter.read_tokens(self.embeddings[known])) * (every >= 0)[:, None]
+        return [part.view(*x.shape, -1) for x, part in zip(ids, read.split([x.numel() for x in ids]), strict=True)]
 
     def roll_out(self, texts: PromptedTexts, origins: Tensor, steps: int) -> Iterator[Step]:
         """Draft from given positions with the text known: step k drafts position origin + 1 + k after k draft tokens.
@@ -168,10 +76,11 @@ class Reader:
             steps: number of draft tokens
         """
         a, s, p = self.adapter, texts.states.shape[1], texts.prompt.shape[1]
-        before = torch.cat([texts.prompt_ids[:, -1:], texts.token_ids[:, :-1]], 1)
-        tokens, tokens_before = self.tokens(texts.token_ids), self.tokens(before)
-        proposed = a.read_candidates(self.tokens(texts.proposed), texts.buckets)
-        events, text, hidden = a.read_events(texts.events), *self._seen(texts, tokens, tokens_before, proposed)
+        before = torch.cat([texts.before[:, None], texts.token_ids[:, :-1]], 1)
+        tokens, tokens_before, candidates = self.tokens(texts.token_ids, before, texts.proposed)
+        read, rest = a.read_states(texts.states), a.around(tokens, tokens_before, a.read_candidates(candidates, texts.buckets))
+        text, hidden = self._seen(texts, a.joined(read, rest))
+        events, head = a.read_events(texts.events), self._folded_head()
 
         def at(x: Tensor, position: Tensor) -> Tensor:
             return x.gather(1, position[..., None].expand(-1, -1, x.shape[-1]))
@@ -183,34 +92,39 @@ class Reader:
             position = origins + k
             real = (position + 1 < s) & (position >= 0)
             here = position.clamp(max=s - 1)
-            state = a.read_states(at(texts.states, here)) if output is None else a.own(output)
-            given = at(proposed, here) if isinstance(proposed, Tensor) else 0.0
-            output, own = a(a.inputs(state, at(tokens, here), at(tokens_before, here), given), p + position, events, text, hidden, chain)
+            state = at(read, here) if output is None else a.own(output)
+            output, own = a(a.joined(state, at(rest, here)), p + position, events, text, hidden, chain)
             chain.append(own)
             wanted = (position + 1).clamp(max=s - 1)
             real = real & texts.mask.gather(1, wanted)
-            expected = a.expect(output)
-            yield Step(expected, self._logits(expected, output, texts.proposed, here), wanted, real)
+            yield Step(a.expect(output), self._logits(output, head, texts.proposed, here), wanted, real)
 
-    def _seen(self, texts: PromptedTexts, tokens: Tensor, before: Tensor, proposed: Tensor | float) -> tuple[KeysValues, Tensor]:
+    def _seen(self, texts: PromptedTexts, of_text: Tensor) -> tuple[KeysValues, Tensor]:
         """Keys and values of prompt and text, and which prompt positions [b, p] are masked."""
         a, p, s = self.adapter, texts.prompt.shape[1], texts.states.shape[1]
         hidden = ~texts.prompt_mask if "prompt" not in a.without else torch.ones_like(texts.prompt_mask)
-        prompt_tokens = self.tokens(texts.prompt_ids)
-        of_prompt = a.inputs(a.read_states(texts.prompt), prompt_tokens[:, 1:], prompt_tokens[:, :-1])
-        of_text = a.inputs(a.read_states(texts.states), tokens, before, proposed)
-        return a.keys(torch.cat([of_prompt, of_text], 1), torch.arange(p + s, device=tokens.device)), hidden
+        of_prompt = a.prompt_inputs(texts.prompt, texts.prompt_inputs, texts.prompt_mask)
+        return a.keys(torch.cat([of_prompt, of_text], 1), torch.arange(p + s, device=of_text.device)), hidden
 
-    def _logits(self, expected: Tensor, output: Tensor, proposed: Tensor, here: Tensor) -> Tensor:
-        logits = expected @ self.head.T
+    def _folded_head(self) -> tuple[Tensor, Tensor]:
+        """Weight [ids, w] and bias [ids] of the draft logits of an output: `head` after `AttendingAdapter.expect`."""
+        a = self.adapter
+        rows, bias = (self.head, a.out.bias) if a.scale is None else (self.head * a.scale.target[1], a.out.bias)
+        shift = 0.0 if a.scale is None else self.head @ a.scale.target[0]
+        return rows @ a.out.weight, rows @ bias + shift
+
+    def _logits(self, output: Tensor, head: tuple[Tensor, Tensor], proposed: Tensor, here: Tensor) -> Tensor:
+        logits = F.linear(output, *head)
         if "candidates" in self.adapter.without:
             return logits
         column = self.column_of[proposed].gather(1, here[..., None].expand(-1, -1, tables.SOURCES))  # [b, m, SOURCES]
-        return logits.scatter_add(-1, column.clamp(min=0), self.adapter.bonus(output) * (column >= 0))
+        return logits.scatter_add(-1, column.clamp(min=0), (self.adapter.bonus(output) * (column >= 0)).to(logits.dtype))
 
 
-def losses(reader: Reader, texts: PromptedTexts, origins: Tensor, variance: float, cfg: Any) -> tuple[Tensor, dict[str, Tensor], int]:
-    """The training loss, the scores for the history, and the number of draft tokens they are means of (later steps weigh less).
+def losses(
+    reader: Reader, texts: PromptedTexts, origins: Tensor, variance: float, cfg: Any, num_drafts: int = 0
+) -> tuple[Tensor, dict[str, Tensor], int, Tensor]:
+    """The training loss and its parts.
 
     Args:
         reader: of the adapter in training
@@ -218,30 +132,47 @@ def losses(reader: Reader, texts: PromptedTexts, origins: Tensor, variance: floa
         origins: [b, m] int64, positions to draft from
         variance: mean variance of the channels of the target states
         cfg: settings
+        num_drafts: draft at least so many tokens; those after `cfg.roll_out_steps` are only compared with the text
+
+    Returns:
+        the loss; the scores for the history; the number of draft tokens that both are means of (later steps weigh less); and which
+        draft tokens are the text's own, [b, m, steps] bool
     """
-    says = (texts.states @ reader.head.T).log_softmax(-1)
-    wanted_column = reader.column_of[texts.token_ids]
+    says = (texts.states @ reader.head.T).log_softmax(-1).flatten(0, 1)
+    target = says.exp()
+    entropy, labels = -(target * says).sum(-1), reader.column_of[texts.token_ids].flatten()
     total: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=says.device))
+    steps, hits = max(cfg.roll_out_steps, num_drafts), []
     weights, count, weight = 0.0, 0, 1.0
-    for step in reader.roll_out(texts, origins, cfg.roll_out_steps):
-        row, column = step.real.nonzero(as_tuple=True)
-        position = step.position[row, column]
-        logits, expected = step.logits[row, column].log_softmax(-1), step.expected[row, column]
-        wanted, label, soft = texts.states[row, position], wanted_column[row, position], says[row, position]
-        kl = (soft.exp() * (soft - logits)).sum(-1)
+    for k, step in enumerate(reader.roll_out(texts, origins, steps)):
+        index = (step.position + torch.arange(len(origins), device=says.device)[:, None] * texts.states.shape[1]).flatten()
+        real, logits, label = step.real.flatten(), step.logits.flatten(0, 1).log_softmax(-1), labels[index]
+        of_label = logits.gather(-1, label.clamp(min=0)[:, None])[:, 0]
+        match = (of_label >= logits.amax(-1)) & (label >= 0) & real
+        hits.append(match.view_as(step.real))
+        if k >= cfg.roll_out_steps:
+            continue
+        expected, wanted, soft = step.expected.flatten(0, 1).float(), texts.states.flatten(0, 1)[index], target[index]
         parts = {
             "mse": (expected - wanted).square().mean(-1) / variance,
             "cosine": F.cosine_similarity(expected, wanted, dim=-1),
-            "kl": kl,
-            "ce": -logits.gather(-1, label.clamp(min=0)[:, None])[:, 0] * (label >= 0),
-            "token_match": (logits.argmax(-1) == label).float(),
+            "kl": -entropy[index] - (soft * logits).sum(-1),
+            "ce": -of_label * (label >= 0),
+            "token_match": match.float(),
         }
+        if cfg.loss == "tv":
+            parts["tv"] = total_variation(logits, soft)
         for name, values in parts.items():
-            total[name] = total[name] + weight * values.sum()
-        weights, count, weight = weights + weight * len(row), count + len(row), weight * STEP_DECAY
+            total[name] = total[name] + weight * (values * real).sum()
+        number = int(real.sum())
+        weights, count, weight = weights + weight * number, count + number, weight * STEP_DECAY
     means = {name: value / max(weights, 1e-9) for name, value in total.items()}
-    loss = (1 - cfg.soft_targets) * means["ce"] + cfg.soft_targets * means["kl"] + cfg.cosine_weight * (1 - means["cosine"])
-    return loss, {"loss": loss, **means}, count
+    loss = (1 - cfg.soft_targets) * means["ce"] + cfg.soft_targets * means["kl"]
+    if cfg.loss == "tv":
+        loss = TV_WEIGHT * means["tv"] + (1 - TV_WEIGHT) * loss
+    elif cfg.loss == "ce_cosine":
+        loss = loss + cfg.cosine_weight * (1 - means["cosine"])
+    return loss, {"loss": loss, **means}, count, torch.stack(hits, -1)
 
 
 def train_attending(
@@ -280,8 +211,8 @@ def train_attending(
     reader = Reader(adapter, head, embeddings)
 
     def score(texts: PromptedTexts, origins: Tensor) -> Batch:
-        with mixed_precision(str(cfg.device)):
-            return Batch(*losses(reader, texts, origins, variance, cfg))
+        with mixed_precision(str(cfg.device), on_cpu=True):
+            return Batch(*losses(reader, texts, origins, variance, cfg)[:3])
 
     def epoch(number: int) -> Iterator[Batch]:
         batches = tuple(map(share.rows, shuffled(len(states.target), cfg.batch_size, cfg.seed, number)))
@@ -294,8 +225,14 @@ def train_attending(
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
         batches = torch.arange(len(validation.target)).split(16)
-        every = prompted_texts(validation, found[1], batches, cfg.device)
-        return mean_over_positions((b.n, b.parts) for b in (score(t, all_origins(t)) for t in every))
+        scores, bits = [], torch.zeros(*validation.mask.shape, ROUND_DRAFT_TOKENS, dtype=torch.bool)
+        for rows, texts in zip(batches, prompted_texts(validation, found[1], batches, cfg.device), strict=True):
+            origins = all_origins(texts)[:, :-1]
+            with mixed_precision(str(cfg.device)):
+                _, parts, count, correct = losses(reader, texts, origins, variance, cfg, ROUND_DRAFT_TOKENS)
+            scores.append((count, parts))
+            bits[rows, 1 : 1 + origins.shape[1]] = correct[..., :ROUND_DRAFT_TOKENS].cpu()  # a round at t follows position t - 1
+        return {**mean_over_positions(scores), "tokens_per_pass": tokens_per_pass(bits, validation.mask, validation.ended)}
 
     steps = math.ceil(len(states.target) / cfg.batch_size)
     return fit(adapter, epoch, steps, evaluate, adapter.folded, cfg, states.names, checkpoint, share)

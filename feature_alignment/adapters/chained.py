@@ -215,10 +215,9 @@ def text_batches(states: HiddenStates, batches: Iterable[Tensor], device: str) -
         batches: row numbers of each batch
         device: where the batch goes
     """
-    assert states.events is not None
     for rows in batches:
         s = int(states.lengths[rows].max())
-        parts = (states.target[rows, :s].float(), states.token_ids[rows, :s], states.mask[rows, :s], states.events[rows].float())
+        parts = (states.target[rows, :s].float(), states.token_ids[rows, :s], states.mask[rows, :s], states.events_of(rows).float())
         states.refuse_non_finite(rows, parts[0], parts[3])
         yield Texts(*(part.to(device) for part in parts))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 History = list[dict[str, float]]
 Adapter = TypeVar("Adapter", bound=nn.Module)
+SHOWN = ("tokens_per_pass", "loss", "cosine", "token_match")  # validation scores in the log of an epoch
 
 
 class TrainSettings(Protocol):
@@ -39,7 +40,7 @@ class TrainSettings(Protocol):
 
     @property
     def patience(self) -> int:
-        """Epochs without improvement before training stops."""
+        """Epochs without more tokens per pass before training stops."""
 
     @property
     def batch_size(self) -> int:
@@ -64,6 +65,10 @@ class TrainSettings(Protocol):
     @property
     def kl_weight(self) -> float:
         """Weight of the KL divergence through the target's head."""
+
+    @property
+    def loss(self) -> str:
+        """`ce_cosine`, `ce` or `tv`."""
 
     @property
     def bottleneck(self) -> int:
@@ -114,13 +119,13 @@ class Batch(NamedTuple):
     Args:
         loss: Scalar, mean over positions.
         parts: Name -> scalar score for the history, mean over positions.
-        n: Number of positions.
+        n: Number of positions; in a loss whose later draft steps weigh less, the sum of weights.
         rows: Rows of the split in this batch.
     """
 
     loss: Tensor
     parts: dict[str, Tensor]
-    n: int
+    n: float
     rows: tuple[int, ...] = ()
 
 
@@ -164,16 +169,16 @@ def fit(
     checkpoint: Checkpoint | None = None,
     share: ProcessShare | None = None,
 ) -> tuple[Adapter, History]:
-    """Train with AdamW, warm-up and cosine decay, until `num_epochs` or until `patience` epochs bring no lower validation loss.
+    """Train with AdamW, warm-up and cosine decay, until `num_epochs` or until `patience` epochs bring no improvement on validation.
 
-    Epoch 0 is the untrained adapter, so the result is never worse than it. A training that is interrupted and resumed ends with the same
-    bits.
+    Epoch 0 is the untrained adapter, so the result is never worse than it. What counts is stated by `best_of`. A training that is
+    interrupted and resumed ends with the same bits.
 
     Args:
         adapter: Trained in place.
         epoch: Epoch number -> its batches, once through the training rows in an order of its own.
         steps_per_epoch: Number of these batches.
-        evaluate: Scores of the adapter on the validation rows.
+        evaluate: Scores of the adapter on the validation rows: `loss`, and `tokens_per_pass` of simulated rounds.
         snapshot: The adapter in the form in which it is saved.
         settings: Hyperparameters.
         names: Sample ids of the training rows, for error messages.
@@ -181,14 +186,14 @@ def fit(
         share: This process's part of the training.
 
     Returns:
-        The snapshot of the epoch with the lowest validation loss, and the scores of all epochs.
+        The snapshot of the best epoch, and the scores of all epochs.
 
     Raises:
         UserError: If the loss becomes infinite or NaN.
     """
     share = share or ProcessShare()
     log_epoch = epoch_logger(settings.tensorboard, checkpoint if share.rank == 0 else None)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     steps = settings.num_epochs * steps_per_epoch
 
     def record(number: int, seen: dict[str, float]) -> dict[str, float]:
@@ -202,7 +207,7 @@ def fit(
         history, best = saved["history"], saved["best"]
     else:
         history, best = [record(0, {})], copy.deepcopy(adapter.state_dict())
-    best_epoch = min(history, key=lambda h: h["validation_loss"])["epoch"]
+    best_epoch = best_of(history)["epoch"]
     with progress(total=steps, first=share.rank == 0, initial=(len(history) - 1) * steps_per_epoch, desc="train", unit="step") as bar:
         for number in range(len(history), settings.num_epochs + 1):
             if number - 1 - best_epoch >= settings.patience:
@@ -231,13 +236,27 @@ def fit(
                 bar.update()
             history.append(record(number, seen))
             log_epoch(history[-1])
-            bar.set_postfix({k: f"{history[-1][f'validation_{k}']:.4f}" for k in ("loss", "cosine", "token_match")})
-            if history[-1]["validation_loss"] < history[best_epoch]["validation_loss"]:
+            if best_of(history) is history[-1]:
                 best, best_epoch = copy.deepcopy(adapter.state_dict()), number
+            _show(history[-1], best_epoch, settings.num_epochs, bar, share.rank == 0)
             if checkpoint and share.rank == 0:
                 checkpoint.save(adapter=adapter.state_dict(), optimizer=optimizer.state_dict(), best=best, history=history)
     adapter.load_state_dict(best)
     return snapshot().eval(), history
+
+
+def _show(scores: dict[str, float], best_epoch: float, num_epochs: int, bar: Any, first: bool) -> None:
+    """Show the validation scores of an epoch in the progress bar, or as a log line where there is no bar."""
+    shown = {k: f"{scores[f'validation_{k}']:.4f}" for k in SHOWN if f"validation_{k}" in scores}
+    bar.set_postfix(shown)
+    if bar.disable and first:
+        text = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
+        log.info("epoch %d of %d on validation: %s; best so far: epoch %d", scores["epoch"], num_epochs, text, best_epoch)
+
+
+def best_of(history: History) -> dict[str, float]:
+    """The scores of the best epoch: most tokens per pass on validation, then the lowest loss; the earliest of equal ones."""
+    return min(history, key=lambda h: (-h.get("validation_tokens_per_pass", 0.0), h["validation_loss"]))
 
 
 def epoch_logger(enabled: bool, checkpoint: Checkpoint | None) -> Callable[[dict[str, float]], None]:
@@ -266,10 +285,10 @@ def epoch_logger(enabled: bool, checkpoint: Checkpoint | None) -> Callable[[dict
     return log_scores
 
 
-def mean_over_positions(batches: Iterator[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
+def mean_over_positions(batches: Iterable[tuple[float, dict[str, Tensor]]]) -> dict[str, float]:
     """Average scores over batches of (number of positions, scores), each weighted by its positions."""
     total: dict[str, float] = {}
-    number = 0
+    number = 0.0
     for n, parts in batches:
         number += n
         for name, value in parts.items():

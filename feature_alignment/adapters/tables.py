@@ -113,7 +113,9 @@ class NGramTable:
         return self._best.get(key)
 
 
-def candidates(table: NGramTable | LeaveOneOut, question: int, prompt: Sequence[int], answer: Sequence[int]) -> list[tuple[int, int]]:
+def candidates(
+    table: NGramTable | LeaveOneOut | Counts, question: int, prompt: Sequence[int], answer: Sequence[int]
+) -> list[tuple[int, int]]:
     """(token id, bucket) of each source for the token after an answer; the id is `NO_TOKEN` for a source without a candidate.
 
     Args:
@@ -131,7 +133,7 @@ def candidates(table: NGramTable | LeaveOneOut, question: int, prompt: Sequence[
     return [*found, (token, 2 * _NGRAM + bucket)]
 
 
-def _by_ngram(table: NGramTable | LeaveOneOut, question: int, answer: Sequence[int]) -> tuple[int, int]:
+def _by_ngram(table: NGramTable | LeaveOneOut | Counts, question: int, answer: Sequence[int]) -> tuple[int, int]:
     for size in range(min(CONTEXT, len(answer)), -1, -1):
         best = table.best((question, *answer[len(answer) - size :]))
         if best is not None:
@@ -163,7 +165,7 @@ def prompt_lookup(text: Sequence[int]) -> tuple[int, int]:
 
 
 def candidates_along(
-    table: NGramTable | LeaveOneOut, question: int, prompt: Sequence[int], answer: Sequence[int]
+    table: NGramTable | LeaveOneOut | Counts, question: int, prompt: Sequence[int], answer: Sequence[int]
 ) -> list[list[tuple[int, int]]]:
     """Candidates after each token of an answer: entry t proposes the token after answer[: t + 1]."""
     return [candidates(table, question, prompt, answer[: t + 1]) for t in range(len(answer))]

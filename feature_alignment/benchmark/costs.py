@@ -122,6 +122,9 @@ class DecodingCosts(Record):
         c_chained: one chained draft token
         v: number of tokens -> one verification
         rounds: the measurements that these costs are computed from
+        c_chained_live: one chained draft token at a fixed draft length; None without such rows
+        c_chained_alone: the same draft tokens in a loop of nothing else, which takes turns with those rows
+        c_chained_once: the part of their difference that a round spends once, however many tokens it drafts; None at one draft length
     """
 
     t_target_ms: float
@@ -129,6 +132,9 @@ class DecodingCosts(Record):
     c_chained: float | None
     v: dict[str, float]
     rounds: RoundCosts
+    c_chained_live: float | None = field(default=None, metadata=OMIT_IF_NONE)
+    c_chained_alone: float | None = field(default=None, metadata=OMIT_IF_NONE)
+    c_chained_once: float | None = field(default=None, metadata=OMIT_IF_NONE)
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ class Cost(Record):
 
     Args:
         t_draft_ms, t_adapter_ms, t_chained_ms, t_head_ms, loop, exit_layers, bandwidth: as in `PartCosts`
-        t_target_ms, c, c_chained, v, rounds: as in `DecodingCosts`
+        t_target_ms, c, c_chained, c_chained_live, c_chained_alone, c_chained_once, v, rounds: as in `DecodingCosts`
         bound: drafter -> the best speed-up that the costs allow
     """
 
@@ -162,6 +168,9 @@ class Cost(Record):
     t_target_ms: float
     c: float
     c_chained: float | None
+    c_chained_live: float | None = field(default=None, metadata=OMIT_IF_NONE)  # nor this, nor the next two
+    c_chained_alone: float | None = field(default=None, metadata=OMIT_IF_NONE)
+    c_chained_once: float | None = field(default=None, metadata=OMIT_IF_NONE)
     v: dict[str, float]
     rounds: RoundCosts | None = field(default=None, metadata=OMIT_IF_NONE)  # not in results of earlier versions
     bound: dict[str, Bound] | None = field(default=None, metadata=OMIT_IF_NONE)

@@ -12,8 +12,12 @@ from numpy.typing import NDArray
 
 from feature_alignment.benchmark import speed_model
 from feature_alignment.benchmark.costs import Bound, Cost
-from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, PlainBaseline, Speedup
+from feature_alignment.benchmark.profile import SpeculationProfile
+from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, PlainBaseline
+from feature_alignment.benchmark.sweep import LossySweep
 from feature_alignment.decoding.generation import DRAFT_STAGES, Generation
+from feature_alignment.decoding.settings import DEFAULT_THRESHOLDS
+from feature_alignment.measurement.metrics import Rate
 from feature_alignment.measurement.plots import BLUE, GREEN, GREY, ORANGE, VERMILION, save
 
 STAGE_COLORS = {
@@ -28,22 +32,78 @@ STAGE_COLORS = {
     "rollback": "#CC79A7",
     "recompute": "#D55E00",
 }
-PICTURES = ("speedup", "by_length", "map", "timeline", "stages")
+PICTURES = ("speedup", "lossy_rules", "by_position", "by_length", "map", "timeline", "stages")
+RULE_STYLES = {"feature": (BLUE, "o"), "relaxed": (ORANGE, "s"), "typical": (GREEN, "^"), "kl": (VERMILION, "D")}
 
 
-def all_pictures(result: BenchmarkReport, shown: Mapping[str, Generation], out: Path) -> None:
+def all_pictures(
+    result: BenchmarkReport, profiles: Sequence[SpeculationProfile], sweep: LossySweep, shown: Mapping[str, Generation], out: Path
+) -> None:
     """Draw all pictures.
 
     Args:
         result: content of benchmark.json
+        profiles: content of speculation_profile.json
+        sweep: content of lossy_rules.json
         shown: name -> a generation of the same prompt, for the timeline
         out: directory
     """
+    lossy_rules(sweep, out / "lossy_rules.png")
+    acceptance_by_position(profiles, out / "by_position.png")
     speedup_bars(result.rows, out / "speedup.png")
     speedup_by_length(result.rows, out / "by_length.png")
     break_even_map(result.rows, result.cost, out / "map.png")
     timeline(shown, out / "timeline.png")
     stage_stack(result.plain, result.rows, out / "stages.png")
+
+
+def lossy_rules(sweep: LossySweep, path: Path) -> None:
+    """Draw fidelity over tokens per pass, one line for each lossy rule from strict (left) to loose, and the lossless rule as a star."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharex=True)
+    for axis, key, label in zip(axes, ("token_agreement", "log_likelihood"), ("token agreement", "log-likelihood per token"), strict=True):
+        for rule in sweep.rules:
+            points, (color, marker) = sweep.of_rule(rule), RULE_STYLES[rule]
+            x, x_error = _values_and_errors([p.tokens_per_pass for p in points])
+            y, y_error = _values_and_errors([getattr(p.fidelity, key) for p in points])
+            axis.errorbar(x, y, y_error, x_error, color=color, marker=marker, markersize=4, linewidth=1.2, elinewidth=0.4, label=rule)
+            for p in points:
+                if p.threshold == DEFAULT_THRESHOLDS[rule]:
+                    at = (p.tokens_per_pass.value, getattr(p.fidelity, key).value)
+                    axis.plot(*at, marker, color=color, markersize=9, markeredgecolor="black")
+        exact = sweep.lossless
+        at = (exact.tokens_per_pass.value, getattr(exact.fidelity, key).value)
+        axis.plot(*at, "*", color="black", markersize=14, label="token (lossless)")
+        axis.axvline(at[0], color=GREY, linestyle=":")
+        axis.set(xlabel="tokens per pass of the target", ylabel=f"{label}, against plain decoding" if axis is axes[0] else label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8, loc="lower left")
+    figure.suptitle(
+        f"Lossy rules on {sweep.draft} draft tokens, {sweep.num_draft_tokens} a round, {sweep.prompts} prompts; large: default threshold; "
+        "bars: 95 % intervals by clip",
+        fontsize=10,
+    )
+    save(figure, path)
+
+
+def acceptance_by_position(profiles: Sequence[SpeculationProfile], path: Path) -> None:
+    """Draw marginal and conditional acceptance of each draft position, one line with intervals for each drafter."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for axis, key, title in zip(
+        axes,
+        ("marginal_acceptance", "conditional_acceptance"),
+        ("accepted, of all rounds", "accepted, of the rounds that proposed it and accepted all before it"),
+        strict=True,
+    ):
+        for i, profile in enumerate(profiles):
+            value, error = _values_and_errors(getattr(profile, key))
+            x = np.arange(1, len(value) + 1) + 0.06 * (i - (len(profiles) - 1) / 2)
+            label = f"{profile.draft}: {profile.mean_acceptance_length:.2f} tokens a round"
+            axis.errorbar(x, value, error, color=f"C{i}", marker="o", markersize=4, capsize=2, label=label)
+        axis.set(xlabel="position of the draft token in its round", title=title, ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share accepted (bars: 95 % intervals by clip)")
+    axes[0].legend(fontsize=8)
+    save(figure, path)
 
 
 def speedup_by_length(rows: Sequence[BenchmarkRow], path: Path) -> None:
@@ -157,7 +217,7 @@ def _is_fixed_lossless(row: BenchmarkRow) -> bool:
     return row.accept == "token" and not row.adaptive and row.exit_layer is None
 
 
-def _values_and_errors(speedups: Sequence[Speedup]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _values_and_errors(rates: Sequence[Rate]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Values [n], and lengths of the error bars below and above them [2, n]; 0 without an interval."""
-    value = np.array([s.value for s in speedups])
-    return value, np.nan_to_num(np.abs(np.array([s.ci95 for s in speedups]) - value[:, None])).T
+    value = np.array([r.value for r in rates])
+    return value, np.nan_to_num(np.abs(np.array([r.ci95 for r in rates]) - value[:, None])).T

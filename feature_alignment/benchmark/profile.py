@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from feature_alignment.benchmark.speed_model import verification_cost
 from feature_alignment.benchmark.timing import Timed
 from feature_alignment.decoding.generation import Generation, Round
 from feature_alignment.measurement.metrics import Counts, Rate, auc, corrected_speedup
-from feature_alignment.measurement.records import Record
+from feature_alignment.measurement.records import OMIT_IF_NONE, Record
 
 NUM_BINS = 10
 
@@ -85,6 +85,7 @@ class SpeculationProfile(Record):
         costs: in passes of plain decoding
         recommended: the fastest fixed draft length at these acceptances and costs
         confidence: calibration, where an adaptive row of the same drafter recorded confidences
+        mean_acceptance_length_ci95: interval of `mean_acceptance_length`; files of earlier versions have none
     """
 
     draft: str
@@ -100,6 +101,7 @@ class SpeculationProfile(Record):
     costs: ProfileCosts
     recommended: RecommendedLength | None
     confidence: ConfidenceCalibration | None
+    mean_acceptance_length_ci95: tuple[float, float] | None = field(default=None, metadata=OMIT_IF_NONE)
 
 
 def profile_of(
@@ -134,6 +136,7 @@ def profile_of(
     conditional = [_rate(rounds, clips, accepted_at(i), reached_at(i)) for i in positions]
     lengths = Counter(r.num_accepted for r in every)
     accepted = sum(r.num_accepted for r in every)
+    length = _rate(rounds, clips, lambda r: 1 + r.num_accepted, lambda r: 1)
     return SpeculationProfile(
         draft=draft,
         num_draft_tokens=num_draft_tokens,
@@ -148,6 +151,7 @@ def profile_of(
         costs=costs,
         recommended=recommended_length([c.value for c in conditional], costs),
         confidence=None if adaptive is None else calibration_of([r for some in adaptive.generations for r in _drafted(some)]),
+        mean_acceptance_length_ci95=length.ci95,
     )
 
 

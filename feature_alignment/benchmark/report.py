@@ -10,9 +10,11 @@ from pathlib import Path
 
 from feature_alignment.benchmark import plots, speed_model
 from feature_alignment.benchmark.costs import Cost, DrafterCost
-from feature_alignment.benchmark.planted import machine_rows
+from feature_alignment.benchmark.planted_report import chained_rows, fallback_tables, machine_rows
 from feature_alignment.benchmark.plots import PICTURES
-from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, Fidelity, PlainBaseline, Target, drafter_name
+from feature_alignment.benchmark.profile import SpeculationProfile
+from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, Fidelity, PlainBaseline, Target, drafter_name, rule_name
+from feature_alignment.benchmark.sweep import LossySweep
 from feature_alignment.cli.console import markdown_table, print_table, rate_text
 from feature_alignment.decoding.generation import Generation
 from feature_alignment.decoding.trace import trace_lines
@@ -36,6 +38,7 @@ def tables(result: BenchmarkReport) -> list[Table]:
     return [
         target_table(result.targets),
         speed_table(result.rows, result.plain),
+        *fallback_tables(result.meta),
         fidelity_table(result.rows, result.plain.fidelity),
         baseline_table(result),
         part_cost_table(result.cost),
@@ -89,7 +92,7 @@ def _predicted(speedup: float | None, error: float | None) -> str:
 
 
 def fidelity_table(rows: Sequence[BenchmarkRow], own: Fidelity | None) -> Table:
-    """Differences between the texts of the feature and relaxed rows and the target's own texts.
+    """Differences between the texts of the lossy rows and the target's own texts.
 
     Args:
         rows: of the benchmark
@@ -102,7 +105,7 @@ def fidelity_table(rows: Sequence[BenchmarkRow], own: Fidelity | None) -> Table:
         f, kinds = r.fidelity, r.fidelity.kept_drafts
         cells.append(
             [
-                f"{r.draft} + {r.accept}, cosine > {r.threshold}",
+                f"{r.draft} + {rule_name(r.accept, r.threshold)}",
                 _number(r.exact_match, 3),
                 _number(f.token_agreement.value, 3),
                 _number(f.log_likelihood.value, 3),
@@ -112,6 +115,24 @@ def fidelity_table(rows: Sequence[BenchmarkRow], own: Fidelity | None) -> Table:
         )
     header = ["drafter + rule", "exact match", "token agreement", "log-likelihood per token", "visible facts true", "hidden facts true"]
     return "Fidelity of the lossy rules", [*header, "accepted: same / synonym / error"], cells
+
+
+def sweep_table(sweep: LossySweep) -> Table:
+    """Every lossy rule at every threshold of the sweep, and the lossless rule."""
+    rows = [
+        [
+            p.name,
+            p.tokens_per_pass.text(2),
+            _number(p.fidelity.exact_match.value, 3),
+            p.fidelity.token_agreement.text(3),
+            p.fidelity.log_likelihood.text(3),
+            *_true_facts(p.fidelity),
+        ]
+        for p in (sweep.lossless, *sweep.points)
+    ]
+    header = ["rule", "tokens per pass", "exact match", "token agreement", "log-likelihood per token", "visible facts true"]
+    title = f"Lossy rules at every threshold: {sweep.draft} draft tokens, {sweep.num_draft_tokens} a round, {sweep.prompts} prompts"
+    return f"{title}, not timed", [*header, "hidden facts true"], rows
 
 
 def _true_facts(fidelity: Fidelity) -> list[str]:
@@ -148,7 +169,7 @@ def decoding_cost_table(cost: Cost) -> Table:
         rows += [
             ["one pass of plain decoding, in ms", cost.rounds.step_ms.text(3)],
             ["c of an aligned draft token, in a loop of nothing else", f"{cost.loop.c:.3f}"],
-            ["c of a chained draft token, in a loop of nothing else", _number(cost.loop.c_chained, 3)],
+            *(chained_rows(cost) or [["c of a chained draft token, in a loop of nothing else", _number(cost.loop.c_chained, 3)]]),
             *([f"{_any_rule(d)}: c, r", f"{_number(d.c, 3)}, {_number(d.r, 3)}"] for d in cost.rounds.drafters),
         ]
     for draft, b in (cost.bound or {}).items():
@@ -171,21 +192,30 @@ def print_benchmark(result: BenchmarkReport) -> None:
         print(f"  {warning}")
 
 
-def write_benchmark_report(result: BenchmarkReport, shown: Mapping[str, Generation], decode: Callable[[list[int]], str], out: Path) -> None:
+def write_benchmark_report(
+    result: BenchmarkReport,
+    profiles: Sequence[SpeculationProfile],
+    sweep: LossySweep,
+    shown: Mapping[str, Generation],
+    decode: Callable[[list[int]], str],
+    out: Path,
+) -> None:
     """Write report.md, report.html and the pictures.
 
     Args:
         result: content of benchmark.json
+        profiles: content of speculation_profile.json
+        sweep: content of lossy_rules.json
         shown: name -> a generation, all of one prompt; the trace of the last one is shown
         decode: token ids -> text
         out: directory
     """
-    plots.all_pictures(result, shown, out)
+    plots.all_pictures(result, profiles, sweep, shown, out)
     name, example = list(shown.items())[-1]
     trace = f"One prompt, {name}: accepted, (rejected), [the target's own]", trace_lines(example, decode, color=False)
-    note, provenance = note_of(result), provenance_table(result)
-    write_text(out / "report.md", markdown_report(note, [*tables(result), provenance], trace))
-    write_text(out / "report.html", html_report(note, tables(result), provenance, trace, out))
+    note, provenance, parts = note_of(result), provenance_table(result), [*tables(result), sweep_table(sweep)]
+    write_text(out / "report.md", markdown_report(note, [*parts, provenance], trace))
+    write_text(out / "report.html", html_report(note, parts, provenance, trace, out))
 
 
 def note_of(result: BenchmarkReport) -> str:

@@ -90,7 +90,7 @@ class TimedRow(Record):
         num_draft_tokens: draft length; the largest one if `adaptive`
         adaptive: whether the draft length is adaptive
         overlap: whether the next round is drafted during verification
-        threshold: cosine of the feature and relaxed rules
+        threshold: of a lossy rule
         exit_layer: layer of EventGPT that an adapter of its own reads
         drafts_per_round: the draft length in words
         speedup: end to end
@@ -119,8 +119,13 @@ class TimedRow(Record):
     @property
     def name(self) -> str:
         """Drafter, rule and draft length, e.g. "chained + token, 5"."""
-        rule = self.accept if self.threshold is None else f"{self.accept} > {self.threshold:g}"
+        rule = rule_name(self.accept, self.threshold)
         return f"{drafter_name(self.draft, self.exit_layer)} + {rule}, {self.drafts_per_round}"
+
+
+def rule_name(accept: str, threshold: float | None) -> str:
+    """Name of an acceptance rule with its threshold, e.g. "feature > 0.9"."""
+    return accept if threshold is None else f"{accept} {'<' if accept == 'kl' else '>'} {threshold:g}"
 
 
 def drafter_name(draft: str, exit_layer: int | None) -> str:
@@ -157,13 +162,17 @@ class PlantedRow(TimedRow):
     """One row of planted.json; see `BenchmarkRow`.
 
     Args:
-        planted_acceptance: probability with which each draft token is accepted
+        planted_acceptance: probability with which each draft token is accepted; a list: the marginal acceptance of each draft position
+        planted_length: tokens per round that these probabilities imply
+        mean_acceptance_length: tokens per round, of the rounds with room for the whole draft length
     """
 
     corrected_speedup: float | None
     corrected_error: float | None
-    planted_acceptance: float
+    planted_acceptance: float | list[float]
     draft_layers: list[int]
+    planted_length: float | None = field(default=None, metadata=OMIT_IF_NONE)
+    mean_acceptance_length: Rate | None = field(default=None, metadata=OMIT_IF_NONE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,7 +312,7 @@ class PlantedBest(Record):
     """
 
     draft: str
-    planted_acceptance: float
+    planted_acceptance: float | list[float]
     num_draft_tokens: int
     chosen: list[int] | None = field(default=None, metadata=OMIT_IF_NONE, kw_only=True)
     speedup: Speedup

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -14,10 +13,9 @@ from feature_alignment.benchmark.results import TimedRow
 from feature_alignment.benchmark.timing import Timed
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS
 from feature_alignment.decoding.generation import Generation
+from feature_alignment.decoding.settings import COSINE_RULES, DEFAULT_THRESHOLDS, RuleName
 from feature_alignment.measurement.metrics import Counts, Rate
 from feature_alignment.models.state import Prompt
-
-RuleName = Literal["token", "feature", "relaxed"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Mode:
         num_draft_tokens: draft length; the largest one if `adaptive`
         adaptive: whether the draft length is adaptive
         overlap: whether the next round is drafted during verification
-        threshold: cosine of the feature and relaxed rules
+        threshold: of a lossy rule
         exit_layer: layer of EventGPT that an adapter of its own reads
     """
 
@@ -58,8 +56,9 @@ def modes(
 ) -> list[Mode]:
     """The modes of a benchmark.
 
-    Draft tokens of the first adapter are measured at every draft length, those of the n-gram table at the longer ones, and all others at
-    the middle one. Draft tokens of adapters are also measured under the cosine rules.
+    Draft tokens of the first adapter are measured at every draft length, those of the n-gram table and of the best table at the longer
+    ones, and all others at the middle one. Draft tokens of adapters are also measured under the cosine rules, those of the first also
+    under the other lossy rules at their default thresholds.
 
     Args:
         gammas: fixed draft lengths
@@ -70,15 +69,16 @@ def modes(
     """
     middle = gammas[len(gammas) // 2]
     adaptive = [Mode(draft, "token", max_draft_tokens, adaptive=True) for draft in (adapters[0], "hybrid", "own")]
-    rules: tuple[RuleName, ...] = ("feature", "relaxed")
+    other_rules: tuple[RuleName, ...] = ("typical", "kl")
     return [
         *[Mode(adapters[0], "token", g) for g in gammas],
-        *[Mode("ngram", "token", g) for g in gammas[len(gammas) // 2 :]],
+        *[Mode(draft, "token", g) for draft in ("ngram", "tables") for g in gammas[len(gammas) // 2 :]],
         *adaptive,
         dataclasses.replace(adaptive[0], overlap=True),
         *[Mode(draft, "token", middle) for draft in (*adapters[1:], "own", "template", "lookup", "previous")],
         *[Mode("aligned", "token", middle, exit_layer=k) for k in layers],
-        *[Mode(draft, rule, middle, threshold=t) for draft in adapters for rule in rules for t in thresholds],
+        *[Mode(draft, rule, middle, threshold=t) for draft in adapters for rule in COSINE_RULES for t in thresholds],
+        *[Mode(adapters[0], rule, middle, threshold=DEFAULT_THRESHOLDS[rule]) for rule in other_rules],
     ]
 
 

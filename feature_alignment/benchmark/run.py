@@ -10,6 +10,7 @@ import numpy as np
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.benchmark import fidelity, speed_model, targets, timing
+from feature_alignment.benchmark.chain_loop import ChainLoop
 from feature_alignment.benchmark.costs import Bound, Cost, DecodingCosts, PartCosts
 from feature_alignment.benchmark.profile import ProfileCosts, SpeculationProfile, profile_of
 from feature_alignment.benchmark.results import BenchmarkRow, FastestLossless, Fidelity, GenerateBaseline, Mismatch, PlainBaseline, Speedup
@@ -20,6 +21,7 @@ from feature_alignment.decoding.draft_length import DraftLengthController
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.generation import PREFILL_STAGES, Generation
 from feature_alignment.decoding.proposers import Proposer
+from feature_alignment.decoding.settings import COSINE_RULES
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.measurement.lexicon import Lexicon
@@ -85,16 +87,17 @@ class Measurements:
     log_likelihood: fidelity.LogLikelihood
 
     @classmethod
-    def of(cls, setup: Setup, timed: Mapping[str | Mode, Timed], part_cost: PartCosts) -> Measurements:
+    def of(cls, setup: Setup, timed: Mapping[str | Mode, Timed], part_cost: PartCosts, chain: ChainLoop) -> Measurements:
         """Combine timed runs with the costs of single parts.
 
         Args:
             setup: models, drafters and prompts
             timed: result of `take_turns`
             part_cost: result of `part_costs`
+            chain: what `take_turns` collected
         """
         costs = speed_model.Costs.of([(m, timed[m]) for m in setup.modes], timed["plain"], part_cost.loop.v)
-        decoding_cost = costs.report(part_cost.loop, setup.clips)
+        decoding_cost = chain.added_to(costs.report(part_cost.loop, setup.clips))
         log_likelihood = fidelity.log_likelihoods(setup.pair.target, setup.target_prompts)
         return cls(setup, timed, costs, part_cost, decoding_cost, log_likelihood)
 
@@ -154,14 +157,14 @@ def speculative(setup: Setup, mode: Mode, max_new_tokens: int) -> Callable[[int]
             max_new_tokens=max_new_tokens,
             controller=controller,
             overlap=mode.overlap,
-            cosines=mode.accept != "token",
+            cosines=mode.accept in COSINE_RULES,
         )
 
     return answer
 
 
 def take_turns(
-    setup: Setup, ways: Mapping[str, Callable[[Prompt], Generation]], max_new_tokens: int, repeats: int, warmup: int
+    setup: Setup, ways: Mapping[str, Callable[[Prompt], Generation]], max_new_tokens: int, repeats: int, warmup: int, chain: ChainLoop
 ) -> dict[str | Mode, Timed]:
     """Time every baseline and every mode on every prompt, in turns, after two warm-ups.
 
@@ -171,14 +174,19 @@ def take_turns(
         max_new_tokens: longest answer, EOS included
         repeats: timed runs of every method on every prompt
         warmup: number of prompts in each warm-up
+        chain: collects the chained drafts of the timed runs
 
     Returns:
         name of a baseline or mode -> its runs
     """
     methods: dict[str | Mode, Callable[[int], Generation]] = {name: answering(way, setup.prompts) for name, way in ways.items()}
-    methods |= {m: speculative(setup, m, max_new_tokens) for m in setup.modes}
+    for mode in setup.modes:
+        methods[mode] = speculative(setup, mode, max_new_tokens)
+        if mode.draft == "chained" and not mode.adaptive:
+            methods[mode] = chain.after(methods[mode], setup.proposers["chained"], mode.num_draft_tokens)
     for _ in range(2):  # The second warm-up runs on warm caches.
         timing.run_in_turns(methods, min(warmup, len(setup.samples)), 1, iter)
+    chain.rounds.clear()
     # During warm-up this drafter has seen answers to the prompts that are timed next, so a new one replaces it.
     setup.proposers["previous"] = setup.sources.open("previous")
     bar = functools.partial(progress, desc="benchmark", unit="prompt")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from feature_alignment.adapters.attending import AttendingAdapter
-from feature_alignment.adapters.attending_training import MOST_IDS
+from feature_alignment.adapters.attending_texts import MOST_IDS
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.benchmark.costs import PartCosts

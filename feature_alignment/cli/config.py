@@ -35,6 +35,7 @@ _LONGEST_CONFIG = 100_000
 T = TypeVar("T", bound="Common")
 Steps = Literal["eager", "graphs", "compiled"]
 StepsSetting = Literal["auto", "eager", "graphs", "compiled"]
+DraftVocabulary = int | Literal["auto"] | None
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,19 @@ class Common:
         """Folder of all outputs."""
         assert self.output_dir is not None  # parse_config fills it
         return self.output_dir
+
+
+@dataclass(frozen=True)
+class ClipsConfig(Common):
+    """Settings of a script that reads a manifest, or a folder of clips instead.
+
+    Args:
+        clips: read the clips of this folder instead of a manifest: files of one name, such as a.npy and a.mp4; --split names the output
+        question: asked about every clip of --clips, instead of --questions
+    """
+
+    clips: Path | None = None
+    question: str | None = None
 
 
 def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant: str | None = None) -> T:

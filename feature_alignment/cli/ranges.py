@@ -93,7 +93,8 @@ RANGES = {
     "weight_decay": Range(0, 100),
 }
 SPLITS = ("split", "train_split", "validation_split", "calibration_split")  # each names a folder
-INPUT_FILES = ("questions", "lexicon", "answers", "token_pairs", "events", "exit_adapters")
+VARIANTS = ("variant", "variants")
+INPUT_FILES = ("questions", "lexicon", "answers", "token_pairs", "events", "exit_adapters", "planted_acceptance")
 _DEVICE = re.compile(r"cpu|cuda(:(0|[1-9]\d{0,3}))?")
 
 
@@ -142,6 +143,10 @@ def validate_text(name: str, value: str | Path) -> None:
         raise UserError(f"--device {shown}: wanted cpu, cuda or cuda:<number>.")
     if name in SPLITS:
         _validate_split(name, text)
+    if name in VARIANTS and (not re.fullmatch(r"\w[\w.-]{0,99}", text) or text.startswith(("blind", "without_"))):
+        raise UserError(
+            f"--{name} {shown}: a variant names a folder; wanted up to 100 letters, digits and _ . -, not beginning with blind or without_."
+        )
     if isinstance(value, Path):
         _validate_path(name, value)
 
@@ -168,7 +173,10 @@ def _validate_path(name: str, path: Path) -> None:
         raise UserError(f"--{name} {path}: no permission to read it.")
 
 
-_ADVICE = {"exit_adapters": " Train one for the layer with train_hidden_adapter.py --draft_layers K."}
+_ADVICE = {
+    "exit_adapters": " Train one for the layer with train_hidden_adapter.py --draft_layers K.",
+    "planted_acceptance": " Wanted numbers from 0 to 1, or the speculation_profile.json of a benchmark.",
+}
 
 
 def _validate_list(name: str, values: list[Any], may_be_empty: bool) -> None:
@@ -204,6 +212,8 @@ def validate_together(cfg: Any) -> None:
             f"--temperature {cfg.temperature} --accept {cfg.accept}: sampling is lossless only where tokens are compared. "
             "Pass --accept token, or --temperature 0 (greedy)."
         )
+    if get("accept") in ("typical", "kl") and get("threshold") is not None and cfg.threshold <= 0:
+        raise UserError(f"--threshold {cfg.threshold:g} --accept {cfg.accept}: wanted a number above 0 (and at most 1).")
     narrowing = [f"--{name}" for name in ("top_p", "top_k", "min_p") if get(name) is not None]
     if narrowing and not get("temperature"):
         raise UserError(f"{', '.join(narrowing)}: changes only what is sampled, and greedy decoding samples nothing. Pass --temperature 1.")
@@ -211,13 +221,26 @@ def validate_together(cfg: Any) -> None:
         raise UserError(
             f"--draft_vocabulary {cfg.draft_vocabulary}: limits the chained adapter only. Pass --draft chained, or leave it out."
         )
+    if get("draft_vocabulary") == "auto" and get("temperature") and not get("adaptive"):
+        raise UserError(
+            f"--draft_vocabulary auto --temperature {cfg.temperature:g}: the vocabulary is chosen by timing, and a sampled text would "
+            "depend on it. Pass a number, or --adaptive, whose text is that of Video-LLaVA alone."
+        )
     if not all(get("stop") or ()):
         raise UserError("--stop: wanted strings of at least one character; an empty one would end every text.")
     if get("mse_weight") is not None:
         weights = [cfg.mse_weight, cfg.cosine_weight, *([] if cfg.adapter == "plain" else [cfg.kl_weight])]
         if not any(weights):
             raise UserError("--mse_weight, --cosine_weight and --kl_weight are all 0: wanted at least one above 0.")
+    if get("loss") not in (None, "ce_cosine") and cfg.adapter == "plain":
+        raise UserError(f"--loss {cfg.loss} --adapter plain: the plain adapter has the loss of TASKS.md's recipe. Leave --loss out.")
     clip = {f"--{name}": get(name) for name in ("events", "video", "question") if hasattr(cfg, name)}
+    if get("clips") is not None:
+        if found := [flag for flag in ("--events", "--video") if clip.get(flag)]:
+            raise UserError(f"--clips {cfg.clips} and {found[0]}: wanted a folder of clips or the files of one.")
+        clip = {}
+    elif "--video" not in clip and clip.pop("--question", None):
+        raise UserError(f"--question {cfg.question!r}: asked about the clips of --clips DIR; a manifest has questions of its own.")
     missing = [flag for flag, value in clip.items() if value is None]
     if 0 < len(missing) < len(clip):
         raise UserError(f"{', '.join(missing)} missing: --events, --video and --question belong together.")

@@ -14,7 +14,7 @@ from feature_alignment.decoding.proposers import Draft, Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import Selected
 from feature_alignment.models.decoder import Decoder
-from feature_alignment.models.state import Prompt
+from feature_alignment.models.state import Prompt, ReadPrompt
 
 Proposed = list[tuple[int, int]]
 
@@ -48,12 +48,13 @@ class AttendingProposer(Proposer):
         self._proposed: list[Proposed] = []  # table candidates after each token
 
     @torch.inference_mode()
-    def read_target_prompt(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
+    def read_target_prompt(self, prompt: Prompt, read: ReadPrompt, watch: Stopwatch) -> None:
         """See `Proposer`."""
         with watch("adapter"):
             most = self._num_prompt
             self._prompt, self._question = self._target.text_ids(prompt.ids[-most - 1 :].tolist()), question_number(prompt.question)
-            self._folded.read_prompt(states[:-1][-most:] if most else states[:0], self._prompt)
+            first = max(0, len(read.states) - 1 - most)
+            self._folded.read_prompt(read.states[first:-1], read.inputs[first + 1 :])
 
     @torch.inference_mode()
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:

@@ -2,7 +2,7 @@
 
 `template` proposes the most frequent token at each position of training answers to the question, `ngram` the most frequent token after
 the last few (longest known context first). `lookup` (prompt lookup) continues as question and answer continued before, `previous` as the
-last answer to the question did.
+last answer to the question did. `tables` chooses between n-grams and lookup by their records (`best_table`).
 
 All have one interface, offline and while decoding: built from training texts, `next_token(question, prefix)` returns a token or None.
 `finished(question, tokens)` reports answers in the order they are given; only `previous` uses it.
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from feature_alignment.decoding.best_table import BestTable
 from feature_alignment.decoding.proposers import Draft, Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
-from feature_alignment.models.state import Prompt
+from feature_alignment.models.state import Prompt, ReadPrompt
 
 Text = tuple[str, Sequence[int]]  # question, token ids up to EOS
 
@@ -136,6 +137,12 @@ BASELINE_DRAFTERS: dict[str, Callable[[Iterable[Text]], Table]] = {
     "ngram": NGram,
     "lookup": Lookup,
     "previous": Previous,
+    "tables": BestTable,
+}
+# these search the question's token ids as well
+SEARCH_THE_QUESTION: dict[str, Callable[[Iterable[Text], Callable[[str], Sequence[int]]], Table]] = {
+    "lookup": Lookup,
+    "tables": BestTable,
 }
 
 
@@ -169,6 +176,18 @@ class TableProposer(Proposer):
         """See `Proposer`."""
         self._answered = self._prompt, list(emitted)
 
+    def remember(self, question: str, token_ids: Sequence[int]) -> None:
+        """Enter an answer that an earlier process gave, after those of this one.
+
+        Args:
+            question: of the answer
+            token_ids: of the answer
+        """
+        if self._answered is not None:
+            self._table.finished(self._answered[0].question, self._answered[1])
+            self._answered = None
+        self._table.finished(question, token_ids)
+
 
 class HybridProposer(Proposer):
     """A model drafts and an n-gram table corrects it.
@@ -200,9 +219,9 @@ class HybridProposer(Proposer):
         self._question = prompt.question
         self._model.start(prompt, watch)
 
-    def read_target_prompt(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
+    def read_target_prompt(self, prompt: Prompt, read: ReadPrompt, watch: Stopwatch) -> None:
         """See `Proposer`."""
-        self._model.read_target_prompt(prompt, states, watch)
+        self._model.read_target_prompt(prompt, read, watch)
 
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:
         """See `Proposer`."""

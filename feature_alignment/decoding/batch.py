@@ -141,7 +141,7 @@ def _start(
     for i, (proposer, selector, prompt, draft_prompt) in enumerate(zip(proposers, selectors, prompts, draft_prompts, strict=True)):
         proposer.selector = selector
         proposer.start(draft_prompt, watch)
-        proposer.read_target_prompt(prompt, state.prompt_states(i)[: len(prompt.ids)], watch)
+        proposer.read_target_prompt(prompt, state.read_prompt(i, len(prompt.ids)), watch)
     return drafter_of_rows(proposers)
 
 
@@ -207,8 +207,9 @@ def _prefill(target: Decoder, prompts: Sequence[Prompt]) -> tuple[State, list[in
     ids = torch.stack([torch.cat([p.ids, p.ids.new_zeros(longest - len(p.ids))]) for p in prompts]).to(target.device)
     state = target.prefill_encoded(ids[:, :shared], target.encode_vision(torch.stack([p.pixels for p in prompts])))
     begin, tails = state.prompt, target.step(state, ids[:, shared:])
-    assert begin is not None  # of a decoder with one tap
+    assert begin is not None and state.inputs is not None  # of a decoder with one tap
     state.prompt = torch.cat([begin, tails], 1)
+    state.inputs = torch.cat([state.inputs, target.llama.embed_tokens(ids[:, shared:]).to(target.device)], 1)
     ends = torch.tensor(lengths, device=target.device)
     state.last = tails[torch.arange(len(prompts), device=target.device), ends - 1 - shared]
     return state, lengths

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from feature_alignment.decoding.acceptance import Rule, accepted_drafts, cosine_per_position
+from feature_alignment.decoding.acceptance import Rule, accepted_drafts, cosine_per_position, rule_score
 from feature_alignment.decoding.draft_length import DraftLengthController
 from feature_alignment.decoding.generation import DRAFT_STAGES, Generation, Round, relative_spans
 from feature_alignment.decoding.overlap import drafter_reading
@@ -51,11 +51,10 @@ def speculate(
         proposer: the drafter
         prompt: the target's
         draft_prompt: the drafter's, of the same sample
-        accept: `token` is lossless: it emits exactly what `greedy` emits; with a sampler the text has the distribution of plain sampling,
-            with a sampler of shared noise it is the same text. `feature` accepts draft tokens whose predicted state has a cosine above
-            `threshold`, up to the first rejection. `relaxed` accepts each such draft token, replaces the others by the target's own, and
-            the target reads the corrected block again (stage "recompute", the rejection cost)
-        threshold: of the cosine rules
+        accept: a rule of `acceptance.py`. `token` is lossless: it emits exactly what `greedy` emits; with a sampler the text has the
+            distribution of plain sampling, with a sampler of shared noise it is the same text. After rejections of `relaxed` the target
+            reads the corrected block again (stage "recompute", the rejection cost)
+        threshold: of the lossy rules
         num_draft_tokens: draft length; with a controller the maximum
         max_new_tokens: longest answer, EOS included
         sampler: draws tokens; `token` rule only
@@ -80,6 +79,7 @@ class Verification(NamedTuple):
         proposed: [g] draft token ids, up to and including the first that ends the text
         target_tokens: [g + 1] its own greedy token ids
         cosine: [g] of predicted and real states, or None
+        score: [g] what a lossy rule compares with its threshold, or None
     """
 
     hidden: Tensor
@@ -87,6 +87,7 @@ class Verification(NamedTuple):
     proposed: list[int]
     target_tokens: list[int]
     cosine: Tensor | None
+    score: Tensor | None
 
 
 class Acceptance(NamedTuple):
@@ -128,7 +129,7 @@ class Speculation:
             raise ValueError(f"sampling is lossless under the token rule only, got {accept!r}")
         self._target, self._proposer, self._prompt, self._max_new_tokens = target, proposer, prompt, max_new_tokens
         self._rule, self._threshold, self._num_draft_tokens, self._controller = accept, threshold, num_draft_tokens, controller
-        self._cosines = cosines or accept != "token"
+        self._cosines = cosines or accept not in ("token", "typical", "kl")
         self._selector = proposer.selector = TokenSelector.of(target, prompt, sampler)
         self._watch, self._overlapped = Stopwatch(target.device), Stopwatch(target.device)
         self._start_ms = self._last_ms = self._watch.now()
@@ -214,13 +215,14 @@ class Speculation:
             scores = logits if not selector.rules.processors else selector.rules.scores(logits, self.emitted, drafts.tolist())
             read = torch.cat([drafts, scores.argmax(-1)]).tolist()
             self.passes += 1
+        proposed, target_tokens = read[:g], read[g:]
+        end = next((i + 1 for i, token in enumerate(proposed) if token in selector.eos_ids), g)
         with self._watch("accept"):
             cosine = None
             if self._cosines and draft.predicted is not None:
-                cosine = cosine_per_position(draft.predicted(), hidden[:g])
-        proposed, target_tokens = read[:g], read[g:]
-        end = next((i + 1 for i, token in enumerate(proposed) if token in selector.eos_ids), g)
-        return Verification(hidden, scores, proposed[:end], target_tokens[: end + 1], None if cosine is None else cosine[:end])
+                cosine = cosine_per_position(draft.predicted()[:end], hidden[:end])
+            score = rule_score(self._rule, drafts[:end], scores[:end], draft.logits, cosine)
+        return Verification(hidden, scores, proposed[:end], target_tokens[: end + 1], cosine, score)
 
     def _accept(self, draft: Draft, verification: Verification) -> Acceptance:
         """Apply the acceptance rule, and roll the target's cache back to the accepted tokens."""
@@ -253,7 +255,7 @@ class Speculation:
         if not g:
             return [], None
         own = torch.tensor(target_tokens[:g], device=drafts.device)
-        return accepted_drafts(self._rule, drafts, own, verification.cosine, self._threshold).tolist(), None
+        return accepted_drafts(self._rule, drafts, own, verification.score, self._threshold).tolist(), None
 
     def _corrected(self, verification: Verification, accepted: list[bool]) -> Acceptance:
         """The `relaxed` rule's block: rejected draft tokens are replaced by the target's own, which the target then reads again."""
@@ -287,15 +289,12 @@ class Speculation:
                 ms={},
                 stop_reason=stop_reason,
                 confidence=None if confidence is None else list(confidence),
+                score=None if verification.score is None else verification.score.tolist(),
             )
         )
 
     def _step_plainly(self, record: bool) -> None:
-        """Steps of plain decoding: room for the last token only, or drafting does not pay.
-
-        Args:
-            record: add a round without draft tokens for each step
-        """
+        """Steps of plain decoding: room for the last token only, or drafting does not pay. `record` adds a round for each step."""
         first, hidden = len(self.emitted), []
         num_tokens = min(1 if self._controller is None else self._controller.plain_steps, self._max_new_tokens - first)
         last = torch.tensor([self.emitted[-1]], device=self._target.device)
@@ -320,7 +319,7 @@ class Speculation:
             with self._watch("draft_prefill"):
                 reading.result()
         self._draft_prompt = None
-        self._proposer.read_target_prompt(self._prompt, self._state.prompt_states(), self._watch)
+        self._proposer.read_target_prompt(self._prompt, self._state.read_prompt(), self._watch)
         if self._controller is not None:
             self._controller.record_draft_prefill(self._watch.ms.get("draft_prefill", 0.0))
 

@@ -24,6 +24,7 @@ class Round:
         ms: milliseconds per stage
         stop_reason: why no more was drafted: "length", "EOS", "low confidence", "no candidate", or "off" for a step of plain decoding
         confidence: chance of each draft token to be accepted if all before it are, where the drafter computed it
+        score: [g] what a lossy rule compared with its threshold; None for `token`
     """
 
     proposed: list[int]
@@ -35,6 +36,7 @@ class Round:
     ms: dict[str, float]
     stop_reason: str
     confidence: list[float] | None = None
+    score: list[float] | None = None
 
     @property
     def num_accepted(self) -> int:
@@ -53,6 +55,7 @@ class Round:
             "ms": self.ms,
             "stopped": self.stop_reason,
             "confidence": self.confidence,
+            "score": self.score,
         }
 
 

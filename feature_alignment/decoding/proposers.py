@@ -16,7 +16,7 @@ from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import Selected, TokenSelector
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.fixed import captured
-from feature_alignment.models.state import Prompt, State
+from feature_alignment.models.state import Prompt, ReadPrompt, State
 
 OUTSIDE = -1e30  # logit of an id outside the draft vocabulary
 BLOCK_LENGTHS = (4, 8, 16, 24, 32)  # of a whole block at a confidence floor; few, because each is one CUDA graph
@@ -32,19 +32,22 @@ class Draft:
             the cosine rules and traces need them
         probs: [g, v], the distribution each token was drawn from; None if none was drawn
         confidence: for each token, its chance to be accepted if all before it are; None if it was not computed
+        logits: computes [g, v], the logits each token was selected from; None if there are none over all ids. Only `kl` needs them
     """
 
     token_ids: Tensor
     predicted: Callable[[], Tensor] | None = None
     probs: Tensor | None = None
     confidence: Sequence[float] | None = None
+    logits: Callable[[], Tensor] | None = None
 
     @classmethod
     def of(cls, selected: Sequence[Selected], predicted: Callable[[], Tensor] | None) -> Draft:
         """A draft of at least one selected token; either all or none were drawn."""
         probs = [s.probs for s in selected if s.probs is not None]
-        token_ids = torch.cat([s.token for s in selected])
-        return cls(token_ids, predicted, torch.cat(probs) if probs else None, [s.confidence for s in selected])
+        scores = [s.scores for s in selected if s.scores is not None]
+        token_ids, confidence = torch.cat([s.token for s in selected]), [s.confidence for s in selected]
+        return cls(token_ids, predicted, torch.cat(probs) if probs else None, confidence, (lambda: torch.cat(scores)) if scores else None)
 
 
 class Proposer(Protocol):
@@ -57,8 +60,8 @@ class Proposer(Protocol):
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """Read a new prompt."""
 
-    def read_target_prompt(self, prompt: Prompt, states: Tensor, watch: Stopwatch) -> None:
-        """Receive the target's prompt and its hidden states [s, d_target] there; called once for each text, after `start`."""
+    def read_target_prompt(self, prompt: Prompt, read: ReadPrompt, watch: Stopwatch) -> None:
+        """Receive the target's prompt and what it read there, [s, d_target] each; called once for each text, after `start`."""
         return None
 
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:
@@ -204,6 +207,19 @@ class ChainedProposer(Proposer):
                 return self._propose_block(num_tokens, confidence_floor)
         return self._propose_one_by_one(emitted, num_tokens, watch, confidence_floor)
 
+    @property
+    def device(self) -> torch.device:
+        """Device that drafts are made on."""
+        return self._draft.device
+
+    @torch.inference_mode()
+    def redraft(self, num_tokens: int) -> Tensor:
+        """Greedy draft tokens [g] after the text read last, without reading anything: the chain alone, to time it."""
+        if self._drafts_blocks:
+            token_ids: Tensor = self._block(self._tip, self._zeros(num_tokens))[0]
+            return token_ids
+        return self._chain.draft(self._tip, self.event_context, num_tokens).tokens[0]
+
     def _propose_fixed(self, num_tokens: int) -> Draft:
         """Draft tokens of a greedy text, as many as asked for. On a CPU, where reading a token is free, none after one that ends it."""
         if self._drafts_blocks:
@@ -212,7 +228,8 @@ class ChainedProposer(Proposer):
             found = self._chain.draft(self._tip, self.event_context, num_tokens, ends=self.selector.eos_ids)
             token_ids, hidden, self._tip = found.tokens[0], found.hidden[0], found.memory
         self._ahead = token_ids[:-1]
-        return Draft(token_ids, lambda: self._chain.states(hidden))
+        logits = None if self._chain.ids is not None else lambda: self._chain.logits(hidden)
+        return Draft(token_ids, lambda: self._chain.states(hidden), logits=logits)
 
     def _propose_block(self, num_tokens: int, confidence_floor: float) -> Draft:
         """Draft up to twice the last length at once, read all tokens and confidences, and cut at the confidence floor."""
@@ -225,7 +242,8 @@ class ChainedProposer(Proposer):
             chance *= confidences[n]
             n += 1
         self._last_length = n  # the chain goes on from the verified text, or reads these tokens again
-        return Draft(token_ids[:n], lambda: self._chain.states(hidden[:n]), confidence=confidences[:n])
+        logits = None if self._chain.ids is not None else lambda: self._chain.logits(hidden[:n])
+        return Draft(token_ids[:n], lambda: self._chain.states(hidden[:n]), confidence=confidences[:n], logits=logits)
 
     def _propose_one_by_one(self, emitted: Sequence[int], num_tokens: int, watch: Stopwatch, confidence_floor: float) -> Draft:
         """Draft tokens whose selection depends on the text, on random numbers or on the confidence so far."""

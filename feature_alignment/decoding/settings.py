@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from feature_alignment.cli.config import Common, StepsSetting
+from feature_alignment.cli.config import Common, DraftVocabulary, StepsSetting
+
+RuleName = Literal["token", "feature", "relaxed", "typical", "kl"]  # acceptance rules; all but token are lossy
+COSINE_RULES: tuple[RuleName, ...] = ("feature", "relaxed")  # they compare hidden states
+DEFAULT_THRESHOLDS = {"feature": 0.9, "relaxed": 0.9, "typical": 0.09, "kl": 0.1}
 
 
 @dataclass(frozen=True)
@@ -18,13 +22,15 @@ class DecodingConfig(Common):
             lookup and previous read no image; hybrid = ngram where it is confident, else chained (aligned where no chained adapter has
             been trained)
         train_split: split whose answers ngram, template and previous are built from
-        accept: token is lossless; feature and relaxed accept draft tokens by cosine
-        threshold: cosine above which feature and relaxed accept a draft token
+        accept: token is lossless; the others are lossy. feature and relaxed accept draft tokens by the cosine of hidden states, typical by
+            their probability under Video-LLaVA, kl by the divergence of the drafter's distribution from Video-LLaVA's
+        threshold: feature and relaxed accept above this cosine (default: 0.9), typical at this epsilon (default: 0.09), kl below this
+            many nats (default: 0.1)
         num_draft_tokens: draft tokens per round; with --adaptive the maximum
         adaptive: choose the draft length of each round by expected gain and cost, down to no drafting at all
         overlap: prefill EventGPT in a thread of its own while Video-LLaVA prefills; needs a second core
         draft_vocabulary: chained drafts only this many token ids, those most frequent in training answers, which makes the head
-            cheaper and changes no text (default: all)
+            cheaper and changes no text that is not sampled; auto = as many as pay, by measured cost and coverage (default: all)
         max_new_tokens: longest answer, EOS included
         temperature: above 0 the answer is sampled from the same distribution as from Video-LLaVA alone; --accept token only. The same
             --seed gives the same answer; with --adaptive it is the answer of Video-LLaVA alone, at a somewhat lower acceptance
@@ -39,14 +45,14 @@ class DecodingConfig(Common):
             other devices the fixed cache alone); compiled = also fused by torch.compile, which takes a minute
     """
 
-    draft: Literal["own", "aligned", "chained", "attending", "hybrid", "ngram", "template", "lookup", "previous"] = "aligned"
+    draft: Literal["own", "aligned", "chained", "attending", "hybrid", "ngram", "template", "lookup", "previous", "tables"] = "aligned"
     train_split: str = "train"
-    accept: Literal["token", "feature", "relaxed"] = "token"
-    threshold: float = 0.9
+    accept: RuleName = "token"
+    threshold: float | None = None
     num_draft_tokens: int = 5
     adaptive: bool = False
     overlap: bool = False
-    draft_vocabulary: int | None = None
+    draft_vocabulary: DraftVocabulary = None
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float | None = None
@@ -56,3 +62,8 @@ class DecodingConfig(Common):
     repetition_penalty: float | None = None
     stop: list[str] | None = None
     steps: StepsSetting = "auto"
+
+    @property
+    def acceptance_threshold(self) -> float:
+        """The threshold of the acceptance rule; `token` has none."""
+        return DEFAULT_THRESHOLDS.get(self.accept, 0.0) if self.threshold is None else self.threshold

@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 from feature_alignment.adapters.attending import AttendingAdapter, load_attending_adapter
-from feature_alignment.adapters.attending_training import MOST_IDS
+from feature_alignment.adapters.attending_texts import MOST_IDS
 from feature_alignment.adapters.chained import ChainedAdapter, load_chained_adapter
 from feature_alignment.adapters.hidden import HiddenAdapter, load_adapter
 from feature_alignment.cli.advice import command_for
-from feature_alignment.cli.config import Common
+from feature_alignment.cli.config import Common, DraftVocabulary
 from feature_alignment.cli.console import UserError, log
+from feature_alignment.decoding import draft_vocabulary
 from feature_alignment.decoding.attending_proposer import AttendingProposer
-from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
+from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, SEARCH_THE_QUESTION, HybridProposer, NGram, TableProposer
 from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import Pair
 from feature_alignment.storage.answers import read_token_pairs
 from feature_alignment.storage.files import load_pt
+
+UNKNOWN_ACCEPTANCE = 0.8  # of an adapter whose file records none
 
 
 class Sources:
@@ -34,18 +37,20 @@ class Sources:
         cfg: settings
         train_split: split whose answers the tables know
         untrained: use a new adapter where none has been trained
-        draft_vocabulary: the chained adapter drafts only so many token ids, those most frequent in training answers; None for all
+        draft_vocabulary: the chained adapter drafts only so many token ids, those most frequent in training answers; "auto" for as many
+            as are expected to be fastest; None for all
     """
 
     def __init__(
-        self, pair: Pair, cfg: Common, train_split: str = "train", untrained: bool = False, draft_vocabulary: int | None = None
+        self, pair: Pair, cfg: Common, train_split: str = "train", untrained: bool = False, draft_vocabulary: DraftVocabulary = None
     ) -> None:
-        self._pair, self._cfg, self._untrained, self._draft_vocabulary = pair, cfg, untrained, draft_vocabulary
+        self._pair, self._cfg, self._untrained = pair, cfg, untrained
+        self._train_split, self._draft_vocabulary = train_split, draft_vocabulary
         self._acceptance: dict[str, float | None] = {}  # of adapters that were given
-        self.texts_path = cfg.out / "token_pairs" / f"{train_split}.json"
-        self.adapter_path = cfg.out / "adapter" / "adapter.pt"
-        self.chained_path = cfg.out / "chained_adapter" / "adapter.pt"
-        self.attending_path = cfg.out / "attending_adapter" / "adapter.pt"
+        self.texts_path = texts_path(cfg, train_split)
+        self.adapter_path = trained_path(cfg, "adapter")
+        self.chained_path = trained_path(cfg, "chained_adapter")
+        self.attending_path = trained_path(cfg, "attending_adapter")
 
     @cached_property
     def adapter(self) -> HiddenAdapter:
@@ -118,20 +123,41 @@ class Sources:
 
         An id outside is never drafted; the target may still emit it, so the text does not change (FR-Spec, Zhao et al. 2502.14856).
         """
-        if self._draft_vocabulary is None or self._draft_vocabulary >= self._pair.target.vocab_size:
+        target, size = self._pair.target, self._draft_vocabulary
+        if size == "auto":
+            size = self._paying_vocabulary()
+        if size is None or size >= target.vocab_size:
             return None
         counts = Counter(token for _, tokens in self.texts for token in tokens)
-        ends = [i for i in self._pair.target.eos_ids if i < self._pair.target.vocab_size]
-        frequent = [token for token, _ in counts.most_common(self._draft_vocabulary)]
-        ids = sorted(set(frequent[: max(1, self._draft_vocabulary - len(ends))]) | set(ends))
+        ids = draft_vocabulary.frequent_ids(counts, size, self._ends)
         covered = sum(counts[i] for i in ids) / max(1, counts.total())
-        log.info(
-            "draft vocabulary  %d of %d ids, which are %.2f %% of the training answers",
-            len(ids),
-            self._pair.target.vocab_size,
-            100 * covered,
-        )
-        return torch.tensor(ids, device=self._pair.target.device)
+        log.info("draft vocabulary  %d of %d ids, which are %.2f %% of the training answers", len(ids), target.vocab_size, 100 * covered)
+        return torch.tensor(ids, device=target.device)
+
+    def _paying_vocabulary(self) -> int:
+        """The number of ids that is expected to be fastest, by measured cost and coverage; all ids where fewer do not pay."""
+        target, texts = self._pair.target, self.texts
+        numbers = draft_vocabulary.sizes(target.vocab_size)
+        costs = draft_vocabulary.draft_ms(self.chained_adapter, target, numbers, self._pair.draft.steps)
+        coverages = draft_vocabulary.coverages([tokens for _, tokens in texts], numbers, self._ends)
+        candidates = [draft_vocabulary.Candidate(*row) for row in zip(numbers, [*coverages[:-1], 1.0], costs, strict=True)]
+        acceptance = self.known_acceptance("chained") or UNKNOWN_ACCEPTANCE
+        size, gain = draft_vocabulary.best_size(candidates, acceptance, draft_vocabulary.step_ms(target, texts[0][0]))
+        chosen = next(c for c in candidates if c.size == size)
+        if size == target.vocab_size:
+            log.info("draft vocabulary  auto: all %d ids, because no smaller number is expected to be faster", size)
+        else:
+            log.info(
+                "draft vocabulary  auto: %d of %d ids, %.2f %% of held-out training answers; a draft token takes %.3f instead of %.3f ms; "
+                "expected to decode %.2f times as fast",
+                *(size, target.vocab_size, 100 * chosen.coverage, chosen.draft_ms, costs[-1], gain),
+            )
+        return size
+
+    @property
+    def _ends(self) -> list[int]:
+        """The shared ids that end a text."""
+        return [i for i in self._pair.target.eos_ids if i < self._pair.target.vocab_size]
 
     @cached_property
     def full_draft(self) -> Decoder:
@@ -160,17 +186,20 @@ class Sources:
         adapter = load_adapter(path, draft.hidden_size, layers)[0].to(target.device, target.head_weight.dtype)
         return layers[0], ModelProposer(draft, adapter, target.lm_head)
 
-    def open(self, name: str, predicts_states: bool = False) -> Proposer:
+    def open(self, name: str, predicts_states: bool = False, has_distribution: bool = False) -> Proposer:
         """Make a drafter.
 
         Args:
             name: as in `--draft`
             predicts_states: the acceptance rule compares hidden states, so the drafter must predict them
+            has_distribution: the acceptance rule compares distributions, so the drafter must have one over all token ids
 
         Raises:
-            UserError: a file that the drafter needs is missing, or it predicts no states
+            UserError: a file that the drafter needs is missing, it predicts no states, or it has no distribution
         """
         target, draft = self._pair.target, self._pair.draft
+        if has_distribution:
+            self._check_distribution(name)
         if predicts_states and (name not in ("own", "aligned", "chained", "attending") or (name == "own" and not draft.has_own_head)):
             raise UserError(
                 f"the feature and relaxed rules compare hidden states, {name} drafts have none"
@@ -192,9 +221,25 @@ class Sources:
             return HybridProposer(self.ngram, self.open(self._hybrid_model))
         if name == "ngram":
             return TableProposer(self.ngram)
-        if name == "lookup":
-            return TableProposer(Lookup(encode=cache(lambda question: target.tokenizer.encode(question, add_special_tokens=False))))
+        if name in SEARCH_THE_QUESTION:
+            texts = [] if name == "lookup" else self.texts
+            encode = cache(lambda question: target.tokenizer.encode(question, add_special_tokens=False))
+            return TableProposer(SEARCH_THE_QUESTION[name](texts, encode))
         return TableProposer(BASELINE_DRAFTERS[name](self.texts))
+
+    def _check_distribution(self, name: str) -> None:
+        """Raise UserError for a drafter without a distribution over all token ids, which the rule `kl` compares."""
+        if name not in ("own", "aligned", "chained"):
+            has = "covers only the ids of its draft vocabulary" if name == "attending" else "comes from a table or is corrected by one"
+            raise UserError(
+                f"--draft {name} --accept kl: compares the drafter's distribution over all token ids with Video-LLaVA's; what {name} "
+                f"drafts {has}. Pass --draft own, aligned or chained, or --accept typical, which needs Video-LLaVA's distribution alone."
+            )
+        if name == "chained" and self.draft_ids is not None:
+            raise UserError(
+                f"--draft_vocabulary {self._draft_vocabulary} --accept kl: the other ids have probability 0, so every divergence is "
+                "infinite. Leave --draft_vocabulary out, or pass --accept typical."
+            )
 
     @cached_property
     def ngram(self) -> NGram:
@@ -219,8 +264,32 @@ class Sources:
 
     def files(self, name: str) -> dict[str, Path]:
         """The files that a drafter's draft tokens depend on."""
-        chained = {"chained_adapter": self.chained_path} | ({} if self._draft_vocabulary is None else {"texts": self.texts_path})
-        attending = {"attending_adapter": self.attending_path}
-        models = {"own": {}, "aligned": {"adapter": self.adapter_path}, "chained": chained, "attending": attending, "lookup": {}}
-        texts = {"texts": self.texts_path}
-        return models[self._hybrid_model] | texts if name == "hybrid" else models.get(name, texts)
+        return drafter_files(self._cfg, name, self._train_split, self._draft_vocabulary)
+
+
+def drafter_files(cfg: Common, name: str, train_split: str = "train", draft_vocabulary: DraftVocabulary = None) -> dict[str, Path]:
+    """The files that a drafter's draft tokens depend on, found without loading a model.
+
+    Args:
+        cfg: settings
+        name: as in `--draft`
+        train_split: split whose answers the tables know
+        draft_vocabulary: as of `Sources`
+    """
+    texts = {"texts": texts_path(cfg, train_split)}
+    chained = {"chained_adapter": trained_path(cfg, "chained_adapter")} | ({} if draft_vocabulary is None else texts)
+    attending = {"attending_adapter": trained_path(cfg, "attending_adapter")}
+    aligned = {"adapter": trained_path(cfg, "adapter")}
+    if name == "hybrid":
+        return (chained if chained["chained_adapter"].is_file() else aligned) | texts
+    return {"own": {}, "aligned": aligned, "chained": chained, "attending": attending, "lookup": {}}.get(name, texts)
+
+
+def texts_path(cfg: Common, train_split: str) -> Path:
+    """File of the answers that the tables know."""
+    return cfg.out / "token_pairs" / f"{train_split}.json"
+
+
+def trained_path(cfg: Common, folder: str) -> Path:
+    """File of a trained adapter."""
+    return cfg.out / folder / "adapter.pt"

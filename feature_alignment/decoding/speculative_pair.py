@@ -8,7 +8,7 @@ print(pair.answer(events="e.npy", video="v.mp4", question="What is happening?").
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +17,19 @@ from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import UserError
+from feature_alignment.decoding.batch import BatchGeneration, speculate_batch
 from feature_alignment.decoding.draft_length import DraftLengthController
 from feature_alignment.decoding.engine import Speculation
 from feature_alignment.decoding.generation import Generation, Round
 from feature_alignment.decoding.plain import decode_plainly
 from feature_alignment.decoding.sampling import Sampler
-from feature_alignment.decoding.settings import DecodingConfig
+from feature_alignment.decoding.settings import COSINE_RULES, DecodingConfig
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models.generation import with_flags
 from feature_alignment.models.pair import load_pair
 from feature_alignment.models.state import Prompt
+from feature_alignment.models.vision_cache import VisionCache
 from feature_alignment.storage.pretrained import adapter_type, load_pretrained
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for an incomplete UTF-8 sequence
@@ -49,7 +51,8 @@ class Answer:
         text: without special tokens
         token_ids: up to and including the end of the text
         rounds: of speculative decoding; empty for plain decoding
-        stats: `tokens_per_pass`, `passes`, `total_ms`, `decode_ms` and `ms` per stage
+        stats: `tokens_per_pass`, `passes`, `total_ms`, `decode_ms`, `ms` per stage, and `vision_reused`: how many models did not have to
+            encode the clip, because they had for an earlier question; `total_ms` is then without it
     """
 
     text: str
@@ -59,29 +62,41 @@ class Answer:
 
 
 class SpeculativePair:
-    """A target, a drafter and how they decode.
+    """A target, a drafter and how they decode. Questions about the last two clips do not encode them again; see `forget_clips`.
 
     Args:
         cfg: settings, as of feature_sd_inference.py
         trained: adapter and its meta to use instead of the one under the output directory
+        trial: choose the product of linear layers by a trial of speed; without it the choice, and so every bit, is the same in each process
 
     Raises:
         UserError: a checkpoint or a file of the drafter is missing or does not fit
     """
 
-    def __init__(self, cfg: DecodingConfig, trained: tuple[HiddenAdapter | ChainedAdapter, dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self, cfg: DecodingConfig, trained: tuple[HiddenAdapter | ChainedAdapter, dict[str, Any]] | None = None, trial: bool = True
+    ) -> None:
         self.cfg = cfg
         pair = load_pair(cfg)
         pair.use_steps(cfg.steps)
-        pair.choose_linear()
+        if trial:
+            pair.choose_linear()
+        elif pair.target.steps == "eager":
+            pair.target.pack_linear()
+            pair.draft.pack_linear()
         self.target, self.draft = pair.target, pair.draft
         flags = {name: getattr(cfg, name) for name in SETTINGS}
         self.target.settings = with_flags(self.target.settings, **flags, stop_strings=cfg.stop)
         self.sources = Sources(pair, cfg, cfg.train_split, draft_vocabulary=cfg.draft_vocabulary)
         if trained is not None:
             self.sources.use_adapter(*trained)
-        self.proposer = self.sources.open(cfg.draft, cfg.accept != "token")
+        self.proposer = self.sources.open(cfg.draft, cfg.accept in COSINE_RULES, cfg.accept == "kl")
+        self._proposers = [self.proposer]  # of the rows of a batch
         self._controller = DraftLengthController(self.sources.known_acceptance(cfg.draft)) if cfg.adaptive else None
+        self._vision_caches = (VisionCache(), VisionCache())
+        self.target.vision_cache, drafter_cache = self._vision_caches
+        for draft in (self.draft, *([self.sources.full_draft] if cfg.draft == "own" else [])):
+            draft.vision_cache = drafter_cache
 
     @classmethod
     def from_config(cls, config: Path | str, **settings: Any) -> SpeculativePair:
@@ -128,11 +143,11 @@ class SpeculativePair:
         Raises:
             UserError: a file cannot be read
         """
-        return self._answer(self.decode(self.prepare(sample_of(events, video, question))))
+        return self._answer(self.decode, sample_of(events, video, question))
 
     def answer_plain(self, *, events: Path | str, video: Path | str, question: str) -> Answer:
         """Answer by the target alone: the baseline. Arguments as in `answer`."""
-        return self._answer(self.decode_plainly(self.prepare(sample_of(events, video, question))))
+        return self._answer(self.decode_plainly, sample_of(events, video, question))
 
     def stream(self, *, events: Path | str, video: Path | str, question: str) -> Iterator[str]:
         """Answer a question and yield pieces of the text as rounds end; only whole characters. Arguments as in `answer`."""
@@ -162,9 +177,39 @@ class SpeculativePair:
             speculation.advance()
         return speculation.finish()
 
+    def decode_batch(self, prompts: Sequence[Prompts]) -> BatchGeneration:
+        """Decode several prompts at once, under the token rule and at a fixed draft length; each text equals that of its prompt alone.
+
+        Args:
+            prompts: at least one
+
+        Raises:
+            ValueError: other settings than that, or sampling
+        """
+        cfg = self.cfg
+        if cfg.accept != "token" or cfg.temperature or cfg.adaptive:
+            raise ValueError(
+                f"a batch is decoded greedily, by tokens, at a fixed length; got {cfg.accept}, {cfg.temperature}, {cfg.adaptive}"
+            )
+        while len(self._proposers) < len(prompts):
+            self._proposers.append(self.sources.open(cfg.draft))
+        return speculate_batch(
+            self.target,
+            self._proposers[: len(prompts)],
+            [p.target for p in prompts],
+            [p.draft for p in prompts],
+            num_draft_tokens=cfg.num_draft_tokens,
+            max_new_tokens=cfg.max_new_tokens,
+        )
+
     def decode_plainly(self, prompts: Prompts) -> Generation:
         """Decode by the target alone."""
         return decode_plainly(self.target, prompts.target, self.cfg.max_new_tokens, self._sampler())
+
+    def forget_clips(self) -> None:
+        """Encode the next clip again even if it was the last one: for times that include vision."""
+        for cache in self._vision_caches:
+            cache.clear()
 
     def text_of(self, token_ids: list[int]) -> str:
         """Text of an answer, without special tokens."""
@@ -179,7 +224,7 @@ class SpeculativePair:
             prompts.target,
             cfg.max_new_tokens,
             cfg.accept,
-            cfg.threshold,
+            cfg.acceptance_threshold,
             cfg.num_draft_tokens,
             self._sampler(),
             self._controller,
@@ -190,13 +235,16 @@ class SpeculativePair:
         cfg = self.cfg
         return Sampler(cfg.temperature, cfg.seed, self.target.device, shared_noise=cfg.adaptive) if cfg.temperature else None
 
-    def _answer(self, generation: Generation) -> Answer:
+    def _answer(self, decode: Callable[[Prompts], Generation], sample: Sample) -> Answer:
+        prompts, hits = self.prepare(sample), sum(cache.hits for cache in self._vision_caches)
+        generation = decode(prompts)
         stats: dict[str, Any] = {
             "tokens_per_pass": generation.tokens_per_pass,
             "passes": generation.passes,
             "total_ms": generation.total_ms,
         }
         stats |= {"decode_ms": generation.decode_ms, "ms": dict(generation.ms)}
+        stats["vision_reused"] = sum(cache.hits for cache in self._vision_caches) - hits
         return Answer(self.text_of(generation.token_ids), generation.token_ids, generation.rounds, stats)
 
 

@@ -25,11 +25,13 @@ class Selected(NamedTuple):
         token: [1] int64
         probs: [1, v], the distribution it was drawn from; None if it is an argmax
         confidence: the highest probability under its logits; 1 if it was not requested
+        scores: [1, v], the processed logits; None where they cover only some ids
     """
 
     token: Tensor
     probs: Tensor | None
     confidence: float
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ class TokenSelector:
         """
         scores = self.rules.scores(logits, text)
         if self.sampler is None:
-            return Selected(scores.argmax(-1), None, float(scores[0].float().softmax(-1).max()) if confidence else 1.0)
+            return Selected(scores.argmax(-1), None, float(scores[0].float().softmax(-1).max()) if confidence else 1.0, scores)
         probs = self.sampler.probs(scores, self.rules.warpers)
-        return Selected(self.sampler.draw(probs, len(text)), probs, float(probs[0].max()) if confidence else 1.0)
+        return Selected(self.sampler.draw(probs, len(text)), probs, float(probs[0].max()) if confidence else 1.0, scores)
 
     def accept(self, drafts: Tensor, probs: Tensor | None, scores: Tensor, text: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Apply the token rule to the draft tokens of a round.

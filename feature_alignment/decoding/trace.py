@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 
+from feature_alignment.cli.console import print_table
 from feature_alignment.decoding.generation import Generation, Round
 
 # kind of token -> (terminal color, marks in plain text)
@@ -64,3 +67,22 @@ def trace_lines(generation: Generation, decode: Callable[[list[int]], str], colo
 
 def _stages(ms: dict[str, float]) -> str:
     return f"{sum(ms.values()):.2f} ms" + (f" = {' + '.join(f'{stage} {t:.2f}' for stage, t in ms.items())}" if len(ms) > 1 else "")
+
+
+def print_trace(generation: Generation, decode: Callable[[list[int]], str], verbose: bool) -> None:
+    """Print the rounds of a generation; in color on a terminal, unless NO_COLOR is set (no-color.org).
+
+    Args:
+        generation: Speculative generation.
+        decode: Token ids -> text.
+        verbose: Print each round with its stages instead of a table.
+    """
+    if verbose:
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print(f"\nrounds: {legend(color)}", *trace_lines(generation, decode, color), sep="\n")
+        return
+    rows = [
+        (styled_tokens(r, decode, color=False), f"{i + 1}", f"{r.num_accepted}/{len(r.proposed)}", round(sum(r.ms.values()), 2))
+        for i, r in enumerate(generation.rounds)
+    ]
+    print_table(f"rounds: {legend(color=False)}", ("draft tokens", "round", "accepted", "ms"), rows)

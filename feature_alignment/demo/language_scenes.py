@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 # split -> (first seed, clips, questions asked about each); the pair's own training scenes lie below 5,000,000
 SPLITS = {
-    "train": (5_000_000, 480, 6),
+    "train": (5_000_000, 960, 6),
     "validation": (5_400_000, 30, 3),
     "calibration": (5_600_000, 60, 2),
     "test": (5_800_000, 75, 4),
@@ -34,8 +34,8 @@ SPLITS = {
 
 
 def questions_of(clip: int, count: int) -> list[int]:
-    """`count` different questions for the n-th clip of a split, so that all ten are asked equally often."""
-    return [(clip + 3 * i) % len(language_world.QUESTIONS) for i in range(count)]
+    """`count` different questions for the n-th clip of a split, so that all are asked equally often."""
+    return [(clip + 5 * i) % len(language_world.QUESTIONS) for i in range(count)]
 
 
 def clip_rows(job: Job) -> list[str]:

@@ -5,13 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError, log
-from feature_alignment.inputs.samples import Sample
+from feature_alignment.inputs.samples import Sample, read_questions, read_samples
 
 EVENT_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".raw", ".dat", ".aedat4", ".txt", ".csv")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".flv", ".mpg", ".mpeg", ".ts", ".mxf", ".ogv", ".3gp", ".gif", ".zip")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 _SHOWN = 10
+
+
+def read_data_set(cfg: Common, split: str, clips: Path | None, question: str | None) -> list[Sample]:
+    """The samples of a manifest, or of a folder of clips.
+
+    Args:
+        cfg: settings; `questions`, `limit` and `manifests` apply
+        split: name of the manifest, not used with `clips`
+        clips: folder of clips
+        question: asked about every clip of `clips`, instead of `cfg.questions`
+
+    Raises:
+        UserError: both or neither of the questions, and as `read_clip_folder` and `read_samples`
+    """
+    if clips is None:
+        return read_samples(cfg.manifests, split, cfg.limit, cfg.questions, cfg.allow_outside)
+    if question is not None and cfg.questions is not None:
+        raise UserError(f"--question and --questions {cfg.questions}: wanted one of them with --clips.")
+    asked = [question] if question is not None else read_questions(cfg.questions) if cfg.questions is not None else []
+    return read_clip_folder(clips, asked)[: cfg.limit]
 
 
 def read_clip_folder(folder: Path, questions: Sequence[str]) -> list[Sample]:

@@ -2,6 +2,9 @@
 
 row     hash of the row's inputs: question, content of the clip's files, start in a long event file
 batch   hash of the rows of its batch, in order, and the index of this row among them
+
+`events` of an entry is the hash of what its event states depend on: content and unit of the event file, start of the window. The length
+of the window is a setting of the run.
 """
 
 from __future__ import annotations
@@ -26,20 +29,27 @@ def identify(samples: Sequence[Sample], parts: Sequence[Sequence[int]], manifest
         event_start_ms: Start of clips that do not state their own.
     """
     folder = manifest.resolve().parent
-    hash_of = functools.cache(lambda path: file_hash(path) if path.exists() else None)
+    hash_of = functools.cache(_hash_of_readable)
     entries = []
     for part in parts:
         batch = [samples[i] for i in part]
-        hashes = []
+        hashes, windows = [], []
         for sample in batch:
             start = event_start_ms if sample.event_start_ms is None else sample.event_start_ms
             clip = [hash_of(sample.events), hash_of(sample.video)]
-            hashes.append(
-                config_hash({"question": sample.question, "clip": clip, "start_ms": float(start), "unit": sample.event_time_unit})
-            )
+            window = {"start_ms": float(start), "unit": sample.event_time_unit}
+            hashes.append(config_hash({"question": sample.question, "clip": clip, **window}))
+            windows.append(config_hash({"events": clip[0], **window}))
         batch_hash = config_hash({"rows": hashes})
-        for index, (sample, row) in enumerate(zip(batch, hashes, strict=True)):
+        for index, (sample, row, events) in enumerate(zip(batch, hashes, windows, strict=True)):
             files = {os.path.relpath(path.resolve(), folder): hash_of(path) for path in (sample.events, sample.video)}
             about = {"id": sample.id, "sequence": sample.sequence, "question": sample.question, "facts": sample.facts, "clip": files}
-            entries.append({**about, "identity": {"row": row, "batch": f"{batch_hash}:{index}"}})
+            entries.append({**about, "identity": {"row": row, "batch": f"{batch_hash}:{index}"}, "events": events})
     return entries
+
+
+def _hash_of_readable(path: Path) -> str | None:
+    try:
+        return file_hash(path)
+    except OSError:  # reading the sample reports it
+        return None

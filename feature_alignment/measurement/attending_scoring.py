@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 
 from feature_alignment.adapters import tables
 from feature_alignment.adapters.attending import AttendingAdapter
-from feature_alignment.adapters.attending_training import Reader, all_origins, prompted_texts, proposals
+from feature_alignment.adapters.attending_texts import prompted_texts, proposals
+from feature_alignment.adapters.attending_training import Reader, all_origins
 from feature_alignment.decoding.acceptance import cosine_per_position
 from feature_alignment.measurement.scoring import Scores
 from feature_alignment.storage.hidden_states import HiddenStates
@@ -35,8 +35,8 @@ def attending_scores(
         tokens; and which of these positions exist, [n, s, steps] bool
     """
     found = proposals(states, tables.NGramTable(adapter.table), leave_out=False)
-    if events is not None and states.events is not None:
-        states = dataclasses.replace(states, events=states.events[torch.tensor(events)])
+    if events is not None:
+        states = states.with_events_of(torch.tensor(events))
     shape, reader = (*states.mask.shape, steps), Reader(adapter, head, embeddings)
     cosine, says, there = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
     match, first = torch.zeros(shape, dtype=torch.bool), 0

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, Lookup
+from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, SEARCH_THE_QUESTION
 from feature_alignment.measurement import metrics
 from feature_alignment.measurement.lexicon import Lexicon, Verdict
 from feature_alignment.measurement.reports import DifferingDraft, DraftReport, TextAgreement, ThresholdCounts
@@ -104,14 +104,15 @@ def baseline_drafter_reports(
         rows: answers that they draft
         num_draft_tokens: draft length
         eos_ids: token ids that end a text
-        encode: question -> token ids, which `lookup` searches as it does in decoding; without it, it searches the answer only
+        encode: question -> token ids, which `lookup` and `tables` search as they do in decoding; without it, they search the answer only
 
     Returns:
         drafter -> its report
     """
     reports = {}
     for name, fit in BASELINE_DRAFTERS.items():
-        table = Lookup(encode=cache(encode)) if encode and name == "lookup" else fit([(r["query"], r["vl_tokens"]) for r in train])
+        texts = [(r["query"], r["vl_tokens"]) for r in train]
+        table = SEARCH_THE_QUESTION[name](texts, cache(encode)) if encode and name in SEARCH_THE_QUESTION else fit(texts)
         drafts = []
         for row in rows:
             tokens = row["vl_tokens"]

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from feature_alignment.adapters.rounds import rounds
 from feature_alignment.cli.console import rate_text
 from feature_alignment.measurement.records import Record
 
@@ -115,24 +115,6 @@ def leading_run(bits: Tensor, mask: Tensor) -> Tensor:
     return (bits & mask).int().cumprod(1).sum(1)
 
 
-def run_from(bits: Tensor, mask: Tensor) -> Tensor:
-    """Length of the run of ones that starts at each position.
-
-    Args:
-        bits: [n, s] bool
-        mask: [n, s] bool, valid positions
-
-    Returns:
-        [n, s] int64; 0 where the bit is 0
-    """
-    runs = torch.zeros_like(bits, dtype=torch.long)
-    follow = torch.zeros(len(bits), dtype=torch.long)
-    for t in range(bits.shape[1] - 1, -1, -1):
-        follow = torch.where((bits & mask)[:, t], follow + 1, 0)
-        runs[:, t] = follow
-    return runs
-
-
 @dataclass(frozen=True)
 class Blocks:
     """The rounds that greedy decoding would form, derived from one teacher-forced pass.
@@ -172,30 +154,8 @@ class Blocks:
 
 
 def decoding_blocks(bits: Tensor, mask: Tensor, num_draft_tokens: int, ended: Tensor | None = None) -> Blocks:
-    """Form the rounds of decoding: a round at t accepts the run of ones from t, and the next one starts after its extra token.
-
-    Position 0 comes from the target's prefill.
-
-    Args:
-        bits: bool; [n, s] whether the draft token at this position is accepted if everything before it is the target's own text; or
-            [n, s, g] for drafters that depend on the start of the round: [:, t, k] is draft token k of a round at t, for position t + k
-        mask: [n, s] bool, valid positions, EOS included
-        num_draft_tokens: draft length
-        ended: [n] bool, texts that end with EOS (default: all). The last token of a text that was cut off at the length limit is never
-            drafted, because every round also emits a token of the target's own
-    """
-    runs = run_from(bits, mask) if bits.ndim == 2 else bits.long().cumprod(-1).sum(-1)
-    lengths = mask.sum(1)
-    rounds: list[tuple[int, int, int, int]] = []
-    for row in range(len(bits)):
-        t, n = 1, int(lengths[row])
-        while t < n:
-            offered = min(num_draft_tokens, n - t - (0 if ended is None or bool(ended[row]) else 1))
-            accepted = min(offered, int(runs[row, t]))
-            rounds.append((row, t, offered, accepted))
-            t += accepted + 1
-    table = np.array(rounds, dtype=np.int64).reshape(-1, 4)
-    return Blocks(*table.T)
+    """The rounds of decoding; arguments as in `adapters.rounds.rounds`."""
+    return Blocks(*rounds(bits, mask, num_draft_tokens, ended).T)
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:

@@ -6,7 +6,6 @@ state, the token that the predicted state emits through the target's LM head, an
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -187,8 +186,8 @@ def chain_scores(
     Returns:
         scores [n, s, steps], and [n, s, steps] bool: whether the text has this position
     """
-    if events is not None and states.events is not None:
-        states = dataclasses.replace(states, events=states.events[torch.tensor(events)])
+    if events is not None:
+        states = states.with_events_of(torch.tensor(events))
     shape, device = (*states.mask.shape, steps), str(head.device)
     cosine, says, valid = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
     match, first = torch.zeros(shape, dtype=torch.bool), 0

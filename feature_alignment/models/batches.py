@@ -131,6 +131,16 @@ class ClipBatch:
         assert self._state.prompt is not None  # prefilled by this model, which reads one layer
         return self._state.prompt[clip, -most:]
 
+    def prompt_inputs(self, most: int) -> list[Tensor]:
+        """Input embeddings [most, d] of the last positions of each prompt, the very last included; zeros in front where it is shorter."""
+        assert self._state.inputs is not None  # prefilled by this model
+        inputs = []
+        for clip, tail in zip(self._clip_of, self._tails, strict=True):
+            own = self.model.embeddings_of(tail)
+            full = torch.cat([self._state.inputs[clip, max(0, self._state.length + len(tail) - most) :], own])[-most:]
+            inputs.append(F.pad(full, (0, 0, most - len(full), 0)).cpu())
+        return inputs
+
     def prompt_ids(self, most: int) -> list[list[int]]:
         """The last token ids of each prompt, at most `most`, as `Decoder.text_ids` gives them."""
         return [self.model.text_ids([*self._shared[0].tolist(), *tail][-most:]) for tail in self._tails]

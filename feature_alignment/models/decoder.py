@@ -24,6 +24,7 @@ from feature_alignment.models.fused import unsupported_reason
 from feature_alignment.models.generation import GenerationRules, eos_set, most_likely
 from feature_alignment.models.packed import LinearChoice, best_cpu_linear, pack, packed_product, unsupported
 from feature_alignment.models.state import Prompt, State, position_limit
+from feature_alignment.models.vision_cache import VisionCache
 
 
 class Decoder:
@@ -85,6 +86,7 @@ class Decoder:
         self.vocab_size = lm_head.weight.shape[0]
         self.steps: Steps = "eager"
         self._fixed: FixedCache | None = None
+        self.vision_cache: VisionCache | None = None  # off: a timed run pays for its own vision
         if self.taps[-1] < self.num_layers:  # an early exit: later layers are neither run nor cached
             llama.layers = llama.layers[: self.taps[-1]]
             llama.config.num_hidden_layers = self.taps[-1]
@@ -191,8 +193,12 @@ class Decoder:
 
     @torch.inference_mode()
     def encode_vision(self, pixels: Tensor) -> Tensor:
-        """Vision tokens [b, e, d] of pixels [b, t, 3, h, w]. They do not depend on the question, so a clip is encoded once."""
-        return self._encode_vision(pixels.to(self.device, self._head_weight.dtype))
+        """Vision tokens [b, e, d] of pixels [b, t, 3, h, w]. They do not depend on the question; `vision_cache` keeps those of one clip."""
+
+        def encode() -> Tensor:
+            return self._encode_vision(pixels.to(self.device, self._head_weight.dtype))
+
+        return encode() if self.vision_cache is None or len(pixels) > 1 else self.vision_cache.vision(pixels, encode)
 
     @torch.inference_mode()
     def vision_states(self, ids: Tensor, vision: Tensor) -> Tensor:
@@ -206,15 +212,26 @@ class Decoder:
             [b, e, d].
         """
         at = (ids[0] == self.placeholder).nonzero()[:, 0]
-        ids = ids[:, : int(at[-1]) + 1].to(self.device)
-        state = State(DynamicCache(config=self.llama.config), ids, 0)
-        return self._read(state, {"inputs_embeds": self._splice(ids, vision)})[:, int(at[0]) :, -self.width :]
+        ids = ids[:, : int(at[-1]) + 1]
+
+        def read() -> Tensor:
+            here = ids.to(self.device)
+            state = State(DynamicCache(config=self.llama.config), here, 0)
+            return self._read(state, {"inputs_embeds": self._splice(here, vision)})[:, int(at[0]) :, -self.width :]
+
+        return read() if self.vision_cache is None or len(ids) > 1 else self.vision_cache.states(vision, tuple(ids[0].tolist()), read)
 
     @property
     def embeddings(self) -> Tensor:
         """[v, d]: input embeddings of the shared ids."""
         weight: Tensor = self.llama.embed_tokens.weight
         return weight[: self.vocab_size].detach().to(self.device)
+
+    @torch.inference_mode()
+    def embeddings_of(self, ids: Sequence[int]) -> Tensor:
+        """[n, d]: input embeddings of any n token ids of this model."""
+        read: Tensor = self.llama.embed_tokens(torch.tensor(ids, dtype=torch.int64, device=self.device))
+        return read.to(self.device)
 
     def prefill(self, prompts: Sequence[Prompt]) -> State:
         """Read prompts of equal length, vision included. Afterwards `state.last` is h0."""
@@ -231,8 +248,9 @@ class Decoder:
         """
         ids = ids.to(self.device)
         cache = DynamicCache(config=self.llama.config)
-        state = State(cache, ids, 0, ids)
-        state.prompt = self._read(state, {"inputs_embeds": self._splice(ids, vision)}, keep=1)
+        inputs = self._splice(ids, vision)
+        state = State(cache, ids, 0, ids, inputs=inputs)
+        state.prompt = self._read(state, {"inputs_embeds": inputs}, keep=1)
         if self._fixed is not None and len(ids) == 1:
             state.cache = self._fixed.load_prompt(cache, state)
         return state

@@ -34,7 +34,7 @@ from feature_alignment.models.packed import LinearChoice
 from feature_alignment.models.state import State
 from feature_alignment.storage.processes import check_device
 
-_ANSWER_TOKENS = 64  # for the estimate of the cache
+ANSWER_TOKENS = 64  # for the estimate of the cache
 
 
 def _probed(decoder: Decoder, path: Path, image_size: int) -> Decoder:
@@ -227,6 +227,7 @@ class ModelReport:
         vision_tokens: Tokens of one clip.
         prompt_tokens: Length of the probe question's prompt, vision included.
         weight_bytes: Memory of the weights.
+        layer_bytes: Memory of the weights of one decoder layer.
         cache_bytes: Memory of the key/value cache of one prompt and answer.
     """
 
@@ -240,6 +241,7 @@ class ModelReport:
     vision_tokens: int
     prompt_tokens: int
     weight_bytes: int
+    layer_bytes: int
     cache_bytes: int
 
 
@@ -274,6 +276,7 @@ def check_pair(cfg: Common) -> PairReport:
     dtype, models = getattr(torch, cfg.dtype), {}
     for name, (checkpoint, path, unquantized) in opened.items():
         text = checkpoint.model.config.get_text_config()
+        layers = getattr(checkpoint.model.model, "language_model", checkpoint.model.model).layers
         d_kv = text.num_key_value_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
         models[name] = ModelReport(
             checkpoint=str(path),
@@ -286,7 +289,8 @@ def check_pair(cfg: Common) -> PairReport:
             vision_tokens=checkpoint.vision_tokens,
             prompt_tokens=checkpoint.prompt_tokens,
             weight_bytes=loading.weight_bytes(checkpoint.model, dtype, cfg.quantize, unquantized),
-            cache_bytes=2 * text.num_hidden_layers * d_kv * dtype.itemsize * (checkpoint.prompt_tokens + _ANSWER_TOKENS),
+            layer_bytes=loading.weight_bytes(layers[0], dtype, cfg.quantize, ()),
+            cache_bytes=2 * text.num_hidden_layers * d_kv * dtype.itemsize * (checkpoint.prompt_tokens + ANSWER_TOKENS),
         )
     needed = sum(model.weight_bytes + model.cache_bytes for model in models.values())
     return PairReport(models, needed, loading.available_memory(cfg.device, cfg.device_map))
@@ -309,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rows = [(key.replace("_", " "), *(_as_text(getattr(m, key)) for m in models.values())) for key in (*shown, "prompt_tokens")]
     dtype = cfg.dtype if cfg.quantize == "none" else f"{cfg.quantize} and {cfg.dtype}"
     rows.append((f"weights as {dtype}", *(_gib(m.weight_bytes) for m in models.values())))
-    rows.append((f"cache of one prompt and {_ANSWER_TOKENS} tokens", *(_gib(m.cache_bytes) for m in models.values())))
+    rows.append((f"cache of one prompt and {ANSWER_TOKENS} tokens", *(_gib(m.cache_bytes) for m in models.values())))
     rows.append(("memory needed by both", "", _gib(report.needed_bytes)))
     rows.append((f"free memory, {cfg.device}", "", _gib(report.free_bytes)))
     print_table("the pair", ("", *models), rows)

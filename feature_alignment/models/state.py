@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
@@ -25,6 +26,13 @@ class Prompt:
     question: str = ""
 
 
+class ReadPrompt(NamedTuple):
+    """What a decoder read of one prompt: hidden states [s, d] on it, and the input embeddings [s, d] of its tokens and of its vision."""
+
+    states: Tensor
+    inputs: Tensor
+
+
 @dataclass
 class State:
     """Progress of a decoder in a batch of texts.
@@ -35,6 +43,7 @@ class State:
         length: Number of positions read.
         ids: [b, s] int64, prompt tokens.
         prompt: [b, s, d], hidden states on the prompt, of a decoder that reads one layer.
+        inputs: [b, s, d], input embeddings of the prompt, vision included.
     """
 
     cache: DynamicCache | FixedCache
@@ -42,11 +51,12 @@ class State:
     length: int
     ids: Tensor | None = None
     prompt: Tensor | None = None
+    inputs: Tensor | None = None
 
-    def prompt_states(self, row: int = 0) -> Tensor:
-        """[s, d], the hidden states on the prompt of one row."""
-        assert self.prompt is not None  # the target reads its last layer only
-        return self.prompt[row]
+    def read_prompt(self, row: int = 0, length: int | None = None) -> ReadPrompt:
+        """What was read of one row's prompt, up to `length` tokens."""
+        assert self.prompt is not None and self.inputs is not None  # the target reads its last layer only
+        return ReadPrompt(self.prompt[row, :length], self.inputs[row, :length])
 
 
 def position_limit(config: PreTrainedConfig) -> int:

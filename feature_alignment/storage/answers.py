@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def load_answers(path: Path, identity: RunIdentity, rows: Sequence[dict[str, Any
     if recorded and (changes := _for_texts(identity).changes(_texts_of(recorded), ignore_code, RECORDED_AND_CURRENT)):
         keep = " With --ignore_code they are read all the same." if all(c.startswith("code: ") for c in changes) else ""
         raise UserError(f"{path} holds answers of another run:\n  " + "\n  ".join(changes) + f"\n{leave_out}{keep}")
-    found = _fitting(path, content["results"], rows, identity.settings["max_new_tokens"], "row" if recorded else None)
+    found = _fitting(path, content["results"], rows, identity.settings, "row" if recorded else None)
     if len(found) < len(rows):
         without = next(row["id"] for row in rows if row["id"] not in found)
         raise UserError(
@@ -150,7 +150,7 @@ def earlier_answers(path: Path, identity: RunIdentity, rows: Sequence[dict[str, 
     if changes := _for_texts(identity).changes(_texts_of(content.get("meta"))):
         log.warning("%s is of another run, its answers are generated again (then → now): %s", path, "; ".join(changes))
         return {}
-    found = _fitting(path, content["results"], rows, identity.settings["max_new_tokens"], "batch")
+    found = _fitting(path, content["results"], rows, identity.settings, "batch")
     compared, more = _compared(identity, True)
     log.info("reused  %s: %d of %d answers; unchanged are %s, and their question%s, batch", path, len(found), len(rows), compared, more)
     return found
@@ -159,7 +159,7 @@ def earlier_answers(path: Path, identity: RunIdentity, rows: Sequence[dict[str, 
 def refuse_foreign_ids(answers: Answers, vocab_size: int) -> None:
     """Raise UserError if an answer contains a token id outside the shared vocabulary of `vocab_size` tokens."""
     for sample_id, texts in answers.items():
-        if max(map(max, texts)) >= vocab_size:
+        if max(max(tokens, default=0) for tokens in texts) >= vocab_size:
             raise UserError(f"the answers of sample {sample_id} hold ids beyond the {vocab_size} of this pair: texts of another one.")
 
 
@@ -181,17 +181,19 @@ def _texts_of(recorded: Any) -> dict[str, Any]:
     return {**recorded, "settings": kept}
 
 
-def _fitting(path: Path, results: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], longest: int, kind: str | None) -> Answers:
+def _fitting(
+    path: Path, results: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], settings: Mapping[str, Any], kind: str | None
+) -> Answers:
     """Answers to the questions of `rows`.
 
     Args:
         path: the file, for messages
         results: its rows
         rows: id, question and identity of the samples
-        longest: most tokens an answer may have
+        settings: of the extraction: the most tokens an answer may have, and whether EventGPT's answers are needed
         kind: which of a row's two hashes must be equal; None compares ids and, where the file has them, questions
     """
-    by_id = {row["id"]: row for row in rows}
+    by_id, longest, least_draft = {row["id"]: row for row in rows}, settings["max_new_tokens"], int(settings.get("draft_answers", True))
     found: Answers = {}
     for result in results:
         row = by_id.get(str(result.get("sample_id")))
@@ -203,6 +205,6 @@ def _fitting(path: Path, results: Sequence[dict[str, Any]], rows: Sequence[dict[
             identity = result.get("identity")
             fits = isinstance(identity, dict) and identity.get(kind) == row["identity"][kind]
         texts = (array("i", result["vl_tokens"]), array("i", result["egpt_tokens"]))
-        if fits and all(1 <= len(text) <= longest for text in texts):
+        if fits and all(least <= len(text) <= longest for least, text in zip((1, least_draft), texts, strict=True)):
             found[row["id"]] = texts
     return found

@@ -1,8 +1,9 @@
 """Reuse of an earlier extraction: as a whole if it is the requested run, otherwise row by row.
 
 The last bits of a float depend on the batch in which it is computed. A row is therefore reused only if the same rows form its batch, and
-the result equals a new extraction byte for byte. Rows that are appended to a manifest are extracted
-together with the rows of the last batch; all batches before it are copied. Renaming a sample, or moving its files, changes no row.
+the result equals a new extraction byte for byte. Rows that are appended to a manifest are extracted together with the rows of the last
+batch; all batches before it are copied. A row that becomes the first one of its clip is extracted again, because the event states come
+from its batch now. Renaming a sample, or moving its files, changes no row.
 """
 
 from __future__ import annotations
@@ -18,22 +19,15 @@ from typing import Any
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage.artifacts import log_reuse
 from feature_alignment.storage.files import altered_files, load_pt, read_hashed_json, read_json
-from feature_alignment.storage.hidden_states_writer import (
-    REMAKE,
-    SAMPLE_KEYS,
-    HiddenStatesWriter,
-    plan_hash,
-    progress_entries,
-    remove_leftovers,
-    superseded_runs,
-    unfinished_folder,
-)
+from feature_alignment.storage.hidden_states import EVENT_STATES, event_rows, rows_in_file
+from feature_alignment.storage.hidden_states_writer import REMAKE, HiddenStatesWriter, plan_hash, superseded_runs
 from feature_alignment.storage.identity import RunIdentity
+from feature_alignment.storage.progress_notes import progress_entries, remove_leftovers, unfinished_folder
 from feature_alignment.storage.state_files import frame_hash, row_hashes
 
 log = logging.getLogger(__name__)
 _TOGETHER = 64  # rows that are copied between two commits
-Row = dict[str, Any]  # the keys SAMPLE_KEYS of a row's entry in samples.jsonl, see `inputs/row_identity.py`
+Row = dict[str, Any]  # the keys of a row's entry in samples.jsonl that `inputs/row_identity.py` writes
 
 
 def find_complete_run(directory: Path, identity: RunIdentity, rows: Sequence[Row], ignore_code: bool = False) -> dict[str, Any] | None:
@@ -77,10 +71,11 @@ def _entries(directory: Path) -> Iterator[dict[str, Any]]:
 
 def _damaged(directory: Path, meta: dict[str, Any]) -> list[str]:
     """Files of states that are missing or do not match their recorded hashes."""
-    rows = [about["sha256"] for about in _entries(directory)]
-    wrong = []
+    entries = list(_entries(directory))
+    clip_index, wrong = list(event_rows(entries)), []
     for name, frame in meta["frames"].items():
         path, size = directory / name, meta["row_bytes"][name]
+        rows = [entries[row]["sha256"] for row in rows_in_file(name, clip_index)]
         try:
             intact = frame_hash(path, size * len(rows)) == frame
             intact = intact and all(row[name] == h for row, h in zip(rows, row_hashes(path, len(rows), size), strict=True))
@@ -160,11 +155,13 @@ def copy_unchanged_rows(writer: HiddenStatesWriter, identity: RunIdentity, rows:
             continue
         for n, (about, source_row) in enumerate(_stored(folder, texts=True)):
             row = row_of.get(about["identity"]["batch"])
+            if row is not None and writer.holds(EVENT_STATES, row) and EVENT_STATES not in about["sha256"]:
+                row = None
             if row is None or row in writer.done:
                 regrouped += row is None and about["identity"]["row"] in asked
                 continue
             try:
-                writer.copy(row, folder, source_row, {**about, **{key: rows[row][key] for key in SAMPLE_KEYS}})
+                writer.copy(row, folder, source_row, rows[row] | {key: value for key, value in about.items() if key not in rows[row]})
                 kept += 1
             except (UserError, OSError):
                 damaged += 1
@@ -184,7 +181,12 @@ def _recorded(folder: Path) -> dict[str, Any]:
 
 
 def _stored(folder: Path, texts: bool = False) -> Iterator[tuple[dict[str, Any], int]]:
-    """Every row of a complete or unfinished run: its entry (with the ids of its text as `read` if `texts`) and its number in the files."""
+    """Every row of a complete or unfinished run: its entry and its number in the files.
+
+    Args:
+        folder: of the run
+        texts: whether the entry gets the ids of its text as `read`, and its row of event states as `event_row`
+    """
     if (folder / "settings.json").is_file() and not (folder / "meta.json").is_file():
         for about in progress_entries(folder):
             yield {key: value for key, value in about.items() if key != "row"}, about["row"]
@@ -193,6 +195,7 @@ def _stored(folder: Path, texts: bool = False) -> Iterator[tuple[dict[str, Any],
         if texts and altered_files(folder / "meta.json", meta, ["positions.pt"]):
             return
         positions = load_pt(folder / "positions.pt", REMAKE) if texts else None
+        clip_index = list(event_rows(_entries(folder))) if texts else []
         for row, about in enumerate(_entries(folder)):
             read = {"read": positions["token_ids"][row, : positions["lengths"][row]].tolist()} if positions else {}
-            yield {**read, **about}, row
+            yield {**read, **({"event_row": clip_index[row]} if texts else {}), **about}, row

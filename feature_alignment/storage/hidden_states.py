@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ DEFAULT_EOS_IDS = [2]  # files written before their meta recorded the ids
 
 log = logging.getLogger(__name__)
 
-EVENT_STATES, PROMPT_STATES = "egpt_event_states.pt", "vl_prompt_states.pt"
-FIXED_LENGTH_FILES = (EVENT_STATES, PROMPT_STATES)  # files whose rows are all equally long
+EVENT_STATES, PROMPT_STATES, PROMPT_INPUTS = "egpt_event_states.pt", "vl_prompt_states.pt", "vl_prompt_inputs.pt"
+FIXED_LENGTH_FILES = (EVENT_STATES, PROMPT_STATES, PROMPT_INPUTS)  # files whose rows are all equally long
 MAX_BYTES_CHECKED_ON_LOAD = 1 << 30  # larger files are compared with their hashes by `verification` only
 
 
@@ -37,9 +38,11 @@ class HiddenStates:
     mask:      [n, s] bool       real positions, EOS included
     lengths:   [n] int64
     rows:      one dict per row: id, sequence, question, both texts
-    events:    [n, e, d_event]   EventGPT's states over its event tokens, if asked for: of the last tapped layer
+    events:    [c, e, d_event]   EventGPT's states over its event tokens, if asked for: of the last tapped layer, once per clip
     prompt:    [n, p, d_target]  Video-LLaVA's states of its prompt's end, without its very last position, if asked for; zeros in front
                                  where the prompt is shorter. A row's "prompt_ids" are the ids there and the last one, -1 for vision
+    prompt_inputs: [n, p, d_target]  its input embeddings, vision included, of the position after each of these states
+    clip_index: [n] int64        each row's row of `events`; None: one of its own
     """
 
     draft: Tensor
@@ -51,6 +54,17 @@ class HiddenStates:
     meta: dict[str, Any]
     events: Tensor | None = None
     prompt: Tensor | None = None
+    prompt_inputs: Tensor | None = None
+    clip_index: Tensor | None = None
+
+    def events_of(self, rows: Tensor) -> Tensor:
+        """EventGPT's event states [b, e, d_event] of the rows [b] int64."""
+        assert self.events is not None  # asked for when the split was loaded
+        return self.events[rows if self.clip_index is None else self.clip_index[rows]]
+
+    def with_events_of(self, rows: Tensor) -> HiddenStates:
+        """This split with the event states of other rows: row i has those of row rows[i]; rows: [n] int64."""
+        return dataclasses.replace(self, clip_index=rows if self.clip_index is None else self.clip_index[rows])
 
     def refuse_non_finite(self, rows: Tensor | Sequence[int], *states: Tensor) -> None:
         """Raise UserError for states with infinities or NaN; it names the first sample.
@@ -95,6 +109,32 @@ def eos_ids_of(meta: dict[str, Any] | None, key: str = "eos_token_ids") -> list[
     return ids
 
 
+def event_rows(entries: Iterable[Mapping[str, Any]]) -> Iterator[int]:
+    """For each row, its row of egpt_event_states.pt: clips in the order in which they are first asked about.
+
+    Args:
+        entries: entries of samples.jsonl; `events` names what a row's event states depend on. A row without it has states of its own
+    """
+    first: dict[Any, int] = {}
+    for row, about in enumerate(entries):
+        yield first.setdefault(about.get("events", row), len(first))
+
+
+def rows_in_file(name: str, clip_index: Sequence[int]) -> Sequence[int]:
+    """The rows whose states a file holds, in its order: all of them, or the first row of each clip for event states.
+
+    Args:
+        name: name of the file
+        clip_index: for each row, its row of egpt_event_states.pt
+    """
+    if name != EVENT_STATES:
+        return range(len(clip_index))
+    first: dict[int, int] = {}
+    for row, clip in enumerate(clip_index):
+        first.setdefault(clip, row)
+    return [first[clip] for clip in range(len(first))]
+
+
 def layer_file(layer: int) -> str:
     """Name of the file that holds one draft layer, if layers are stored separately."""
     return f"egpt_hidden_states.layer{layer:02d}.pt"
@@ -107,7 +147,7 @@ def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, eve
         directory: folder of the split
         layers: EventGPT's layers to load; None loads all. With `--separate_layers` it must be one layer, and `meta` then describes it alone
         events: load EventGPT's event states as well
-        prompt: load Video-LLaVA's states of its prompt as well
+        prompt: load Video-LLaVA's states and inputs of its prompt as well
 
     Raises:
         UserError: the extraction is incomplete or altered, lacks the requested states, or its files do not fit each other
@@ -148,16 +188,23 @@ def load_hidden_states(directory: Path, layers: Sequence[int] | None = None, eve
         raise UserError(
             f"{directory} holds no prompt states, which the attending adapter reads. Extract them:\n  {command} --prompt_states 160"
         )
-    files = ({"events": EVENT_STATES} if events else {}) | ({"prompt": PROMPT_STATES} if prompt else {})
-    more = {name: _load_states(directory / file, rows, meta, command) for name, file in files.items()}
-    return HiddenStates(draft, target, **{k: positions[k] for k in ("token_ids", "mask", "lengths")}, rows=rows, meta=meta, **more)
+    files = ({"events": EVENT_STATES} if events else {}) | ({"prompt": PROMPT_STATES, "prompt_inputs": PROMPT_INPUTS} if prompt else {})
+    clip_index = positions.get("clip_index", torch.arange(len(rows)))  # files of earlier versions have event states of every row
+    if clip_index.tolist() != list(event_rows(rows)):
+        raise UserError(f"{directory}: clip_index of positions.pt is not that of samples.jsonl. Make them again:\n  {command}")
+    more = {
+        name: _load_states(directory / file, [rows[row] for row in rows_in_file(file, clip_index.tolist())], meta, command)
+        for name, file in files.items()
+    }
+    tensors = {k: positions[k] for k in ("token_ids", "mask", "lengths")}
+    return HiddenStates(draft, target, **tensors, rows=rows, meta=meta, clip_index=clip_index, **more)
 
 
 def _load_states(path: Path, rows: Sequence[dict[str, Any]], meta: dict[str, Any], command: str) -> Tensor:
-    """One memory-mapped file of states [n, s, d]. Its frame is compared with the recorded hash, and so are its rows in a small file."""
+    """One memory-mapped file of the states [n, s, d] of `rows`; its frame, and in a small file its rows, are compared with their hashes."""
     states = load_pt(path, command)
     if not isinstance(states, Tensor) or states.ndim != 3 or not 0 < len(states) == len(rows):
-        raise UserError(f"{path} does not hold the {len(rows)} rows of samples.jsonl. Make it again:\n  {command}")
+        raise UserError(f"{path} does not hold the {len(rows)} rows of states that samples.jsonl lists. Make it again:\n  {command}")
     if frame_hash(path, states.nbytes) != meta["frames"].get(path.name):
         raise UserError(f"{path} is not the file that its meta.json describes: files swapped, or altered? Make it again:\n  {command}")
     if states.nbytes <= MAX_BYTES_CHECKED_ON_LOAD:

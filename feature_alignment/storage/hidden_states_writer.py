@@ -3,6 +3,8 @@
     train.unfinished/  settings.json  egpt_hidden_states.pt  vl_hidden_states.pt  progress-0.txt  progress-1.txt
     train/             the same .pt files, positions.pt, samples.jsonl, meta.json: one rename, once every row is there
 
+egpt_event_states.pt holds one row per clip: the states of a clip are written with the first row that asks about it.
+
 Every `.pt` file is sparse and has its full size from the start. A row is written at its offset in the file, not through a memory map,
 whose touched pages would count as this process's memory. Each process records its finished rows, with the hashes of their states, in
 its own progress file. A resumed run repeats rows whose states do not match their hash or whose record is damaged.
@@ -11,15 +13,13 @@ its own progress file. A resumed run repeats rows whose states do not match thei
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,23 @@ from torch import Tensor
 from feature_alignment.cli.console import UserError, file_named
 from feature_alignment.storage.answers import write_token_pairs
 from feature_alignment.storage.files import read_json, save_pt, write_hashed_json, write_json
-from feature_alignment.storage.hidden_states import FIXED_LENGTH_FILES
+from feature_alignment.storage.hidden_states import EVENT_STATES, FIXED_LENGTH_FILES, rows_in_file
 from feature_alignment.storage.identity import RunIdentity
+from feature_alignment.storage.progress_notes import (
+    entry_at,
+    note_line,
+    notes,
+    open_progress,
+    read_note,
+    remove_leftovers,
+    rows_done,
+    unfinished_folder,
+)
 from feature_alignment.storage.state_files import frame_hash, row_hash, row_hashes, storage_offset
 
 log = logging.getLogger(__name__)
 REMAKE = "the same command with --no_resume"
 SAMPLE_KEYS = ("identity", "id", "sequence", "question", "facts", "clip")  # keys of a row's entry that describe its sample
-
-
-def unfinished_folder(directory: Path) -> Path:
-    """Folder in which a run is written before it gets its final name."""
-    return directory.with_name(directory.name + ".unfinished")
 
 
 def begin_run(directory: Path, identity: RunIdentity, plan: str, resume: bool) -> bool:
@@ -62,8 +67,8 @@ def begin_run(directory: Path, identity: RunIdentity, plan: str, resume: bool) -
     recorded = part / "settings.json"
     if resume and recorded.is_file() and (found := read_json(recorded, REMAKE)).get("plan") == plan:
         return not found.get("anew")
-    for notes in part.glob("progress-*.txt"):  # raises UserError while another process is writing there
-        os.close(_open_progress(notes))
+    for path in part.glob("progress-*.txt"):  # raises UserError while another process is writing there
+        os.close(open_progress(path))
     if resume and recorded.is_file():
         os.rename(part, directory.with_name(f"{directory.name}.earlier-{len(superseded_runs(directory)) + 1}.unfinished"))
     for folder in () if resume else superseded_runs(directory):
@@ -91,64 +96,6 @@ def plan_hash(rows: Iterable[Mapping[str, Any]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _open_progress(path: Path) -> int:
-    """Open a progress file and lock it until it is closed; an incomplete last record is removed."""
-    stream = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(stream)
-        raise UserError(f"another process is writing {path.parent}; wait for it, or give another --output_dir.") from None
-    os.ftruncate(stream, path.read_bytes().rfind(b"\n") + 1)
-    return stream
-
-
-def rows_done(directory: Path) -> set[int]:
-    """Rows that an unfinished run has recorded as finished."""
-    return {row for row, *_ in _notes(unfinished_folder(directory))}
-
-
-def progress_entries(folder: Path) -> Iterator[dict[str, Any]]:
-    """The last complete record of every row of an unfinished run: `row`, its token ids `read`, and its entry of samples.jsonl."""
-    for path, at in {row: (path, at) for row, path, at in _notes(folder)}.values():
-        yield _about(path, at)
-
-
-def _note(about: dict[str, Any]) -> bytes:
-    """One line of a progress file: a checksum and the record."""
-    text = json.dumps(about).encode()
-    return f"{zlib.crc32(text):08x} ".encode() + text + b"\n"
-
-
-def _read_note(line: bytes) -> dict[str, Any] | None:
-    """The record in a line; None if it is incomplete or altered."""
-    checksum, _, text = line.rstrip(b"\n").partition(b" ")
-    return json.loads(text) if line.endswith(b"\n") and checksum == f"{zlib.crc32(text):08x}".encode() else None
-
-
-def _notes(part: Path) -> Iterator[tuple[int, Path, int]]:
-    """Every row that has a complete record, with its progress file and the byte at which the record begins."""
-    for path in sorted(part.glob("progress-*.txt")):
-        at = 0
-        with path.open("rb") as stream:
-            for line in stream:
-                if about := _read_note(line):
-                    yield about["row"], path, at
-                at += len(line)
-
-
-def _about(path: Path, at: int) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        stream.seek(at)
-        return _read_note(stream.readline()) or {}
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Remove progress files from a complete run; after the rename, so that an interruption cannot lose rows."""
-    for leftover in (*directory.glob("progress-*.txt"), directory / "settings.json"):
-        leftover.unlink(missing_ok=True)
-
-
 def check_disk_space(directory: Path, needed_bytes: int) -> None:
     """Raise UserError if the disk that holds `directory` has less room than `needed_bytes`."""
     folder = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.is_dir())
@@ -170,6 +117,21 @@ def row_bytes(shapes: Iterable[tuple[int, int]], dtype: torch.dtype) -> int:
     return sum(positions * size for positions, size in shapes) * dtype.itemsize
 
 
+def states_bytes(
+    shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, clip_index: Sequence[int], done: Collection[int] = ()
+) -> dict[str, int]:
+    """File name -> bytes of the states that it will hold, or that are still to be written.
+
+    Args:
+        shapes: file name -> (positions, size) of a row in it
+        dtype: number format of the files
+        clip_index: for each row, its row of egpt_event_states.pt
+        done: rows that are not counted
+    """
+    counts = {name: sum(row not in done for row in rows_in_file(name, clip_index)) for name in shapes}
+    return {name: count * row_bytes([shapes[name]], dtype) for name, count in counts.items()}
+
+
 class HiddenStatesWriter:
     """The unfinished folder of one run, opened by one of the processes that fill it, after `begin_run`.
 
@@ -179,18 +141,28 @@ class HiddenStatesWriter:
         shapes: file name -> (positions, size); each file holds [rows, positions, size], zero after the end of a text
         dtype: number format of the files
         rank: number of this process. Rank 0 must be created first, and it alone calls `finish`
+        clip_index: for each row, its row of egpt_event_states.pt; None for one of its own
     """
 
-    def __init__(self, directory: Path, rows: int, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, rank: int = 0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        rows: int,
+        shapes: Mapping[str, tuple[int, int]],
+        dtype: torch.dtype,
+        rank: int = 0,
+        clip_index: Sequence[int] | None = None,
+    ) -> None:
         self.directory, self.part = directory, unfinished_folder(directory)
         self._rows, self._shapes, self._dtype = rows, dict(shapes), dtype
+        self._clip_index = range(rows) if clip_index is None else clip_index
+        self._rows_in = {name: rows_in_file(name, self._clip_index) for name in shapes}
         self._longest = shapes["vl_hidden_states.pt"][0]
-        for name, shape in shapes.items():
-            if rank == 0:
-                self._lay_out(name, rows * row_bytes([shape], dtype))
+        for name, rows_bytes in states_bytes(shapes, dtype, self._clip_index).items() if rank == 0 else ():
+            self._lay_out(name, rows_bytes)
         self._files = {name: os.open(self.part / name, os.O_RDWR) for name in shapes}
         self._offsets = {name: storage_offset(self.part / name) for name in shapes}
-        self._progress = _open_progress(self.part / f"progress-{rank}.txt")
+        self._progress = open_progress(self.part / f"progress-{rank}.txt")
         self.done = self._intact() if rank == 0 else rows_done(directory)
         self._waiting: list[dict[str, Any]] = []
 
@@ -200,7 +172,7 @@ class HiddenStatesWriter:
         fresh.parent.mkdir(exist_ok=True)
         try:
             with torch.serialization.skip_data():
-                torch.save(torch.empty(self._rows, *self._shapes[name], dtype=self._dtype), fresh)
+                torch.save(torch.empty(len(self._rows_in[name]), *self._shapes[name], dtype=self._dtype), fresh)
         except RuntimeError as error:  # what torch makes of a disk that is full, or does not take files this large
             raise UserError(f"{self.part} could not be laid out with {rows_bytes:,} bytes for {name}: {str(error)[:120]}") from None
         try:
@@ -212,12 +184,12 @@ class HiddenStatesWriter:
 
     def _intact(self) -> set[int]:
         """Recorded rows whose states match their hashes; other rows are extracted again."""
-        noted = {row: _about(path, at)["sha256"] for row, path, at in _notes(self.part)}
+        noted = {row: entry_at(path, at)["sha256"] for row, path, at in notes(self.part)}
         wrong: set[int] = set()
-        for name in self._shapes if noted else ():
-            for row, found in enumerate(row_hashes(self.part / name, max(noted) + 1, row_bytes([self._shapes[name]], self._dtype))):
-                if row in noted and noted[row][name] != found:
-                    wrong.add(row)
+        for name, rows in self._rows_in.items():
+            last = max((at for at, row in enumerate(rows) if row in noted), default=-1)
+            found = row_hashes(self.part / name, last + 1, row_bytes([self._shapes[name]], self._dtype))
+            wrong |= {row for row, h in zip(rows, found, strict=False) if row in noted and noted[row].get(name) != h}
         if wrong:
             log.warning("%s: %d of %d recorded rows were altered since; they are extracted again.", self.part, len(wrong), len(noted))
             self._forget(wrong)
@@ -226,17 +198,26 @@ class HiddenStatesWriter:
     def _forget(self, rows: set[int]) -> None:
         """Delete the records of `rows` from every progress file."""
         for path in self.part.glob("progress-*.txt"):
-            kept = [line for line in path.read_bytes().splitlines(keepends=True) if (a := _read_note(line)) and a["row"] not in rows]
+            kept = [line for line in path.read_bytes().splitlines(keepends=True) if (a := read_note(line)) and a["row"] not in rows]
             with path.open("r+b") as stream:  # in place: the open file is the lock
                 stream.truncate(0)
                 stream.write(b"".join(kept))
+
+    def holds(self, name: str, row: int) -> bool:
+        """Whether the file `name` holds states of this row: event states are held for the first row of each clip."""
+        return name in self._shapes and self._rows_in[name][self._place(name, row)] == row
+
+    def _place(self, name: str, row: int) -> int:
+        """Where the states of a row are in a file, as a number of rows."""
+        return self._clip_index[row] if name == EVENT_STATES else row
 
     def write(self, row: int, states: Mapping[str, Tensor], token_ids: Sequence[int], about: dict[str, Any]) -> None:
         """Store one row; it is recorded by the next `commit`.
 
         Args:
             row: number of the row in the files
-            states: file name -> [n, size] float of any dtype; event and prompt states have all their positions
+            states: file name -> [n, size] float of any dtype; event and prompt states have all their positions. Event states of a
+                clip that an earlier row holds are not stored
             token_ids: n token ids that the states emit
             about: entry of samples.jsonl
 
@@ -245,6 +226,8 @@ class HiddenStatesWriter:
         """
         n, hashes = len(token_ids), {}
         for name, tensor in states.items():
+            if not self.holds(name, row):
+                continue
             stored = tensor.to(self._dtype)  # values above the largest float16 become infinite
             if not torch.isfinite(stored).all():
                 raise UserError(
@@ -257,7 +240,7 @@ class HiddenStatesWriter:
             data = stored.contiguous().view(torch.uint8).numpy().data.cast("B")
             hashes[name] = row_hash(data, row_bytes([self._shapes[name]], self._dtype))
             self._put(name, row, data)
-        self._waiting.append({"row": row, "read": list(token_ids), **about, "sha256": hashes})
+        self._waiting.append({"row": row, "read": list(token_ids), "event_row": self._clip_index[row], **about, "sha256": hashes})
 
     def copy(self, row: int, source: Path, source_row: int, about: dict[str, Any]) -> None:
         """Store a row of another run, whose files have the same names, shapes and dtype.
@@ -266,23 +249,27 @@ class HiddenStatesWriter:
             row: number of the row in this run's files
             source: folder of the other run
             source_row: number of the row there
-            about: its entry of samples.jsonl, with its token ids as `read`
+            about: its entry of samples.jsonl, with its token ids as `read` and its row of event states there as `event_row`
 
         Raises:
             UserError: its states do not match their recorded hash
         """
+        hashes = {name: h for name, h in about["sha256"].items() if self.holds(name, row)}
         for name, (positions, size) in self._shapes.items():
+            if not self.holds(name, row):
+                continue
             length = row_bytes([(positions, size)], self._dtype)
             n = positions if name in FIXED_LENGTH_FILES else len(about["read"])
+            place = about.get("event_row", source_row) if name == EVENT_STATES else source_row
             with (source / name).open("rb") as stream:
-                data = os.pread(stream.fileno(), n * size * self._dtype.itemsize, storage_offset(source / name) + source_row * length)
-            if row_hash(data, length) != about["sha256"][name]:
+                data = os.pread(stream.fileno(), n * size * self._dtype.itemsize, storage_offset(source / name) + place * length)
+            if row_hash(data, length) != hashes.get(name):
                 raise UserError(f"{source / name}: the states of sample {about['id']} are not those that were written. Copy it again.")
             self._put(name, row, memoryview(data))
-        self._waiting.append({"row": row, **about})
+        self._waiting.append({"row": row, **about, "event_row": self._clip_index[row], "sha256": hashes})
 
     def _put(self, name: str, row: int, data: memoryview) -> None:
-        at = self._offsets[name] + row * row_bytes([self._shapes[name]], self._dtype)
+        at = self._offsets[name] + self._place(name, row) * row_bytes([self._shapes[name]], self._dtype)
         data = data.cast("B")
         with file_named(self.part / name):
             while data:  # one call writes at most 2 GiB, and less where a signal comes
@@ -294,7 +281,7 @@ class HiddenStatesWriter:
         for name, stream in self._files.items():
             with file_named(self.part / name):
                 os.fdatasync(stream)
-        lines = b"".join(map(_note, self._waiting))
+        lines = b"".join(map(note_line, self._waiting))
         with file_named(self.part):
             if lines and os.write(self._progress, lines) != len(lines):
                 raise OSError(errno.ENOSPC, "the disk took only part of the progress notes")
@@ -303,10 +290,10 @@ class HiddenStatesWriter:
         self._waiting.clear()
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The entry of every row in order, with its token ids as `read`."""
-        where = {row: (path, at) for row, path, at in _notes(self.part)}
+        """The entry of every row in order, with its token ids as `read` and its row of event states as `event_row`."""
+        where = {row: (path, at) for row, path, at in notes(self.part)}
         for row in range(self._rows):
-            about = _about(*where[row])
+            about = entry_at(*where[row])
             del about["row"]
             yield about
 
@@ -318,18 +305,22 @@ class HiddenStatesWriter:
         with file_named(self.part / "samples.jsonl"), (self.part / "samples.jsonl").open("w") as stream:
             for row, about in enumerate(self.rows()):
                 read = about.pop("read")
+                about.pop("event_row", None)
                 for kind, counter in counts.items():
                     counter.update(about.get(kind, ()))
                 token_ids[row, : len(read)], lengths[row] = torch.tensor(read), len(read)
                 stream.write(json.dumps(about) + "\n")
-        save_pt(self.part / "positions.pt", {"token_ids": token_ids, "mask": torch.arange(width) < lengths[:, None], "lengths": lengths})
+        positions = {"token_ids": token_ids, "mask": torch.arange(width) < lengths[:, None], "lengths": lengths}
+        if EVENT_STATES in self._shapes:
+            positions["clip_index"], meta = torch.tensor(self._clip_index), {**meta, "clips": len(self._rows_in[EVENT_STATES])}
+        save_pt(self.part / "positions.pt", positions)
         sizes = {name: row_bytes([shape], self._dtype) for name, shape in self._shapes.items()}
         meta = {**meta, "plan": plan_hash(self.rows()), "positions": int(lengths.sum()), **counts, "row_bytes": sizes}
         companions = ["positions.pt", "samples.jsonl", *[f"../{p.name}" for p in sorted(self.directory.parent.glob("vl_*.pt"))]]
         if token_pairs:
             write_token_pairs(token_pairs, meta, self.rows())
             companions.append(os.path.relpath(token_pairs, self.directory))
-        frames = {name: frame_hash(self.part / name, count * size) for name, size in sizes.items()}
+        frames = {name: frame_hash(self.part / name, len(self._rows_in[name]) * size) for name, size in sizes.items()}
         write_hashed_json(self.part / "meta.json", {**meta, "frames": frames}, companions)
         shutil.rmtree(self.part / "fresh", ignore_errors=True)
         if self.directory.is_dir():  # of other rows, damaged, or of other settings and --no_resume was given

@@ -11,16 +11,17 @@ from typing import Any
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage.earlier_rows import Row, refuse_changes
 from feature_alignment.storage.files import altered_files, load_pt, read_hashed_json
+from feature_alignment.storage.hidden_states import event_rows
 from feature_alignment.storage.hidden_states_writer import (
     SAMPLE_KEYS,
     HiddenStatesWriter,
     begin_run,
     check_disk_space,
     plan_hash,
-    row_bytes,
-    rows_done,
+    states_bytes,
 )
 from feature_alignment.storage.identity import RECORDED_AND_CURRENT, RunIdentity
+from feature_alignment.storage.progress_notes import rows_done
 
 
 def parse_shard(shard: str | None, merge: bool) -> tuple[int, int]:
@@ -66,18 +67,19 @@ def merge_shards(
     entries = _entries_in_order(folders, metas, rows)
     first = load_pt(folders[0] / "vl_hidden_states.pt", "copy it again")
     shapes = {name: tuple(load_pt(folders[0] / name, "copy it again").shape[1:]) for name in metas[folders[0]]["frames"]}
-    check_disk_space(directory.parent, (len(rows) - len(rows_done(directory))) * row_bytes(shapes.values(), first.dtype))
+    clip_index = list(event_rows(entries))
+    check_disk_space(directory.parent, sum(states_bytes(shapes, first.dtype, clip_index, rows_done(directory)).values()))
     if resume:
         refuse_changes(directory, identity, entries, False, ignore_code)
     begin_run(directory, identity, plan_hash(entries), resume)
-    writer = HiddenStatesWriter(directory, len(rows), shapes, first.dtype)
+    writer = HiddenStatesWriter(directory, len(rows), shapes, first.dtype, clip_index=clip_index)
     row_of = {row["id"]: i for i, row in enumerate(rows)}
     for folder in folders:
         positions = load_pt(folder / "positions.pt", "copy it again")
-        for i, about in enumerate(_lines(folder)):
+        for i, (about, event_row) in enumerate(zip(_lines(folder), event_rows(_lines(folder)), strict=True)):
             if row_of[about["id"]] not in writer.done:
                 read = positions["token_ids"][i, : int(positions["lengths"][i])].tolist()
-                writer.copy(row_of[about["id"]], folder, i, {"read": read, **about})
+                writer.copy(row_of[about["id"]], folder, i, {"read": read, "event_row": event_row, **about})
         writer.commit()
     meta = {**metas[folders[0]], "settings": identity.settings, "rows": len(rows), "merged_shards": len(folders)}
     writer.finish(meta, token_pairs)
@@ -99,7 +101,11 @@ def _complete_shards(directory: Path) -> tuple[list[Path], dict[Path, dict[str, 
 
 def _entries_in_order(folders: Sequence[Path], metas: dict[Path, dict[str, Any]], rows: Sequence[Row]) -> list[Row]:
     """The shards' entries of every sample, in the order of `rows`; UserError if they were extracted from other samples."""
-    by_id = {about["id"]: {key: about.get(key) for key in SAMPLE_KEYS} for folder in folders for about in _lines(folder)}
+    by_id = {
+        about["id"]: {key: about.get(key) for key in SAMPLE_KEYS} | {key: about[key] for key in ("events",) if key in about}
+        for folder in folders
+        for about in _lines(folder)
+    }
     wrong = [row["id"] for row in rows if any(by_id.get(row["id"], {}).get(key) != value for key, value in row.items())]
     if wrong or len(by_id) != len(rows) or sum(meta["rows"] for meta in metas.values()) != len(rows):
         example = f", e.g. {wrong[0]}" if wrong else ""

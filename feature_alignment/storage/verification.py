@@ -30,6 +30,7 @@ from feature_alignment.cli.console import UserError, print_json_line, print_tabl
 from feature_alignment.cli.ranges import path_argument
 from feature_alignment.cli.text_files import read_text, rows_of
 from feature_alignment.storage.files import content_hash, file_hash, load_pt
+from feature_alignment.storage.hidden_states import event_rows, rows_in_file
 from feature_alignment.storage.identity import is_hub, source_hash
 from feature_alignment.storage.state_files import frame_hash, row_hashes
 
@@ -90,6 +91,8 @@ class _Run:
         if not isinstance(content, dict) or content.get("content_hash") != content_hash(content):
             self.find("altered", path, "no JSON, or not what its own hash is of (an older version wrote none)")
             return
+        if path.parent.name == "sd" and path.name.endswith(".meta.json") and not content.get("files"):
+            self.find("unfinished", path, "the command that made it goes on")
         for name, wanted in content.get("files", {}).items():
             self.compare(path.parent / name, wanted, f"not the file that {path.name} describes")
         meta = content.get("meta", content)
@@ -125,17 +128,19 @@ class _Run:
             rows = [json.loads(row) for _, row in rows_of(read_text(folder / "samples.jsonl"))]
         except (OSError, UserError, ValueError):
             return  # it was named already
+        clip_index = list(event_rows(rows))
         for name, frame in meta["frames"].items():
             path = folder / name
             if not path.is_file():
                 self.find("missing", path, "not there, and meta.json describes it")
                 continue
-            self.compared["rows"] += len(rows)
+            stored = [rows[row] for row in rows_in_file(name, clip_index)]
+            self.compared["rows"] += len(stored)
             try:
                 states = load_pt(path, "")
-                wrong = [about["id"] for about, h in _against_hashes(path, rows, states[0].nbytes) if about["sha256"][name] != h]
+                wrong = [about["id"] for about, h in _against_hashes(path, stored, states[0].nbytes) if about["sha256"][name] != h]
                 if wrong:
-                    self.find("altered", path, f"the states of {len(wrong)} of {len(rows)} samples, e.g. {', '.join(wrong[:3])}")
+                    self.find("altered", path, f"the states of {len(wrong)} of {len(stored)} samples, e.g. {', '.join(wrong[:3])}")
                 if frame_hash(path, states.nbytes) != frame:
                     self.find("altered", path, "what its shape and type are read from")
             except (UserError, KeyError, ValueError, AttributeError):

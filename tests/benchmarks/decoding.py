@@ -33,7 +33,7 @@ from feature_alignment.inputs.samples import Sample, read_samples
 from feature_alignment.measurement.metrics import Counts, Rate
 from feature_alignment.models.pair import load_pair
 
-SOURCES = ("own", "aligned", "chained", "hybrid", "ngram", "template", "lookup", "previous")
+SOURCES = ("own", "aligned", "chained", "hybrid", "ngram", "template", "lookup", "previous", "tables")
 AGAIN = "plain again"
 MOST = 24
 RUNS, NEAR, MORE_RUNS = 32, 1.1, 192  # of a prompt set, at least, and of a source that is near plain decoding there

@@ -1,0 +1,157 @@
+"""The plan: bytes as extraction writes them, times that grow with the rows, and refusals of what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from feature_alignment.benchmark import plan, plan_hours
+from feature_alignment.benchmark.plan_hours import Rates
+from feature_alignment.benchmark.plan_sizes import planned_split
+from feature_alignment.cli.console import UserError
+from feature_alignment.inputs.samples import read_samples
+from feature_alignment.models.eventgpt import EVENT_TOKEN_INDEX
+
+STATED = ["--tokens_per_second", "100"]
+RATES = Rates(
+    start=4,
+    load=2,
+    row=0.5,
+    tokens=8,
+    draft_tokens=8,
+    hidden_start=0.1,
+    hidden=0.01,
+    chained=0.02,
+    fit=0.1,
+    score=0.2,
+    prefill=0.3,
+    step=0.05,
+)
+
+
+@functools.cache
+def settings_once(run):
+    return plan.settings_of(["--config", str(run / "tiny.yaml")])
+
+
+def planned(run, *flags):
+    """The plan with these flags of its own."""
+    settings = settings_once(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "settings_of", lambda argv: settings)
+        return plan.main(["--config", str(run / "tiny.yaml"), *flags])
+
+
+@pytest.fixture(scope="module")
+def calibrated(finished):
+    """A plan from a real calibration."""
+    return planned(finished)
+
+
+def test_the_bytes_are_those_that_the_run_wrote(finished, calibrated):
+    found = {name: (finished / "out" / name).stat().st_size for name in calibrated["bytes"]}
+    states = {name: size for name, size in found.items() if name.endswith("_states.pt") or "vl_" in name}
+    assert len(states) == 17
+    for name, size in states.items():
+        assert calibrated["bytes"][name] == pytest.approx(size, abs=500), name
+    assert calibrated["clips"] == {"train": 6, "validation": 3, "test": 4}
+    assert set(found) == set(calibrated["bytes"])
+
+
+def test_texts_are_estimated_within_a_third(finished, calibrated):
+    for name, size in calibrated["bytes"].items():
+        if name.endswith(("samples.jsonl", "positions.pt")):
+            assert size == pytest.approx((finished / "out" / name).stat().st_size, rel=1 / 3, abs=600), name
+
+
+def test_every_script_of_a_run_has_its_hours(calibrated):
+    scripts = {name.partition(",")[0] for name in calibrated["hours"]}
+    assert len(calibrated["hours"]) == 10 and all(seconds > 0 for seconds in calibrated["hours"].values())
+    assert scripts == {
+        "extract_hidden_states",
+        "hidden_adapter",
+        "train_hidden_adapter",
+        "measure_feature_acceptance",
+        "compare_token_baseline",
+        "feature_sd_inference",
+        "benchmark_feature_sd",
+    }
+
+
+def test_hours_grow_with_rows_epochs_and_prompts(finished):
+    """The formula by hand: 18, 9 and 16 rows; 2 epochs; 4 prompts once and a warm-up of one, by 22 methods."""
+    settings = settings_once(finished)
+    cfg = plan.parse_config(plan.PlanConfig, ["--config", str(finished / "tiny.yaml"), *STATED], "cli/plan")
+    splits = {split.name: split for split in plan.plan(cfg, settings, 0.0).splits}
+    rows = {name: len(split.samples) for name, split in splits.items()}
+    one, two = (plan_hours.hours(settings, splits, RATES, processes) for processes in (1, 2))
+    assert one["extract_hidden_states, train"] == 6 + 18 * 0.5 and two["extract_hidden_states, train"] == 6 + 18 * 0.25
+    assert one["train_hidden_adapter, hidden"] == pytest.approx(4 + 18 * 0.1 + 2 * (18 + 0.3 * rows["validation"]) * 0.01)
+    assert one["train_hidden_adapter, chained"] == pytest.approx(4 + 2 * (18 + 0.3 * rows["validation"]) * 0.02)
+    rows = plan_hours.modes([2, 3], 24, [0.9], ("chained", "aligned"))
+    lossy = sum(mode.accept != "token" for mode in rows)
+    runs = (len(rows) + 4) * 6  # four prompts once, and one prompt in two warm-ups
+    wanted = 6 + 2 + runs * (0.3 + 8 * 0.05) + (1 + lossy) * 4 * 0.3 + 600 * 0.05 + 3
+    assert len(rows) > 10 and lossy >= 4 and one["benchmark_feature_sd"] == pytest.approx(wanted)
+    assert "train_hidden_adapter, chained" not in plan_hours.hours(settings, splits, dataclasses.replace(RATES, chained=None), 1)
+
+
+def test_stated_tokens_per_second_need_no_model(finished, monkeypatch):
+    monkeypatch.setattr(plan_hours, "load_pair", None)
+    slow, fast, shared = (planned(finished, "--tokens_per_second", *words) for words in (["100"], ["200"], ["100", "--gpus", "2"]))
+    assert set(slow["hours"]) == {*(f"extract_hidden_states, {s}" for s in plan.SPLITS), "feature_sd_inference", "benchmark_feature_sd"}
+    train = "extract_hidden_states, train"
+    assert slow["hours"][train] == pytest.approx(2 * fast["hours"][train]) == pytest.approx(2 * shared["hours"][train])
+
+
+def test_a_run_that_does_not_fit_is_refused(finished, monkeypatch, capsys):
+    with pytest.raises(UserError, match=r"extract_hidden_states needs about .* GiB \(weights .*cpu has 0\.00 GiB"):
+        planned(finished, *STATED, "--gpu_gib", "0.001")
+    assert "memory of one process" in capsys.readouterr().out  # what does not fit is shown
+    room = dataclasses.make_dataclass("Room", ["free"])(100)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: room)
+    with pytest.raises(UserError, match=r"needs [\d,]+ bytes, its disk has 100 free.*largest file is \S+ with [\d,]+\..*--output_dir"):
+        planned(finished, *STATED, "--output_dir", "/tmp/nowhere_yet")
+
+
+def test_memory_is_checked_before_models_are_loaded(finished, monkeypatch):
+    monkeypatch.setattr(plan_hours, "load_pair", None)
+    with pytest.raises(UserError, match="GiB"):
+        planned(finished, "--gpu_gib", "0.001")
+
+
+def test_a_gpu_elsewhere_is_stated(finished):
+    with pytest.raises(UserError, match=r"this machine has no GPU. State one: --gpu_gib 80 --tokens_per_second"):
+        planned(finished, *STATED, "--device", "cuda")
+    assert planned(finished, *STATED, "--device", "cuda", "--gpu_gib", "1")["device_bytes"] == 2**30
+
+
+def test_settings_are_those_of_the_scripts(finished):
+    flags = ["--config", str(finished / "tiny.yaml"), "--gpus", "2", "--limit=5", "--gpu-gib=3", "--draft_layers", "1", "2"]
+    found = plan.settings_of(flags)
+    assert found["extract_hidden_states"].max_new_tokens == 12 and found["benchmark_feature_sd"].limit == 5
+    assert found["train_hidden_adapter.chained"].adapter == "chained" and found["train_hidden_adapter.hidden"].draft_layers == [1, 2]
+    with pytest.raises(UserError, match="seed"):
+        plan.settings_of(["--seed", "x"])
+
+
+def test_event_states_of_every_row_are_planned_where_the_question_comes_first(finished):
+    samples = read_samples({"train": finished / "scenes" / "train.jsonl"}, "train")
+    first, last = (lambda q: torch.tensor([EVENT_TOKEN_INDEX, len(q)])), (lambda q: torch.tensor([len(q), EVENT_TOKEN_INDEX]))
+    assert [planned_split("train", samples, 4, encode).clips for encode in (first, last)] == [6, 18]
+
+
+@pytest.mark.slow
+def test_the_command_prints_one_json_line_and_exits_with_2_where_it_does_not_fit(finished):
+    command = [sys.executable, "-m", "feature_alignment.cli.plan", "--config", str(finished / "tiny.yaml"), *STATED]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["rows"] == {"train": 18, "validation": 9, "test": 16}
+    done = subprocess.run([*command, "--gpu_gib", "0.001"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
