@@ -213,9 +213,8 @@ def test_the_loop_repeats_the_draft_lengths_of_the_run_and_leaves_the_run_as_it_
     drafted = [r for r in got.rounds if r.proposed]
     lengths = [len(r.proposed) for r in drafted]
     assert asked == [lengths[0], *lengths] and [r.length for r in loop.rounds] == lengths
-    assert [r.live_ms for r in loop.rounds] == [sum(r.ms.get(s, 0) for s in DRAFT_STAGES) for r in drafted] and min(
-        r.alone_ms for r in loop.rounds
-    ) > 0
+    assert [r.live_ms for r in loop.rounds] == [sum(r.ms.get(stage, 0) for stage in DRAFT_STAGES) for r in drafted]
+    assert min(r.alone_ms for r in loop.rounds) > 0
     assert loop.after(answer, ModelProposer(as_decoder(tiny_llama(1)), None, None), 4) is answer
 
 
