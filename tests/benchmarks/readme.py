@@ -350,10 +350,13 @@ def lossy(run: Run) -> str:
     reached = [f"`{rule_name(rule, p['threshold'])}` {rate_text(p['tokens_per_pass'], 2)}" for rule, p in best.items()]
     above = [f"`{rule}`" for rule, p in best.items() if p["tokens_per_pass"]["ci95"][0] > exact["ci95"][1]]
     cosine = max((best[rule]["tokens_per_pass"]["value"] for rule in COSINE_RULES if rule in best), default=0.0)
+    verdict = (
+        f"Beyond noise, the lossless rule is beaten by {', '.join(above)}" if above else "No lossy rule beats the lossless one beyond noise"
+    )
     others = max((p["tokens_per_pass"]["value"] for rule, p in best.items() if rule not in COSINE_RULES), default=0.0)
     return _lines(
-        f"**{'Above' if above else 'No lossy rule is above'} the lossless one{': ' + ', '.join(above) if above else ''}.** Among the "
-        f"thresholds with a token agreement of at least {floor}, the most tokens per pass have {', '.join(reached)}; the lossless `token` "
+        f"**{verdict}.** Of the thresholds with a token agreement of at least {floor}, these have the most tokens per pass: "
+        f"{', '.join(reached)}; the lossless `token` "
         f"has {rate_text(exact, 2)} ({sweep['draft']} draft tokens, {sweep['num_draft_tokens']} a round, {sweep['prompts']} prompts, "
         f"untimed). The best cosine rule is {'above' if cosine > others else 'not above'} the best rule that compares no hidden states."
     )
