@@ -52,6 +52,13 @@ def test_a_full_variant_scores_as_measuring_does(ablated, finished):
             assert passes == pytest.approx(round(passes)) and 1 <= low <= value <= high <= int(g) + 1
 
 
+def test_the_adapter_of_the_run_scores_as_in_acceptance_json(ablated):
+    out, _, rows = ablated
+    measured = json.loads((out / "acceptance" / "acceptance.json").read_text())["chains"]["attending"]
+    assert measured["num_draft_tokens"] == 5
+    assert rows["adapter of the run"]["tokens_per_pass"]["5"]["value"] == pytest.approx(measured["tokens_per_pass"])
+
+
 def test_a_second_run_trains_nothing_and_finds_the_same(ablated, monkeypatch):
     out, argv, rows = ablated
     monkeypatch.setattr(ablations.train_hidden_adapter, "train", refuse_to_train(ablations.train_hidden_adapter.train))

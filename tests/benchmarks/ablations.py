@@ -3,10 +3,11 @@
     python tests/benchmarks/ablations.py --config configs/language.yaml                        # all variants
     python tests/benchmarks/ablations.py --config configs/language.yaml --variants full tv half --num_epochs 12
 
-Every variant is trained by `train_hidden_adapter` with the settings of the config, into attending_adapter_…ablation_NAME/, and trained
-ones are reused, so a killed run continues. All take the same number of optimizer steps: on half the rows twice as many epochs; early
-stopping is off, and the epoch is chosen by tokens per pass on validation. Scores are simulated rounds on the test split, next to tables
-that cost nothing. Intervals (95 %) resample clips; a difference to `full` is paired: both on the same resampled clips.
+Every variant is trained by `train_hidden_adapter` with the settings of the config, into attending_adapter_…ablation_NAME/, and trained ones
+are reused, so a killed run continues. All take the same number of optimizer steps: on half the rows twice as many epochs; early stopping is
+off, and the epoch is chosen by tokens per pass on validation. Scores are simulated rounds on the test split, next to tables that cost
+nothing and to the run's own attending adapter, if there is one. Intervals (95 %) resample clips; a difference to `full` is paired: both on
+the same resampled clips.
 
 writes  ablations/ablations.json and ablations.md in the output folder
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,13 +127,25 @@ def train_and_score(name: str, argv: Sequence[str], states: dict[str, HiddenStat
         num_epochs: budget, in epochs over all training rows
     """
     flags = flags_of(name, len(states["train"].rows), num_epochs)
-    meta = train_hidden_adapter.main([*argv, *flags])
+    train_hidden_adapter.main([*argv, *flags])
     own = parse_config(TrainConfig, [*argv, *flags], "train_hidden_adapter", variant="adapter")
-    adapter, _ = load_attending_adapter(train_hidden_adapter.adapter_folder(own) / "adapter.pt")
+    return scored(name, train_hidden_adapter.adapter_folder(own), states, cfg)
+
+
+def scored(name: str, folder: Path, states: dict[str, HiddenStates], cfg: TrainConfig) -> dict[str, Any]:
+    """A row of the table: a trained adapter's passes on the test texts.
+
+    Args:
+        name: of the row
+        folder: of the adapter
+        states: "test" -> split
+        cfg: settings
+    """
+    adapter, meta = load_attending_adapter(folder / "adapter.pt")
     command = "python feature_alignment/extract_hidden_states.py"
     head, embeddings = (load_pt(cfg.out / "hidden_states" / f"{x}.pt", command).float() for x in ("vl_lm_head", "vl_embeddings"))
     scores, _ = attending_scores(adapter, states["test"], head, embeddings, max(DRAFT_LENGTHS))
-    steps = -(-meta["rows"] // own.batch_size) * meta["epochs"]
+    steps = -(-meta["rows"] // meta["config"]["batch_size"]) * meta["epochs"]
     about = {key: meta[key] for key in ("parameters", "seconds", "best_epoch", "epochs", "rows")}
     passes = {g: passes_of(scores.match[..., :g], states["test"], g) for g in DRAFT_LENGTHS}
     first = metrics.counts(scores.match[:, 1:, 0], states["test"].mask[:, 1:]).value
@@ -190,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         first = metrics.counts(bits[:, 1:], test.mask[:, 1:]).value
         rows.append({"name": name, "first_draft_right": first, "passes": {g: passes_of(bits, test, g) for g in DRAFT_LENGTHS}})
     write(cfg, args.split, states, rows)
+    if (main_adapter := train_hidden_adapter.adapter_folder(cfg) / "adapter.pt").is_file():
+        rows.append(scored("adapter of the run", main_adapter.parent, states, cfg))
     for name in dict.fromkeys(["full", *args.variants]):
         rows.append(train_and_score(name, given, states, cfg, num_epochs))
         write(cfg, args.split, states, rows)  # after each: a long run shows what it has
