@@ -131,6 +131,8 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     timed = take_turns(setup, ways, cfg.max_new_tokens, cfg.repeats, cfg.warmup, chain)
     about: dict[str, Any] = {"device": cfg.device, "dtype": cfg.dtype, "eager_fallbacks": fixed.eager_fallbacks}
     about["linear"] = {role: decoder.linear.to_json() for role, decoder in (("target", target), ("draft", setup.pair.draft))}
+    if setup.chained is not None and (draft_ids := setup.sources.draft_ids) is not None:
+        about["draft_vocabulary"] = len(draft_ids)
     meta = provenance("benchmark_feature_sd", cfg, made_from, identity, **about)
     measurements = Measurements.of(setup, timed, part_cost, chain)
     result, shown = results_of(cfg, measurements, acceptance, list(ways)[1:], meta)

@@ -52,7 +52,7 @@ def test_a_round_tells_what_the_target_would_have_said_to_each_draft(accept, see
         assert r.accepted == wanted and r.num_accepted == sum(wanted) and r.extra_token == says(model, [*text, *new])
         assert got.token_ids[at : at + len(new) + 1] == [*new, r.extra_token]
         assert r.recomputed is (accept == "relaxed" and not all(wanted))
-        assert set(r.ms) <= {"draft_prefill", "draft", "adapter", "head", "verify", "accept", "rollback", "recompute"}
+        assert set(r.ms) <= {"draft_prefill", "draft", "read", "adapter", "head", "verify", "accept", "rollback", "recompute"}
         assert ("recompute" in r.ms) is r.recomputed and r.ms["verify"] > 0 and r.stop_reason == "length"
         at, passes, rejected = at + len(new) + 1, passes + 1 + r.recomputed, rejected + wanted.count(False)
     assert rejected and at <= len(got.token_ids) == 21

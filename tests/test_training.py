@@ -185,6 +185,22 @@ def test_tokens_per_pass_are_those_that_measuring_finds(adapter):
 
 
 @pytest.mark.parametrize("adapter", ["hidden", "chained"])
+def test_of_a_large_vocabulary_training_reads_the_ids_of_its_texts(adapter, monkeypatch):
+    """Other ids, here every second one, change no score."""
+    few, many = ([labelled(states(*which), HEAD) for which in ((60, 1), (20, 2))] for _ in range(2))
+    if adapter == "chained":
+        few = [dataclasses.replace(some, events=some.draft[:, :3]) for some in few]
+    many = [dataclasses.replace(some, token_ids=2 * some.token_ids) for some in few]
+    found = []
+    for some, head, embeddings in ((few, HEAD, EMBEDDINGS), (many, *(x.repeat_interleave(2, 0) for x in (HEAD, EMBEDDINGS)))):
+        monkeypatch.setattr(training, "MOST_IDS", 11)
+        given = (*some, head) if adapter == "hidden" else (*some, head, embeddings)
+        found.append((train_hidden if adapter == "hidden" else train_chained)(*given, config(num_epochs=2, linear_units=0))[1])
+    assert len(few[0].token_ids[few[0].mask].unique()) > 2
+    assert all(a == pytest.approx(b, rel=1e-5, abs=1e-6) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("adapter", ["hidden", "chained"])
 def test_a_loss_that_is_not_finite_is_refused(adapter):
     with pytest.raises(UserError, match=r"in epoch 1, step 0, on 16 samples \(s\d+, s\d+, s\d+, …\); try a lower --lr \(now 0.01\)"):
         learn(adapter, ProcessShare(), mse_weight=float("inf"))

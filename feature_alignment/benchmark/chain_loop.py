@@ -68,7 +68,8 @@ class ChainLoop:
         def answer_and_redraft(i: int) -> Generation:
             generation = answer(i)
             rounds = [r for r in generation.rounds if r.proposed]
-            lengths = [num_draft_tokens if r.stop_reason == "EOS" else len(r.proposed) for r in rounds]
+            drafts_on = proposer.device.type != "cpu"  # after a token that ends the text; a CPU stops there
+            lengths = [num_draft_tokens if drafts_on and r.stop_reason == "EOS" else len(r.proposed) for r in rounds]
             for r, length, ms in zip(rounds, lengths, alone_ms(proposer, lengths), strict=True):
                 self.rounds.append(DraftedRound(length, len(r.proposed), drafting_ms(r), ms))
             return generation

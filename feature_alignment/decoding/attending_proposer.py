@@ -59,7 +59,7 @@ class AttendingProposer(Proposer):
     @torch.inference_mode()
     def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:
         """See `Proposer`."""
-        with watch("adapter"):
+        with watch("read"):
             self._catch_up(emitted, states)
         text: list[int] = []
         selected: list[Selected] = []

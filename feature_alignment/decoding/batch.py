@@ -166,13 +166,13 @@ def _verify(
     logits = target.lm_head(hidden)
     read = torch.cat([drafts, logits.argmax(-1)], 1).tolist()
     drafted, choices = [], []
-    for row, found, most, scores in zip(rows, read, room, logits, strict=True):
+    for i, (row, found, most) in enumerate(zip(rows, read, room, strict=True)):
         own, said = found[: drafts.shape[1]], found[drafts.shape[1] :]
-        stop = (i + (token != NO_TOKEN) for i, token in enumerate(own) if token == NO_TOKEN or token in row.selector.eos_ids)
+        stop = (at + (token != NO_TOKEN) for at, token in enumerate(own) if token == NO_TOKEN or token in row.selector.eos_ids)
         n = max(0, min(most, next(stop, len(own))))
         drafted.append(own[:n])
         if row.selector.rules.processors:
-            said = row.selector.rules.scores(scores[: n + 1], row.emitted, own[:n]).argmax(-1).tolist()
+            said = row.selector.rules.scores(logits[i, : n + 1], row.emitted, own[:n]).argmax(-1).tolist()
         choices.append(said[: n + 1])
     return hidden, drafted, choices
 

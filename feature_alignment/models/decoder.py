@@ -262,7 +262,8 @@ class Decoder:
         Args:
             state: Of a prefilled batch.
             token_ids: [b, k] int64.
-            **layout: `position_ids` [b, k] and `attention_mask`, where the rows' texts differ in length.
+            **layout: `position_ids` [b, k] and `attention_mask`, where the rows' texts differ in length. A mask [b, 1, k, s] may be
+                boolean (True: attends) or additive.
 
         Returns:
             [b, k, d], hidden states on these tokens.
@@ -282,7 +283,7 @@ class Decoder:
         mask, config = inputs.get("attention_mask"), self.llama.config
         usual = name = config._attn_implementation
         if mask is not None and mask.ndim == 4:
-            if usual.startswith("flash"):  # flash takes no 4-D mask
+            if mask.dtype == torch.bool or usual.startswith("flash"):  # only sdpa takes a boolean mask, flash takes no 4-D mask
                 name = "sdpa"
             elif usual == "sdpa" and mask.device.type == "cpu":
                 name = tree_attention.NAME

@@ -3,14 +3,17 @@
 # with probability 0.6, 0.7 and 0.8, draft lengths 3 to 12. Writes planted.json, planted.md and run.txt (what was run) to a new directory.
 #
 #   bash tests/benchmarks/gpu_report.sh                    7B geometry; writes to data/results/<name of the GPU>_random_7b
-#   bash tests/benchmarks/gpu_report.sh OUT [7b|small]     small: a geometry of seconds on the CPU, which tests this script
+#   bash tests/benchmarks/gpu_report.sh OUT [7b|small]     OUT: relative to the repository; small: on the CPU, to test this script
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 size=${2:-7b}
 fail() { echo "gpu_report: $*" >&2; exit 2; }
 [[ $size =~ ^(7b|small)$ ]] || fail "geometry '$size': expected 7b or small"
-gpu=$(python -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')
-[ "$size" = small ] || [ -n "$gpu" ] || fail "torch sees no GPU here; 7B geometry needs one. Try: bash tests/benchmarks/gpu_report.sh OUT small"
+gpu=cpu
+if [ "$size" = 7b ]; then
+  gpu=$(python -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')
+  [ -n "$gpu" ] || fail "torch sees no GPU here; 7B geometry needs one. Try: bash tests/benchmarks/gpu_report.sh OUT small"
+fi
 out=${1:-data/results/$(tr 'A-Z -' 'a-z__' <<< "$gpu")_random_7b}
 [ ! -e "$out" ] || fail "$out exists; expected a new directory. Name another one: bash tests/benchmarks/gpu_report.sh OUT"
 trap 'rm -rf "$out/work"; rmdir "$out" 2>/dev/null || true' EXIT

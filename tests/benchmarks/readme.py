@@ -2,6 +2,7 @@
 
     bash run_all.sh
     python tests/benchmarks/readme.py
+    python tests/benchmarks/readme.py --language outputs/language     keeps its results in data/results/language
 
 Replaced are the measured tables (found by their first two header cells), the text between `<!-- text NAME … -->` and
 `<!-- /text NAME -->`, and the boxes and `Measured:` lines of TASKS.md. Rows about adapters that the run has not trained are left out.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,6 +30,14 @@ from feature_alignment.decoding.settings import COSINE_RULES
 
 ROOT = Path(__file__).parents[2]
 MEASURED_7B = "data/results/h100_random_7b"
+LANGUAGE = "data/results/language"
+LANGUAGE_FILES = (
+    "benchmark/benchmark.json",
+    "acceptance/acceptance.json",
+    "token_baseline/comparison.json",
+    "ablations/ablations.json",
+    "attending_adapter/meta.json",
+)
 TABLE = r"^{head}.*\n(?:\|.*\|\n)+(?:\n*<!-- \S+\.json(?:.|\n)*?-->\n)*"
 TEXT = re.compile(r"<!-- text (\w+)[^\n]*-->\n((?:.|\n)*?)<!-- /text \1 -->")
 BOX = re.compile(r"- \[[ x]\] (\*\*\d\.\d (?:.|\n)*?\n      Measured: ).*")
@@ -44,9 +54,10 @@ HEADLINE_ROWS = [  # drafter, rule, draft length; the fastest lossless row comes
 
 @dataclass(frozen=True)
 class Run:
-    """The result files of one run: `out` is its output directory, e.g. outputs/demo."""
+    """The result files of one run: `out` is its output directory, e.g. outputs/demo; `name` comes before their names in documents."""
 
     out: Path
+    name: str = ""
 
     def read(self, pattern: str) -> dict[str, Any]:
         return json.loads(next(self.out.glob(pattern)).read_text())
@@ -101,7 +112,9 @@ def targets(run: Run) -> str:
         rate = {"value": t["measured"], "ci95": t["ci95"] or (None, None)}
         measured = rate_text(rate, 3) if t["measured"] < 100 else f"{t['measured']:,}"
         rows.append([t["metric"], t["target"], f"{measured} ({t['note']})", "yes" if t["met"] else "no"])
-    mark = f"benchmark/benchmark.json, made {run.benchmark['meta']['created']}\n* = targets[*] : target | measured, ci95, note | -"
+    mark = (
+        f"{run.name}benchmark/benchmark.json, made {run.benchmark['meta']['created']}\n* = targets[*] : target | measured, ci95, note | -"
+    )
     return table("| target | goal | measured [95 % interval] | met |", rows, mark)
 
 
@@ -115,7 +128,7 @@ def speedups(run: Run, shown: Iterable[dict[str, Any]]) -> str:
         ]
         for r in shown
     ]
-    mark = f"benchmark/benchmark.json, made {run.benchmark['meta']['created']}\n"
+    mark = f"{run.name}benchmark/benchmark.json, made {run.benchmark['meta']['created']}\n"
     mark += "* = rows[*] : speedup | decode_speedup | tokens_per_pass | exact_match"
     return table("| drafter + rule, draft length | speed-up, end to end | decoding | tokens per pass | exact match |", rows, mark)
 
@@ -127,7 +140,7 @@ def headline_rows(run: Run) -> str:
 def others(run: Run) -> str:
     baselines = run.benchmark["baselines"]
     rows = [[b["name"], "1" if i == 0 else rate_text(b["speedup"], 2), rate_text(b["best_over_it"], 2)] for i, b in enumerate(baselines)]
-    mark = f"benchmark/benchmark.json, made {run.benchmark['meta']['created']}"
+    mark = f"{run.name}benchmark/benchmark.json, made {run.benchmark['meta']['created']}"
     mark += "".join(
         f"\n{b['name']} = baselines[{b['name']}] : {'-' if i == 0 else 'speedup'} | best_over_it" for i, b in enumerate(baselines)
     )
@@ -232,6 +245,39 @@ def gpu_tables() -> list[str]:
     ]
 
 
+def language_tables() -> list[str]:
+    """The tables of docs/language.md, from the results kept in git."""
+    run = Run(ROOT / LANGUAGE, f"{LANGUAGE}/")
+    shown = [r for r in run.benchmark["rows"] if r["accept"] == "token"]
+    return [targets(run), drafters(run), speedups(run, shown), *costs(run)]
+
+
+def drafters(run: Run) -> str:
+    """Tokens per pass of tables and of variants of the attending adapter, on the texts of the test split."""
+    ablations = run.read("ablations/ablations.json")
+    rows = []
+    for r in ablations["rows"]:
+        found = [r["tokens_per_pass"][length] for length in ("5", "8")]
+        trained = [f"{r[key]:,}" if key in r else "" for key in ("rows", "steps")]
+        rows.append([r["name"], *trained, f"{r['first_draft_right']:.3f}", *(rate_text(f, 2) for f in found)])
+    mark = f"{run.name}ablations/ablations.json, made {ablations['meta']['created']}\n"
+    mark += "* = rows[*] : rows | steps | first_draft_right | tokens_per_pass/5 | tokens_per_pass/8"
+    return table("| drafter | training rows | steps | first draft right | 5 drafts | 8 drafts |", rows, mark)
+
+
+def costs(run: Run) -> list[str]:
+    """What verifications and, at a fixed length, draft tokens cost, in passes of plain decoding."""
+    cost, made = run.benchmark["cost"], f"{run.name}benchmark/benchmark.json, made {run.benchmark['meta']['created']}"
+    pass_of = ["plain decoding", f"{cost['t_target_ms']:.2f}", *(f"{cost['v'][n]:.2f}" for n in ("6", "9"))]
+    rows = [[d["draft"], f"{d['c']:.4f}", f"{d['r']:.3f}"] for d in cost["rounds"]["drafters"] if not d["adaptive"]]
+    return [
+        table("| one pass of | ms | v(6) | v(9) |", [pass_of], f"{made}\nplain decoding = cost : t_target_ms | v/6 | v/9"),
+        table(
+            "| drafter, fixed length | c: a draft token | r: the rest of a round |", rows, f"{made}\n* = cost/rounds/drafters[*] : c | r"
+        ),
+    ]
+
+
 # ---- sentences
 
 
@@ -304,10 +350,13 @@ def lossy(run: Run) -> str:
     reached = [f"`{rule_name(rule, p['threshold'])}` {rate_text(p['tokens_per_pass'], 2)}" for rule, p in best.items()]
     above = [f"`{rule}`" for rule, p in best.items() if p["tokens_per_pass"]["ci95"][0] > exact["ci95"][1]]
     cosine = max((best[rule]["tokens_per_pass"]["value"] for rule in COSINE_RULES if rule in best), default=0.0)
+    verdict = (
+        f"Beyond noise, the lossless rule is beaten by {', '.join(above)}" if above else "No lossy rule beats the lossless one beyond noise"
+    )
     others = max((p["tokens_per_pass"]["value"] for rule, p in best.items() if rule not in COSINE_RULES), default=0.0)
     return _lines(
-        f"**{'Above' if above else 'No lossy rule is above'} the lossless one{': ' + ', '.join(above) if above else ''}.** Among the "
-        f"thresholds with a token agreement of at least {floor}, the most tokens per pass have {', '.join(reached)}; the lossless `token` "
+        f"**{verdict}.** Of the thresholds with a token agreement of at least {floor}, these have the most tokens per pass: "
+        f"{', '.join(reached)}; the lossless `token` "
         f"has {rate_text(exact, 2)} ({sweep['draft']} draft tokens, {sweep['num_draft_tokens']} a round, {sweep['prompts']} prompts, "
         f"untimed). The best cosine rule is {'above' if cosine > others else 'not above'} the best rule that compares no hidden states."
     )
@@ -402,7 +451,12 @@ def tables_of(name: str, run: Run) -> list[str]:
     """The generated tables of a document."""
     if name == "docs/results.md":
         return [targets(run), speedups(run, run.benchmark["rows"]), others(run), predictors(run), judged(run), *certified(run)]
-    return {"README.md": lambda: [targets(run), headline_rows(run)], "TASKS.md": lambda: [targets(run)], "docs/gpu.md": gpu_tables}[name]()
+    return {
+        "README.md": lambda: [targets(run), headline_rows(run)],
+        "TASKS.md": lambda: [targets(run)],
+        "docs/gpu.md": gpu_tables,
+        "docs/language.md": language_tables,
+    }[name]()
 
 
 def rendered(name: str, text: str, run: Run) -> str:
@@ -432,13 +486,19 @@ def rendered(name: str, text: str, run: Run) -> str:
     return text
 
 
-DOCUMENTS = ("README.md", "TASKS.md", "docs/results.md", "docs/gpu.md")
+DOCUMENTS = ("README.md", "TASKS.md", "docs/results.md", "docs/gpu.md", "docs/language.md")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default=ROOT / "outputs" / "demo")
-    run = Run(parser.parse_args().out)
+    parser.add_argument("--language", type=Path, help="output directory of a run of the language pair, whose results are kept in git")
+    args = parser.parse_args()
+    if args.language:
+        for name in LANGUAGE_FILES:
+            (ROOT / LANGUAGE / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(args.language / name, ROOT / LANGUAGE / name)
+    run = Run(args.out)
     for name in DOCUMENTS:
         path = ROOT / name
         path.write_text(rendered(name, path.read_text(), run))
