@@ -19,6 +19,7 @@ from feature_alignment import SpeculativePair, extract_hidden_states, feature_sd
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding import answer_all, speculative_pair
 from feature_alignment.decoding.answer_all import Totals
+from feature_alignment.decoding.baseline_drafters import Previous
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.storage.answer_rows import read_rows
 from feature_alignment.storage.verification import verify
@@ -168,6 +169,34 @@ def test_a_resumed_run_answers_only_what_is_missing(tiny_run, whole, tmp_path, m
     assert asked == [row["id"] for row in read_rows(whole)][5:]
 
 
+def test_every_line_can_be_read_while_a_run_that_was_killed_within_a_line_goes_on(tiny_run, tmp_path, monkeypatch):
+    path = tmp_path / "sd" / "test.jsonl"
+    killed_after(flags(tiny_run, tmp_path, "--draft", "own"), path, 2, 0)
+    with path.open("ab") as stream:
+        stream.write(b'{"id": "test-0002-q0", "quest')
+    seen: list[int] = []
+    answer = answer_all.answer
+    monkeypatch.setattr(answer_all, "answer", lambda *given: seen.append(len(untimed(path))) or answer(*given))
+    answered(tiny_run, tmp_path, "--draft", "own")
+    assert seen == list(range(seen[0], 16)) and seen[0] >= 2
+
+
+def test_a_sample_that_failed_is_tried_again(tiny_run, whole, tmp_path, monkeypatch):
+    prepare = SpeculativePair.prepare
+
+    def disk_error(pair, sample):
+        if sample.id == read_rows(whole)[1]["id"]:
+            raise OSError("the disk was gone")
+        return prepare(pair, sample)
+
+    monkeypatch.setattr(SpeculativePair, "prepare", disk_error)
+    with pytest.raises(UserError, match="the disk was gone"):
+        answered(tiny_run, tmp_path, "--limit", "3")
+    monkeypatch.undo()
+    assert answered(tiny_run, tmp_path, "--limit", "3")["failed"] == 0
+    assert untimed(tmp_path / "sd" / "test.jsonl") == untimed(whole)[:3]
+
+
 def test_a_batch_of_which_a_part_was_written_is_answered_as_a_whole(tiny_run, tmp_path):
     path = tmp_path / "sd" / "test.jsonl"
     answered(tiny_run, tmp_path, "--batch_size", "4")
@@ -186,12 +215,18 @@ def test_a_batch_of_which_a_part_was_written_is_answered_as_a_whole(tiny_run, tm
     assert found[:4] == lines[:4] and found[4] != lines[4]  # times of another run
 
 
-def test_a_drafter_that_remembers_answers_drafts_the_same_after_a_resume(tiny_run, tmp_path):
+def test_a_drafter_that_remembers_answers_knows_the_same_after_a_resume(tiny_run, tmp_path, monkeypatch):
+    known: list[tuple[str, list[int]]] = []
+    finished = Previous.finished
+    monkeypatch.setattr(Previous, "finished", lambda table, q, ids: known.append((q, list(ids))) or finished(table, q, ids))
     extract_hidden_states.main(["--config", str(tiny_run / "tiny.yaml"), "--output_dir", str(tmp_path / "a"), "--event_states", "false"])
     shutil.copytree(tmp_path / "a" / "token_pairs", tmp_path / "b" / "token_pairs")
     answered(tiny_run, tmp_path / "a", "--draft", "previous")
+    uninterrupted = known[:]
     for more in (("--limit", "3"), ("--limit", "9"), ()):
+        known.clear()
         answered(tiny_run, tmp_path / "b", "--draft", "previous", *more)
+    assert known == uninterrupted == [(row["question"], row["token_ids"]) for row in read_rows(tmp_path / "a" / "sd" / "test.jsonl")[:-1]]
     assert untimed(tmp_path / "a" / "sd" / "test.jsonl") == untimed(tmp_path / "b" / "sd" / "test.jsonl")
 
 
