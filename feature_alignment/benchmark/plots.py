@@ -91,7 +91,7 @@ def acceptance_by_position(profiles: Sequence[SpeculationProfile], path: Path) -
     for axis, key, title in zip(
         axes,
         ("marginal_acceptance", "conditional_acceptance"),
-        ("accepted, of all rounds", "accepted, of the rounds that proposed it and accepted all before it"),
+        ("marginal: of all rounds", "conditional: of the rounds that reached it"),
         strict=True,
     ):
         for i, profile in enumerate(profiles):
