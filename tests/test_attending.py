@@ -486,6 +486,17 @@ def test_the_trace_identity(learnt, gamma):
         assert [r.num_accepted for r in live.rounds] == blocks.accepted[(blocks.rows == row) & (blocks.offered > 0)].tolist()
 
 
+def test_scores_say_what_is_drafted_live(learnt):
+    """The first round's draft tokens up to the first rejected one: after it, scores read the target's text and drafting its own."""
+    target, draft, states, adapter = learnt
+    scores = attending_scores(adapter, states, target.head_weight.detach(), target.embeddings, 3)[0]
+    for row, prompt in enumerate(PROMPTS):
+        proposer = AttendingProposer(draft, adapter, target)
+        first = speculate(target, proposer, *[prompt_of(*prompt)] * 2, num_draft_tokens=3, max_new_tokens=24).rounds[0]
+        drafts = first.proposed[: first.num_accepted + 1]
+        assert drafts == scores.says[row, 1, : len(drafts)].tolist()
+
+
 def test_event_states_of_another_row_change_the_scores(learnt):
     target, _, states, adapter = learnt
     states = dataclasses.replace(states, events=states.events + torch.tensor([0.0, 1.0, 2.0])[:, None, None])

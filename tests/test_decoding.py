@@ -196,6 +196,14 @@ def test_an_answer_is_no_help_to_itself():
     assert sum(r.num_accepted for r in run(same_again).rounds) > 10  # another prompt that happens to have this answer
 
 
+def test_a_rule_of_ones_own_gets_draft_tokens_first_and_the_targets_second():
+    def even_drafts_of_odd_tokens(draft_ids, target_ids, score, threshold):
+        return (draft_ids % 2 == 0) & (target_ids % 2 == 1)
+
+    drafts, own = torch.tensor([2, 4, 3, 6]), torch.tensor([1, 3, 5, 7])
+    assert accepted_drafts(even_drafts_of_odd_tokens, drafts, own, None, 0.0).tolist() == [True, True, False, False]
+
+
 @pytest.mark.parametrize("source", list(BASELINE_DRAFTERS))
 @pytest.mark.parametrize("gamma", [1, 3, 6])
 def test_tables_offline_are_tables_in_the_loop(source, gamma):
