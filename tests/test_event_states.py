@@ -23,7 +23,15 @@ from feature_alignment.storage.hidden_states import EVENT_STATES, event_rows, lo
 from feature_alignment.storage.state_files import frame_hash, row_hashes, storage_offset
 from feature_alignment.storage.verification import verify
 
-FILES = ("egpt_hidden_states.pt", "vl_hidden_states.pt", EVENT_STATES, "vl_prompt_states.pt", "positions.pt", "samples.jsonl")
+FILES = (
+    "egpt_hidden_states.pt",
+    "vl_hidden_states.pt",
+    EVENT_STATES,
+    "vl_prompt_states.pt",
+    "vl_prompt_inputs.pt",
+    "positions.pt",
+    "samples.jsonl",
+)
 QUESTION_FIRST = "{{ messages[0]['content'].split('\n')[1] }} {{ messages[0]['content'].split('\n')[0] }} ASSISTANT:"
 
 
@@ -210,7 +218,7 @@ def test_the_size_is_logged_and_the_room_is_checked_for_clips_not_rows(tiny_run,
     monkeypatch.setattr(hidden_states_writer, "check_disk_space", lambda _, size: needed.append(size))
     with caplog.at_level("INFO"):
         folder = extract(tiny_run, tmp_path)
-    sizes = {name: load_pt(folder / name, "").nbytes for name in FILES[:4]}
+    sizes = {name: load_pt(folder / name, "").nbytes for name in FILES[:5]}
     heads = sum(load_pt(folder.parent / name, "").nbytes for name in ("vl_lm_head.pt", "vl_embeddings.pt"))
     assert needed == [sum(sizes.values()) + heads]
     assert f"18 rows about 6 clips, at most {sum(sizes.values()) / 1e6:,.1f} MB" in caplog.text

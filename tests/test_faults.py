@@ -415,7 +415,7 @@ def test_verify_follows_every_source(finished, tmp_path):
     (tmp_path / "tiny.yaml").write_text(json.dumps(config))
     run = ["--config", str(tmp_path / "tiny.yaml"), "--split", "test"]
     main_of("extract_hidden_states")(run)
-    main_of("feature_sd_inference")([*run, "--draft", "own"])
+    main_of("feature_sd_inference")([*run, "--draft", "own", "--sample", "test-0000-q0"])
     out = tmp_path / "out"
     assert not [f for f in verify(out)[0] if f.state in WRONG]
     (tmp_path / "moved").mkdir()

@@ -15,6 +15,7 @@ from conftest import ROOT
 from feature_alignment.benchmark import plan, plan_hours
 from feature_alignment.benchmark.plan_hours import Rates
 from feature_alignment.benchmark.plan_sizes import planned_split
+from feature_alignment.benchmark.sweep import THRESHOLDS
 from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models.eventgpt import EVENT_TOKEN_INDEX
@@ -98,6 +99,7 @@ def test_hours_grow_with_rows_epochs_and_prompts(finished):
     rows = plan_hours.modes([2, 3], 24, [0.9], ("chained", "aligned"))
     lossy = sum(mode.accept != "token" for mode in rows)
     runs = (len(rows) + 4) * 6  # four prompts once, and one prompt in two warm-ups
+    runs += sum(map(len, THRESHOLDS.values())) * 4 / 2  # the sweep of the lossy rules decodes about every second threshold
     wanted = 6 + 2 + runs * (0.3 + 8 * 0.05) + (1 + lossy) * 4 * 0.3 + 600 * 0.05 + 3
     assert len(rows) > 10 and lossy >= 4 and one["benchmark_feature_sd"] == pytest.approx(wanted)
     assert "train_hidden_adapter, chained" not in plan_hours.hours(settings, splits, dataclasses.replace(RATES, chained=None), 1)

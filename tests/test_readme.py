@@ -137,7 +137,7 @@ def test_each_flag_is_known():
     for name in (*SCRIPTS, "models.pair", "adapters.share", "benchmark.plan"):
         import_module(f"feature_alignment.{name}")
     kinds, known = [Common], {"help", "print_config", "config", "no_resume", "splits"}
-    known |= {"modules", "sample"}  # of tests.mutate
+    known |= {"modules", "sample", "language"}  # of tests.mutate and of tests/benchmarks/readme.py
     while kinds:
         kind = kinds.pop()
         kinds += kind.__subclasses__()
@@ -219,6 +219,8 @@ def test_every_command_runs(finished, geometry, tmp_path):
         words = words_of(line)
         if "--shard" in words or "--merge" in words or words[0] == "torchrun" or "feature_alignment.demo." in line:
             continue  # tests/test_extraction.py runs several shards and processes, tests/conftest.py the demo's scenes and pair
+        if "configs/language.yaml" in line:
+            continue  # tests/test_attending.py and tests/test_ablations.py train and measure variants
         at = next(i for i, w in enumerate(words) if "feature_alignment" in w)
         rest = [w.replace("outputs/geometry_7b", str(geometry)) for w in adapted(words[at + 1 :], root)]
         if words[1] == "-m":

@@ -38,6 +38,6 @@ def test_the_report_is_readable(finished, tmp_path, width):
     page = subprocess.run([*command, "--dump-dom", f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=120)
     found = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', page.stdout, re.DOTALL)[1]))
     assert found["errors"] == [] and found["screen"] == width
-    assert len(found["images"]) == 5 and min(found["images"]) > 0
+    assert len(found["images"]) == 7 and min(found["images"]) > 0
     assert found["wide"] <= width  # wide tables scroll inside their own boxes
     assert found["small"] == 0 and "The six targets" in found["titles"]
