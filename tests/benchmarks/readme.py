@@ -32,11 +32,9 @@ ROOT = Path(__file__).parents[2]
 MEASURED_7B = "data/results/h100_random_7b"
 LANGUAGE = "data/results/language"
 LANGUAGE_FILES = (
-    "benchmark/benchmark.json",
     "acceptance/acceptance.json",
     "token_baseline/comparison.json",
     "ablations/ablations.json",
-    "attending_adapter/meta.json",
 )
 TABLE = r"^{head}.*\n(?:\|.*\|\n)+(?:\n*<!-- \S+\.json(?:.|\n)*?-->\n)*"
 TEXT = re.compile(r"<!-- text (\w+)[^\n]*-->\n((?:.|\n)*?)<!-- /text \1 -->")
@@ -246,10 +244,8 @@ def gpu_tables() -> list[str]:
 
 
 def language_tables() -> list[str]:
-    """The tables of docs/language.md, from the results kept in git."""
-    run = Run(ROOT / LANGUAGE, f"{LANGUAGE}/")
-    shown = [r for r in run.benchmark["rows"] if r["accept"] == "token"]
-    return [targets(run), drafters(run), speedups(run, shown), *costs(run)]
+    """The table of docs/language.md, from the results kept in git."""
+    return [drafters(Run(ROOT / LANGUAGE, f"{LANGUAGE}/"))]
 
 
 def drafters(run: Run) -> str:
@@ -263,19 +259,6 @@ def drafters(run: Run) -> str:
     mark = f"{run.name}ablations/ablations.json, made {ablations['meta']['created']}\n"
     mark += "* = rows[*] : rows | steps | first_draft_right | tokens_per_pass/5 | tokens_per_pass/8"
     return table("| drafter | training rows | steps | first draft right | 5 drafts | 8 drafts |", rows, mark)
-
-
-def costs(run: Run) -> list[str]:
-    """What verifications and, at a fixed length, draft tokens cost, in passes of plain decoding."""
-    cost, made = run.benchmark["cost"], f"{run.name}benchmark/benchmark.json, made {run.benchmark['meta']['created']}"
-    pass_of = ["plain decoding", f"{cost['t_target_ms']:.2f}", *(f"{cost['v'][n]:.2f}" for n in ("6", "9"))]
-    rows = [[d["draft"], f"{d['c']:.4f}", f"{d['r']:.3f}"] for d in cost["rounds"]["drafters"] if not d["adaptive"]]
-    return [
-        table("| one pass of | ms | v(6) | v(9) |", [pass_of], f"{made}\nplain decoding = cost : t_target_ms | v/6 | v/9"),
-        table(
-            "| drafter, fixed length | c: a draft token | r: the rest of a round |", rows, f"{made}\n* = cost/rounds/drafters[*] : c | r"
-        ),
-    ]
 
 
 # ---- sentences
