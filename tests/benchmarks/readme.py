@@ -257,7 +257,9 @@ def drafters(run: Run) -> str:
         trained = [f"{r[key]:,}" if key in r else "" for key in ("rows", "steps")]
         rows.append([r["name"], *trained, f"{r['first_draft_right']:.3f}", *(rate_text(f, 2) for f in found)])
     mark = f"{run.name}ablations/ablations.json, made {ablations['meta']['created']}\n"
-    mark += "* = rows[*] : rows | steps | first_draft_right | tokens_per_pass/5 | tokens_per_pass/8"
+    scores = "first_draft_right | tokens_per_pass/5 | tokens_per_pass/8"
+    mark += "".join(f"{r['name']} = rows[{r['name']}] : - | - | {scores}\n" for r in ablations["rows"] if "rows" not in r)
+    mark += f"* = rows[*] : rows | steps | {scores}"
     return table("| drafter | training rows | steps | first draft right | 5 drafts | 8 drafts |", rows, mark)
 
 
