@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 MEASURED_7B = "data/results/h100_random_7b"
 LANGUAGE = "data/results/language"
 LANGUAGE_FILES = (
+    "benchmark/benchmark.json",
     "acceptance/acceptance.json",
     "token_baseline/comparison.json",
     "ablations/ablations.json",
@@ -244,8 +245,10 @@ def gpu_tables() -> list[str]:
 
 
 def language_tables() -> list[str]:
-    """The table of docs/language.md, from the results kept in git."""
-    return [drafters(Run(ROOT / LANGUAGE, f"{LANGUAGE}/"))]
+    """The tables of docs/language.md, from the results kept in git."""
+    run = Run(ROOT / LANGUAGE, f"{LANGUAGE}/")
+    shown = [r for r in run.benchmark["rows"] if r["accept"] == "token"]
+    return [targets(run), drafters(run), speedups(run, shown), *costs(run)]
 
 
 def drafters(run: Run) -> str:
@@ -261,6 +264,19 @@ def drafters(run: Run) -> str:
     mark += "".join(f"{r['name']} = rows[{r['name']}] : - | - | {scores}\n" for r in ablations["rows"] if "rows" not in r)
     mark += f"* = rows[*] : rows | steps | {scores}"
     return table("| drafter | training rows | steps | first draft right | 5 drafts | 8 drafts |", rows, mark)
+
+
+def costs(run: Run) -> list[str]:
+    """What verifications and, at a fixed length, draft tokens cost, in passes of plain decoding."""
+    cost, made = run.benchmark["cost"], f"{run.name}benchmark/benchmark.json, made {run.benchmark['meta']['created']}"
+    pass_of = ["plain decoding", f"{cost['t_target_ms']:.2f}", *(f"{cost['v'][n]:.2f}" for n in ("6", "9"))]
+    rows = [[d["draft"], f"{d['c']:.4f}", f"{d['r']:.3f}"] for d in cost["rounds"]["drafters"] if not d["adaptive"]]
+    return [
+        table("| one pass of | ms | v(6) | v(9) |", [pass_of], f"{made}\nplain decoding = cost : t_target_ms | v/6 | v/9"),
+        table(
+            "| drafter, fixed length | c: a draft token | r: the rest of a round |", rows, f"{made}\n* = cost/rounds/drafters[*] : c | r"
+        ),
+    ]
 
 
 # ---- sentences
