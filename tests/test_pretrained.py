@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from feature_alignment.adapters.attending import AttendingAdapter
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.console import UserError
@@ -26,7 +27,15 @@ def chained() -> ChainedAdapter:
     return ChainedAdapter(d_target=12, d_event=10, num_events=5, width=8).eval()
 
 
-@pytest.mark.parametrize("make", [hidden, chained])
+def attending(**more) -> AttendingAdapter:
+    torch.manual_seed(0)
+    adapter = AttendingAdapter(12, 10, num_events=5, num_ids=4, num_entries=3, num_prompt=6, width=16, **more)
+    adapter.ids.copy_(torch.tensor([2, 5, 7, 11]))
+    adapter.table.copy_(torch.arange(adapter.table.numel()).view_as(adapter.table))
+    return adapter.eval()
+
+
+@pytest.mark.parametrize("make", [hidden, chained, attending, lambda: attending(without=["prompt", "events"])])
 def test_a_saved_adapter_loads_with_the_same_weights_and_geometry(make, tmp_path):
     adapter = make()
     adapter.save_pretrained(tmp_path / "a", META)
@@ -35,6 +44,16 @@ def test_a_saved_adapter_loads_with_the_same_weights_and_geometry(make, tmp_path
     for name, tensor in adapter.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert json.loads((tmp_path / "a" / "config.json").read_text())["meta"] == META
+    adapter.save_pretrained(tmp_path / "b")
+    assert type(adapter).from_pretrained(tmp_path / "b").geometry == adapter.geometry
+
+
+def test_an_adapter_in_training_is_not_saved_without_its_scales(tmp_path):
+    adapter = chained()
+    adapter.standardize(torch.randn(9, 12), torch.randn(9, 12), torch.randn(3, 5, 10))
+    with pytest.raises(ValueError, match=r"adapter\.folded"):
+        adapter.save_pretrained(tmp_path / "a", META)
+    adapter.folded().save_pretrained(tmp_path / "a", META)
 
 
 def test_saving_again_replaces_the_directory_and_keeps_foreign_files_safe(tmp_path):
@@ -83,3 +102,16 @@ def test_another_kind_of_adapter_is_refused_by_name(tmp_path):
     hidden().save_pretrained(tmp_path / "a", META)
     with pytest.raises(UserError, match="type 'hidden', expected 'chained'"):
         ChainedAdapter.from_pretrained(tmp_path / "a")
+    with pytest.raises(UserError, match="type 'hidden', expected 'attending'"):
+        AttendingAdapter.from_pretrained(tmp_path / "a")
+
+
+def test_a_file_instead_of_a_directory_and_weights_that_are_not_finite_are_refused(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(UserError, match="is a file"):
+        hidden().save_pretrained(tmp_path / "a", META)
+    adapter = hidden()
+    adapter.up.weight.data[0, 0] = torch.nan
+    adapter.save_pretrained(tmp_path / "b", META)
+    with pytest.raises(UserError, match="not finite"):
+        HiddenAdapter.from_pretrained(tmp_path / "b")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from conftest import main_of
 
 from feature_alignment import SpeculativePair
@@ -42,30 +43,103 @@ def test_a_stream_yields_the_answer_in_pieces_of_whole_characters(pair, clip, mo
     assert "".join(pair.stream(**clip)) in ("a", "abé!")  # nothing of a character that is not complete
 
 
-def test_a_shared_adapter_drafts_the_same_tokens(pair, clip, finished, tmp_path):
-    config = ["--config", str(finished / "tiny.yaml")]
+SHARED = {"max_new_tokens": 12, "num_draft_tokens": 3, "threads": 1}
+
+
+@pytest.mark.parametrize(("kind", "drafter"), [("chained", "chained"), ("hidden", "aligned"), ("attending", "attending")])
+def test_a_shared_adapter_drafts_the_same_tokens(clip, finished, tmp_path, kind, drafter):
     target, draft = finished / "pair" / "video_llava", finished / "pair" / "eventgpt"
-    for kind, drafter in (("chained", "chained"), ("hidden", "aligned")):
-        directory = tmp_path / kind
-        share.main([*config, "--adapter", kind, "--to", str(directory), "--license", "apache-2.0"])
-        card = (directory / "README.md").read_text()
-        assert card.startswith("---\nlicense: apache-2.0\n") and "exact match 1.000" in card and "Not measured" not in card
-        settings = {"max_new_tokens": 12, "num_draft_tokens": 3, "threads": 1}
-        shared = SpeculativePair.from_pretrained(target, draft, directory, **settings)
-        own = SpeculativePair.from_config(finished / "tiny.yaml", draft=drafter, num_draft_tokens=3)
-        a, b = shared.answer(**clip), own.answer(**clip)
-        assert [r.proposed for r in a.rounds] == [r.proposed for r in b.rounds] and a.token_ids == b.token_ids
+    share.main(["--config", str(finished / "tiny.yaml"), "--adapter", kind, "--to", str(tmp_path), "--license", "apache-2.0"])
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n") and "exact match 1.000" in card and "Not measured" not in card
+    assert f"- {drafter} + token, 3: " in card and (kind == "attending") == ("AttendingAdapter.from_pretrained" in card)
+    shared = SpeculativePair.from_pretrained(target, draft, tmp_path, **SHARED)
+    own = SpeculativePair.from_config(finished / "tiny.yaml", draft=drafter, num_draft_tokens=3)
+    a, b = shared.answer(**clip), own.answer(**clip)
+    assert [r.proposed for r in a.rounds] == [r.proposed for r in b.rounds] and a.token_ids == b.token_ids
+    assert shared.sources.known_acceptance(drafter) == own.sources.known_acceptance(drafter) is not None
+
+
+def test_the_profile_of_a_drafter_is_on_the_card_with_its_interval(finished, tmp_path):
+    share.main(["--config", str(finished / "tiny.yaml"), "--to", str(tmp_path)])
+    profiles = json.loads((finished / "out" / "benchmark" / "speculation_profile.json").read_text())["profiles"]
+    (profile,) = [p for p in profiles if p["draft"] == "chained"]
+    low, high = profile["mean_acceptance_length_ci95"]
+    line = f"{profile['mean_acceptance_length']:.2f} [{low:.2f}, {high:.2f}] tokens per round"
+    assert f"- at draft length {profile['num_draft_tokens']}: {line}" in (tmp_path / "README.md").read_text()
+
+
+def test_a_hub_checkpoint_is_named_with_its_revision(finished, tmp_path, monkeypatch):
+    found = {"org/target": "abc123", "org/draft": "def456"}
+    monkeypatch.setattr(share, "hub_revision", lambda path: f"{str(path)[4:]}@{found[str(path)[4:]]}")
+    flags = [
+        "--config",
+        str(finished / "tiny.yaml"),
+        "--to",
+        str(tmp_path / "a"),
+        "--target_id",
+        "hub:org/target",
+        "--draft_id",
+        "hub:org/draft",
+    ]
+    share.main(flags)
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "target org/target (revision abc123), draft org/draft (revision def456)" in card
+    assert 'base_model: ["org/target", "org/draft"]' in card
+    monkeypatch.setattr(share, "hub_revision", lambda path: f"{str(path)[4:]} (not in the cache)")
+    with pytest.raises(UserError, match="hub:org/target is not in the local cache"):
+        share.main(flags)
+
+
+def test_a_shared_adapter_is_used_by_the_drafters_that_read_it_and_by_no_other(finished, tmp_path):
+    target, draft, out = finished / "pair" / "video_llava", finished / "pair" / "eventgpt", {"output_dir": finished / "out"}
+    share.main(["--config", str(finished / "tiny.yaml"), "--adapter", "hidden", "--to", str(tmp_path / "hidden")])
+    hybrid = SpeculativePair.from_pretrained(target, draft, tmp_path / "hidden", draft="hybrid", **SHARED, **out)
+    assert hybrid.sources._hybrid_model == "aligned"  # not the chained adapter under the output directory
+    with pytest.raises(UserError, match="draft='chained' does not read the hidden adapter"):
+        SpeculativePair.from_pretrained(target, draft, tmp_path / "hidden", draft="chained", **out)
 
 
 def test_a_shared_adapter_of_another_pair_is_refused(finished, tmp_path):
+    from feature_alignment.adapters.attending import AttendingAdapter
     from feature_alignment.adapters.chained import ChainedAdapter
 
     target, draft = finished / "pair" / "video_llava", finished / "pair" / "eventgpt"
-    ChainedAdapter(d_target=32, d_event=16, num_events=4, width=8).save_pretrained(tmp_path / "a", {"draft_layers": [3]})
-    with pytest.raises(UserError, match="states of width 16 to 32"):
+    meta = {"draft_layers": [3]}
+    ChainedAdapter(d_target=32, d_event=16, num_events=4, width=8).save_pretrained(tmp_path / "a", meta)
+    with pytest.raises(UserError, match=r"chained adapter belongs to another pair: d_event 16, expected 32; num_events 4, expected \d+\.$"):
         SpeculativePair.from_pretrained(target, draft, tmp_path / "a")
     with pytest.raises(UserError, match="no adapter at"):
         SpeculativePair.from_pretrained(target, draft, tmp_path / "none")
+    num_events = json.loads((finished / "out" / "chained_adapter" / "meta.json").read_text())["geometry"]["num_events"]
+    adapter = AttendingAdapter(32, 32, num_events, num_ids=2, num_entries=1, width=8)
+    adapter.ids.copy_(torch.tensor([5, 10**6]))
+    adapter.save_pretrained(tmp_path / "b", meta)
+    with pytest.raises(UserError, match="token ids up to 1000000, expected less than"):
+        SpeculativePair.from_pretrained(target, draft, tmp_path / "b")
+
+
+def test_an_adapter_without_its_layers_needs_them_as_a_setting(finished, tmp_path):
+    from feature_alignment.adapters.chained import ChainedAdapter
+    from feature_alignment.storage.pretrained import save_pretrained
+
+    target, draft = finished / "pair" / "video_llava", finished / "pair" / "eventgpt"
+    adapter = ChainedAdapter.from_pretrained(shared_chained(finished, tmp_path / "a"))
+    adapter.save_pretrained(tmp_path / "b")
+    with pytest.raises(UserError, match=r"records EventGPT's layers None, got draft_layers=None"):
+        SpeculativePair.from_pretrained(target, draft, tmp_path / "b")
+    layers = json.loads((finished / "out" / "chained_adapter" / "meta.json").read_text())["draft_layers"]
+    SpeculativePair.from_pretrained(target, draft, tmp_path / "b", draft_layers=layers)
+    with pytest.raises(UserError, match=r"got draft_layers=\[1\]; expected these layers"):
+        SpeculativePair.from_pretrained(target, draft, tmp_path / "a", draft_layers=[1])
+    save_pretrained(adapter, "quantum", {}, tmp_path / "c")
+    with pytest.raises(UserError, match="type 'quantum', expected hidden, chained, attending"):
+        SpeculativePair.from_pretrained(target, draft, tmp_path / "c")
+
+
+def shared_chained(finished, directory):
+    share.main(["--config", str(finished / "tiny.yaml"), "--to", str(directory)])
+    return directory
 
 
 def test_wrong_settings_and_files_are_refused_by_name(pair, clip, finished):

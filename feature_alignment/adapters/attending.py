@@ -27,6 +27,7 @@ from feature_alignment.adapters.scaling import InputScale, standardized
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage.files import load_trained, trained_layers
+from feature_alignment.storage.pretrained import SharedModule
 
 HEADS = 4
 EVENT_RANK = 64
@@ -55,7 +56,7 @@ def _principal(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return vectors.T.flip(0)[:k], values.flip(0)[:k].clamp(min=1e-8).sqrt()
 
 
-class AttendingAdapter(nn.Module):
+class AttendingAdapter(SharedModule):
     """A transformer layer over the target's hidden states.
 
     Args:
@@ -70,6 +71,7 @@ class AttendingAdapter(nn.Module):
         dropout: dropout rate in training
     """
 
+    kind = "attending"
     ids: Tensor
     table: Tensor
 

@@ -29,7 +29,7 @@ from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage.files import load_trained, trained_layers
 from feature_alignment.storage.hidden_states import HiddenStates
-from feature_alignment.storage.pretrained import load_pretrained, save_pretrained
+from feature_alignment.storage.pretrained import SharedModule
 
 HEADS = 4
 
@@ -41,7 +41,7 @@ class EventKeyValues(NamedTuple):
     values: Tensor
 
 
-class ChainedAdapter(nn.Module):
+class ChainedAdapter(SharedModule):
     """Predicts the target's next state from its last one.
 
     Args:
@@ -51,6 +51,8 @@ class ChainedAdapter(nn.Module):
         width: of all layers inside
         blind: do not attend to the events, to measure what they add
     """
+
+    kind = "chained"
 
     def __init__(self, d_target: int, d_event: int, num_events: int, width: int = 192, blind: bool = False) -> None:
         super().__init__()
@@ -71,20 +73,6 @@ class ChainedAdapter(nn.Module):
     def num_parameters(self) -> int:
         """Number of trained weights."""
         return sum(p.numel() for p in self.parameters())
-
-    def save_pretrained(self, directory: Path | str, meta: dict[str, Any]) -> None:
-        """Write this adapter as a directory that can be shared; `python -m feature_alignment.adapters.share` adds a model card.
-
-        Args:
-            directory: made if missing
-            meta: of its adapter.pt
-        """
-        save_pretrained(self, "chained", meta, directory)
-
-    @classmethod
-    def from_pretrained(cls, directory: Path | str) -> ChainedAdapter:
-        """Load an adapter from a directory that `save_pretrained` wrote; raises UserError if it is altered or of another kind."""
-        return load_pretrained(cls, "chained", directory)[0]
 
     def standardize(self, target: Tensor, embeddings: Tensor, events: Tensor) -> None:
         """Standardize all inputs from now on, by the statistics of a sample.

@@ -20,15 +20,17 @@ from torch.nn import functional as F
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage.files import load_trained, trained_layers
-from feature_alignment.storage.pretrained import load_pretrained, save_pretrained
+from feature_alignment.storage.pretrained import SharedModule
 
 
-class HiddenAdapter(nn.Module):
+class HiddenAdapter(SharedModule):
     """Bottleneck adapter with a residual path.
 
     d_draft is a multiple of d_target where several of the drafter's layers are concatenated: the last of them is the residual. If the
     widths do not allow this, there is no residual and `up` starts random.
     """
+
+    kind = "hidden"
 
     def __init__(self, d_draft: int, d_target: int, bottleneck: int = 256) -> None:
         """Build an adapter that starts as the identity, where it has a residual path.
@@ -42,6 +44,7 @@ class HiddenAdapter(nn.Module):
         if min(d_draft, d_target, bottleneck) < 1:
             raise ValueError(f"sizes must be positive, got d_draft={d_draft}, d_target={d_target}, bottleneck={bottleneck}")
         self.d_draft, self.d_target, self.bottleneck = d_draft, d_target, bottleneck
+        self.geometry = {"d_draft": d_draft, "d_target": d_target, "bottleneck": bottleneck}
         self.residual = d_draft % d_target == 0
         self.down = nn.Linear(d_draft, bottleneck)
         self.up = nn.Linear(bottleneck, d_target)
@@ -62,25 +65,6 @@ class HiddenAdapter(nn.Module):
     def num_parameters(self) -> int:
         """Number of parameters."""
         return sum(p.numel() for p in self.parameters())
-
-    def save_pretrained(self, directory: Path | str, meta: dict[str, Any]) -> None:
-        """Write this adapter as a directory that can be shared; `python -m feature_alignment.adapters.share` adds a model card.
-
-        Args:
-            directory: made if missing
-            meta: of its adapter.pt
-        """
-        save_pretrained(self, "hidden", meta, directory)
-
-    @classmethod
-    def from_pretrained(cls, directory: Path | str) -> HiddenAdapter:
-        """Load an adapter from a directory that `save_pretrained` wrote; raises UserError if it is altered or of another kind."""
-        return load_pretrained(cls, "hidden", directory)[0]
-
-    @property
-    def geometry(self) -> dict[str, int]:
-        """Arguments of the constructor, kept in the adapter's file."""
-        return {"d_draft": self.d_draft, "d_target": self.d_target, "bottleneck": self.bottleneck}
 
 
 def load_adapter(path: Path, d_draft: int | None = None, draft_layers: Sequence[int] | None = None) -> tuple[HiddenAdapter, dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from feature_alignment.adapters import tables
 from feature_alignment.adapters.attending import AttendingAdapter, load_attending_adapter
 from feature_alignment.adapters.attending_texts import MOST_IDS
 from feature_alignment.adapters.chained import ChainedAdapter, load_chained_adapter
@@ -26,6 +27,8 @@ from feature_alignment.models.pair import Pair
 from feature_alignment.storage.answers import read_token_pairs
 from feature_alignment.storage.files import load_pt
 
+SharedAdapter = HiddenAdapter | ChainedAdapter | AttendingAdapter
+READERS = {"hidden": ("aligned", "hybrid", "own"), "chained": ("chained", "hybrid"), "attending": ("attending",)}  # drafters, by kind
 UNKNOWN_ACCEPTANCE = 0.8  # of an adapter whose file records none
 
 
@@ -72,27 +75,28 @@ class Sources:
             adapter = load_chained_adapter(self.chained_path, draft.taps)[0]
         return adapter.to(target.device, target.head_weight.dtype)
 
-    def use_adapter(self, adapter: HiddenAdapter | ChainedAdapter, meta: dict[str, Any]) -> None:
+    def use_adapter(self, adapter: SharedAdapter, meta: dict[str, Any]) -> None:
         """Use this adapter instead of the one under the output directory.
 
         Args:
-            adapter: hidden or chained
+            adapter: hidden, chained or attending
             meta: of the adapter
 
         Raises:
-            UserError: it does not fit the pair's layers or widths
+            UserError: it does not fit the pair's widths, events or vocabulary
         """
-        pair, geometry = self._pair, adapter.geometry
-        reads = geometry["d_draft"] if isinstance(adapter, HiddenAdapter) else geometry["d_event"]
-        width = pair.draft.hidden_size if isinstance(adapter, HiddenAdapter) else pair.draft.width
-        if (reads, geometry["d_target"]) != (width, pair.target.hidden_size):
-            raise UserError(
-                f"the adapter maps states of width {reads} to {geometry['d_target']}; "
-                f"the states of this pair have widths {width} and {pair.target.hidden_size}."
-            )
-        name = "adapter" if isinstance(adapter, HiddenAdapter) else "chained_adapter"
-        self.__dict__[name] = adapter.to(pair.target.device, pair.target.head_weight.dtype)  # in place of the cached property
-        self._acceptance["aligned" if name == "adapter" else "chained"] = meta.get("validation", {}).get("token_match")
+        draft, target = self._pair.draft, self._pair.target
+        reads = {"d_draft": draft.hidden_size} if adapter.kind == "hidden" else {"d_event": draft.width, "num_events": draft.vision_tokens}
+        wanted = {**reads, "d_target": target.hidden_size}
+        wrong = [f"{key} {adapter.geometry[key]}, expected {n}" for key, n in wanted.items() if adapter.geometry[key] != n]
+        if isinstance(adapter, AttendingAdapter):
+            largest = max([*adapter.ids.tolist(), *adapter.table[:, tables.CONTEXT + 1].tolist()])
+            wrong += [f"token ids up to {largest}, expected less than {target.vocab_size}"] if largest >= target.vocab_size else []
+        if wrong:
+            raise UserError(f"the {adapter.kind} adapter belongs to another pair: {'; '.join(wrong)}.")
+        name = "adapter" if adapter.kind == "hidden" else f"{adapter.kind}_adapter"
+        self.__dict__[name] = adapter.to(target.device, target.head_weight.dtype)  # in place of the cached property
+        self._acceptance[READERS[adapter.kind][0]] = meta.get("validation", {}).get("token_match")
 
     @cached_property
     def attending_adapter(self) -> AttendingAdapter:
@@ -259,8 +263,10 @@ class Sources:
 
     @property
     def _hybrid_model(self) -> str:
-        """The drafter that the n-gram table corrects: the chained adapter if one has been trained."""
-        return "chained" if self.chained_path.is_file() else "aligned"
+        """The drafter that the n-gram table corrects: the adapter that was given, else the chained adapter if one has been trained."""
+        if "aligned" in self._acceptance:
+            return "aligned"
+        return "chained" if "chained" in self._acceptance or self.chained_path.is_file() else "aligned"
 
     def files(self, name: str) -> dict[str, Path]:
         """The files that a drafter's draft tokens depend on."""

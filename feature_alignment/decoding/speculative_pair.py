@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from feature_alignment.adapters.attending import AttendingAdapter
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.config import parse_config
@@ -24,7 +25,7 @@ from feature_alignment.decoding.generation import Generation, Round
 from feature_alignment.decoding.plain import decode_plainly
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.settings import COSINE_RULES, DecodingConfig
-from feature_alignment.decoding.sources import Sources
+from feature_alignment.decoding.sources import READERS, SharedAdapter, Sources
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models.generation import with_flags
 from feature_alignment.models.pair import load_pair
@@ -33,6 +34,7 @@ from feature_alignment.models.vision_cache import VisionCache
 from feature_alignment.storage.pretrained import adapter_type, load_pretrained
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for an incomplete UTF-8 sequence
+ADAPTERS: dict[str, type[SharedAdapter]] = {adapter.kind: adapter for adapter in (HiddenAdapter, ChainedAdapter, AttendingAdapter)}
 SETTINGS = ("top_p", "top_k", "min_p", "min_new_tokens", "repetition_penalty")
 
 
@@ -73,9 +75,7 @@ class SpeculativePair:
         UserError: a checkpoint or a file of the drafter is missing or does not fit
     """
 
-    def __init__(
-        self, cfg: DecodingConfig, trained: tuple[HiddenAdapter | ChainedAdapter, dict[str, Any]] | None = None, trial: bool = True
-    ) -> None:
+    def __init__(self, cfg: DecodingConfig, trained: tuple[SharedAdapter, dict[str, Any]] | None = None, trial: bool = True) -> None:
         self.cfg = cfg
         pair = load_pair(cfg)
         pair.use_steps(cfg.steps)
@@ -122,14 +122,20 @@ class SpeculativePair:
             **settings: settings by name
 
         Raises:
-            UserError: as the class; the adapter directory is altered or of another kind than `draft`
+            UserError: as the class; the adapter directory is altered, does not fit the pair, or `draft` is a drafter that does not read it
         """
         kind = adapter_type(adapter)
-        build: type[HiddenAdapter] | type[ChainedAdapter] = ChainedAdapter if kind == "chained" else HiddenAdapter
-        module, meta = load_pretrained(build, kind, adapter)
-        assert isinstance(module, HiddenAdapter | ChainedAdapter)
-        flags = {"target_id": target, "draft_id": draft, "draft": "chained" if kind == "chained" else "aligned", **settings}
-        words = [*_words(flags), "--draft_layers", *map(str, meta["draft_layers"])]
+        if kind not in ADAPTERS:
+            raise UserError(f"{adapter} holds an adapter of type {kind!r}, expected {', '.join(ADAPTERS)}.")
+        module, meta = load_pretrained(ADAPTERS[kind], kind, adapter)
+        drafter = settings.setdefault("draft", READERS[kind][0])
+        if drafter not in READERS[kind]:
+            raise UserError(f"draft={drafter!r} does not read the {kind} adapter in {adapter}; expected {' or '.join(READERS[kind])}.")
+        recorded = meta.get("draft_layers")
+        layers = settings.setdefault("draft_layers", recorded)
+        if not layers or list(layers) != list(recorded or layers):
+            raise UserError(f"{adapter} records EventGPT's layers {recorded}, got draft_layers={layers}; expected these layers.")
+        words = _words({"target_id": target, "draft_id": draft, **settings})
         return cls(parse_config(DecodingConfig, words, "feature_sd_inference"), (module, meta))
 
     def answer(self, *, events: Path | str, video: Path | str, question: str) -> Answer:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
@@ -19,20 +19,46 @@ from feature_alignment.storage.files import Module, altered_files, atomic_write,
 CONFIG, WEIGHTS, CARD = "config.json", "adapter.safetensors", "README.md"
 
 
+class SharedModule(torch.nn.Module):
+    """An adapter that can be written as a directory; `geometry` are the arguments that build it, `kind` names its class in config.json."""
+
+    kind: ClassVar[str]
+    geometry: Any
+
+    def save_pretrained(self, directory: Path | str, meta: dict[str, Any] | None = None) -> None:
+        """Write this adapter as a directory that can be shared; `python -m feature_alignment.adapters.share` adds a model card.
+
+        Args:
+            directory: made if missing
+            meta: of its adapter.pt; without its `draft_layers`, loading a `SpeculativePair` with this adapter needs that setting
+        """
+        save_pretrained(self, self.kind, meta or {}, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: Path | str) -> Self:
+        """Load an adapter from a directory that `save_pretrained` wrote; raises UserError if it is altered or of another kind."""
+        return load_pretrained(cls, cls.kind, directory)[0]
+
+
 def save_pretrained(module: torch.nn.Module, kind: str, meta: dict[str, Any], directory: Path | str, card: str = "") -> None:
     """Write an adapter as a directory. config.json is written last: a directory without it is incomplete.
 
     Args:
         module: the adapter; `module.geometry` are the arguments that build it
         kind: its class in config.json, for example "chained"
-        meta: `meta` of its adapter.pt, at least `draft_layers`; what made it
+        meta: `meta` of its adapter.pt; what made it
         directory: made if missing
         card: text of README.md; none is written if empty
 
     Raises:
-        UserError: `directory` holds files of something else
+        UserError: `directory` is a file, or holds files of something else
+        ValueError: the adapter is in training, and its weights do not include the scales of its inputs
     """
+    if getattr(module, "scale", None) is not None:
+        raise ValueError("the adapter still standardizes its inputs; save adapter.folded()")
     directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file. Choose an empty or a new directory.")
     foreign = [p.name for p in directory.iterdir() if p.name not in (CONFIG, WEIGHTS, CARD)] if directory.is_dir() else []
     if foreign:
         raise UserError(f"{directory} holds {foreign[0]} and is not an adapter directory. Choose an empty or a new one.")
@@ -79,8 +105,10 @@ def load_pretrained(build: Callable[..., Module], kind: str, directory: Path | s
             shapes = {name: tensor.shape for name, tensor in build(**config["geometry"]).state_dict().items()}
         if shapes != {name: tensor.shape for name, tensor in state.items()}:
             raise ValueError("its weights do not fit its geometry")
+        if not all(torch.isfinite(tensor).all() for tensor in state.values()):
+            raise ValueError("it holds weights that are not finite")
         module = build(**config["geometry"])
         module.load_state_dict(state)
-    except (SafetensorError, RuntimeError, ValueError, TypeError, OSError) as error:
+    except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{directory} is damaged: {str(error)[:300]}. To repair it, {fetch}.") from None
     return module.eval(), config["meta"]
