@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import torch
@@ -33,14 +34,58 @@ def test_an_answer_is_that_of_the_script_and_of_plain_decoding(pair, clip, finis
     assert answer.stats["passes"] == script["passes"] and answer.stats["total_ms"] > 0
 
 
-def test_a_stream_yields_the_answer_in_pieces_of_whole_characters(pair, clip, monkeypatch):
-    assert "".join(pair.stream(**clip)) == pair.answer(**clip).text
+def test_a_stream_yields_the_answer_in_pieces(pair, clip, monkeypatch):
+    assert "".join(pieces := list(pair.stream(**clip))) == pair.answer(**clip).text and all(pieces)
     monkeypatch.setattr(pair, "text_of", lambda ids: "".join(f"<{i}>" for i in ids))
     assert "".join(pieces := list(pair.stream(**clip))) == pair.answer(**clip).text and len(pieces) > 1
-    incomplete = "\N{REPLACEMENT CHARACTER}"
-    texts = iter(["a", f"ab{incomplete}", f"ab{incomplete}{incomplete}", *["abé!"] * 50])
-    monkeypatch.setattr(pair, "text_of", lambda ids: next(texts))
-    assert "".join(pair.stream(**clip)) in ("a", "abé!")  # nothing of a character that is not complete
+
+
+class Scripted:
+    """A speculation that emits given tokens, some in each round."""
+
+    def __init__(self, tokens, sizes):
+        self.token_ids, self.sizes, self.emitted = tokens, sizes, tokens[:1]
+
+    is_finished = property(lambda self: len(self.emitted) == len(self.token_ids))
+    prefill = lambda self, *_: None  # noqa: E731
+    finish = lambda self: self  # noqa: E731
+
+    def advance(self):
+        self.emitted = self.token_ids[: len(self.emitted) + next(self.sizes)]
+
+
+def test_pieces_are_whole_characters_whatever_the_bytes_and_rounds(pair, clip, monkeypatch):
+    """Valid and invalid UTF-8 in byte tokens between words: the pieces are the text, and none shows a character that is incomplete."""
+    tokenizer, chance, valid = pair.target.tokenizer, random.Random(0), 0
+    words = tokenizer.encode("the car is red", add_special_tokens=False)
+
+    def begun(prompts):
+        pair._speculating = Scripted(tokens, iter(lambda: chance.randint(1, 3), 0))
+        return pair._speculating
+
+    monkeypatch.setattr(pair, "_speculation", begun)
+    for _ in range(300):
+        tokens = []
+        for _ in range(chance.randint(1, 6)):
+            text = "".join(chance.choices("éü😀漢", k=chance.randint(1, 2))).encode()
+            spoiled = text[: chance.randint(1, len(text))] if chance.random() < 0.3 else text
+            tokens += [chance.choice(words)] + [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in spoiled]
+        pieces, wanted = list(pair.stream(**clip)), pair.text_of(tokens)
+        assert "".join(pieces) == wanted and all(pieces)
+        if "\N{REPLACEMENT CHARACTER}" not in wanted:
+            valid += 1
+            assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+        assert all(not piece.endswith("\N{REPLACEMENT CHARACTER}") for piece in pieces[:-1])
+    assert 30 < valid < 270
+
+
+def test_a_stream_is_not_continued_after_another_answer_was_begun(pair, clip):
+    stream = pair.stream(**clip)
+    next(stream)
+    answer = pair.answer(**clip)
+    with pytest.raises(ValueError, match="another answer of this pair was begun"):
+        list(stream)
+    assert pair.answer(**clip).token_ids == answer.token_ids
 
 
 SHARED = {"max_new_tokens": 12, "num_draft_tokens": 3, "threads": 1}

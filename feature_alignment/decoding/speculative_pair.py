@@ -8,6 +8,7 @@ print(pair.answer(events="e.npy", video="v.mp4", question="What is happening?").
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from feature_alignment.models.vision_cache import VisionCache
 from feature_alignment.storage.pretrained import adapter_type, load_pretrained
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for an incomplete UTF-8 sequence
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 ADAPTERS: dict[str, type[SharedAdapter]] = {adapter.kind: adapter for adapter in (HiddenAdapter, ChainedAdapter, AttendingAdapter)}
 SETTINGS = ("top_p", "top_k", "min_p", "min_new_tokens", "repetition_penalty")
 
@@ -156,20 +158,32 @@ class SpeculativePair:
         return self._answer(self.decode_plainly, sample_of(events, video, question))
 
     def stream(self, *, events: Path | str, video: Path | str, question: str) -> Iterator[str]:
-        """Answer a question and yield pieces of the text as rounds end; only whole characters. Arguments as in `answer`."""
+        """Answer a question and yield pieces of the text as rounds end; only whole characters. Arguments as in `answer`.
+
+        Raises:
+            ValueError: another answer was begun before the last piece was read
+        """
         speculation = self._speculation(prompts := self.prepare(sample_of(events, video, question)))
         speculation.prefill(prompts.draft, self.cfg.overlap)
         shown = ""
-        while True:
-            is_finished = speculation.is_finished
+        while not speculation.is_finished:
             text = self.text_of(speculation.emitted)
-            if is_finished or not text.endswith(REPLACEMENT):  # else the last character is not complete
+            if self._is_whole(text, speculation.emitted[-1]) and text != shown:
                 yield text[len(shown) :]
                 shown = text
-            if is_finished:
-                speculation.finish()
-                return
+            if speculation is not self._speculating:
+                raise ValueError("another answer of this pair was begun; read a stream to its end first, or open a second pair")
             speculation.advance()
+        if (text := self.text_of(speculation.finish().token_ids)) != shown:
+            yield text[len(shown) :]
+
+    def _is_whole(self, text: str, last_token: int) -> bool:
+        """Whether no later token changes a text.
+
+        Incomplete UTF-8 is shown as a replacement character. A tokenizer with byte tokens shows a whole run of them as such characters if
+        any of it is incomplete.
+        """
+        return not text.endswith(REPLACEMENT) and not BYTE_TOKEN.fullmatch(self.target.tokenizer.convert_ids_to_tokens(last_token))
 
     def prepare(self, sample: Sample) -> Prompts:
         """Read a sample's files for both models."""
@@ -224,7 +238,7 @@ class SpeculativePair:
 
     def _speculation(self, prompts: Prompts) -> Speculation:
         cfg = self.cfg
-        return Speculation(
+        self._speculating = Speculation(
             self.target,
             self.proposer,
             prompts.target,
@@ -235,6 +249,7 @@ class SpeculativePair:
             self._sampler(),
             self._controller,
         )
+        return self._speculating
 
     def _sampler(self) -> Sampler | None:
         """A sampler that starts with the seed, so that every answer is reproducible; None for greedy decoding."""
