@@ -14,11 +14,12 @@ from conftest import ROOT
 
 from feature_alignment.benchmark import plan, plan_hours
 from feature_alignment.benchmark.plan_hours import Rates
-from feature_alignment.benchmark.plan_sizes import planned_split
+from feature_alignment.benchmark.plan_sizes import Settings, adapter_bytes, planned_split
 from feature_alignment.benchmark.sweep import THRESHOLDS
 from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.models.eventgpt import EVENT_TOKEN_INDEX
+from feature_alignment.models.pair import check_pair
 
 STATED = ["--tokens_per_second", "100"]
 RATES = Rates(
@@ -52,8 +53,8 @@ def planned(run, *flags):
 
 @pytest.fixture(scope="module")
 def calibrated(finished):
-    """A plan from a real calibration."""
-    return planned(finished)
+    """A plan from a real calibration, with the attending adapter."""
+    return planned(finished, "--attending")
 
 
 def test_the_bytes_are_those_that_the_run_wrote(finished, calibrated):
@@ -74,7 +75,7 @@ def test_texts_are_estimated_within_a_third(finished, calibrated):
 
 def test_every_script_of_a_run_has_its_hours(calibrated):
     scripts = {name.partition(",")[0] for name in calibrated["hours"]}
-    assert len(calibrated["hours"]) == 10 and all(seconds > 0 for seconds in calibrated["hours"].values())
+    assert len(calibrated["hours"]) == 11 and all(seconds > 0 for seconds in calibrated["hours"].values())
     assert scripts == {
         "extract_hidden_states",
         "hidden_adapter",
@@ -103,6 +104,42 @@ def test_hours_grow_with_rows_epochs_and_prompts(finished):
     wanted = 6 + 2 + runs * (0.3 + 8 * 0.05) + (1 + lossy) * 4 * 0.3 + 600 * 0.05 + 3
     assert len(rows) > 10 and lossy >= 4 and one["benchmark_feature_sd"] == pytest.approx(wanted)
     assert "train_hidden_adapter, chained" not in plan_hours.hours(settings, splits, dataclasses.replace(RATES, chained=None), 1)
+
+
+def test_the_attending_adapter_is_planned_where_it_is_asked_for(finished):
+    """Its rate includes its validation; the benchmark has three more methods: two draft lengths and the adaptive one."""
+    settings = settings_once(finished)
+    argv = ["--config", str(finished / "tiny.yaml"), *STATED]
+    without, cfg = (plan.parse_config(plan.PlanConfig, [*argv, *more], "cli/plan") for more in ([], ["--attending"]))
+    splits = {split.name: split for split in plan.plan(cfg, settings, 0.0).splits}
+    rates = dataclasses.replace(RATES, attending_start=0.3, attending=0.04)
+    more = plan_hours.hours(plan.trained(cfg, settings), splits, rates, 1)
+    less = plan_hours.hours(plan.trained(without, settings), splits, RATES, 1)
+    assert more["train_hidden_adapter, attending"] == pytest.approx(4 + 18 * (0.3 + 2 * 0.04))
+    assert set(more) - set(less) == {"train_hidden_adapter, attending"}
+    assert more["benchmark_feature_sd"] - less["benchmark_feature_sd"] == pytest.approx(3 * 6 * (0.3 + 8 * 0.05))
+    memory = plan.plan(cfg, settings, 0.0).memory
+    assert memory["train_hidden_adapter, attending"].batch > 0 and set(memory) - set(plan.plan(without, settings, 0.0).memory) == {
+        "train_hidden_adapter, attending"
+    }
+    settings = {**settings, "extract_hidden_states": Settings(**{**vars(settings["extract_hidden_states"]), "prompt_states": 0})}
+    with pytest.raises(UserError, match="event_states True and prompt_states 0"):
+        plan.plan(cfg, settings, 0.0)
+    plan.plan(without, settings, 0.0)
+
+
+def test_bytes_of_adapters_are_those_of_their_weights(finished):
+    settings, wanted, trained = {**settings_once(finished)}, {}, {}
+    for kind, folder in (("hidden", "adapter"), ("chained", "chained_adapter"), ("attending", "attending_adapter")):
+        trained[kind] = torch.load(finished / "out" / folder / "adapter.pt", weights_only=True)
+        name, geometry = f"train_hidden_adapter.{kind}", trained[kind]["meta"]["geometry"]
+        settings[name] = Settings(**{**vars(settings[name]), "bottleneck": geometry.get("width") or geometry["bottleneck"]})
+        wanted[f"{folder}/adapter.pt"] = sum(tensor.nbytes for tensor in trained[kind]["state_dict"].values())
+    pair = check_pair(plan.parse_config(plan.PlanConfig, ["--config", str(finished / "tiny.yaml")], "cli/plan"))
+    vocabulary = min(model.embedding_rows for model in pair.models.values())
+    geometry = trained["attending"]["meta"]["geometry"]
+    wanted["attending_adapter/adapter.pt"] += 8 * (vocabulary - geometry["num_ids"])  # every id may be in the training texts
+    assert adapter_bytes(settings, pair, 1, geometry["num_entries"]) == wanted
 
 
 def test_stated_tokens_per_second_need_no_model(finished, monkeypatch):

@@ -30,7 +30,7 @@ from feature_alignment.models import eventgpt, loading, preprocessing
 from feature_alignment.models.pair import check_pair
 
 SPLITS = ("train", "validation", "test")  # that run_all.sh extracts
-OWN_FLAGS = ("gpus", "gpu_gib", "tokens_per_second")
+OWN_FLAGS = ("gpus", "gpu_gib", "tokens_per_second", "attending")
 GIB = 2**30
 
 
@@ -42,11 +42,13 @@ class PlanConfig(Common):
         gpus: processes that share the extraction, one per GPU; on a CPU, processes of `threads` threads each
         gpu_gib: memory of one GPU in GiB (default: the free memory of `device` on this machine)
         tokens_per_second: speed of plain decoding of one prompt by the target, instead of a calibration on this machine
+        attending: the run also trains the attending adapter, from the event states and prompt states of the extraction
     """
 
     gpus: int = 1
     gpu_gib: float | None = None
     tokens_per_second: float | None = None
+    attending: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def settings_of(argv: Sequence[str]) -> dict[str, Settings]:
         skip = name in OWN_FLAGS or (skip and name is None)
         shared += [] if skip else [word]
     running = {}
-    variants = (f"train_hidden_adapter.{adapter}" for adapter in ("hidden", "chained"))
+    variants = (f"train_hidden_adapter.{adapter}" for adapter in ("hidden", "chained", "attending"))
     for name in ("extract_hidden_states", *variants, "feature_sd_inference", "benchmark_feature_sd"):
         script, _, adapter = name.partition(".")
         more = ["--adapter", adapter] if adapter else []
@@ -127,6 +129,7 @@ def plan(cfg: PlanConfig, settings: Mapping[str, Settings], start: float) -> Pla
     """
     pair = check_pair(cfg)
     draft, target = pair.models.values()
+    settings = trained(cfg, settings)
     path = loading.find_checkpoint(cfg.draft_id, "--draft_id")
     tokenizer = preprocessing.load_tokenizer(path, draft.embedding_rows)
 
@@ -151,6 +154,22 @@ def plan(cfg: PlanConfig, settings: Mapping[str, Settings], start: float) -> Pla
     rates = plan_hours.calibrate(cfg, settings, splits, start)
     hours = plan_hours.hours(settings, splits, rates, cfg.gpus)
     return replace(found, seconds=hours, files=run_bytes(cfg, settings, pair, every, (rates.tokens, rates.draft_tokens)))
+
+
+def trained(cfg: PlanConfig, settings: Mapping[str, Settings]) -> dict[str, Settings]:
+    """The settings without those of adapters that the run does not train.
+
+    Raises:
+        UserError: If the attending adapter is planned and the extraction does not store the states that it reads.
+    """
+    extract = settings["extract_hidden_states"]
+    if cfg.attending and not (extract.event_states and extract.prompt_states):
+        raise UserError(
+            "--attending: the attending adapter reads event states and prompt states, and extract_hidden_states has event_states "
+            f"{extract.event_states} and prompt_states {extract.prompt_states}. Set both in the config, e.g. prompt_states: 160."
+        )
+    absent = [*["chained"] * (not extract.event_states), *["attending"] * (not cfg.attending)]
+    return {name: one for name, one in settings.items() if name.partition(".")[2] not in absent}
 
 
 def device_bytes(cfg: PlanConfig) -> int:

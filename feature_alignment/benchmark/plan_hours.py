@@ -6,6 +6,7 @@ score of the predictors, and plain decoding of some prompts. Times that grow wit
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from feature_alignment.adapters.attending_training import train_attending
 from feature_alignment.adapters.training import train_chained, train_hidden
 from feature_alignment.benchmark.plan_sizes import PlannedSplit, Settings
-from feature_alignment.benchmark.rows import modes
+from feature_alignment.benchmark.rows import attending_modes, modes
 from feature_alignment.benchmark.sweep import MOST_PROMPTS, THRESHOLDS
 from feature_alignment.cli.config import Common
 from feature_alignment.decoding.plain import greedy
@@ -27,7 +29,7 @@ from feature_alignment.measurement.scoring import null_predictors, score
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import Pair, load_pair
 from feature_alignment.models.stored_states import RowStates, states_of
-from feature_alignment.storage.hidden_states import EVENT_STATES, HiddenStates, layer_file
+from feature_alignment.storage.hidden_states import EVENT_STATES, PROMPT_INPUTS, PROMPT_STATES, HiddenStates, layer_file
 
 T = TypeVar("T")
 BATCH_SECONDS = 6.0  # a second batch is extracted if the first, which also warms up, took less
@@ -60,6 +62,8 @@ class Rates:
         score: Scores of all predictors, per row of the measured split.
         prefill: Prefill of one prompt of the target.
         step: One decoding step of the target.
+        attending_start: Initialization of the attending adapter, its table and its candidates, per row of the training split.
+        attending: One training row in one epoch of the attending adapter's training, its part of the validation included.
     """
 
     start: float
@@ -74,6 +78,8 @@ class Rates:
     score: float
     prefill: float
     step: float
+    attending_start: float = 0.0
+    attending: float | None = None
 
 
 def hours(settings: Mapping[str, Settings], splits: Mapping[str, PlannedSplit], rates: Rates, processes: int) -> dict[str, float]:
@@ -94,6 +100,9 @@ def hours(settings: Mapping[str, Settings], splits: Mapping[str, PlannedSplit], 
     if rates.chained is not None:
         epochs = settings["train_hidden_adapter.chained"].num_epochs
         found["train_hidden_adapter, chained"] = rates.start + epochs * per_epoch * rates.chained
+    if rates.attending is not None:
+        epochs = settings["train_hidden_adapter.attending"].num_epochs
+        found["train_hidden_adapter, attending"] = rates.start + rows["train"] * (rates.attending_start + epochs * rates.attending)
     found["measure_feature_acceptance"] = rates.start + rates.fit * rows["train"] + rates.score * rows["test"] + REPORT_SECONDS
     found["compare_token_baseline"] = rates.start + REPORT_SECONDS
     return found | decoding_seconds(settings, rows["test"], rates, started)
@@ -111,6 +120,8 @@ def decoding_seconds(settings: Mapping[str, Settings], rows: int, rates: Rates, 
     bench, prompt = settings["benchmark_feature_sd"], rates.prefill + rates.tokens * rates.step
     prompts = min(bench.limit or rows, rows)
     methods = modes(bench.num_draft_tokens, bench.most_draft_tokens, bench.threshold, ("chained", "aligned"), bench.exit_adapters)
+    if "train_hidden_adapter.attending" in settings:
+        methods += attending_modes(bench.num_draft_tokens, bench.most_draft_tokens)
     texts = 1 + sum(mode.accept != "token" for mode in methods)  # texts whose likelihood the target computes
     runs = (len(methods) + 1 + GENERATE_BASELINES) * (prompts * bench.repeats + 2 * min(bench.warmup, prompts))
     compiling = COMPILE_SECONDS if bench.steps == "compiled" or (bench.steps == "auto" and bench.device != "cpu") else 0.0
@@ -167,24 +178,37 @@ def calibrate(cfg: Common, settings: Mapping[str, Settings], splits: Mapping[str
         row = seconds / len(samples)
         if count == 0 and seconds > BATCH_SECONDS:
             break
-    states = as_split(pair, found, extract.separate_layers)
+    n, states = len(found), as_split(pair, found, extract.separate_layers)
     head, embeddings = pair.target.head_weight.detach().float(), pair.target.embeddings.float()
-    hidden_start, hidden = training_seconds(lambda s: train_hidden(states, states, head, s), settings["train_hidden_adapter.hidden"])
-    chained = None
-    if extract.event_states:
-        chained = training_seconds(lambda s: train_chained(states, states, head, embeddings, s), settings["train_hidden_adapter.chained"])[
-            1
-        ]
+    hidden = training_seconds(lambda s: train_hidden(states, states, head, s), settings["train_hidden_adapter.hidden"])
+    chained = attending = None
+    if (training := settings.get("train_hidden_adapter.chained")) is not None:
+        chained = training_seconds(lambda s: train_chained(states, states, head, embeddings, s), training)
+    if (training := settings.get("train_hidden_adapter.attending")) is not None:
+        texts = with_prompts(states, found, samples)
+        share = max(1, round(n * len(splits["validation"].samples) / len(train.samples)))  # its validation costs as much as training
+        validation = with_prompts(as_split(pair, found[:share], extract.separate_layers), found, samples)
+        attending = training_seconds(lambda s: train_attending(texts, validation, head, embeddings, s), training)
     fit, scored = measurement_seconds(states, head, settings["train_hidden_adapter.hidden"].bottleneck)
     prompts = [pair.target.prepare(sample) for sample in splits["test"].samples[:CALIBRATION_PROMPTS]]
     runs = [greedy(pair.target, prompt, settings["benchmark_feature_sd"].max_new_tokens) for prompt in (prompts[0], *prompts)][1:]
     steps = sum(run.passes for run in runs)
-    prefill = sum(run.ms["target_prefill"] for run in runs) / len(runs) / 1e3
-    step = sum(run.ms["verify"] for run in runs) / max(1, steps) / 1e3
-    n = len(found)
     tokens, draft_tokens = (sum(map(len, texts)) / n for texts in ([f.vl_tokens for f in found], [f.egpt_tokens for f in found]))
     return Rates(
-        start, load, row, tokens, draft_tokens, hidden_start / n, hidden / n, chained and chained / n, fit / n, scored / n, prefill, step
+        start=start,
+        load=load,
+        row=row,
+        tokens=tokens,
+        draft_tokens=draft_tokens,
+        hidden_start=hidden[0] / n,
+        hidden=hidden[1] / n / (1 + FORWARD_SHARE),
+        chained=chained and chained[1] / n / (1 + FORWARD_SHARE),
+        fit=fit / n,
+        score=scored / n,
+        prefill=sum(run.ms["target_prefill"] for run in runs) / len(runs) / 1e3,
+        step=sum(run.ms["verify"] for run in runs) / max(1, steps) / 1e3,
+        attending_start=attending[0] / n if attending else 0.0,
+        attending=attending and attending[1] / n,
     )
 
 
@@ -226,8 +250,25 @@ def as_split(pair: Pair, found: Sequence[RowStates], separate_layers: bool) -> H
     return HiddenStates(g, v, ids, torch.arange(width) < lengths[:, None], lengths, rows, {}, events)
 
 
+def with_prompts(states: HiddenStates, found: Sequence[RowStates], samples: Sequence[Sample]) -> HiddenStates:
+    """A split with what the attending adapter reads as well: prompt states, and the ids, questions and clips of its rows.
+
+    Args:
+        states: The first rows of the batch.
+        found: All rows of the batch.
+        samples: Their samples.
+    """
+    n = len(states.rows)
+    prompt, inputs = (torch.stack([row.files[name].float() for row in found[:n]]) for name in (PROMPT_STATES, PROMPT_INPUTS))
+    rows = [
+        {"id": sample.id, "sequence": sample.sequence, "question": sample.question, **row.about}
+        for row, sample in zip(found[:n], samples[:n], strict=True)
+    ]
+    return dataclasses.replace(states, rows=rows, prompt=prompt, prompt_inputs=inputs)
+
+
 def training_seconds(learn: Callable[[Settings], object], settings: Settings) -> tuple[float, float]:
-    """Seconds of a training's initialization and of one of its epochs, in which it trains on the rows and validates on the same rows.
+    """Seconds of a training's initialization and of one of its epochs, with its validation.
 
     Args:
         learn: Trains with these settings.
@@ -237,7 +278,7 @@ def training_seconds(learn: Callable[[Settings], object], settings: Settings) ->
     runs = [functools.partial(learn, Settings(**quiet | {"num_epochs": n})) for n in (1, TRAINING_EPOCHS)]
     one, more = (min(timed(run)[0] for _ in range(2)) for run in runs)
     epoch = max(0.0, (more - one) / (TRAINING_EPOCHS - 1))
-    return max(0.0, one - epoch), epoch / (1 + FORWARD_SHARE)
+    return max(0.0, one - epoch), epoch
 
 
 def measurement_seconds(states: HiddenStates, head: Tensor, rank: int) -> tuple[float, float]:

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from feature_alignment.adapters.attending import AttendingAdapter
+from feature_alignment.adapters.attending_texts import MOST_IDS
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.config import Common
@@ -88,7 +90,7 @@ def run_bytes(
 
     Args:
         cfg: Settings that all scripts share.
-        settings: Script -> its settings.
+        settings: Script -> its settings; `train_hidden_adapter.<kind>` for each adapter that is trained.
         pair: The checked pair.
         splits: Splits that are extracted.
         tokens: Mean lengths of the target's and the drafter's answers; None for the longest.
@@ -112,14 +114,35 @@ def run_bytes(
     found["hidden_states/vl_lm_head.pt"] = head
     if extract.event_states:
         found["hidden_states/vl_embeddings.pt"] = head
-    hidden, chained = (settings[f"train_hidden_adapter.{kind}"] for kind in ("hidden", "chained"))
+    entries = next(len(split.samples) for split in splits if split.name == "train") * (tokens[0] if tokens else extract.max_new_tokens)
+    return found | adapter_bytes(settings, pair, len(taps), round(entries))
+
+
+def adapter_bytes(settings: Mapping[str, Settings], pair: PairReport, num_taps: int, num_entries: int) -> dict[str, int]:
+    """File -> bytes of every adapter that is trained.
+
+    Args:
+        settings: Script -> its settings.
+        pair: The checked pair.
+        num_taps: Layers of the drafter that the hidden adapter reads.
+        num_entries: Rows of the attending adapter's table; training texts have about one for each token.
+    """
+    draft, target = pair.models.values()
+    event = target.hidden_size, draft.hidden_size, draft.vision_tokens
+    ids = min(MOST_IDS, draft.embedding_rows, target.embedding_rows)
+    build: dict[str, Callable[[Settings], torch.nn.Module]] = {
+        "hidden": lambda s: HiddenAdapter(draft.hidden_size * num_taps, target.hidden_size, s.bottleneck),
+        "chained": lambda s: ChainedAdapter(*event, s.bottleneck),
+        "attending": lambda s: AttendingAdapter(*event, ids, num_entries, settings["extract_hidden_states"].prompt_states, s.bottleneck),
+    }
     with torch.device("meta"):
-        adapter = HiddenAdapter(draft.hidden_size * len(taps), target.hidden_size, hidden.bottleneck)
-        found["adapter/adapter.pt"] = 4 * adapter.num_parameters
-        if extract.event_states:
-            chain = ChainedAdapter(target.hidden_size, draft.hidden_size, draft.vision_tokens, chained.bottleneck)
-            found["chained_adapter/adapter.pt"] = 4 * sum(tensor.numel() for tensor in chain.state_dict().values())
-    return found
+        return {
+            f"{'adapter' if kind == 'hidden' else f'{kind}_adapter'}/adapter.pt": sum(
+                tensor.nbytes for tensor in make(settings[f"train_hidden_adapter.{kind}"]).state_dict().values()
+            )
+            for kind, make in build.items()
+            if f"train_hidden_adapter.{kind}" in settings
+        }
 
 
 def text_bytes(samples: Sequence[Sample], extract: Settings, vocabulary: int, tokens: tuple[float, float]) -> tuple[int, int]:
@@ -176,13 +199,32 @@ def memory_of(cfg: Common, settings: Mapping[str, Settings], pair: PairReport, s
     found["feature_sd_inference, benchmark_feature_sd"] = Memory(writes, round(one), activations(target, size))
 
     head = 4 * min(draft.embedding_rows, target.embedding_rows) * target.hidden_size
-    hidden, chained = (settings[f"train_hidden_adapter.{kind}"] for kind in ("hidden", "chained"))
-    for name, training, matrices, steps in (("hidden", hidden, 1, 1), ("chained", chained, 2, chained.roll_out_steps)):
-        positions = training.batch_size * extract.max_new_tokens * steps
-        states = positions * 4 * (4 * target.hidden_size + 5 * target.embedding_rows)  # logits of both, their softmax and gradients
-        events = training.batch_size * draft.vision_tokens * draft.hidden_size * 4 * (steps > 1)
-        found[f"train_hidden_adapter, {name}"] = Memory(matrices * head, 0, round(states + events))
+    for kind, matrices in (("hidden", 1), ("chained", 2), ("attending", 2)):
+        if (training := settings.get(f"train_hidden_adapter.{kind}")) is not None:
+            found[f"train_hidden_adapter, {kind}"] = Memory(matrices * head, 0, training_batch(kind, training, extract, draft, target))
     return found
+
+
+def training_batch(kind: str, training: Settings, extract: Settings, draft: ModelReport, target: ModelReport) -> int:
+    """Bytes of one batch of a training: its states, logits and their gradients.
+
+    Args:
+        kind: Of adapter.
+        training: Settings of the training.
+        extract: Settings of the extraction.
+        draft: The drafter.
+        target: The target.
+    """
+    rows, length = training.batch_size, extract.max_new_tokens
+    ids = min(MOST_IDS, draft.embedding_rows, target.embedding_rows)
+    events = rows * draft.vision_tokens * draft.hidden_size * (kind != "hidden")
+    if kind != "attending":
+        positions = rows * length * (training.roll_out_steps if kind == "chained" else 1)
+        return 4 * (positions * (4 * target.hidden_size + 5 * target.embedding_rows) + events)  # both logits, softmax, gradients
+    drafts = rows * training.origins * training.roll_out_steps * (4 * target.hidden_size + 5 * ids)
+    texts = rows * length * (4 * target.hidden_size + 2 * ids)
+    prompts = rows * extract.prompt_states * (2 * target.hidden_size + 8 * training.bottleneck)
+    return 4 * (drafts + texts + prompts + events)
 
 
 def activations(model: ModelReport, itemsize: int) -> int:
