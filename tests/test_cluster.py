@@ -75,6 +75,24 @@ def test_an_array_of_any_first_task_covers_every_shard(tmp_path):
         assert shards == ["1/3", "2/3", "3/3"]
 
 
+def test_one_task_of_an_array_alone_is_refused(tmp_path):
+    """`--array=3` would otherwise extract the whole split as shard 1/1."""
+    variables = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "1", "PATH": os.environ["PATH"]}
+    command = ["bash", str(FOLDER / "extract.sbatch"), "c.yaml", "train"]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "submit the whole array again" in done.stderr
+
+
+@pytest.mark.parametrize(("task", "adapter"), [(0, "hidden"), (1, "chained"), (2, "attending")])
+def test_each_training_task_trains_its_adapter(tmp_path, task, adapter):
+    (tmp_path / "python").write_text('#!/usr/bin/env bash\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(task)}
+    command = ["bash", str(FOLDER / "train.sbatch"), "c.yaml", "--limit", "9"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["feature_alignment/train_hidden_adapter.py", *f"--config c.yaml --adapter {adapter} --limit 9".split()]
+
+
 @pytest.mark.slow
 def test_a_whole_run_in_two_shards_gives_the_files_of_one_machine(finished, tmp_path):
     config = json.loads((finished / "tiny.yaml").read_text())
