@@ -114,13 +114,13 @@ def decoding_seconds(settings: Mapping[str, Settings], rows: int, rates: Rates, 
     Args:
         settings: Script -> its settings.
         rows: Rows of the measured split.
-        rates: `prefill`, `step` and `tokens` are read.
+        rates: `prefill`, `step` and `tokens` are read, and whether there is one of the attending adapter.
         started: Seconds until both models are loaded.
     """
     bench, prompt = settings["benchmark_feature_sd"], rates.prefill + rates.tokens * rates.step
     prompts = min(bench.limit or rows, rows)
     methods = modes(bench.num_draft_tokens, bench.most_draft_tokens, bench.threshold, ("chained", "aligned"), bench.exit_adapters)
-    if "train_hidden_adapter.attending" in settings:
+    if rates.attending is not None:
         methods += attending_modes(bench.num_draft_tokens, bench.most_draft_tokens)
     texts = 1 + sum(mode.accept != "token" for mode in methods)  # texts whose likelihood the target computes
     runs = (len(methods) + 1 + GENERATE_BASELINES) * (prompts * bench.repeats + 2 * min(bench.warmup, prompts))
@@ -157,7 +157,8 @@ def stated_hours(
         steps = 2 * clips * prefill + answers + 2 * len(split.samples)  # both models read every answer, one forward pass each
         found[f"extract_hidden_states, {name}"] = steps * step / processes
     tokens = settings["benchmark_feature_sd"].max_new_tokens
-    stated = Rates(0, 0, 0, tokens, tokens, 0, 0, None, 0, 0, prefill * step, step)
+    attending = 0.0 if "train_hidden_adapter.attending" in settings else None
+    stated = Rates(0, 0, 0, tokens, tokens, 0, 0, None, 0, 0, prefill * step, step, attending=attending)
     return found | decoding_seconds(settings, len(splits["test"].samples), stated, 0.0)
 
 

@@ -28,7 +28,7 @@ from feature_alignment.storage.answers import read_token_pairs
 from feature_alignment.storage.files import load_pt
 
 SharedAdapter = HiddenAdapter | ChainedAdapter | AttendingAdapter
-READERS = {"hidden": ("aligned", "hybrid", "own"), "chained": ("chained", "hybrid"), "attending": ("attending",)}  # drafters, by kind
+DRAFTER_OF = {"hidden": "aligned", "chained": "chained", "attending": "attending"}  # kind of adapter -> drafter that reads it
 UNKNOWN_ACCEPTANCE = 0.8  # of an adapter whose file records none
 
 
@@ -86,17 +86,21 @@ class Sources:
             UserError: it does not fit the pair's widths, events or vocabulary
         """
         draft, target = self._pair.draft, self._pair.target
-        reads = {"d_draft": draft.hidden_size} if adapter.kind == "hidden" else {"d_event": draft.width, "num_events": draft.vision_tokens}
-        wanted = {**reads, "d_target": target.hidden_size}
-        wrong = [f"{key} {adapter.geometry[key]}, expected {n}" for key, n in wanted.items() if adapter.geometry[key] != n]
+        reads, width = ("d_draft", draft.hidden_size) if adapter.kind == "hidden" else ("d_event", draft.width)
+        if (adapter.geometry[reads], adapter.geometry["d_target"]) != (width, target.hidden_size):
+            raise UserError(
+                f"the {adapter.kind} adapter maps states of width {adapter.geometry[reads]} to {adapter.geometry['d_target']}; "
+                f"the states of this pair have widths {width} and {target.hidden_size}."
+            )
+        if (events := adapter.geometry.get("num_events", draft.vision_tokens)) != draft.vision_tokens:
+            raise UserError(f"the {adapter.kind} adapter reads {events} event tokens of a clip; this pair has {draft.vision_tokens}.")
         if isinstance(adapter, AttendingAdapter):
             largest = max([*adapter.ids.tolist(), *adapter.table[:, tables.CONTEXT + 1].tolist()])
-            wrong += [f"token ids up to {largest}, expected less than {target.vocab_size}"] if largest >= target.vocab_size else []
-        if wrong:
-            raise UserError(f"the {adapter.kind} adapter belongs to another pair: {'; '.join(wrong)}.")
+            if largest >= target.vocab_size:
+                raise UserError(f"the attending adapter drafts token ids up to {largest}; this pair has ids below {target.vocab_size}.")
         name = "adapter" if adapter.kind == "hidden" else f"{adapter.kind}_adapter"
         self.__dict__[name] = adapter.to(target.device, target.head_weight.dtype)  # in place of the cached property
-        self._acceptance[READERS[adapter.kind][0]] = meta.get("validation", {}).get("token_match")
+        self._acceptance[DRAFTER_OF[adapter.kind]] = meta.get("validation", {}).get("token_match")
 
     @cached_property
     def attending_adapter(self) -> AttendingAdapter:
@@ -263,10 +267,8 @@ class Sources:
 
     @property
     def _hybrid_model(self) -> str:
-        """The drafter that the n-gram table corrects: the adapter that was given, else the chained adapter if one has been trained."""
-        if "aligned" in self._acceptance:
-            return "aligned"
-        return "chained" if "chained" in self._acceptance or self.chained_path.is_file() else "aligned"
+        """The drafter that the n-gram table corrects: the chained adapter if one has been trained."""
+        return "chained" if self.chained_path.is_file() else "aligned"
 
     def files(self, name: str) -> dict[str, Path]:
         """The files that a drafter's draft tokens depend on."""

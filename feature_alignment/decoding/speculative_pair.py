@@ -8,7 +8,6 @@ print(pair.answer(events="e.npy", video="v.mp4", question="What is happening?").
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from feature_alignment.decoding.generation import Generation, Round
 from feature_alignment.decoding.plain import decode_plainly
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.settings import COSINE_RULES, DecodingConfig
-from feature_alignment.decoding.sources import READERS, SharedAdapter, Sources
+from feature_alignment.decoding.sources import DRAFTER_OF, SharedAdapter, Sources
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models.generation import with_flags
 from feature_alignment.models.pair import load_pair
@@ -35,7 +34,7 @@ from feature_alignment.models.vision_cache import VisionCache
 from feature_alignment.storage.pretrained import adapter_type, load_pretrained
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for an incomplete UTF-8 sequence
-BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+FIRST_BYTE = "<0xC3>"  # token of the first byte of a character of two bytes
 ADAPTERS: dict[str, type[SharedAdapter]] = {adapter.kind: adapter for adapter in (HiddenAdapter, ChainedAdapter, AttendingAdapter)}
 SETTINGS = ("top_p", "top_k", "min_p", "min_new_tokens", "repetition_penalty")
 
@@ -124,20 +123,17 @@ class SpeculativePair:
             **settings: settings by name
 
         Raises:
-            UserError: as the class; the adapter directory is altered, does not fit the pair, or `draft` is a drafter that does not read it
+            UserError: as the class; the adapter directory is altered or does not fit the pair
         """
         kind = adapter_type(adapter)
         if kind not in ADAPTERS:
             raise UserError(f"{adapter} holds an adapter of type {kind!r}, expected {', '.join(ADAPTERS)}.")
         module, meta = load_pretrained(ADAPTERS[kind], kind, adapter)
-        drafter = settings.setdefault("draft", READERS[kind][0])
-        if drafter not in READERS[kind]:
-            raise UserError(f"draft={drafter!r} does not read the {kind} adapter in {adapter}; expected {' or '.join(READERS[kind])}.")
         recorded = meta.get("draft_layers")
         layers = settings.setdefault("draft_layers", recorded)
         if not layers or list(layers) != list(recorded or layers):
             raise UserError(f"{adapter} records EventGPT's layers {recorded}, got draft_layers={layers}; expected these layers.")
-        words = _words({"target_id": target, "draft_id": draft, **settings})
+        words = _words({"target_id": target, "draft_id": draft, "draft": DRAFTER_OF[kind], **settings})
         return cls(parse_config(DecodingConfig, words, "feature_sd_inference"), (module, meta))
 
     def answer(self, *, events: Path | str, video: Path | str, question: str) -> Answer:
@@ -168,7 +164,7 @@ class SpeculativePair:
         shown = ""
         while not speculation.is_finished:
             text = self.text_of(speculation.emitted)
-            if self._is_whole(text, speculation.emitted[-1]) and text != shown:
+            if text != shown and self._is_whole(text, speculation.emitted):
                 yield text[len(shown) :]
                 shown = text
             if speculation is not self._speculating:
@@ -177,13 +173,14 @@ class SpeculativePair:
         if (text := self.text_of(speculation.finish().token_ids)) != shown:
             yield text[len(shown) :]
 
-    def _is_whole(self, text: str, last_token: int) -> bool:
+    def _is_whole(self, text: str, token_ids: list[int]) -> bool:
         """Whether no later token changes a text.
 
         Incomplete UTF-8 is shown as a replacement character. A tokenizer with byte tokens shows a whole run of them as such characters if
-        any of it is incomplete.
+        any of it is incomplete, so the text is compared with what it is before an incomplete character.
         """
-        return not text.endswith(REPLACEMENT) and not BYTE_TOKEN.fullmatch(self.target.tokenizer.convert_ids_to_tokens(last_token))
+        incomplete = self.target.tokenizer.convert_tokens_to_ids(FIRST_BYTE)  # None, or the unknown token, where there is none
+        return not text.endswith(REPLACEMENT) and (incomplete is None or self.text_of([*token_ids, incomplete]).startswith(text))
 
     def prepare(self, sample: Sample) -> Prompts:
         """Read a sample's files for both models."""
