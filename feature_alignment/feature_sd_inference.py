@@ -328,8 +328,9 @@ def report(file: AnswersFile, tokens_per_s: float | None) -> dict[str, Any]:
     if failed := [row for row in rows if "error" in row]:
         raise UserError(
             f"{len(failed)} of {len(rows)} samples could not be answered; their rows in {file.path} hold the errors. The first, "
-            f"{failed[0]['id']}: {failed[0]['error']}\nRepair the files and run the same command again: only these, and those of "
-            "their batch, are answered."
+            f"{failed[0]['id']}: {failed[0]['error']}\nRepair the files and run "
+            + ("every shard, then --merge, again" if "merged_shards" in file.meta else "the same command again")
+            + ": only these, and those of their batch, are answered."
         )
     return file.meta
 

@@ -329,6 +329,27 @@ def test_shards_merge_to_what_one_run_writes(tiny_run, tmp_path, shards, batch_s
     assert not loads  # the merged file is that of a whole run
 
 
+def test_shards_with_failed_rows_merge_and_are_repaired(tiny_run, whole, tmp_path, scene):
+    path, rows = (
+        tmp_path / "sd" / "test.jsonl",
+        [json.loads(line) for line in (tmp_path / "scenes" / "test.jsonl").read_text().splitlines()],
+    )
+    clip = tmp_path / "scenes" / rows[5]["video"]
+    intact = clip.read_bytes()
+    clip.write_bytes(b"no video")
+    for shard in ("1/2", "2/2"):
+        with pytest.raises(UserError, match=r"(?s)2 of 8 samples could not be answered.*run the same command again"):
+            answered(tiny_run, tmp_path, *scene, "--shard", shard)
+    with pytest.raises(UserError, match=r"(?s)4 of 16 samples could not be answered.*run every shard, then --merge, again"):
+        answered(tiny_run, tmp_path, *scene, "--merge")
+    assert [row["id"] for row in read_rows(path) if "error" in row] == [row["id"] for row in rows[4:8]]
+    assert [row for row in untimed(path) if "error" not in row] == untimed(whole)[:4] + untimed(whole)[8:]
+    clip.write_bytes(intact)
+    for more in (("--shard", "1/2"), ("--shard", "2/2"), ("--merge",)):
+        assert answered(tiny_run, tmp_path, *scene, *more)["failed"] == 0
+    assert untimed(path) == untimed(whole)
+
+
 def test_shards_that_are_missing_unfinished_altered_or_of_other_settings_are_not_merged(tiny_run, tmp_path):
     path = tmp_path / "sd" / "test.shard-2-of-2.jsonl"
     with pytest.raises(UserError, match="lacks every shard"):
