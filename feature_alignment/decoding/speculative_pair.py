@@ -245,6 +245,7 @@ class SpeculativePair:
             cfg.num_draft_tokens,
             self._sampler(),
             self._controller,
+            cosines=True,
         )
         return self._speculating
 
