@@ -217,13 +217,13 @@ def training_batch(kind: str, training: Settings, extract: Settings, draft: Mode
     """
     rows, length = training.batch_size, extract.max_new_tokens
     ids = min(MOST_IDS, draft.embedding_rows, target.embedding_rows)
-    events = rows * draft.vision_tokens * draft.hidden_size * (kind != "hidden")
+    events: int = rows * draft.vision_tokens * draft.hidden_size * (kind != "hidden")
     if kind != "attending":
-        positions = rows * length * (training.roll_out_steps if kind == "chained" else 1)
+        positions: int = rows * length * (training.roll_out_steps if kind == "chained" else 1)
         return 4 * (positions * (4 * target.hidden_size + 5 * target.embedding_rows) + events)  # both logits, softmax, gradients
-    drafts = rows * training.origins * training.roll_out_steps * (4 * target.hidden_size + 5 * ids)
-    texts = rows * length * (4 * target.hidden_size + 2 * ids)
-    prompts = rows * extract.prompt_states * (2 * target.hidden_size + 8 * training.bottleneck)
+    drafts: int = rows * training.origins * training.roll_out_steps * (4 * target.hidden_size + 5 * ids)
+    texts: int = rows * length * (4 * target.hidden_size + 2 * ids)
+    prompts: int = rows * extract.prompt_states * (2 * target.hidden_size + 8 * training.bottleneck)
     return 4 * (drafts + texts + prompts + events)
 
 

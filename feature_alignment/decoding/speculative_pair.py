@@ -129,6 +129,7 @@ class SpeculativePair:
         if kind not in ADAPTERS:
             raise UserError(f"{adapter} holds an adapter of type {kind!r}, expected {', '.join(ADAPTERS)}.")
         module, meta = load_pretrained(ADAPTERS[kind], kind, adapter)
+        assert isinstance(module, HiddenAdapter | ChainedAdapter | AttendingAdapter)
         recorded = meta.get("draft_layers")
         layers = settings.setdefault("draft_layers", recorded)
         if not layers or list(layers) != list(recorded or layers):
