@@ -194,3 +194,19 @@ def test_the_command_prints_one_json_line_and_exits_with_2_where_it_does_not_fit
     assert json.loads(done.stdout.splitlines()[-1])["rows"] == {"train": 18, "validation": 9, "test": 16}
     done = subprocess.run([*command, "--gpu_gib", "0.001"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_planned_and_actual_seconds_and_bytes_of_every_script_are_compared(finished, tmp_path, capsys):
+    import planned_hours
+
+    flags = ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path / "out"), "--attending"]
+    found = planned_hours.main([*flags, "--", "--limit", "9"])
+    assert set(found["seconds"]) == set(planned_hours.steps(1, True)) and len(found["seconds"]) == 11
+    assert all(one["planned"] > 0 and one["actual"] > 0 for one in found["seconds"].values())
+    states = {name: one for name, one in found["bytes"].items() if name.endswith("_states.pt")}
+    assert len(states) == 12 and all(one["planned"] == pytest.approx(one["actual"], abs=500) for one in states.values())
+    assert json.loads((tmp_path / "out" / "planned_hours.json").read_text()) == found
+    assert "benchmark_feature_sd" in capsys.readouterr().out
+    with pytest.raises(UserError, match="expected a new directory"):
+        planned_hours.main(flags)
