@@ -259,13 +259,13 @@ def test_drafting_over_the_cache_is_the_roll_out(prompt, without):
     proposed = torch.stack([text.proposed[0], text.buckets[0]], -1).tolist()
     for begin, end in ((0, 1), (1, 2), (2, 5), (5, 6)):  # how many are verified at once
         before = int(text.before) if begin == 0 else ids[begin - 1]
-        output = folded.read(begin, text.states[0, begin:end], torch.tensor([before, *ids[begin:end]]), proposed[begin:end])
+        output = folded.read(begin, text.states[0, begin:end], [before, *ids[begin:end]], proposed[begin:end])
         for k in range(4):
             place = end - 1 + k
             torch.testing.assert_close(folded.logits(output, proposed[place])[0], wanted[k].logits[0, end - 1])
             torch.testing.assert_close(folded.states([output])[0], wanted[k].expected[0, end - 1])
             if k < 3 and place + 1 < 9:
-                output = folded.go_on(place + 1, output, torch.tensor(ids[place : place + 2]), proposed[place + 1])
+                output = folded.go_on(place + 1, output, ids[place : place + 2], proposed[place + 1])
             else:
                 break
 

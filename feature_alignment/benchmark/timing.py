@@ -223,7 +223,7 @@ def attending_ms(adapter: AttendingAdapter, repeats: int = 200) -> float:
     folded = FoldedAttending(adapter, new(int(adapter.ids.max()) + 1, size["d_target"]), new(16, size["d_target"]))
     folded.start(new(1, size["num_events"], size["d_event"]))
     folded.read_prompt(new(n, size["d_target"]), new(n, size["d_target"]))
-    none, two = [(NO_TOKEN, 0)] * SOURCES, torch.tensor([3, 4], device=like.device)
+    none, two = [(NO_TOKEN, 0)] * SOURCES, [3, 4]
     output = folded.read(0, new(1, size["d_target"]), two, [none])
     return call_ms(lambda: folded.go_on(1, output, two, none), repeats, like.device.type)
 
