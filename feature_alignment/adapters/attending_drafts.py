@@ -61,6 +61,8 @@ class FoldedAttending:
         self._attention = self._kept(a.attention.weight.to(wide) * of_attention * scale)
         self._up, self._up_bias = self._kept(a.up.weight.to(wide) * of_mlp * f), self._kept(a.up.bias.to(wide) * f)
         self._down, self._own = self._kept(a.down.weight.to(wide) * f), self._kept(a.own.weight.to(wide) * of_output)
+        self._mix, self._down_bias = self._kept(a.mix.weight), a.down.bias.detach()
+        self._state = self._kept(a.state.weight)
         self._state_bias = a.state.bias - a.own.bias  # the token's part of an input holds that of `own`
         self.ids, self.vocab_size = a.ids, len(head)
         self.columns = {token: column for column, token in enumerate(a.ids.tolist())}
@@ -68,7 +70,7 @@ class FoldedAttending:
         self._first_of: dict[int, int] = {}  # token id -> the first of its TABLES rows in `_parts`, which begins with the buckets
         self._parts, self._num_parts = a.bucket.weight.detach(), tables.BUCKETS
         self._add_tokens([tables.NO_TOKEN, *a.ids.tolist()])
-        self._zero = self._head.new_zeros(1)
+        self._no_bias = self._head.new_zeros(1)
         self._num_events = self._begin = 0
         self._cache = self._head.new_empty(0, 2, HEADS, width // HEADS)  # keys and values
         self._reserve(ROOM)
@@ -105,7 +107,7 @@ class FoldedAttending:
             text: the token before them (-1 for none) and the n tokens
             proposed: n lists of candidates for the next token
         """
-        of_states = F.linear(states, self.adapter.state.weight, self._state_bias)
+        of_states = torch.addmm(self._state_bias, states, self._state)
         return self._layer(position, of_states.add_(self._rest(text, proposed)))
 
     def go_on(self, position: int, output: Tensor, text: Sequence[int], proposed: Proposed) -> Tensor:
@@ -117,11 +119,11 @@ class FoldedAttending:
             text: the token before it and the draft token
             proposed: candidates for the next token
         """
-        return self._layer(position, torch.addmm(self._rest(text, [proposed]), output, self._own.t()))
+        return self._layer(position, torch.addmm(self._rest(text, [proposed]), output, self._own))
 
     def logits(self, output: Tensor, proposed: Proposed) -> Tensor:
         """Draft logits [1, ids] of an output [1, w] whose input included the candidates `proposed`."""
-        found, n = F.linear(output, self._head, self._head_bias), len(self.ids)
+        found, n = torch.addmm(self._head_bias, output, self._head), len(self.ids)
         if self._reads_candidates:
             columns = torch.tensor([self.columns.get(token, n) for token, _ in proposed], device=found.device)
             found[0, : n + 1].index_add_(0, columns, found[0, n + 1 :])
@@ -142,7 +144,8 @@ class FoldedAttending:
     # ---- inputs
 
     def _kept(self, weight: Tensor) -> Tensor:
-        return weight.detach().to(self._dtype).contiguous()
+        """A weight [out, in] as [in, out], the layout in which a product of one row reads it faster; a bias as it is."""
+        return weight.detach().to(self._dtype).t().contiguous()
 
     def _add_tokens(self, new: Sequence[int]) -> None:
         """Compute what token ids add to an input."""
@@ -185,7 +188,7 @@ class FoldedAttending:
         n, w = inputs.shape
         begin, end = self._begin + position, self._begin + position + n
         self._reserve(end)
-        found = self._normed_product(inputs, self._attention, None).view(n, 3, HEADS, -1)
+        found = self._normed_product(inputs, self._attention, self._no_bias).view(n, 3, HEADS, -1)
         first = self.adapter.num_prompt + position
         swapped = found.view(n, 3, HEADS, 2, -1).flip(3).view(found.shape)
         turned = torch.addcmul(found * self._cos[first : first + n], swapped, self._sin[first : first + n])
@@ -194,16 +197,16 @@ class FoldedAttending:
         if self._num_events:
             scores = torch.cat([torch.bmm(found[-1, 0].unsqueeze(1), self._of_events), scores], -1)
         read = torch.bmm(scores.softmax(-1), self._values.narrow(1, 0, end)).view(1, w)
-        x = torch.addmm(inputs[-1:], read, self.adapter.mix.weight.t())
+        x = torch.addmm(inputs[-1:], read, self._mix)
         y = self._normed_product(x, self._up, self._up_bias)
         y = torch.addcmul(y, y, torch.erf(y)) if self._is_split else F.gelu(y)
-        return self._normed(F.linear(y, self._down, self.adapter.down.bias).add_(x))
+        return self._normed(torch.addmm(self._down_bias, y, self._down).add_(x))
 
-    def _normed_product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _normed_product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Linear layer of x [n, w] divided by its root mean square."""
         if len(x) > 1 or not self._is_split:
-            return F.linear(F.rms_norm(x, x.shape[1:], None, EPS), weight, bias)
-        return torch.addmm(self._zero if bias is None else bias, x, weight.t(), alpha=_inverse_rms(x))
+            return torch.addmm(bias, F.rms_norm(x, x.shape[1:], None, EPS), weight)
+        return torch.addmm(bias, x, weight, alpha=_inverse_rms(x))
 
     def _normed(self, x: Tensor) -> Tensor:
         """Divide x [1, w] by its root mean square, in place where that is possible."""
