@@ -180,3 +180,21 @@ def test_a_plain_batch_is_greedy_decoding():
     assert got.token_ids == [greedy(target, p, 12).token_ids for p in prompts] and not any(map(sum, got.accepted))
     with pytest.raises(ValueError, match="3 prompts, 2 draft prompts and 1 proposers"):
         speculate_batch(target, [TableProposer(Lookup())], prompts, prompts[:2])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@torch.inference_mode()
+def test_drafters_that_share_event_gpt_read_all_clips_of_a_batch_at_once(seed, monkeypatch):
+    """They draft, and keep, what each would alone."""
+    target, draft, chained = as_decoder(a_target(seed)), as_decoder(a_drafter(seed, 0.02)), a_chained(seed)
+    encode, seen = draft._encode_vision, []
+    monkeypatch.setattr(draft, "_encode_vision", lambda pixels: seen.append(len(pixels)) or encode(pixels))
+    prompts = [prompt_of(1, 5, 9, 13), prompt_of(1, 40), prompt_of(1, 7, 7, 7, 20, 33)]
+    proposers = [ChainedProposer(draft, chained, target.head_weight, target.embeddings) for _ in prompts]
+    alone = [speculate(target, p, x, x, num_draft_tokens=3, max_new_tokens=20) for p, x in zip(proposers, prompts, strict=True)]
+    for _ in range(2):  # the second time their buffers exist
+        seen.clear()
+        got = speculate_batch(target, proposers, prompts[::-1], prompts[::-1], num_draft_tokens=3, max_new_tokens=20)
+        assert seen == [3] and got.token_ids == [g.token_ids for g in reversed(alone)]
+        for accepted, g in zip(got.accepted, reversed(alone), strict=True):
+            assert accepted[: len(g.rounds)] == [r.num_accepted for r in g.rounds]

@@ -38,7 +38,7 @@ class AttendingProposer(Proposer):
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """See `Proposer`."""
         if self._blind:
-            self._folded.start(self._folded.head.new_empty(1, 0, self._d_event))
+            self._folded.start(self._target.head_weight.new_empty(1, 0, self._d_event))
         else:
             with watch("draft_prefill"):
                 self._folded.start(self._draft.vision_states(prompt.ids[None], self._draft.encode_vision(prompt.pixels[None])))
