@@ -57,7 +57,7 @@ def rounds_of(reads, controller=None):
     target, draft = as_decoder(model), as_decoder(noisy_copy(model, 0.1))
     proposer = ChainedProposer(draft, ChainedAdapter(32, 32, 1, 16).eval(), target.head_weight, target.embeddings)
     proposer._drafts_blocks = True  # as on a GPU
-    speculation = Speculation(target, proposer, PROMPT, 40, num_draft_tokens=6, controller=controller, cosines=False)
+    speculation = Speculation(target, proposer, PROMPT, 40, "token", 0.9, 6, None, controller, cosines=False)
     speculation.prefill(PROMPT)
     found = []
     while not speculation.is_finished:
@@ -101,3 +101,14 @@ def test_a_block_cut_at_the_floor_is_what_drafting_token_by_token_gives(floor):
         torch.testing.assert_close(one.predicted(), block.predicted())
         if floor:
             assert one.confidence == pytest.approx(block.confidence, rel=1e-5)
+
+
+def test_later_prompts_fill_the_buffers_that_a_captured_draft_reads():
+    torch.manual_seed(0)
+    draft = as_decoder(tiny_llama(0))
+    proposer = ChainedProposer(draft, ChainedAdapter(32, 32, 1, 16).eval(), draft.head_weight, draft.embeddings)
+    proposer.start(PROMPT, Stopwatch(torch.device("cpu")))
+    buffers, first = proposer.event_context, [buffer.clone() for buffer in proposer.event_context]
+    proposer.start(prompt_of(2, 6, 3, 1), Stopwatch(torch.device("cpu")))
+    assert all(now is then for now, then in zip(proposer.event_context, buffers, strict=True))
+    assert any(not torch.equal(now, old) for now, old in zip(buffers, first, strict=True))

@@ -35,7 +35,7 @@ def test_the_script_makes_the_whole_table_at_a_small_geometry(tmp_path):
     assert sorted(p.name for p in out.iterdir()) == ["planted.json", "planted.md", "run.txt"]
     result = PlantedReport.from_json(read_hashed_json(out / "planted.json", ""))
     rows = {(r.draft, r.num_draft_tokens, r.planted_acceptance) for r in result.rows}
-    assert rows == {(d, g, a) for d in ("chained", "aligned") for g in (3, 4, 5, 6, 8, 10, 12) for a in (0.6, 0.7, 0.8)}
+    assert rows == {(d, g, a) for d in ("chained", "attending", "aligned") for g in (3, 4, 5, 6, 8, 10, 12) for a in (0.6, 0.7, 0.8)}
     assert result.meta["config"]["steps"] == "graphs" and result.meta["eager_fallbacks"] == []
     assert result.cost.c_chained_live > 0 and result.cost.c_chained_alone > 0 and "live / alone" in (out / "planted.md").read_text()
     about, command = (out / "run.txt").read_text().splitlines()

@@ -226,6 +226,12 @@ def test_a_split_has_the_facts_and_files_of_its_clips(tmp_path):
     assert rows[-1]["facts"] == language_world.facts(language_world.scene(first + 1))
 
 
+def test_further_training_questions_follow_the_last_clip(tmp_path):
+    rows = [json.loads(line) for line in language_scenes.write_split(tmp_path, "train", clips=2).read_text().splitlines()]
+    assert [row["sequence"][-1] for row in rows] == [*"0" * 6, *"1" * 6, *"0" * 6, *"1" * 6]
+    assert len({row["id"] for row in rows}) == 24  # no question twice
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_WHEEL, reason="the text model's wheel is not installed")
 def test_the_pair_is_assembled_from_the_wheel_and_answers_about_its_clips(tmp_path):

@@ -25,7 +25,7 @@ def test_draft_tokens_are_accepted_at_the_planted_rate_whatever_they_say():
     assert kept.float().mean().item() == pytest.approx(0.7, abs=4 * (0.7 * 0.3 / 20_000) ** 0.5)
 
 
-MARGINAL = {"chained": [0.9, 0.72, 0.36], "aligned": [0.5, 0.5]}
+MARGINAL = {"chained": [0.9, 0.72, 0.36], "attending": [0.8, 0.6], "aligned": [0.5, 0.5]}
 
 
 def profile_file(path, marginal=MARGINAL, **more):
@@ -104,7 +104,7 @@ def test_a_profile_that_cannot_be_planted_is_refused(tiny_run, tmp_path):
     (tmp_path / "altered.json").write_text(paths["good"].read_text().replace("0.72", "0.73"))
     write_hashed_json(tmp_path / "other.json", {"rows": []})
     for name, more, message in (
-        ("table", [], "has profiles of ngram; planted runs draft as chained and aligned"),
+        ("table", [], "has profiles of ngram; planted runs draft as chained, attending, aligned"),
         ("altered", [], "altered"),
         ("other", [], "is not a speculation_profile.json"),
         ("absent", [], "no such file. Wanted numbers from 0 to 1, or the speculation_profile.json"),
@@ -131,8 +131,8 @@ def test_planted_rows_say_so_and_need_no_trained_adapter(tiny_run, tmp_path, cap
         assert row["accept"] == "planted" and row["speedup"]["value"] > 0 and row["corrected_speedup"] > 0
     assert result["meta"]["eager_fallbacks"] == [] and result["cost"]["c_chained_live"] > 0 and result["cost"]["c_chained_alone"] > 0
     found = {(r["draft"], r["planted_acceptance"]): (r["acceptance_rate"]["value"], r["tokens_per_pass"]) for r in result["rows"]}
-    assert found["chained", 0.5] == found["aligned", 0.5], "a prompt's drafts have one fate, whoever made them"
-    for draft in ("chained", "aligned"):
+    assert found["chained", 0.5] == found["aligned", 0.5] == found["attending", 0.5], "a prompt's drafts have one fate, whoever made them"
+    for draft in ("chained", "attending", "aligned"):
         assert found[draft, 0] == (0, 1)
         assert found[draft, 1] == (1, pytest.approx(11 / 3))  # one token of the prefill, then 4, 4 and the last 3
         assert 0.2 < found[draft, 0.5][0] < 0.8

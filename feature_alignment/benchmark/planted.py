@@ -40,7 +40,7 @@ from feature_alignment.models import fixed
 from feature_alignment.models.pair import load_pair
 from feature_alignment.storage.files import read_hashed_json
 
-DRAFTERS = ("chained", "aligned")
+DRAFTERS = ("chained", "attending", "aligned")
 Acceptance = float | tuple[float, ...]  # of each draft token if all before it are accepted; a tuple: marginal, by draft position
 Planted = tuple[Mode, Acceptance]
 
@@ -105,7 +105,7 @@ def read_profile(path: Path) -> dict[str, tuple[float, ...]]:
     found = {p.draft: tuple(rate.value for rate in p.marginal_acceptance) for p in profiles if p.draft in DRAFTERS and p.num_drafts}
     if not found:
         names = ", ".join(p.draft for p in profiles) or "no drafter"
-        raise UserError(f"{path} has profiles of {names}; planted runs draft as {' and '.join(DRAFTERS)}.")
+        raise UserError(f"{path} has profiles of {names}; planted runs draft as {', '.join(DRAFTERS)}.")
     return found
 
 

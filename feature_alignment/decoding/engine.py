@@ -118,12 +118,12 @@ class Speculation:
         proposer: Proposer,
         prompt: Prompt,
         max_new_tokens: int,
-        accept: Rule = "token",
-        threshold: float = 0.9,
-        num_draft_tokens: int = 5,
-        sampler: Sampler | None = None,
-        controller: DraftLengthController | None = None,
-        cosines: bool = True,
+        accept: Rule,
+        threshold: float,
+        num_draft_tokens: int,
+        sampler: Sampler | None,
+        controller: DraftLengthController | None,
+        cosines: bool,
     ) -> None:
         if sampler is not None and accept != "token":
             raise ValueError(f"sampling is lossless under the token rule only, got {accept!r}")
@@ -231,9 +231,8 @@ class Speculation:
         with self._watch("accept"):
             accepted, following = self._judge(draft, verification)
         if self._rule == "relaxed":
-            if num_read > g:
-                with self._watch("rollback"):
-                    self._target.rollback(self._state, num_read - g)
+            with self._watch("rollback"):
+                self._target.rollback(self._state, num_read - g)
             return self._corrected(verification, accepted)
         n = sum(accepted)
         with self._watch("rollback"):

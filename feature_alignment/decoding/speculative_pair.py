@@ -228,6 +228,7 @@ class SpeculativePair:
             cfg.num_draft_tokens,
             self._sampler(),
             self._controller,
+            cosines=True,
         )
 
     def _sampler(self) -> Sampler | None:

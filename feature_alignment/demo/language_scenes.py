@@ -26,11 +26,12 @@ log = logging.getLogger(__name__)
 
 # split -> (first seed, clips, questions asked about each); the pair's own training scenes lie below 5,000,000
 SPLITS = {
-    "train": (5_000_000, 960, 6),
+    "train": (5_000_000, 960, 12),
     "validation": (5_400_000, 30, 3),
     "calibration": (5_600_000, 60, 2),
     "test": (5_800_000, 75, 4),
 }
+TURN = 6  # questions per clip before the next clip's: the first 5,760 training rows ask six questions about each of the 960 clips
 
 
 def questions_of(clip: int, count: int) -> list[int]:
@@ -54,7 +55,7 @@ def clip_rows(job: Job) -> list[str]:
 def write_split(out: Path, split: str, clips: int | None = None) -> Path:
     """Write one split, its manifest last; returns the manifest."""
     first, all_clips, count = SPLITS[split]
-    return write_clips(out, split, first, clips or all_clips, count, clip_rows)
+    return write_clips(out, split, first, clips or all_clips, count, clip_rows, TURN)
 
 
 def main() -> None:

@@ -116,7 +116,9 @@ def write_split(out: Path, split: str, clips: int | None = None) -> Path:
     return write_clips(out, split, first, clips or all_clips, count, _clip_rows)
 
 
-def write_clips(out: Path, split: str, first: int, clips: int, count: int, clip_rows: Callable[[Job], list[str]]) -> Path:
+def write_clips(
+    out: Path, split: str, first: int, clips: int, count: int, clip_rows: Callable[[Job], list[str]], turn: int | None = None
+) -> Path:
     """Write the clips of a split and then its manifest, in two processes.
 
     Args:
@@ -126,6 +128,7 @@ def write_clips(out: Path, split: str, first: int, clips: int, count: int, clip_
         clips: Number of clips.
         count: Questions per clip.
         clip_rows: Writes one clip and returns its rows of the manifest.
+        turn: Questions per clip before the next clip's; the others follow after the last clip. Default all.
 
     Returns:
         The manifest.
@@ -140,7 +143,8 @@ def write_clips(out: Path, split: str, first: int, clips: int, count: int, clip_
     with children_ignore_interrupts():
         workers = multiprocessing.get_context("spawn").Pool(2)
     with workers as pool:
-        rows = [line for lines in pool.imap(clip_rows, jobs, chunksize=16) for line in lines]
+        found = list(pool.imap(clip_rows, jobs, chunksize=16))
+    rows = [line for start in range(0, count, turn or count) for lines in found for line in lines[start : start + (turn or count)]]
     temporary = manifest.with_suffix(".tmp")
     temporary.write_text("\n".join(rows) + "\n")
     shutil.move(temporary, manifest)

@@ -37,6 +37,7 @@ LANGUAGE_FILES = (
     "token_baseline/comparison.json",
     "ablations/ablations.json",
 )
+ENGLISH_FILES = ("benchmark/benchmark.json", "acceptance/acceptance.json", "ablations/ablations.json")
 TABLE = r"^{head}.*\n(?:\|.*\|\n)+(?:\n*<!-- \S+\.json(?:.|\n)*?-->\n)*"
 TEXT = re.compile(r"<!-- text (\w+)[^\n]*-->\n((?:.|\n)*?)<!-- /text \1 -->")
 BOX = re.compile(r"- \[[ x]\] (\*\*\d\.\d (?:.|\n)*?\n      Measured: ).*")
@@ -85,7 +86,8 @@ class Run:
         files = {"benchmark/benchmark.json": self.benchmark, "acceptance/acceptance.json": self.acceptance}
         files["token_baseline/comparison.json"] = self.comparison
         files |= {"benchmark/lossy_rules.json": self.lossy_rules} if self.lossy_rules else {}
-        return {name: content["meta"]["created"] for name, content in files.items()}
+        files |= {name: self.read(name) for name in ["ablations/ablations.json"] if (self.out / name).is_file()}
+        return {f"{self.name}{name}": content["meta"]["created"] for name, content in files.items()}
 
     def row(self, draft: str, accept: str, length: str) -> dict[str, Any]:
         wanted = (draft, accept, length)
@@ -363,6 +365,57 @@ def lossy(run: Run) -> str:
     )
 
 
+def real_english(run: Run) -> str:
+    best, ours = _table_and_adapter(run)
+    chained, five = run.acceptance["chains"]["chained"]["tokens_per_pass"], [r["tokens_per_pass"]["5"]["value"] for r in (best, ours)]
+    attending, tables = (_fastest_of(run, draft)["decode_speedup"] for draft in ("attending", "tables"))
+    return _lines(
+        f"- **Real English is harder.** On SmolLM2-135M's own answers the best free table has {five[0]:.2f} tokens per pass at 5 draft "
+        f"tokens, `chained` {chained:.2f}, `attending` {five[1]:.2f}: {100 * (five[1] / five[0] - 1):+.0f} % (goal: +37 %). Decoding: "
+        f"{attending['value']:.2f}x, with tables alone {tables['value']:.2f}x ([docs/language.md](docs/language.md)).",
+        indent="  ",
+    )
+
+
+def findings(run: Run) -> str:
+    """What the tables of docs/language.md show."""
+    best, ours = _table_and_adapter(run)
+    gain = {g: ours["tokens_per_pass"][g]["value"] / best["tokens_per_pass"][g]["value"] - 1 for g in ("5", "8")}
+    apart = all(ours["tokens_per_pass"][g]["ci95"][0] > best["tokens_per_pass"][g]["ci95"][1] for g in gain)
+    goals = {"5": 0.37, "8": 0.45}
+    chains = {name: chain["tokens_per_pass"] for name, chain in run.acceptance["chains"].items()}
+    fastest, tables = _fastest_of(run, "attending"), _fastest_of(run, "tables")
+    ratio = fastest["decode_speedup"]["value"] / tables["decode_speedup"]["value"]
+    exact = all(r["exact_match"] == 1 for r in run.benchmark["rows"] if r["accept"] == "token")
+    items = [
+        f"**The adapter beats every free table**{', intervals apart' if apart else ', within noise'}: "
+        f"{100 * gain['5']:+.0f} % tokens per pass at 5 draft tokens and {100 * gain['8']:+.0f} % at 8. The goals, +37 % and +45 %, are "
+        f"{'met' if all(gain[g] >= goals[g] for g in gain) else 'not both met'}.",
+        f"**The chained adapter does not beat them**: {chains['chained']:.2f} tokens per pass at 5 draft tokens, the best table "
+        f"{best['tokens_per_pass']['5']['value']:.2f}.",
+        f"**What the events add is small**: with the events of another clip the adapter falls from {chains['attending']:.2f} to "
+        f"{chains['attending, events of another clip']:.2f}.",
+        f"**Speed**: `{row_name(fastest)}` is {rate_text(fastest['decode_speedup'], 2, unit='x')} in decoding (goal: 2.8) and "
+        f"{rate_text(fastest['speedup'], 2, unit='x')} end to end; the best row of the tables, `{row_name(tables)}`, "
+        f"{rate_text(tables['decode_speedup'], 2, unit='x')} and {rate_text(tables['speedup'], 2, unit='x')}. Their ratio in decoding is "
+        f"{ratio:.2f} (goal: 1.25). {'All lossless texts equal plain decoding.' if exact else 'Not every lossless text equals it.'}",
+    ]
+    return "\n".join(_lines(f"- {item}", indent="  ") for item in items)
+
+
+def _table_and_adapter(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rows of ablations.json: the best zero-cost table at 5 draft tokens, and the run's own adapter."""
+    rows = run.read("ablations/ablations.json")["rows"]
+    free = [r for r in rows if "steps" not in r]
+    return max(free, key=lambda r: r["tokens_per_pass"]["5"]["value"]), next(r for r in rows if r["name"] == "adapter of the run")
+
+
+def _fastest_of(run: Run, draft: str) -> dict[str, Any]:
+    """The lossless row of a drafter that decodes fastest."""
+    lossless = (r for r in run.benchmark["rows"] if (r["draft"], r["accept"]) == (draft, "token"))
+    return max(lossless, key=lambda r: r["decode_speedup"]["value"])
+
+
 def _fastest_row(run: Run) -> dict[str, Any]:
     return next(r for r in run.benchmark["rows"] if row_name(r) == run.benchmark["fastest_lossless"]["row"])
 
@@ -445,6 +498,8 @@ TEXTS = {
     "formulas": (formulas, ["benchmark/benchmark.json"]),
     "synonyms": (synonyms, ["token_baseline/comparison.json"]),
     "lossy": (lossy, ["benchmark/lossy_rules.json"]),
+    "english": (real_english, [f"{LANGUAGE}/{file}" for file in ENGLISH_FILES]),
+    "findings": (findings, [f"{LANGUAGE}/{file}" for file in ENGLISH_FILES]),
 }
 
 
@@ -470,10 +525,11 @@ def rendered(name: str, text: str, run: Run) -> str:
 
     def sentences(match: re.Match[str]) -> str:
         make, files = TEXTS[match[1]]
-        if not set(files) <= set(run.made):
+        source = Run(ROOT / LANGUAGE, f"{LANGUAGE}/") if files[0].startswith(LANGUAGE) else run
+        if not set(files) <= set(source.made):
             return match[0]
-        made = "; ".join(f"{file} made {run.made[file]}" for file in files)
-        return f"<!-- text {match[1]}, from {made} -->\n{make(run)}\n<!-- /text {match[1]} -->"
+        made = "; ".join(f"{file} made {source.made[file]}" for file in files)
+        return f"<!-- text {match[1]}, from {made} -->\n{make(source)}\n<!-- /text {match[1]} -->"
 
     text = TEXT.sub(sentences, text)
     if name == "TASKS.md":
