@@ -14,6 +14,7 @@ is split as in `folded`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -178,8 +179,8 @@ class FoldedAttending:
             self._add_tokens(sorted(asked - first_of.keys()))
             return self._rest(text, proposed)
         n, k = len(rows), len(rows[0])
-        found = self._parts.index_select(0, torch.tensor(rows, device=self._parts.device).view(-1))
-        return found.view(n, k, -1).sum(1)
+        parts = self._parts.index_select(0, torch.tensor(rows, device=self._parts.device).view(-1))
+        return parts.view(n, k, -1).sum(1)
 
     # ---- the layer
 
@@ -231,4 +232,4 @@ class FoldedAttending:
 
 def _inverse_rms(x: Tensor) -> float:
     """1 / root mean square of x [1, w]."""
-    return (float(torch.dot(x[0], x[0])) / x.shape[1] + EPS) ** -0.5
+    return 1 / math.sqrt(float(torch.dot(x[0], x[0])) / x.shape[1] + EPS)
