@@ -36,7 +36,6 @@ CHAINED = {
     "chained, without events": "chained_adapter_blind",
     "attending": "attending_adapter",
     "attending, without events": "attending_adapter_blind",
-    "attending, without prompt": "attending_adapter_without_prompt",
     "attending, without candidates": "attending_adapter_without_candidates",
 }
 SEEING = ("chained", "attending")  # shown the events of other clips as well

@@ -49,6 +49,7 @@ class TrainConfig(Common):
             from the target's previous state; attending does so by attention, and also reads the prompt's states and table candidates
         blind: chained and attending only: train without EventGPT's event states, to measure what they add; written to
             <adapter>_adapter_blind/
+        reads_prompt: attending only: attend to the target's states on the prompt
         without: attending only: train without these inputs, to measure what they add; written to a folder of its own
         variant: name that is appended to the folder, so that the main adapter stays; measuring scores it with `--variants NAME`
         train_split: split to train on
@@ -74,7 +75,8 @@ class TrainConfig(Common):
 
     adapter: Literal["hidden", "plain", "chained", "attending"] = "hidden"
     blind: bool = False
-    without: list[Literal["prompt", "candidates"]] = field(default_factory=list)
+    reads_prompt: bool = True
+    without: list[Literal["candidates"]] = field(default_factory=list)
     variant: str | None = None
     train_split: str = "train"
     validation_split: str = "validation"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -536,6 +537,18 @@ def test_the_same_seed_learns_the_same(learnt):
     cfg = TrainConfig(adapter="attending", bottleneck=16, num_epochs=2)
     one, two = (train_attending(states, states, target.head_weight.detach(), target.embeddings, cfg) for _ in range(2))
     assert one[1] == two[1] and all(torch.equal(a, b) for a, b in zip(one[0].parameters(), two[0].parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"), [({"reads_prompt": False}, "prompt"), ({"blind": True}, "events"), ({"without": ["candidates"]}, "candidates")]
+)
+def test_an_input_that_is_left_out_is_not_read(learnt, flags, part):
+    target, _, states, _ = learnt
+    cfg = TrainConfig(adapter="attending", bottleneck=16, num_epochs=1, **flags)
+    adapter = train_attending(states, states, target.head_weight.detach(), target.embeddings, cfg)[0]
+    assert adapter.without == {part} and adapter.geometry["without"] == [part]
+    folder = train_hidden_adapter.adapter_folder(dataclasses.replace(cfg, output_dir=Path("run")))
+    assert (folder.name == "attending_adapter") is (part == "prompt")  # the config decides about the prompt, so it is the main adapter
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -245,9 +245,8 @@ def initialized_adapter(
     (sample,) = prompted_texts(states, found, shuffled(len(states.target), 512, 0, 0)[:1], cfg.device)
     real = sample.states[sample.mask]
     num_events, d_event = sample.events.shape[1:]
-    without: list[Part] = [*cfg.without]
-    if cfg.blind:
-        without.append("events")
+    left_out: dict[Part, bool] = {"events": cfg.blind, "prompt": not cfg.reads_prompt, "candidates": "candidates" in cfg.without}
+    without = [part for part, is_left_out in left_out.items() if is_left_out]
     adapter = AttendingAdapter(
         real.shape[1],
         d_event,

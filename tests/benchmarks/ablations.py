@@ -40,9 +40,9 @@ from feature_alignment.train_hidden_adapter import TrainConfig
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "full": (),
-    "without_prompt": ("--without", "prompt"),
+    "with_prompt": ("--reads_prompt", "true"),
+    "without_prompt": ("--reads_prompt", "false"),
     "without_candidates": ("--without", "candidates"),
-    "without_both": ("--without", "prompt", "candidates"),
     "without_events": ("--blind",),
     "ce": ("--loss", "ce"),
     "tv": ("--loss", "tv"),
