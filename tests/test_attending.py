@@ -353,6 +353,16 @@ def test_with_a_table_over_its_shoulder_the_text_is_plain_greedy(sure, gamma):
         assert got.token_ids == greedy(target, prompt_of(*prompt), 30).token_ids
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_drafter_without_a_part_loses_nothing(part, monkeypatch):
+    target, proposer = target_and_proposer(tiny_llama(0), an_adapter(without=(part,)))
+    if part == "events":
+        monkeypatch.delattr(type(proposer._draft), "vision_states")  # EventGPT does not run
+    for prompt in PROMPTS:
+        got = speculate(target, proposer, prompt_of(*prompt), prompt_of(*prompt), max_new_tokens=30)
+        assert got.token_ids == greedy(target, prompt_of(*prompt), 30).token_ids
+
+
 def test_only_known_ids_are_drafted():
     known = range(3, 12)
     target, proposer = target_and_proposer(tiny_llama(0), an_adapter(ids=known))
