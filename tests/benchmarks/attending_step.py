@@ -1,7 +1,7 @@
 """What one draft token of the attending adapter costs on a finished run, and whether folding changes which tokens are drafted; one thread.
 
     python tests/benchmarks/attending_step.py                                   # the language pair's run
-    python tests/benchmarks/attending_step.py --variant without_prompt          # another adapter of that run
+    python tests/benchmarks/attending_step.py --variant ablation_full           # another adapter of that run
     python tests/benchmarks/attending_step.py --cpu_time                        # on a busy machine: processor time of this process
 
 The reference is the roll-out of training (`Reader`), in which nothing is folded or cached.
