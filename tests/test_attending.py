@@ -3,6 +3,7 @@ drafting stays lossless."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 import shutil
@@ -260,15 +261,32 @@ def test_drafting_over_the_cache_is_the_roll_out(prompt, without):
     proposed = torch.stack([text.proposed[0], text.buckets[0]], -1).tolist()
     for begin, end in ((0, 1), (1, 2), (2, 5), (5, 6)):  # how many are verified at once
         before = int(text.before) if begin == 0 else ids[begin - 1]
-        output = folded.read(begin, text.states[0, begin:end], torch.tensor([before, *ids[begin:end]]), proposed[begin:end])
+        output = folded.read(begin, text.states[0, begin:end], [before, *ids[begin:end]], proposed[begin:end])
         for k in range(4):
             place = end - 1 + k
             torch.testing.assert_close(folded.logits(output, proposed[place])[0], wanted[k].logits[0, end - 1])
             torch.testing.assert_close(folded.states([output])[0], wanted[k].expected[0, end - 1])
             if k < 3 and place + 1 < 9:
-                output = folded.go_on(place + 1, output, torch.tensor(ids[place : place + 2]), proposed[place + 1])
+                output = folded.go_on(place + 1, output, ids[place : place + 2], proposed[place + 1])
             else:
                 break
+
+
+@torch.inference_mode()
+def test_drafting_in_bfloat16_stays_close_to_float32():
+    """On a CPU as well, bfloat16 takes the operators of a GPU: gelu and the norms are not split there."""
+    adapter, (text, head, embeddings) = an_adapter(scale=1.0), a_text()
+    ids, proposed = text.token_ids[0].tolist(), torch.stack([text.proposed[0], text.buckets[0]], -1).tolist()
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        folded = FoldedAttending(copy.deepcopy(adapter).to(dtype), head.to(dtype), embeddings.to(dtype))
+        folded.start(text.events.to(dtype))
+        folded.read_prompt(text.prompt[0].to(dtype), text.prompt_inputs[0].to(dtype))
+        outputs = [folded.read(0, text.states[0, :3].to(dtype), [int(text.before), *ids[:3]], proposed[:3])]
+        outputs += [folded.go_on(3, outputs[0], ids[2:4], proposed[3])]
+        logits = [folded.logits(output, proposed[2 + k]) for k, output in enumerate(outputs)]
+        found.append(torch.cat([folded.states(outputs).flatten(), *(x[0] for x in logits)]).float())
+    assert torch.cosine_similarity(*found, dim=0) > 0.999 and not torch.equal(*found)
 
 
 def target_and_proposer(model, adapter):

@@ -149,7 +149,7 @@ def test_live_drafts_are_what_a_fresh_start_would_draft(accept, seed):
     prompt = PROMPTS[seed]
     rule = {"accept": accept, "threshold": 0.1, "num_draft_tokens": 3, "max_new_tokens": 20}
     got = speculate(target, proposer, prompt_of(*prompt), prompt_of(*prompt), **rule)
-    draft = proposer._draft
+    draft = proposer.draft
     seen = adapter.encode_events(draft.vision_states(torch.tensor([prompt]), draft.encode_vision(torch.zeros(1, 1))))
     table, at = adapter.tokens(target.embeddings), 1
     for r in got.rounds:

@@ -30,6 +30,7 @@ from feature_alignment.storage.files import load_trained, trained_layers
 from feature_alignment.storage.pretrained import SharedModule
 
 HEADS = 4
+EPS = 1e-6  # of the norms
 EVENT_RANK = 64
 ROPE_BASE = 10_000.0
 Part = Literal["events", "prompt", "candidates"]
@@ -102,7 +103,7 @@ class AttendingAdapter(SharedModule):
         self.event = nn.Linear(d_event, EVENT_RANK)
         self.event_place = nn.Parameter(torch.randn(num_events, EVENT_RANK) * 0.02)  # distinguishes the event tokens
         self.event_keys = nn.Linear(EVENT_RANK, 2 * width, bias=False)
-        self.attention_norm, self.mlp_norm, self.output_norm = (nn.RMSNorm(width, eps=1e-6) for _ in range(3))
+        self.attention_norm, self.mlp_norm, self.output_norm = (nn.RMSNorm(width, eps=EPS) for _ in range(3))
         self.attention, self.mix = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.out, self.gate = nn.Linear(width, d_target), nn.Linear(width, tables.SOURCES)
@@ -272,7 +273,7 @@ def _split_heads(x: Tensor) -> Tensor:
 
 def rotated(x: Tensor, positions: Tensor) -> Tensor:
     """Rotary position embedding of x [b, heads, n, d] at positions [n] or [b, n], at least 0."""
-    cos, sin = _rotations(x.shape[-1] // 2, x.device, x.dtype, 64 * (int(positions.max()) // 64 + 1) if positions.numel() else 64)
+    cos, sin = rotations(x.shape[-1] // 2, x.device, x.dtype, 64 * (int(positions.max()) // 64 + 1) if positions.numel() else 64)
     cos, sin = cos[positions], sin[positions]
     if positions.ndim == 2:
         cos, sin = cos[:, None], sin[:, None]
@@ -281,7 +282,7 @@ def rotated(x: Tensor, positions: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _rotations(half: int, device: torch.device, dtype: torch.dtype, positions: int) -> tuple[Tensor, Tensor]:
+def rotations(half: int, device: torch.device, dtype: torch.dtype, positions: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine at each position, [positions, half]."""
     with torch.inference_mode(False):
         speeds = ROPE_BASE ** (-torch.arange(half, device=device, dtype=torch.float64) / half)

@@ -152,15 +152,15 @@ def prompt_lookup(text: Sequence[int]) -> tuple[int, int]:
     token, longest, last = NO_TOKEN, 0, len(text) - 1
     if last < 1 or text[last] < 0:
         return token, longest
-    for end in range(last - 1, -1, -1):
-        if text[end] == text[last] and text[end + 1] >= 0:
+    end = -1
+    for _ in range(text.count(text[last]) - 1):
+        end = text.index(text[last], end + 1)
+        if text[end + 1] >= 0:
             size = 1
             while size < LONGEST_MATCH and size <= end and text[end - size] == text[last - size] and text[end - size] >= 0:
                 size += 1
-            if size > longest:
+            if size >= longest:
                 token, longest = text[end + 1], size
-                if size == LONGEST_MATCH:
-                    break
     return token, longest
 
 

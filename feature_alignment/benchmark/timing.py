@@ -220,10 +220,11 @@ def attending_ms(adapter: AttendingAdapter, repeats: int = 200) -> float:
     def new(*shape: int) -> Tensor:
         return torch.randn(*shape, device=like.device, dtype=like.dtype)
 
-    folded = FoldedAttending(adapter, new(int(adapter.ids.max()) + 1, size["d_target"]), new(16, size["d_target"]))
+    rows = new(max(16, int(adapter.ids.max()) + 1), size["d_target"])
+    folded = FoldedAttending(adapter, rows, rows)
     folded.start(new(1, size["num_events"], size["d_event"]))
     folded.read_prompt(new(n, size["d_target"]), new(n, size["d_target"]))
-    none, two = [(NO_TOKEN, 0)] * SOURCES, torch.tensor([3, 4], device=like.device)
+    none, two = [(NO_TOKEN, 0)] * SOURCES, [3, 4]
     output = folded.read(0, new(1, size["d_target"]), two, [none])
     return call_ms(lambda: folded.go_on(1, output, two, none), repeats, like.device.type)
 

@@ -38,19 +38,19 @@ class AttendingProposer(Proposer):
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """See `Proposer`."""
         if self._blind:
-            self._folded.start(self._folded.head.new_empty(1, 0, self._d_event))
+            self._folded.start(self._target.head_weight.new_empty(1, 0, self._d_event))
         else:
             with watch("draft_prefill"):
                 self._folded.start(self._draft.vision_states(prompt.ids[None], self._draft.encode_vision(prompt.pixels[None])))
         self._verified = 0  # tokens cached with target states
-        self._ahead: list[int] = []  # draft tokens cached after them
-        self._outputs: list[Tensor] = []  # outputs after the last verified token and after each of these draft tokens
-        self._proposed: list[Proposed] = []  # table candidates after each token
+        self._outputs: list[Tensor] = []  # [1, w] after the last verified token and after each draft token cached after it
+        self._text: list[int] = []  # tokens with candidates, at least all that are cached
+        self._proposed: list[Proposed] = []  # candidates after each of them
 
     @torch.inference_mode()
     def read_target_prompt(self, prompt: Prompt, read: ReadPrompt, watch: Stopwatch) -> None:
         """See `Proposer`."""
-        with watch("adapter"):
+        with watch("draft_prefill"):
             most = self._num_prompt
             self._prompt, self._question = self._target.text_ids(prompt.ids[-most - 1 :].tolist()), question_number(prompt.question)
             first = max(0, len(read.states) - 1 - most)
@@ -61,17 +61,17 @@ class AttendingProposer(Proposer):
         """See `Proposer`."""
         with watch("read"):
             self._catch_up(emitted, states)
-        text: list[int] = []
+        text, most = list(emitted), len(emitted) + num_tokens
         selected: list[Selected] = []
         expected: list[Tensor] = []
         chance = 1.0
-        while not text or (len(text) < num_tokens and chance >= confidence_floor and text[-1] not in self.selector.eos_ids):
+        while not selected or (len(text) < most and chance >= confidence_floor and text[-1] not in self.selector.eos_ids):
             if selected:
                 with watch("adapter"):
-                    self._read_draft([*emitted, *text])
+                    self._read_draft(text)
             expected.append(self._outputs[-1])
             with watch("head"):
-                selected.append(self._select([*emitted, *text], confidence_floor > 0))
+                selected.append(self._select(text, confidence_floor > 0))
                 text.append(int(selected[-1].token))
             chance *= selected[-1].confidence
         return Draft.of(selected, lambda: self._folded.states(expected))
@@ -79,35 +79,36 @@ class AttendingProposer(Proposer):
     def _catch_up(self, emitted: Sequence[int], states: Tensor) -> None:
         """Cache newly verified tokens with the target's states, then the tokens after them with predicted states."""
         n, known = len(states), self._verified
-        if n > known:
-            del self._proposed[known:]
-            self._proposed += [self._candidates(emitted[: t + 1]) for t in range(known, n)]
-            before = emitted[known - 1] if known else self._prompt[-1]
-            text = torch.tensor([before, *emitted[known:n]], device=states.device)
-            self._outputs = [self._folded.read(known, states[known:], text, self._proposed[known:])]
-            self._verified, self._ahead = n, []
-        following = list(emitted[n:])
-        same = 0
-        while same < min(len(following), len(self._ahead)) and following[same] == self._ahead[same]:
+        same = known
+        while same < min(len(emitted), len(self._text)) and self._text[same] == emitted[same]:
             same += 1
-        del self._ahead[same:], self._outputs[same + 1 :], self._proposed[n + same :]
-        for end in range(n + same + 1, len(emitted) + 1):
+        del self._text[same:], self._proposed[same:]
+        if n > known:
+            for end in range(same + 1, n + 1):
+                self._find_candidates(emitted[:end])
+            before = emitted[known - 1] if known else self._prompt[-1]
+            self._outputs = [self._folded.read(known, states[known:], [before, *emitted[known:n]], self._proposed[known:n])]
+            self._verified = n
+        else:
+            del self._outputs[same - n + 1 :]
+        for end in range(n + len(self._outputs), len(emitted) + 1):
             self._read_draft(emitted[:end])
 
     def _read_draft(self, text: Sequence[int]) -> None:
         """Cache the last token of `text`, which is not verified."""
-        self._proposed.append(self._candidates(text))
-        last = torch.tensor([text[-2], text[-1]], device=self._outputs[-1].device)
-        self._outputs.append(self._folded.go_on(len(text) - 1, self._outputs[-1], last, self._proposed[-1]))
-        self._ahead.append(text[-1])
+        last = len(text) - 1
+        if last == len(self._text):
+            self._find_candidates(text)
+        self._outputs.append(self._folded.go_on(last, self._outputs[-1], text[-2:], self._proposed[last]))
 
-    def _candidates(self, text: Sequence[int]) -> Proposed:
-        return self._folded.candidates(self._question, self._prompt, text)
+    def _find_candidates(self, text: Sequence[int]) -> None:
+        self._text.append(text[-1])
+        self._proposed.append(self._folded.candidates(self._question, self._prompt, text))
 
     def _select(self, text: Sequence[int], confidence: bool) -> Selected:
         """Select the next draft token, from logits over the ids that may be drafted."""
-        logits = self._folded.logits(self._outputs[-1], self._proposed[-1])
+        logits = self._folded.logits(self._outputs[-1], self._proposed[len(text) - 1])
         if not self.selector.is_plain_argmax:
             return self.selector.select(self._folded.over_all_ids(logits), text, confidence)
-        best = logits.argmax(-1)
-        return Selected(self._folded.ids[best], None, float(logits[0].float().softmax(-1).max()) if confidence else 1.0)
+        token = self._folded.ids.index_select(0, logits.argmax(-1))
+        return Selected(token, None, float(logits[0].float().softmax(-1).max()) if confidence else 1.0)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from feature_alignment.decoding.batch_drafts import NO_TOKEN, RowDrafter, drafter_of_rows
+from feature_alignment.decoding.batch_drafts import NO_TOKEN, RowDrafter, drafter_of_rows, start_rows
 from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
@@ -138,9 +138,10 @@ def _start(
     watch: Stopwatch,
 ) -> RowDrafter:
     """Let the drafters read their prompts; arguments as in `speculate_batch`, and the target's state after its prefill."""
-    for i, (proposer, selector, prompt, draft_prompt) in enumerate(zip(proposers, selectors, prompts, draft_prompts, strict=True)):
+    for proposer, selector in zip(proposers, selectors, strict=True):
         proposer.selector = selector
-        proposer.start(draft_prompt, watch)
+    start_rows(proposers, draft_prompts, watch)
+    for i, (proposer, prompt) in enumerate(zip(proposers, prompts, strict=True)):
         proposer.read_target_prompt(prompt, state.read_prompt(i, len(prompt.ids)), watch)
     return drafter_of_rows(proposers)
 

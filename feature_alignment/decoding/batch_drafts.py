@@ -11,6 +11,7 @@ from torch import Tensor
 from feature_alignment.adapters.folded import EventContext
 from feature_alignment.decoding.proposers import ChainedProposer, Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.models.state import Prompt
 
 NO_TOKEN = -1  # where a row has fewer draft tokens than others; equals no token of a text
 
@@ -93,7 +94,29 @@ class ChainedRows(RowDrafter):
 
 def drafter_of_rows(proposers: Sequence[Proposer]) -> RowDrafter:
     """One chained adapter for all rows where they share it and draft by argmax; else a drafter for each row."""
-    chained = [p for p in proposers if isinstance(p, ChainedProposer) and p.selector.is_plain_argmax]
-    if len(chained) == len(proposers) and all(p.chain.is_chain_of(chained[0].chain) for p in chained):
+    chained = _of_one_chain(proposers)
+    if chained is not None and all(p.selector.is_plain_argmax for p in chained):
         return ChainedRows(chained)
     return SeparateRows(proposers)
+
+
+def start_rows(proposers: Sequence[Proposer], prompts: Sequence[Prompt], watch: Stopwatch) -> None:
+    """Start each drafter on its row's prompt; drafters that share EventGPT and a chained adapter read all clips at once.
+
+    Args:
+        proposers: one per row
+        prompts: theirs
+        watch: books the time
+    """
+    chained = _of_one_chain(proposers)
+    if chained is not None and all(p.draft is chained[0].draft for p in chained):
+        chained[0].start_rows(chained[1:], prompts, watch)
+        return
+    for proposer, prompt in zip(proposers, prompts, strict=True):
+        proposer.start(prompt, watch)
+
+
+def _of_one_chain(proposers: Sequence[Proposer]) -> list[ChainedProposer] | None:
+    """The drafters, if all are chained adapters and the same one."""
+    chained = [p for p in proposers if isinstance(p, ChainedProposer)]
+    return chained if len(chained) == len(proposers) and all(p.chain.is_chain_of(chained[0].chain) for p in chained) else None

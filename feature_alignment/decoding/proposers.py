@@ -161,7 +161,7 @@ class ChainedProposer(Proposer):
     """
 
     def __init__(self, draft: Decoder, adapter: ChainedAdapter, head: Tensor, embeddings: Tensor, draft_ids: Tensor | None = None) -> None:
-        self._draft, self._adapter, self._vocab_size = draft, adapter, len(head)
+        self.draft, self._adapter, self._vocab_size = draft, adapter, len(head)
         self._chain = FoldedChain(adapter, head, embeddings, draft_ids)
         self._context: EventContext | None = None
         self._drafts_blocks = head.device.type != "cpu"  # reads a whole round's tokens at once
@@ -185,9 +185,34 @@ class ChainedProposer(Proposer):
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """See `Proposer`."""
         with watch("draft_prefill"):
-            vision = self._draft.encode_vision(prompt.pixels[None])
-            context = self._chain.context(self._adapter.encode_events(self._draft.vision_states(prompt.ids[None], vision)))
-            self._context = self._context or context
+            self._begin(self._read_clips([prompt]))
+
+    @torch.inference_mode()
+    def start_rows(self, others: Sequence[ChainedProposer], prompts: Sequence[Prompt], watch: Stopwatch) -> None:
+        """`start` for this drafter and others of the same adapter, all of whose clips are read at once.
+
+        Args:
+            others: the other drafters
+            prompts: for this one, then for each of the others; equal up to the last vision token
+            watch: books the time
+        """
+        with watch("draft_prefill"):
+            contexts = self._read_clips(prompts)
+            for i, proposer in enumerate((self, *others)):
+                proposer._begin(EventContext(*(part[i : i + 1] for part in contexts)))
+
+    def _read_clips(self, prompts: Sequence[Prompt]) -> EventContext:
+        """What drafts after each of several prompts attend to; the questions are not read."""
+        vision = self.draft.encode_vision(torch.stack([p.pixels for p in prompts]))
+        shortest = min(len(p.ids) for p in prompts)
+        ids = torch.stack([p.ids[:shortest] for p in prompts])
+        return self._chain.context(self._adapter.encode_events(self.draft.vision_states(ids, vision)))
+
+    def _begin(self, context: EventContext) -> None:
+        """Begin a text after events of this context."""
+        if self._context is None:
+            self._context = EventContext(*(part.clone() for part in context))  # of one row of a batch, for example
+        else:
             for buffer, new in zip(self._context, context, strict=True):
                 buffer.copy_(new)  # a CUDA graph reads the buffers of the first prompt
         self._memory: Tensor | None = None  # [1, w], of the verified text
@@ -210,7 +235,7 @@ class ChainedProposer(Proposer):
     @property
     def device(self) -> torch.device:
         """Device that drafts are made on."""
-        return self._draft.device
+        return self.draft.device
 
     @torch.inference_mode()
     def redraft(self, num_tokens: int) -> Tensor:
