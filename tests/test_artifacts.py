@@ -641,6 +641,20 @@ def test_rows_are_copied_from_the_complete_run_and_from_every_unfinished_one(tmp
     assert writer.done == {0, 1, 2, 3}
 
 
+def test_a_complete_run_of_other_settings_does_not_hide_unfinished_ones(tmp_path):
+    path = tmp_path / "a"
+    finished_run(path, 2)
+    for rows in (3, 4):
+        begin_run(path, made_with(a=2), plan_hash(entries(rows)), resume=True)
+        writer = HiddenStatesWriter(path, rows, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
+        fill(writer, [rows - 1])
+        writer.close()
+    begin_run(path, made_with(a=2), plan_hash(entries()), resume=True)
+    writer = HiddenStatesWriter(path, 5, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
+    copy_unchanged_rows(writer, made_with(a=2), entries())
+    assert writer.done == {2, 3}
+
+
 def test_a_damaged_row_is_not_copied(tmp_path, caplog):
     caplog.set_level("INFO")
     path = tmp_path / "a"

@@ -431,8 +431,8 @@ def _against(row: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def _lines(text: str, indent: str = "") -> str:
-    """The text in lines of at most 140 characters; intervals and code are not broken."""
-    joined = re.sub(r"\[[^\]]*\]|`[^`]*`", lambda m: m[0].replace(" ", "\0"), text)
+    """The text in lines of at most 140 characters; intervals, code and percentages are not broken."""
+    joined = re.sub(r"\[[^\]]*\]|`[^`]*`|\d %", lambda m: m[0].replace(" ", "\0"), text)
     return textwrap.fill(joined, 140, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False).replace("\0", " ")
 
 
