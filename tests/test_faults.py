@@ -569,7 +569,7 @@ def test_an_interrupt_that_a_library_turns_into_its_own_error_still_ends_with_13
         "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n"
         "    except KeyboardInterrupt:\n        raise ImportError('initialisation failed') from None\nrun(main)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=heed_interrupts)
     assert done.returncode == 130 and not done.stderr
 
 
