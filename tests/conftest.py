@@ -35,11 +35,11 @@ def needs(path: Path):
     return pytest.mark.skipif(not path.exists(), reason=f"fixture {path.name} is not here")
 
 
-def tiny_llama(seed: int, layers: int = 2, kv_heads: int = 2) -> LlamaForCausalLM:
+def tiny_llama(seed: int, layers: int = 2, kv_heads: int = 2, hidden_size: int = 32) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=layers,
         num_attention_heads=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.decoding.draft_length import FIRST_FLOOR, GOOD, SHARE, DraftLengthController
 from feature_alignment.decoding.engine import speculate
+from feature_alignment.decoding.generation import DRAFT_STAGES
 from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ModelProposer
 
@@ -177,6 +179,38 @@ def test_text_and_trace_with_a_pace(noise):
                 controller.record_round(4, 1, 3.6e6, 1.0)
             assert not controller.needs_prefill
     assert "off" in reasons and len(reasons) > 1
+
+
+class Listener(DraftLengthController):
+    """Drafts every second time, and keeps what it is told: number of draft tokens, of emitted tokens, ms of drafting and of the rest."""
+
+    def __init__(self):
+        super().__init__(0.9)
+        self.reports, self.floors = [], itertools.cycle([0.0, None])
+
+    def next_confidence_floor(self):
+        return next(self.floors)
+
+    def record_round(self, *report):
+        self.reports.append(report)
+
+
+@torch.inference_mode()
+def test_the_controller_is_told_what_drafting_took():
+    """With draft tokens: the stages of drafting. Without: all but what the target takes, such as asking for draft tokens in vain."""
+    model, controller, drafted = tiny_llama(0), Listener(), []
+    target, proposer = as_decoder(model), ModelProposer(as_decoder(model), None, None)
+    for i in range(3, 9):
+        prompt = prompt_of(1, 5, 9, i)
+        got = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=30, controller=controller)
+        drafted += [r for r in got.rounds if r.proposed]
+    reports = [(draft_ms, other) for g, _, draft_ms, other in controller.reports if g]
+    plain = [(draft_ms, other) for g, _, draft_ms, other in controller.reports if not g]
+    assert len(reports) == len(drafted) > 3 and plain
+    for r, (draft_ms, other) in zip(drafted, reports, strict=True):
+        assert draft_ms == pytest.approx(sum(r.ms.get(stage, 0.0) for stage in DRAFT_STAGES), rel=1e-6)
+        assert other >= r.ms["verify"]
+    assert all(draft_ms > 0 and other > 0 for draft_ms, other in plain)
 
 
 def test_a_drafter_of_which_nothing_is_known_waits_until_its_prompt_and_a_poor_round_are_paid_for(monkeypatch):

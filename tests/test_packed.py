@@ -115,6 +115,15 @@ def test_weights_that_no_cpu_kernel_reads_are_left_alone():
     assert best_cpu_linear(half).kind == "torch" and best_cpu_linear(half).torch_ms == {}
 
 
+@needs_packing
+def test_only_bfloat16_weights_need_a_cpu_that_multiplies_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert unsupported(nn.Linear(8, 8)) is None
+    assert unsupported(nn.Linear(8, 8).bfloat16()) == "this CPU does not multiply bfloat16"
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert unsupported(nn.Linear(8, 8).bfloat16()) is None
+
+
 def test_steps_over_a_fixed_cache_keep_torchs_product():
     decoder = as_decoder(tiny_llama(0))
     decoder.use_steps("graphs")

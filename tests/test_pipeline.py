@@ -100,7 +100,8 @@ def test_pictures_and_summaries_are_there(finished):
         for name in names:
             assert (finished / "out" / folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     summary = (finished / "out" / "acceptance" / "summary.md").read_text()
-    assert "| plain (TASKS.md) |" in summary and len(summary.splitlines()) < 60
+    nulls = read(finished / "out" / "acceptance" / "acceptance.json")["nulls"]
+    assert all(f"\n| {name} |" in summary for name in ("adapter", "plain (TASKS.md)", *nulls)) and len(summary.splitlines()) < 60
 
 
 def test_own_drafts_are_what_the_drafter_would_have_said(finished):

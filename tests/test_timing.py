@@ -127,11 +127,11 @@ def test_a_call_is_timed_after_it_has_warmed_up(monkeypatch):
 
 
 def test_an_untrained_adapter_fits_the_pair(tmp_path):
-    """Two layers side by side into a target of another width; the chained one reads what EventGPT's last layer sees."""
-    target, draft = as_decoder(tiny_llama(0, layers=3)), as_decoder(tiny_llama(1, layers=3), taps=[1, 3])
+    """Two layers side by side into a target of another width; the others read what EventGPT's last layer sees."""
+    target, draft = as_decoder(tiny_llama(0, layers=3)), as_decoder(tiny_llama(1, layers=3, hidden_size=16), taps=[1, 3])
     made = Sources(Pair(target, draft), Common(output_dir=tmp_path), untrained=True)
-    assert made.adapter.geometry == {"d_draft": 64, "d_target": 32, "bottleneck": 256}
-    geometry = made.chained_adapter.geometry
-    assert (geometry["d_target"], geometry["d_event"], geometry["num_events"]) == (32, 32, 1)
+    assert made.adapter.geometry == {"d_draft": 32, "d_target": 32, "bottleneck": 256}
+    for geometry in (made.chained_adapter.geometry, made.attending_adapter.geometry):
+        assert (geometry["d_target"], geometry["d_event"], geometry["num_events"]) == (32, 16, 1)
     with pytest.raises(UserError, match="train_hidden_adapter"):
         Sources(Pair(target, draft), Common(output_dir=tmp_path)).adapter  # noqa: B018

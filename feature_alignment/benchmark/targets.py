@@ -144,7 +144,7 @@ def adapter_in_use(
             f"the hidden adapter: {acceptance.cosine.value:.3f}"
         )
         wide = ChainedAdapter(WIDTH, WIDTH, EVENT_TOKENS, chained.geometry["width"]).to(like.device, like.dtype)
-        ms = overhead_ms, cost.t_chained_ms, chained_ms(wide, steps=steps)
+        ms = overhead_ms, cost.t_chained_ms, chained_ms(wide, steps)
         return AdapterInUse("chained", chained.num_parameters, wide.num_parameters, *ms, measured, where)
     if attending is not None and row.draft == "attending":
         found = acceptance.chains["attending"]
@@ -154,5 +154,5 @@ def adapter_in_use(
         return AdapterInUse("attending", attending.num_parameters, large.num_parameters, *ms, found, where)
     taps = adapter.d_draft // adapter.d_target
     same = HiddenAdapter(WIDTH * taps, WIDTH, adapter.bottleneck).to(like.device, like.dtype)
-    ms = overhead_ms, cost.t_adapter_ms, hidden_ms(same, 100, steps)
+    ms = overhead_ms, cost.t_adapter_ms, hidden_ms(same, steps, 100)
     return AdapterInUse("hidden", adapter.num_parameters, same.num_parameters, *ms, acceptance, "test positions, same prefix")

@@ -178,7 +178,7 @@ def step_ms(model: Decoder, prompt: Prompt, numbers: Sequence[int] = (1,), repea
 
 
 @torch.inference_mode()
-def hidden_ms(adapter: HiddenAdapter, repeats: int = 200, steps: Steps = "eager") -> float:
+def hidden_ms(adapter: HiddenAdapter, steps: Steps, repeats: int = 200) -> float:
     """Median milliseconds of the hidden adapter on one state, with `steps` as in decoding."""
     like = adapter.down.weight
     state = torch.randn(1, adapter.d_draft, device=like.device, dtype=like.dtype)
@@ -187,13 +187,13 @@ def hidden_ms(adapter: HiddenAdapter, repeats: int = 200, steps: Steps = "eager"
 
 
 @torch.inference_mode()
-def chained_ms(adapter: ChainedAdapter, repeats: int = 200, steps: Steps = "eager", head: Tensor | None = None) -> float:
+def chained_ms(adapter: ChainedAdapter, steps: Steps, repeats: int = 200, head: Tensor | None = None) -> float:
     """Median milliseconds of one draft step of the chained adapter as decoding runs it: inside the adapter's own width.
 
     Args:
         adapter: the chained adapter
-        repeats: number of timed steps
         steps: how it steps
+        repeats: number of timed steps
         head: [v, d_target], the target's LM head; the step then includes logits and argmax
     """
     like, size = adapter.out.bias, adapter.geometry
@@ -255,11 +255,11 @@ def part_costs(
     target_ms = step_ms(target, target_prompt, VERIFIED, with_head=True)
     state = torch.randn(1, draft.hidden_size, device=target.device, dtype=target.head_weight.dtype)
     aligned = adapter(state)
-    t_adapter = hidden_ms(adapter, repeats, draft.steps)
+    t_adapter = hidden_ms(adapter, draft.steps, repeats)
     t_head = call_ms(lambda: target.lm_head(aligned).argmax(-1), repeats, device)
     t_draft = step_ms(draft, draft_prompt)[1]
-    t_chained = None if chained is None else chained_ms(chained, repeats, draft.steps)
-    chained_draft = None if chained is None else chained_ms(chained, repeats, draft.steps, target.head_weight)
+    t_chained = None if chained is None else chained_ms(chained, draft.steps, repeats)
+    chained_draft = None if chained is None else chained_ms(chained, draft.steps, repeats, target.head_weight)
     loop = LoopCosts(
         t_target_ms=target_ms[1],
         c=(t_draft + t_adapter + t_head) / target_ms[1],
