@@ -4,10 +4,10 @@
     python tests/benchmarks/ablations.py --config configs/language.yaml --variants full tv half --num_epochs 12
 
 Every variant is trained by `train_hidden_adapter` with the settings of the config, into attending_adapter_…ablation_NAME/, and trained ones
-are reused, so a killed run continues. All take the same number of optimizer steps: on half the rows twice as many epochs; early stopping is
-off, and the epoch is chosen by tokens per pass on validation. Scores are simulated rounds on the test split, next to tables that cost
-nothing and to the run's own attending adapter, if there is one. Intervals (95 %) resample clips; a difference to `full` is paired: both on
-the same resampled clips.
+are reused, so a killed run continues; `fused` alone (`fused_layers`) is not kept. All take the same number of optimizer steps: on half the
+rows twice as many epochs; early stopping is off, and the epoch is chosen by tokens per pass on validation. Scores are simulated rounds on
+the test split, next to tables that cost nothing and to the run's own attending adapter, if there is one. Intervals (95 %) resample clips; a
+difference to `full` is paired: both on the same resampled clips.
 
 writes  ablations/ablations.json and ablations.md in the output folder
 """
@@ -15,18 +15,22 @@ writes  ablations/ablations.json and ablations.md in the output folder
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fused_layers
 import numpy as np
 import torch
 from torch import Tensor
 
 from feature_alignment import train_hidden_adapter
-from feature_alignment.adapters import rounds
-from feature_alignment.adapters.attending import load_attending_adapter
+from feature_alignment.adapters import fitting, rounds
+from feature_alignment.adapters.attending import AttendingAdapter, load_attending_adapter
 from feature_alignment.adapters.attending_texts import answers_of
+from feature_alignment.adapters.attending_training import train_attending
 from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import UserError, markdown_table, print_json_line, print_table, run
 from feature_alignment.decoding.baseline_drafters import Lookup, NGram, Table
@@ -50,6 +54,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "one_step": ("--roll_out_steps", "1"),
 }
 PARTS = {"half": 2, "quarter": 4, "eighth": 8}  # of the training rows
+ALL = [*VARIANTS, *PARTS, "fused"]
 DRAFT_LENGTHS = (5, 8)
 
 
@@ -132,6 +137,34 @@ def train_and_score(name: str, argv: Sequence[str], states: dict[str, HiddenStat
     return scored(name, train_hidden_adapter.adapter_folder(own), states, cfg)
 
 
+def train_fused(states: dict[str, HiddenStates], test_split: str, cfg: TrainConfig, num_epochs: int) -> dict[str, Any]:
+    """The row of an adapter that reads three layers of the target. It is not kept, but trained each time.
+
+    Args:
+        states: "train" and "test" -> split
+        test_split: name of the split "test"
+        cfg: settings
+        num_epochs: as in `train_and_score`
+    """
+    head, embeddings = map(fused_layers.beside_zeros, head_and_embeddings(cfg))
+    target, splits = fused_layers.target_with_layers(cfg, len(head)), {}
+    validation = load_hidden_states(cfg.out / "hidden_states" / cfg.validation_split, cfg.draft_layers, events=True, prompt=True)
+    for name, split, of_split in (
+        ("train", cfg.train_split, states["train"]),
+        ("validation", cfg.validation_split, validation),
+        ("test", test_split, states["test"]),
+    ):
+        splits[name] = fused_layers.fused(of_split, split, target, cfg)
+    del target
+    own, start = dataclasses.replace(cfg, num_epochs=num_epochs, patience=num_epochs, reads_prompt=False), time.time()
+    adapter, history = train_attending(splits["train"], splits["validation"], head, embeddings, own)
+    best = fitting.best_of(history)
+    about = {"parameters": adapter.num_parameters, "seconds": time.time() - start, "best_epoch": best["epoch"], "epochs": num_epochs}
+    about |= {"rows": len(splits["train"].rows), "config": {"batch_size": cfg.batch_size}}
+    validated = {key.removeprefix("validation_"): value for key, value in best.items() if key.startswith("validation_")}
+    return row_of("fused", adapter, about | {"validation": validated}, splits["test"], head, embeddings)
+
+
 def scored(name: str, folder: Path, states: dict[str, HiddenStates], cfg: TrainConfig) -> dict[str, Any]:
     """A row of the table: a trained adapter's passes on the test texts.
 
@@ -142,13 +175,25 @@ def scored(name: str, folder: Path, states: dict[str, HiddenStates], cfg: TrainC
         cfg: settings
     """
     adapter, meta = load_attending_adapter(folder / "adapter.pt")
+    return row_of(name, adapter, meta, states["test"], *head_and_embeddings(cfg))
+
+
+def head_and_embeddings(cfg: TrainConfig) -> tuple[Tensor, Tensor]:
+    """The target's LM head and input embeddings, [v, d_target] each."""
     command = "python feature_alignment/extract_hidden_states.py"
     head, embeddings = (load_pt(cfg.out / "hidden_states" / f"{x}.pt", command).float() for x in ("vl_lm_head", "vl_embeddings"))
-    scores, _ = attending_scores(adapter, states["test"], head, embeddings, max(DRAFT_LENGTHS))
+    return head, embeddings
+
+
+def row_of(
+    name: str, adapter: AttendingAdapter, meta: dict[str, Any], test: HiddenStates, head: Tensor, embeddings: Tensor
+) -> dict[str, Any]:
+    """`scored` for an adapter and its meta."""
+    scores, _ = attending_scores(adapter, test, head, embeddings, max(DRAFT_LENGTHS))
     steps = -(-meta["rows"] // meta["config"]["batch_size"]) * meta["epochs"]
     about = {key: meta[key] for key in ("parameters", "seconds", "best_epoch", "epochs", "rows")}
-    passes = {g: passes_of(scores.match[..., :g], states["test"], g) for g in DRAFT_LENGTHS}
-    first = metrics.counts(scores.match[:, 1:, 0], states["test"].mask[:, 1:]).value
+    passes = {g: passes_of(scores.match[..., :g], test, g) for g in DRAFT_LENGTHS}
+    first = metrics.counts(scores.match[:, 1:, 0], test.mask[:, 1:]).value
     return {"name": name, **about, "steps": steps, "validation": meta["validation"], "first_draft_right": first, "passes": passes}
 
 
@@ -181,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Train, score and write; returns the rows of ablations.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="the pair's config file")
-    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *PARTS], default=[*VARIANTS, *PARTS])
+    parser.add_argument("--variants", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--split", default="test", help="split that is scored")
     parser.add_argument("--num_epochs", type=int, help="epochs over all training rows; default: the config's")
     parser.add_argument("--limit", type=int, help="training rows that count as all; default: all")
@@ -207,7 +252,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if (main_adapter := train_hidden_adapter.adapter_folder(cfg) / "adapter.pt").is_file():
         rows.append(scored("adapter of the run", main_adapter.parent, states, cfg))
     for name in dict.fromkeys(["full", *args.variants]):
-        rows.append(train_and_score(name, given, states, cfg, num_epochs))
+        if name == "fused":
+            rows.append(train_fused(states, args.split, cfg, num_epochs))
+        else:
+            rows.append(train_and_score(name, given, states, cfg, num_epochs))
         write(cfg, args.split, states, rows)  # after each: a long run shows what it has
     shown = write(cfg, args.split, states, rows)
     print_table(f"tokens per pass, {args.split}, {num_epochs} epochs", *table_of(shown))
