@@ -72,6 +72,18 @@ def test_a_second_run_trains_nothing_and_finds_the_same(ablated, monkeypatch):
     assert "| half | 9 |" in before and "| n-gram + lookup |" in before
 
 
+def test_fewer_training_rows_are_a_run_of_their_own(ablated):
+    """Its own files: the run with all rows keeps its adapters and its result."""
+    out, argv, _ = ablated
+    before = (out / "ablations" / "ablations.json").read_bytes()
+    flags = ["--limit", "9", "--variants", "full"]
+    rows = {row["name"]: row for row in ablations.main([*argv[:4], *flags, *argv[argv.index("--") :]])}
+    assert rows["full"]["rows"] == 9 and rows["full"]["epochs"] == 2 and "tv" not in rows
+    assert json.loads((out / "ablations" / "ablations_9.json").read_text())["rows"] == json.loads(json.dumps(list(rows.values())))
+    assert (out / "ablations" / "ablations.json").read_bytes() == before
+    assert json.loads((out / "attending_adapter_ablation_full" / "meta.json").read_text())["rows"] == 18
+
+
 def refuse_to_train(real):
     def train(*args):
         with pytest.MonkeyPatch.context() as patch:

@@ -9,7 +9,7 @@ rows twice as many epochs; early stopping is off, and the epoch is chosen by tok
 the test split, next to tables that cost nothing and to the run's own attending adapter, if there is one. Intervals (95 %) resample clips; a
 difference to `full` is paired: both on the same resampled clips.
 
-writes  ablations/ablations.json and ablations.md in the output folder
+writes  ablations/ablations.json and ablations.md in the output folder; with --limit N ablations_N.json and ablations_N.md
 """
 
 from __future__ import annotations
@@ -58,18 +58,19 @@ ALL = [*VARIANTS, *PARTS, "fused"]
 DRAFT_LENGTHS = (5, 8)
 
 
-def flags_of(name: str, num_rows: int, num_epochs: int) -> list[str]:
+def flags_of(name: str, num_rows: int, num_epochs: int, suffix: str) -> list[str]:
     """Flags of `train_hidden_adapter` for one variant: its own, and the budget of `num_epochs` over all rows.
 
     Args:
         name: key of VARIANTS or PARTS
         num_rows: training rows
         num_epochs: epochs over all of them
+        suffix: of the variant's folder
     """
     part = PARTS.get(name, 1)
     epochs = str(num_epochs * part)
     return [
-        *("--adapter", "attending", "--variant", f"ablation_{name}", "--num_epochs", epochs, "--patience", epochs),
+        *("--adapter", "attending", "--variant", f"ablation_{name}{suffix}", "--num_epochs", epochs, "--patience", epochs),
         *("--limit", str(max(1, num_rows // part))),
         *VARIANTS.get(name, ()),
     ]
@@ -121,7 +122,9 @@ def tokens_per_pass(passes: np.ndarray, test: HiddenStates, base: np.ndarray | N
     return found
 
 
-def train_and_score(name: str, argv: Sequence[str], states: dict[str, HiddenStates], cfg: TrainConfig, num_epochs: int) -> dict[str, Any]:
+def train_and_score(
+    name: str, argv: Sequence[str], states: dict[str, HiddenStates], cfg: TrainConfig, num_epochs: int, suffix: str
+) -> dict[str, Any]:
     """Train one variant, or reuse it, and count its passes on the test texts.
 
     Args:
@@ -130,8 +133,9 @@ def train_and_score(name: str, argv: Sequence[str], states: dict[str, HiddenStat
         states: "train" and "test" -> split
         cfg: settings
         num_epochs: budget, in epochs over all training rows
+        suffix: of the variant's folder
     """
-    flags = flags_of(name, len(states["train"].rows), num_epochs)
+    flags = flags_of(name, len(states["train"].rows), num_epochs, suffix)
     train_hidden_adapter.main([*argv, *flags])
     own = parse_config(TrainConfig, [*argv, *flags], "train_hidden_adapter", variant="adapter")
     return scored(name, train_hidden_adapter.adapter_folder(own), states, cfg)
@@ -244,27 +248,30 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if set(states["train"].clips) & set(states["test"].clips):
         raise UserError(f"splits {cfg.train_split!r} and {args.split!r} share clips; score a split of unseen clips.")
     states["train"] = train_hidden_adapter.first_rows(states["train"], args.limit)
+    suffix = f"_{args.limit}" if args.limit else ""
     test, rows, num_epochs = states["test"], list[dict[str, Any]](), args.num_epochs or cfg.num_epochs
     for name, bits in table_bits(states["train"], test).items():
         first = metrics.counts(bits[:, 1:], test.mask[:, 1:]).value
         rows.append({"name": name, "first_draft_right": first, "passes": {g: passes_of(bits, test, g) for g in DRAFT_LENGTHS}})
-    write(cfg, args.split, states, rows)
+    write(cfg, args.split, states, rows, suffix)
     if (main_adapter := train_hidden_adapter.adapter_folder(cfg) / "adapter.pt").is_file():
         rows.append(scored("adapter of the run", main_adapter.parent, states, cfg))
     for name in dict.fromkeys(["full", *args.variants]):
         if name == "fused":
             rows.append(train_fused(states, args.split, cfg, num_epochs))
         else:
-            rows.append(train_and_score(name, given, states, cfg, num_epochs))
-        write(cfg, args.split, states, rows)  # after each: a long run shows what it has
-    shown = write(cfg, args.split, states, rows)
+            rows.append(train_and_score(name, given, states, cfg, num_epochs, suffix))
+        write(cfg, args.split, states, rows, suffix)  # after each: a long run shows what it has
+    shown = write(cfg, args.split, states, rows, suffix)
     print_table(f"tokens per pass, {args.split}, {num_epochs} epochs", *table_of(shown))
-    print_json_line({"variants": len(rows), "written": str(cfg.out / "ablations" / "ablations.json")})
+    print_json_line({"variants": len(rows), "written": str(cfg.out / "ablations" / f"ablations{suffix}.json")})
     return shown
 
 
-def write(cfg: TrainConfig, split: str, states: dict[str, HiddenStates], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write ablations.json and ablations.md; returns the rows as they are written."""
+def write(
+    cfg: TrainConfig, split: str, states: dict[str, HiddenStates], rows: Sequence[dict[str, Any]], suffix: str
+) -> list[dict[str, Any]]:
+    """Write ablations.json and ablations.md, `suffix` in their names; returns the rows as they are written."""
     test, out = states["test"], cfg.out / "ablations"
     full = next((row["passes"] for row in rows if row["name"] == "full"), None)
     written = []
@@ -274,9 +281,9 @@ def write(cfg: TrainConfig, split: str, states: dict[str, HiddenStates], rows: S
         written.append({**{key: value for key, value in row.items() if key != "passes"}, "tokens_per_pass": found})
     sources = {name: cfg.out / "hidden_states" / s / "meta.json" for name, s in (("train", cfg.train_split), ("test", split))}
     about = {"split": split, "clips": len(set(test.clips)), "texts": len(test.rows), "tokens": int(test.lengths.sum())}
-    write_json(out / "ablations.json", {"meta": provenance("ablations", cfg, sources), **about, "rows": written})
+    write_json(out / f"ablations{suffix}.json", {"meta": provenance("ablations", cfg, sources), **about, "rows": written})
     text = f"# Ablations of the attending adapter\n\n{about['texts']} texts, {about['clips']} clips of the {split} split.\n\n"
-    write_text(out / "ablations.md", text + markdown_table(*table_of(written)) + "\n")
+    write_text(out / f"ablations{suffix}.md", text + markdown_table(*table_of(written)) + "\n")
     return written
 
 

@@ -36,6 +36,7 @@ LANGUAGE_FILES = (
     "acceptance/acceptance.json",
     "token_baseline/comparison.json",
     "ablations/ablations.json",
+    "ablations/ablations_2880.json",
 )
 ENGLISH_FILES = ("benchmark/benchmark.json", "acceptance/acceptance.json", "ablations/ablations.json")
 TABLE = r"^{head}.*\n(?:\|.*\|\n)+(?:\n*<!-- \S+\.json(?:.|\n)*?-->\n)*"
@@ -250,7 +251,7 @@ def language_tables() -> list[str]:
     """The tables of docs/language.md, from the results kept in git."""
     run = Run(ROOT / LANGUAGE, f"{LANGUAGE}/")
     shown = [r for r in run.benchmark["rows"] if r["accept"] == "token"]
-    return [targets(run), drafters(run), speedups(run, shown), *costs(run)]
+    return [targets(run), drafters(run), equal_budgets(run), speedups(run, shown), *costs(run)]
 
 
 def drafters(run: Run) -> str:
@@ -266,6 +267,22 @@ def drafters(run: Run) -> str:
     mark += "".join(f"{r['name']} = rows[{r['name']}] : - | - | {scores}\n" for r in ablations["rows"] if "rows" not in r)
     mark += f"* = rows[*] : rows | steps | {scores}"
     return table("| drafter | training rows | steps | first draft right | 5 drafts | 8 drafts |", rows, mark)
+
+
+def equal_budgets(run: Run) -> str:
+    """Tokens per pass of variants of the attending adapter after equally many steps on 2,880 answers or fewer."""
+    ablations, rows = run.read("ablations/ablations_2880.json"), []
+    trained = [r for r in ablations["rows"] if "steps" in r and r["name"] != "adapter of the run"]
+    for r in trained:
+        five, eight = (r["tokens_per_pass"][length] for length in ("5", "8"))
+        paired = {"value": five.get("difference"), "ci95": five.get("difference_ci95")}
+        to_full = "" if r["name"] == "full" else rate_text(paired, 2)
+        rows.append([r["name"], f"{r['rows']:,}", f"{r['first_draft_right']:.3f}", rate_text(five, 2), rate_text(eight, 2), to_full])
+    scores = "rows | first_draft_right | tokens_per_pass/5 | tokens_per_pass/8"
+    mark = f"{run.name}ablations/ablations_2880.json, made {ablations['meta']['created']}\nfull = rows[full] : {scores} | -\n"
+    mark += f"* = rows[*] : {scores} | tokens_per_pass/5/difference, tokens_per_pass/5/difference_ci95"
+    header = "| variant | of training rows | first draft right | 5 drafts | 8 drafts | 5 drafts, paired difference to `full` |"
+    return table(header, rows, mark)
 
 
 def costs(run: Run) -> list[str]:
