@@ -251,38 +251,35 @@ def language_tables() -> list[str]:
     """The tables of docs/language.md, from the results kept in git."""
     run = Run(ROOT / LANGUAGE, f"{LANGUAGE}/")
     shown = [r for r in run.benchmark["rows"] if r["accept"] == "token"]
-    return [targets(run), drafters(run), equal_budgets(run), speedups(run, shown), *costs(run)]
+    counted = drafters(run, "ablations.json", "11,520"), drafters(run, "ablations_2880.json", "2,880", paired=True)
+    return [targets(run), *counted, speedups(run, shown), *costs(run)]
 
 
-def drafters(run: Run) -> str:
-    """Tokens per pass of tables and of variants of the attending adapter, on the texts of the test split."""
-    ablations = run.read("ablations/ablations.json")
-    rows = []
-    for r in ablations["rows"]:
-        found = [r["tokens_per_pass"][length] for length in ("5", "8")]
-        trained = [f"{r[key]:,}" if key in r else "" for key in ("rows", "steps")]
-        rows.append([r["name"], *trained, f"{r['first_draft_right']:.3f}", *(rate_text(f, 2) for f in found)])
-    mark = f"{run.name}ablations/ablations.json, made {ablations['meta']['created']}\n"
+def drafters(run: Run, file: str, answers: str, paired: bool = False) -> str:
+    """Tokens per pass of tables and of variants of the attending adapter, on the texts of the test split.
+
+    Args:
+        run: the run
+        file: of ablations/
+        answers: number of training answers, for the header
+        paired: with the difference to `full` at 5 draft tokens
+    """
+    ablations, rows, marks = run.read(f"ablations/{file}"), [], []
     scores = "first_draft_right | tokens_per_pass/5 | tokens_per_pass/8"
-    mark += "".join(f"{r['name']} = rows[{r['name']}] : - | - | {scores}\n" for r in ablations["rows"] if "rows" not in r)
-    mark += f"* = rows[*] : rows | steps | {scores}"
-    return table("| drafter | training rows | steps | first draft right | 5 drafts | 8 drafts |", rows, mark)
-
-
-def equal_budgets(run: Run) -> str:
-    """Tokens per pass of variants of the attending adapter after equally many steps on 2,880 answers or fewer."""
-    ablations, rows = run.read("ablations/ablations_2880.json"), []
-    trained = [r for r in ablations["rows"] if "steps" in r and r["name"] != "adapter of the run"]
-    for r in trained:
+    to_full = " | tokens_per_pass/5/difference, tokens_per_pass/5/difference_ci95"
+    for r in ablations["rows"]:
         five, eight = (r["tokens_per_pass"][length] for length in ("5", "8"))
-        paired = {"value": five.get("difference"), "ci95": five.get("difference_ci95")}
-        to_full = "" if r["name"] == "full" else rate_text(paired, 2)
-        rows.append([r["name"], f"{r['rows']:,}", f"{r['first_draft_right']:.3f}", rate_text(five, 2), rate_text(eight, 2), to_full])
-    scores = "rows | first_draft_right | tokens_per_pass/5 | tokens_per_pass/8"
-    mark = f"{run.name}ablations/ablations_2880.json, made {ablations['meta']['created']}\nfull = rows[full] : {scores} | -\n"
-    mark += f"* = rows[*] : {scores} | tokens_per_pass/5/difference, tokens_per_pass/5/difference_ci95"
-    header = "| variant | of training rows | first draft right | 5 drafts | 8 drafts | 5 drafts, paired difference to `full` |"
-    return table(header, rows, mark)
+        trained = [f"{r[key]:,}" if key in r else "" for key in ("rows", "steps")]
+        row = [r["name"], *trained, f"{r['first_draft_right']:.3f}", rate_text(five, 2), rate_text(eight, 2)]
+        if paired:
+            has = "difference" in five
+            row.append(rate_text({"value": five["difference"], "ci95": five["difference_ci95"]}, 2) if has else "")
+        rows.append(row)
+        mark = f"{'rows | steps' if 'rows' in r else '- | -'} | {scores}{to_full if paired and row[-1] else ''}"
+        marks.append(f"{r['name']} = rows[{r['name']}] : {mark}")
+    header = f"| with {answers} training answers | rows | steps | first draft right | 5 drafts | 8 drafts |"
+    made = f"{run.name}ablations/{file}, made {ablations['meta']['created']}"
+    return table(header + " 5 drafts, less `full` |" * paired, rows, "\n".join([made, *marks]))
 
 
 def costs(run: Run) -> list[str]:
