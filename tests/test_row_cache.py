@@ -58,17 +58,25 @@ def chained(number, **settings):
 @torch.inference_mode()
 def test_one_adapter_call_drafts_what_each_rows_own_drafter_drafts(ids):
     _, proposers = chained(3, draft_ids=ids)
-    texts, states, watch = [[4, 5, 6], [7, 8, 9], [10, 11, 12]], torch.randn(3, 9, 32).double(), Stopwatch()
+    texts, states, watch = [[4, 5, 6], [7, 8, 9], [10, 11, 12]], torch.randn(3, 13, 32).double(), Stopwatch()
     for proposer, prompt in zip(proposers, PROMPTS, strict=True):
         proposer.start(prompt, watch)
     rows, separate = drafter_of_rows(proposers), SeparateRows(proposers)
     assert isinstance(rows, ChainedRows)
-    for more in ([1, 1, 1], [4, 2, 1]):  # rows advance by different amounts
+    for more, room, kept in (  # rows advance by different amounts, then one leaves the batch
+        ([1, 1, 1], [3, 5, 4], [0, 1, 2]),
+        ([4, 2, 1], [3, 5, 4], [0, 1, 2]),
+        ([1, 4, 2], [3, 0, 4], [2, 1]),
+        ([1, 3], [4, 3], [0, 1]),
+    ):
         texts = [[*text, *range(20, 20 + n)] for text, n in zip(texts, more, strict=True)]
-        room = [3, 5, 4]
-        found, wanted = (drafter.propose(texts, states, room, watch) for drafter in (rows, separate))
+        known = states[:, : max(map(len, texts))]
+        found, wanted = (drafter.propose(texts, known, room, watch) for drafter in (rows, separate))
         for i, n in enumerate(room):
             assert found[i, :n].tolist() == wanted[i, :n].tolist()
+        for drafter in (rows, separate):
+            drafter.keep(kept)
+        texts, states = [texts[i] for i in kept], states[kept]
     assert not isinstance(drafter_of_rows([*chained(1)[1], *proposers]), ChainedRows)  # another adapter
 
 
