@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import replace
@@ -159,9 +160,9 @@ class Scripted(Proposer):
 class Floor(DraftLengthController):
     """Always drafts, above this floor."""
 
-    def __init__(self, floor: float) -> None:
+    def __init__(self, floor: float, limit: int = 99) -> None:
         super().__init__(0.9)
-        self.floor, self.told = floor, []
+        self.floor, self.limit, self.told, self.asked = floor, limit, [], []
 
     def next_confidence_floor(self):
         return self.floor
@@ -169,8 +170,9 @@ class Floor(DraftLengthController):
     def record_round(self, *what):
         self.told.append(what)
 
-    def max_draft_tokens(self, confidence_floor, has_confidence=True):
-        return 99
+    def max_draft_tokens(self, *asked):
+        self.asked.append(asked)
+        return self.limit
 
 
 @pytest.mark.parametrize(
@@ -190,9 +192,17 @@ class Floor(DraftLengthController):
 def test_a_trace_says_why_no_more_was_drafted(drafts, floor, has_confidence, wanted):
     target, prompt = as_decoder(tiny_llama(0)), prompt_of(*PROMPT)
     proposer = Scripted(drafts, has_confidence=has_confidence)
-    got = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=12, controller=Floor(floor))
-    assert got.rounds[0].stop_reason == wanted
+    controller = Floor(floor)
+    got = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=12, controller=controller)
+    assert got.rounds[0].stop_reason == wanted and controller.asked[0] == (floor, has_confidence)
     assert Scripted.has_confidence and not TableProposer.has_confidence
+
+
+@pytest.mark.parametrize("limit", [1, 2, 4, 9])
+def test_a_round_is_no_longer_than_its_controller_allows(limit):
+    target, prompt, proposer = as_decoder(tiny_llama(0)), prompt_of(*PROMPT), Unsure(1.0)
+    speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=9, controller=Floor(0.3, limit))
+    assert proposer.asked == [(n, min(4, limit, 8 - n), 0.3) for n, _, _ in proposer.asked] and proposer.asked[0][0] == 1
 
 
 def test_no_token_follows_a_drafted_end():
@@ -204,20 +214,34 @@ def test_no_token_follows_a_drafted_end():
     target, prompt = as_decoder(model), prompt_of(*PROMPT)
     wanted = greedy(target, prompt, MAX).token_ids
     assert wanted[-1] == EOS
-    for accept in ("token", "feature", "relaxed"):
 
-        class All(Scripted):
-            def propose(self, *args, **kwargs):
-                draft = super().propose(*args, **kwargs)
-                return replace(draft, predicted=lambda: target.head_weight[draft.token_ids])
+    class All(Scripted):
+        def propose(self, *args, **kwargs):
+            draft = super().propose(*args, **kwargs)
+            states = target.head_weight[draft.token_ids]
+            return replace(draft, predicted=lambda: states, logits=lambda: target.lm_head(states))
 
-        got = speculate(
-            target, All([*wanted[1:], 9, 9]), prompt, prompt, accept=accept, threshold=-1.0, num_draft_tokens=40, max_new_tokens=MAX
-        )
+    for accept in ("token", "feature", "relaxed", "typical", "kl"):
+        rule = {"accept": accept, "threshold": math.inf if accept == "kl" else -1.0}
+        got = speculate(target, All([*wanted[1:], 9, 9]), prompt, prompt, **rule, num_draft_tokens=40, max_new_tokens=MAX)
         last = got.rounds[-1]
+        assert {len(x) for x in (last.proposed, last.target_tokens, last.cosine, last.score or last.cosine)} == {len(wanted) - 1}
         assert got.token_ids == wanted and last.extra_token is None and last.num_accepted == len(wanted) - 1 == sum(last.accepted)
     got = speculate_batch(target, [Scripted([*wanted[1:], 9])], [prompt], [prompt], num_draft_tokens=40, max_new_tokens=MAX)
     assert got.token_ids == [wanted] and got.accepted == [[len(wanted) - 1]]
+
+
+def test_cosines_that_no_one_requests_are_computed_where_the_rule_compares_them():
+    model = tiny_llama(0)
+    target, prompt = as_decoder(model), prompt_of(*PROMPT)
+    aligned = ModelProposer(as_decoder(noisy_copy(model, 0.05)), lambda states: states, target.lm_head)
+    for accept in ("token", "typical", "feature", "relaxed", lambda drafts, own, cosine, threshold: cosine > threshold):
+        rounds = [
+            speculate(target, aligned, prompt, prompt, accept=accept, threshold=0.5, max_new_tokens=12, cosines=cosines).rounds
+            for cosines in (True, False)
+        ]
+        assert [r.accepted for r in rounds[0]] == [r.accepted for r in rounds[1]] and all(r.cosine for r in rounds[0][:-1])
+        assert [r.cosine for r in rounds[1]] == [None if accept in ("token", "typical") else r.cosine for r in rounds[0]]
 
 
 def test_the_previous_answer_is_learned_in_the_loop():
@@ -270,10 +294,10 @@ def test_the_pace_is_told_each_rounds_milliseconds(monkeypatch):
         prompts: tuple = ()
 
         def record_prefill(self, ms):
-            self.prompts += (("target", round(ms)),)
+            self.prompts += (("target", pytest.approx(ms, abs=1e-6)),)
 
         def record_draft_prefill(self, ms):
-            self.prompts += (("drafter", round(ms)),)
+            self.prompts += (("drafter", pytest.approx(ms, abs=1e-6)),)
 
         def next_confidence_floor(self):
             return None if len(self.told) == 2 else 0.1
@@ -283,7 +307,7 @@ def test_the_pace_is_told_each_rounds_milliseconds(monkeypatch):
     controller = Told(0.1)
     got = speculate(target, Costly(wanted[1:4], [9, 9], [wanted[8]]), prompt, prompt, controller=controller, max_new_tokens=12)
     assert controller.prompts == (("target", 1000), ("drafter", 300)) and got.token_ids == wanted[:12]
-    told = [(drafts, tokens, round(draft_ms), round(other)) for drafts, tokens, draft_ms, other in controller.told]
+    told = [pytest.approx(t, abs=1e-6) for t in controller.told]
     assert told[:4] == [(3, 4, 7, 100), (2, 1, 7, 100), (0, 2, 0, 200), (1, 2, 7, 100)]
     assert told[4:] and all(t == (0, 1, 7, 100) for t in told[4:-1])  # asked, and had no idea: that time is drafting's too
 
@@ -428,10 +452,10 @@ class Late(Floor):
         self.read = []
 
     def record_prefill(self, ms):
-        self.read.append(("target", round(ms)))
+        self.read.append(("target", pytest.approx(ms, abs=1e-6)))
 
     def record_draft_prefill(self, ms):
-        self.read.append(("drafter", round(ms)))
+        self.read.append(("drafter", pytest.approx(ms, abs=1e-6)))
 
     def next_confidence_floor(self):
         return 0.1 if self.told else None
@@ -443,13 +467,20 @@ def test_a_drafter_reads_its_prompt_when_it_is_first_asked(clock, reads_prompt):
     target, prompt, controller = slow_target(clock, ("step", 100), ("prefill", 1000)), prompt_of(*PROMPT), Late()
     proposer = Slow(clock, [9], [9], reads_prompt=reads_prompt)
     got = speculate(target, proposer, prompt, prompt, num_draft_tokens=2, max_new_tokens=4, controller=controller)
-    told = [(drafts, tokens, round(draft_ms), round(other)) for drafts, tokens, draft_ms, other in controller.told]
+    told = [pytest.approx(t, abs=1e-6) for t in controller.told]
     assert told[:2] == [(0, 1, 0, 100), (1, 1, 7, 100)] and controller.read == [("target", 1000), ("drafter", 300)]
     assert proposer.calls[:2] == ["start", "propose"] and proposer.calls[-1] == "finish" and proposer.calls.count("start") == 1
     assert got.rounds[0].stop_reason == "off" and got.rounds[0].ms == pytest.approx({"verify": 100})
     idle = Slow(clock, reads_prompt=reads_prompt)
-    speculate(target, idle, prompt, prompt, num_draft_tokens=2, max_new_tokens=2, controller=Late())
+    speculate(target, idle, prompt, prompt, num_draft_tokens=2, max_new_tokens=2, controller=Late(), overlap=reads_prompt)
     assert idle.calls == ([] if reads_prompt else ["start", "finish"])
+    early, idle = Late(), Slow(clock, reads_prompt=reads_prompt)
+    early.needs_prefill = True
+    speculate(target, idle, prompt, prompt, num_draft_tokens=2, max_new_tokens=2, controller=early)
+    assert idle.calls == ["start", "finish"]
+    free = Late()
+    speculate(target, Scripted(), prompt, prompt, num_draft_tokens=2, max_new_tokens=4, controller=free)
+    assert free.read == [("target", 1000), ("drafter", 0)] and free.told[1] == pytest.approx((0, 1, 0, 100), abs=1e-6)
 
 
 def test_passes_without_drafts_share_their_time(clock):
@@ -464,7 +495,7 @@ def test_passes_without_drafts_share_their_time(clock):
     target, prompt, controller = slow_target(clock, ("step", 100), ("prefill", 1000)), prompt_of(*PROMPT), Off()
     got = speculate(target, Slow(clock), prompt, prompt, num_draft_tokens=2, max_new_tokens=6, controller=controller)
     assert [(drafts, tokens) for drafts, tokens, _, _ in controller.told] == [(0, 3), (0, 2)] and got.passes == 5
-    assert [round(other) for *_, other in controller.told] == [300, 200]
+    assert [other for *_, other in controller.told] == pytest.approx([300, 200])
     assert [r.extra_token for r in got.rounds] == got.token_ids[1:6]
     assert all(
         r.ms == pytest.approx({"verify": 100}) and r.stop_reason == "off" and not r.recomputed and r.cosine is None for r in got.rounds
