@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,6 +134,20 @@ def test_a_table_is_told_of_an_answer_when_another_prompt_begins():
         proposer.start(prompt, watch)
         proposer.finish(answer)
     assert table.told == [("", [6]), ("", [7])]
+
+
+def test_an_answer_of_an_earlier_process_follows_those_of_this_one():
+    table, watch = Echo(0), Stopwatch()
+    proposer = TableProposer(table)
+    first, second = (replace(prompt_of(1), question=question) for question in ("first", "second"))
+    proposer.remember("before", [4])
+    assert table.told == [("before", [4])]
+    proposer.start(first, watch)
+    proposer.finish([5])
+    proposer.remember("after", (6, 7))
+    assert table.told[1:] == [("first", [5]), ("after", [6, 7])]
+    proposer.start(second, watch)
+    assert len(table.told) == 3, "each answer is told once"
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the best table

@@ -80,6 +80,17 @@ def test_a_tables_own_doubt_counts():
     assert [n for n, _, _ in model.asked] == [1]  # after the table's token the chance is below the floor: the model is not asked again
 
 
+@pytest.mark.parametrize(("confidence", "chance"), [(0.9, 0.9), (None, 1.0)])
+def test_the_model_goes_on_at_the_floor_divided_by_the_chance_so_far(confidence, chance):
+    """The model's first token, then the table's, then the model is asked again; without confidences its tokens count as certain."""
+    model = Unsure(0.9)
+    if confidence is None:
+        propose = model.propose
+        model.propose = lambda *given: replace(propose(*given), confidence=None)
+    assert drafted(HybridProposer(Sure({2: 50}, share=0.8), model, sure=0.5), floor=0.3, room=5) == [11, 50, 13, 14, 15]
+    assert model.asked == [(1, 5, 0.3), (3, 3, pytest.approx(0.3 / (chance * 0.8)))]
+
+
 @pytest.mark.parametrize(("floor", "length"), [(0.5, 2), (0.7, 1), (0.3, 3), (0.0, 5)])
 def test_two_drafts_of_confidence_point_6_are_below_a_floor_of_point_5(floor, length, monkeypatch):
     """The draft whose chance, with all before it, is below the floor is the last: .6 is not, .36 is."""
