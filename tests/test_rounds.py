@@ -246,7 +246,7 @@ def test_cosines_that_no_one_requests_are_computed_where_the_rule_compares_them(
     model = tiny_llama(0)
     target, prompt = as_decoder(model), prompt_of(*PROMPT)
     aligned = ModelProposer(as_decoder(noisy_copy(model, 0.05)), lambda states: states, target.lm_head)
-    for accept in ("token", "typical", "feature", "relaxed", lambda drafts, own, cosine, threshold: cosine > threshold):
+    for accept in ("token", "typical", "feature", "relaxed", lambda drafts, own, cosine, threshold: (cosine > threshold) | (drafts == own)):
         rounds = [
             speculate(target, aligned, prompt, prompt, accept=accept, threshold=0.5, max_new_tokens=12, cosines=cosines).rounds
             for cosines in (True, False)
@@ -336,6 +336,25 @@ class Stuck(Proposer):
             raise ArithmeticError("no events")
 
 
+def test_an_overlapping_drafter_reads_while_the_target_does_with_as_many_torch_threads():
+    target, prompt, begun, found = as_decoder(tiny_llama(0)), prompt_of(*PROMPT), threading.Event(), []
+    prefill, number = target.prefill, torch.get_num_threads()
+
+    class Reading(Scripted):
+        def start(self, prompt, watch):
+            found.append((begun.wait(5), torch.get_num_threads(), threading.current_thread() is threading.main_thread()))
+
+    target.prefill = lambda prompts: begun.set() or prefill(prompts)
+    try:
+        for threads in (1, 2):
+            begun.clear()
+            torch.set_num_threads(threads)
+            speculate(target, Reading(), prompt, prompt, overlap=True, max_new_tokens=2)
+    finally:
+        torch.set_num_threads(number)
+    assert found == [(True, 1, False), (True, 2, False)]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_target_that_fails_waits_for_its_drafter_and_both_are_heard(fails):
     target, prompt, proposer = as_decoder(tiny_llama(0)), prompt_of(*PROMPT), Stuck(fails)
@@ -349,6 +368,9 @@ def test_a_target_that_fails_waits_for_its_drafter_and_both_are_heard(fails):
         speculate(target, proposer, prompt, prompt, overlap=True)
     assert proposer.done and threading.active_count() == threads
     assert any("ArithmeticError: no events" in note for note in getattr(found.value, "__notes__", [])) is fails
+    with pytest.raises(MemoryError, match="the target's prompt") as found:
+        speculate(target, proposer, prompt, prompt)
+    assert not hasattr(found.value, "__notes__")
 
 
 def test_a_failing_drafter_is_raised_once_and_as_itself():
@@ -447,6 +469,7 @@ def test_the_whole_time_is_from_before_the_prompt_to_after_the_last_token(clock)
     assert got.total_ms == pytest.approx(1000 + 300 + 7 + 2 * 100 + 40) and got.decode_ms == pytest.approx(7 + 200 + 40)
     assert {k: round(v) for k, v in got.ms.items() if v > 1} == {"target_prefill": 1000, "draft_prefill": 300, "draft": 7, "verify": 200}
     assert got.spans[0][1:] == pytest.approx((0, 1000)) and got.spans[-1][2] == pytest.approx(1507)
+    assert [r.ms for r in got.rounds] == [pytest.approx({"draft": 7, "verify": 100})]
     batch = slow_target(clock, ("step", 100), ("prefill_encoded", 1000))
     found = speculate_batch(batch, [Slow(clock, alone.token_ids[1:4])], [prompt], [prompt], num_draft_tokens=3, max_new_tokens=6)
     assert found.token_ids == [alone.token_ids[:6]] and found.total_ms == pytest.approx(1000 + 100 + 300 + 7 + 2 * 100 + 40)
@@ -482,6 +505,8 @@ def test_a_drafter_reads_its_prompt_when_it_is_first_asked(clock, reads_prompt):
     assert told[:2] == [(0, 1, 0, 100), (1, 1, 7, 100)] and controller.read == [("target", 1000), ("drafter", 300)]
     assert proposer.calls[:2] == ["start", "propose"] and proposer.calls[-1] == "finish" and proposer.calls.count("start") == 1
     assert got.rounds[0].stop_reason == "off" and got.rounds[0].ms == pytest.approx({"verify": 100})
+    late = {"draft_prefill": 300} if reads_prompt else {}
+    assert got.rounds[1].ms == pytest.approx(late | {"draft": 7, "verify": 100})
     idle = Slow(clock, reads_prompt=reads_prompt)
     speculate(target, idle, prompt, prompt, num_draft_tokens=2, max_new_tokens=2, controller=Late(), overlap=reads_prompt)
     assert idle.calls == ([] if reads_prompt else ["start", "finish"])

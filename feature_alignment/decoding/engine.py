@@ -248,8 +248,7 @@ class Speculation:
             return [i < n for i in range(g)], None
         drafts = draft.token_ids[:g].to(verification.hidden.device)
         if self._rule == "token":
-            probs = None if draft.probs is None else draft.probs[:g]
-            accepted, token = self._selector.accept(drafts, probs, verification.scores[: g + 1], self.emitted)
+            accepted, token = self._selector.accept(drafts, draft.probs, verification.scores, self.emitted)
             return accepted.tolist(), int(token)
         if not g:
             return [], None

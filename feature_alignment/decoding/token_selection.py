@@ -80,8 +80,8 @@ class TokenSelector:
 
         Args:
             drafts: [g] int64
-            probs: [g, v], the distribution each was drawn from; None if none was drawn
-            scores: [g + 1, v], the target's processed logits at the position of each draft token and after the last one
+            probs: at least [g, v], the distribution each was drawn from; None if none was drawn
+            scores: at least [g + 1, v], the target's processed logits at the position of each draft token and after the last one
             text: token ids before the draft tokens
 
         Returns:
