@@ -363,6 +363,21 @@ def test_a_drafter_without_a_part_loses_nothing(part, monkeypatch):
         assert got.token_ids == greedy(target, prompt_of(*prompt), 30).token_ids
 
 
+@pytest.mark.parametrize("length", [1, 2, PROMPT, PROMPT + 1, PROMPT + 4])
+def test_a_drafter_reads_eventgpts_vision_and_the_end_of_the_targets_prompt(length):
+    """Every position of the prompt but the last with the input after it, up to `num_prompt` of them; one id more, for candidates."""
+    target, proposer = target_and_proposer(tiny_llama(0), an_adapter())
+    ids, n, asked = [1, *range(10, 9 + length)], min(length - 1, PROMPT), []
+    states, inputs = torch.randn(2, length, D)
+    proposer._folded.start = proposer._folded.read_prompt = lambda *given: asked.extend(given)
+    proposer.start(prompt := dataclasses.replace(prompt_of(*ids), question="Where?"), watch := Stopwatch())
+    proposer.read_target_prompt(prompt, ReadPrompt(states, inputs), watch)
+    events = proposer._draft.vision_states(prompt.ids[None], proposer._draft.encode_vision(prompt.pixels[None]))
+    wanted = events, states[length - 1 - n : length - 1], inputs[length - n :]
+    assert len(asked) == 3 and all(map(torch.equal, asked, wanted)) and list(watch.ms) == ["draft_prefill"]
+    assert proposer._prompt == target.text_ids(ids)[-PROMPT - 1 :] and proposer._question == tables.question_number("Where?")
+
+
 def test_only_known_ids_are_drafted():
     known = range(3, 12)
     target, proposer = target_and_proposer(tiny_llama(0), an_adapter(ids=known))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import prompt_of
 
+from feature_alignment.adapters import tables
+from feature_alignment.decoding import best_table
 from feature_alignment.decoding.baseline_drafters import Lookup, NGram, Previous, TableProposer, Template
 from feature_alignment.decoding.best_table import BestTable
 from feature_alignment.decoding.stopwatch import Stopwatch
@@ -133,6 +136,20 @@ def test_a_table_is_told_of_an_answer_when_another_prompt_begins():
     assert table.told == [("", [6]), ("", [7])]
 
 
+def test_an_answer_of_an_earlier_process_follows_those_of_this_one():
+    table, watch = Echo(0), Stopwatch()
+    proposer = TableProposer(table)
+    first, second = (replace(prompt_of(1), question=question) for question in ("first", "second"))
+    proposer.remember("before", [4])
+    assert table.told == [("before", [4])]
+    proposer.start(first, watch)
+    proposer.finish([5])
+    proposer.remember("after", (6, 7))
+    assert table.told[1:] == [("first", [5]), ("after", [6, 7])]
+    proposer.start(second, watch)
+    assert len(table.told) == 3, "each answer is told once"
+
+
 # ---------------------------------------------------------------------------------------------------------------------- the best table
 
 
@@ -159,6 +176,30 @@ def test_the_best_table_trusts_what_was_right_on_texts_that_it_did_not_hold():
     said = formulas(1, 99)[0][1]
     table, lookup = BestTable(formulas(40, 1)), Lookup()
     assert table.next_token("q", said[:7]) == said[7] == 4 and lookup.next_token("q", said[:7]) == said[3]
+
+
+@pytest.mark.parametrize(("number", "judged"), [(13, [0, 3, 6, 9, 12]), (4, [0, 1, 2, 3]), (1, [0])])
+def test_a_record_is_the_share_of_right_candidates_on_texts_of_the_other_half(monkeypatch, number, judged):
+    """Of at most five texts, evenly spread over both halves; then the candidate of the best record wins, the first of equal ones."""
+    monkeypatch.setattr(best_table, "MOST_JUDGED", 5)
+    texts, questions = random_texts(number, number), {"q": [0, 1], "r": [2, 2, 1], "s": []}
+    numbered = [tables.Answer("", tables.question_number(question), text) for question, text in texts]
+    table, half, seen, right = BestTable(iter(texts), questions.__getitem__), number // 2, Counter(), Counter()
+    for i in judged:
+        question, text = texts[i]
+        counts = tables.Counts(numbered[half:] if i < half else numbered[:half])
+        for t in range(1, len(text)):
+            for token, bucket in tables.candidates(counts, tables.question_number(question), questions[question], text[:t]):
+                seen[bucket] += 1
+                right[bucket] += token == text[t]
+    record = [right[bucket] / seen[bucket] if seen[bucket] else 0.0 for bucket in range(tables.BUCKETS)]
+    assert table._record == record and (number == 1 or max(record) > 0)
+    counts = tables.Counts(numbered)
+    for question, prefix in prefixes(number):
+        found = tables.candidates(counts, tables.question_number(question), questions[question], prefix)
+        valid = [(token, record[bucket]) for token, bucket in found if token != tables.NO_TOKEN]
+        best = max(share for _, share in valid)
+        assert table.next_token(question, prefix) == next(token for token, share in valid if share == best)
 
 
 def test_the_best_table_of_nothing_proposes_what_lookup_finds():

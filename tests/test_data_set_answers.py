@@ -94,6 +94,7 @@ def test_batches_give_the_answers_of_single_samples(tiny_run, whole, tmp_path, s
 
 def test_progress_shows_tokens_per_second_and_accepted_length_so_far(tiny_run, tmp_path, monkeypatch):
     shown: list[str] = []
+    steps: list[int] = []
 
     class Bar:
         def __init__(self, **about):
@@ -101,7 +102,7 @@ def test_progress_shows_tokens_per_second_and_accepted_length_so_far(tiny_run, t
 
         __enter__ = lambda self: self  # noqa: E731
         __exit__ = lambda *_: None  # noqa: E731
-        update = lambda *_: None  # noqa: E731
+        update = lambda _, n: steps.append(n)  # noqa: E731
         set_postfix_str = lambda _, text: shown.append(text)  # noqa: E731
 
     monkeypatch.setattr(answer_all, "progress", Bar)
@@ -110,7 +111,7 @@ def test_progress_shows_tokens_per_second_and_accepted_length_so_far(tiny_run, t
     for n, text in enumerate(shown, 1):
         totals = Totals().add(rows[:n])
         assert text.endswith(f"tokens/s, {totals.mean_accepted:.2f} accepted a round") and float(text.split()[0]) > 0
-    assert len(shown) == 3
+    assert len(shown) == 3 and steps == [1, 1, 1]
 
 
 def test_totals_are_sums_over_rows():

@@ -12,6 +12,8 @@ from feature_alignment.decoding.engine import Speculation
 from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ChainedProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.decoding.token_selection import TokenSelector
+from feature_alignment.models.generation import GenerationRules
 
 PROMPT = prompt_of(1, 5, 9, 13)
 READS = ("tolist", "item", "cpu", "numpy", "__int__", "__float__", "__bool__", "__index__", "__iter__", "__contains__")
@@ -99,8 +101,54 @@ def test_a_block_cut_at_the_floor_is_what_drafting_token_by_token_gives(floor):
     for one, block in zip(*found, strict=True):
         assert one.token_ids.tolist() == block.token_ids.tolist()
         torch.testing.assert_close(one.predicted(), block.predicted())
+        assert one.logits().shape == (len(one.token_ids), 64)
+        torch.testing.assert_close(one.logits(), block.logits())
         if floor:
             assert one.confidence == pytest.approx(block.confidence, rel=1e-5)
+
+
+def a_proposer(ids=None, blocks=False):
+    """That has begun a text."""
+    torch.manual_seed(1)
+    target = as_decoder(tiny_llama(1))
+    proposer = ChainedProposer(target, ChainedAdapter(32, 32, 1, 16).eval(), target.head_weight, target.embeddings, ids)
+    proposer._drafts_blocks = blocks
+    proposer.start(PROMPT, Stopwatch())
+    return proposer, torch.randn(4, 32)
+
+
+@torch.inference_mode()
+def test_a_block_has_one_of_few_lengths_at_least_twice_the_last_draft():
+    """At first 16. Where every token is certain all are drafted; where none is, the first alone."""
+    proposer, states = a_proposer(blocks=True)
+    draft_block, lengths, watch = proposer._confident_block, [], Stopwatch()
+
+    def block(tip, zeros):
+        lengths.append(len(zeros))
+        *rest, confidence = draft_block(tip, zeros)
+        return *rest, torch.full_like(confidence, certainty)
+
+    proposer._confident_block = block
+    calls = [(1.0, 99, 16), (1.0, 99, 32), (1.0, 5, 5), (1.0, 99, 16), (0.0, 99, 32), (0.0, 99, 4), (0.0, 3, 3), (1.0, 99, 4), (1.0, 99, 8)]
+    for certainty, asked, length in calls:
+        draft = proposer.propose([4, 5, 6, 7], states, asked, watch, 0.5)
+        assert lengths.pop() == length and len(draft.token_ids) == len(draft.confidence) == (length if certainty else 1)
+
+
+@pytest.mark.parametrize(("blocks", "floor"), [(False, 0.0), (False, 1e-30), (True, 1e-30)])
+@pytest.mark.parametrize("ids", [None, torch.arange(2, 64, 3)])
+@torch.inference_mode()
+def test_nothing_is_drafted_after_the_end_of_a_text(blocks, floor, ids):
+    """And a drafter of some ids has no distribution over all of them, unless it selects token by token."""
+    proposer, states = a_proposer(ids, blocks)
+    asked = [4, 5, 6, 7], states, 9, Stopwatch(), floor
+    whole = proposer.propose(*asked).token_ids.tolist()
+    assert len(whole) == 9 and (ids is None or {*whole} <= {*ids.tolist()})
+    end = whole[3]
+    proposer.selector = TokenSelector(GenerationRules({end, 1}))
+    draft = proposer.propose(*asked)
+    assert draft.token_ids.tolist() == whole[: whole.index(end) + 1]
+    assert (draft.logits is None) == (ids is not None and (blocks or not floor))
 
 
 def test_later_prompts_fill_the_buffers_that_a_captured_draft_reads():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import as_decoder, tiny_llama
 from test_sources import opened, save_adapter
+from torch.nn import functional as F
 
 from feature_alignment import SpeculativePair
 from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.adapters.folded import FoldedChain
 from feature_alignment.cli.config import parse_config
 from feature_alignment.decoding import draft_vocabulary
 from feature_alignment.decoding.draft_vocabulary import Candidate, best_size, coverages, sizes
@@ -24,6 +29,7 @@ def write_answers(out, *answers):
 def test_coverage_is_that_of_answers_that_were_not_counted():
     counted, held_out = [[5, 5, 7], [5, 9, 2]], [[5, 8, 2], [9, 9, 2]]
     assert coverages([*counted, *held_out], [2, 3, 64], ends=[2]) == [3 / 6, pytest.approx(3 / 6), pytest.approx(5 / 6)]
+    assert coverages([[5], [5]], [64], ends=[2]) == [1.0] and coverages([[5], []], [64], ends=[2]) == [0.0]
     assert sizes(1500) == [256, 512, 1024, 1500] and sizes(1024) == [256, 512, 1024] and sizes(64) == [64]
 
 
@@ -49,14 +55,50 @@ def test_the_expected_speed_is_its_closed_form():
 def test_auto_trims_the_head_only_where_it_pays(tmp_path, monkeypatch, caplog, cost_of_all, ids):
     monkeypatch.setattr(draft_vocabulary, "sizes", lambda vocab_size: [4, vocab_size])
     monkeypatch.setattr(draft_vocabulary, "draft_ms", lambda adapter, target, numbers, steps: [1.0, cost_of_all])
-    monkeypatch.setattr(draft_vocabulary, "step_ms", lambda target, question: 10.0)
+    monkeypatch.setattr(draft_vocabulary, "step_ms", lambda target, question: 10.0 if question == "q" else None)
+    asked, choose = [], draft_vocabulary.best_size
+    monkeypatch.setattr(draft_vocabulary, "best_size", lambda *given: asked.append(given) or choose(*given))
     caplog.set_level("INFO")
-    write_answers(tmp_path, [5, 9, 5, 7, 9, 5, 4, 7], [5, 9, 7])
+    write_answers(tmp_path, [5, 9, 5, 7, 9, 5, 4, 7], [5, 9, 7, 8])
     sources = opened(tmp_path, draft_vocabulary="auto")
+    sources._pair.target.eos_ids = {2, 64}  # one of them is not shared by both models
     save_adapter(sources.chained_path, ChainedAdapter(32, 32, 1, 16), [3], validation={"token_match": 0.9})
     found = sources.draft_ids
     assert (found if found is None else found.tolist()) == ids
-    assert ("auto: 4 of 64 ids, 100.00 %" if ids else "auto: all 64 ids") in caplog.text and "texts" in sources.files("chained")
+    assert ("auto: 4 of 64 ids, 75.00 %" if ids else "auto: all 64 ids") in caplog.text and "texts" in sources.files("chained")
+    sources.use_adapter(sources.chained_adapter, {})  # of unknown acceptance
+    assert sources._paying_vocabulary() == (4 if ids else 64)
+    assert asked == [([Candidate(4, 0.75, 1.0), Candidate(64, 0.75, cost_of_all)], acceptance, 10.0) for acceptance in (0.9, 0.8)]
+
+
+@torch.inference_mode()
+def test_a_timed_draft_token_is_one_of_one_prompt_with_a_head_of_so_many_ids(monkeypatch):
+    """However often it is drafted, it is the same token."""
+    torch.manual_seed(0)
+    target, adapter = as_decoder(tiny_llama(0)), ChainedAdapter(32, 32, 3, 16).eval()
+    captured, heads, contexts, expect = [], [], [], FoldedChain.expect
+    linear = lambda x, head, bias: heads.append((len(x), len(head), len(bias))) or F.linear(x, head, bias)  # noqa: E731
+    monkeypatch.setattr(draft_vocabulary, "F", SimpleNamespace(linear=linear))
+    monkeypatch.setattr(draft_vocabulary, "captured", lambda function, steps: captured.append(steps) or function)
+    monkeypatch.setattr(draft_vocabulary, "call_ms", lambda call, *_: [int(call()), int(call())])
+    monkeypatch.setattr(FoldedChain, "expect", lambda self, memory, seen: contexts.append(len(seen.keys)) or expect(self, memory, seen))
+    found = draft_vocabulary.draft_ms(adapter, target, [4, 64], "graphs")
+    assert captured == ["graphs"] * 2 and contexts == [1] * 4 and heads == [(1, 4, 4)] * 2 + [(1, 64, 64)] * 2
+    chain, z = FoldedChain(adapter, target.head_weight, target.embeddings), torch.ones(1, 16)
+    context = chain.context(adapter.encode_events(torch.ones(1, 3, 32)))
+    logits = chain.logits(chain.expect(chain.go_on(z, torch.zeros(1, dtype=torch.long), z), context))[0]
+    assert found == [[int(logits[:n].argmax())] * 2 for n in (4, 64)]
+
+
+def test_a_timed_pass_reads_one_token_after_the_question(monkeypatch):
+    """However often it is read."""
+    target, read = as_decoder(tiny_llama(0)), []
+    step = target.step
+    target.encode_prompt = lambda question: torch.tensor([1, *map(ord, question)])
+    target.step = lambda state, token: read.append((state.length, state.cache.get_seq_length(), token.shape)) or step(state, token)
+    monkeypatch.setattr(draft_vocabulary, "call_ms", lambda call, *_: [call() for _ in range(3)])
+    draft_vocabulary.step_ms(target, "\x05\x09")
+    assert read == [(3, 3, (1, 1))] * 3
 
 
 def test_auto_measures_this_pair_and_changes_no_text(tiny_run, monkeypatch, caplog, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import replace
@@ -77,6 +78,17 @@ def test_a_tables_own_doubt_counts():
     model = Unsure(0.9)
     drafted(HybridProposer(Sure({1: 50}, share=0.5), model, sure=0.5), floor=0.6)
     assert [n for n, _, _ in model.asked] == [1]  # after the table's token the chance is below the floor: the model is not asked again
+
+
+@pytest.mark.parametrize(("confidence", "chance"), [(0.9, 0.9), (None, 1.0)])
+def test_the_model_goes_on_at_the_floor_divided_by_the_chance_so_far(confidence, chance):
+    """The model's first token, then the table's, then the model is asked again; without confidences its tokens count as certain."""
+    model = Unsure(0.9)
+    if confidence is None:
+        propose = model.propose
+        model.propose = lambda *given: replace(propose(*given), confidence=None)
+    assert drafted(HybridProposer(Sure({2: 50}, share=0.8), model, sure=0.5), floor=0.3, room=5) == [11, 50, 13, 14, 15]
+    assert model.asked == [(1, 5, 0.3), (3, 3, pytest.approx(0.3 / (chance * 0.8)))]
 
 
 @pytest.mark.parametrize(("floor", "length"), [(0.5, 2), (0.7, 1), (0.3, 3), (0.0, 5)])
@@ -159,9 +171,9 @@ class Scripted(Proposer):
 class Floor(DraftLengthController):
     """Always drafts, above this floor."""
 
-    def __init__(self, floor: float) -> None:
+    def __init__(self, floor: float, limit: int = 99) -> None:
         super().__init__(0.9)
-        self.floor, self.told = floor, []
+        self.floor, self.limit, self.told, self.asked = floor, limit, [], []
 
     def next_confidence_floor(self):
         return self.floor
@@ -169,8 +181,9 @@ class Floor(DraftLengthController):
     def record_round(self, *what):
         self.told.append(what)
 
-    def max_draft_tokens(self, confidence_floor, has_confidence=True):
-        return 99
+    def max_draft_tokens(self, *asked):
+        self.asked.append(asked)
+        return self.limit
 
 
 @pytest.mark.parametrize(
@@ -190,9 +203,17 @@ class Floor(DraftLengthController):
 def test_a_trace_says_why_no_more_was_drafted(drafts, floor, has_confidence, wanted):
     target, prompt = as_decoder(tiny_llama(0)), prompt_of(*PROMPT)
     proposer = Scripted(drafts, has_confidence=has_confidence)
-    got = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=12, controller=Floor(floor))
-    assert got.rounds[0].stop_reason == wanted
+    controller = Floor(floor)
+    got = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=12, controller=controller)
+    assert got.rounds[0].stop_reason == wanted and controller.asked[0] == (floor, has_confidence)
     assert Scripted.has_confidence and not TableProposer.has_confidence
+
+
+@pytest.mark.parametrize("limit", [1, 2, 4, 9])
+def test_a_round_is_no_longer_than_its_controller_allows(limit):
+    target, prompt, proposer = as_decoder(tiny_llama(0)), prompt_of(*PROMPT), Unsure(1.0)
+    speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=9, controller=Floor(0.3, limit))
+    assert proposer.asked == [(n, min(4, limit, 8 - n), 0.3) for n, _, _ in proposer.asked] and proposer.asked[0][0] == 1
 
 
 def test_no_token_follows_a_drafted_end():
@@ -204,20 +225,34 @@ def test_no_token_follows_a_drafted_end():
     target, prompt = as_decoder(model), prompt_of(*PROMPT)
     wanted = greedy(target, prompt, MAX).token_ids
     assert wanted[-1] == EOS
-    for accept in ("token", "feature", "relaxed"):
 
-        class All(Scripted):
-            def propose(self, *args, **kwargs):
-                draft = super().propose(*args, **kwargs)
-                return replace(draft, predicted=lambda: target.head_weight[draft.token_ids])
+    class All(Scripted):
+        def propose(self, *args, **kwargs):
+            draft = super().propose(*args, **kwargs)
+            states = target.head_weight[draft.token_ids]
+            return replace(draft, predicted=lambda: states, logits=lambda: target.lm_head(states))
 
-        got = speculate(
-            target, All([*wanted[1:], 9, 9]), prompt, prompt, accept=accept, threshold=-1.0, num_draft_tokens=40, max_new_tokens=MAX
-        )
+    for accept in ("token", "feature", "relaxed", "typical", "kl"):
+        rule = {"accept": accept, "threshold": math.inf if accept == "kl" else -1.0}
+        got = speculate(target, All([*wanted[1:], 9, 9]), prompt, prompt, **rule, num_draft_tokens=40, max_new_tokens=MAX)
         last = got.rounds[-1]
+        assert {len(x) for x in (last.proposed, last.target_tokens, last.cosine, last.score or last.cosine)} == {len(wanted) - 1}
         assert got.token_ids == wanted and last.extra_token is None and last.num_accepted == len(wanted) - 1 == sum(last.accepted)
     got = speculate_batch(target, [Scripted([*wanted[1:], 9])], [prompt], [prompt], num_draft_tokens=40, max_new_tokens=MAX)
     assert got.token_ids == [wanted] and got.accepted == [[len(wanted) - 1]]
+
+
+def test_cosines_that_no_one_requests_are_computed_where_the_rule_compares_them():
+    model = tiny_llama(0)
+    target, prompt = as_decoder(model), prompt_of(*PROMPT)
+    aligned = ModelProposer(as_decoder(noisy_copy(model, 0.05)), lambda states: states, target.lm_head)
+    for accept in ("token", "typical", "feature", "relaxed", lambda drafts, own, cosine, threshold: (cosine > threshold) | (drafts == own)):
+        rounds = [
+            speculate(target, aligned, prompt, prompt, accept=accept, threshold=0.5, max_new_tokens=12, cosines=cosines).rounds
+            for cosines in (True, False)
+        ]
+        assert [r.accepted for r in rounds[0]] == [r.accepted for r in rounds[1]] and all(r.cosine for r in rounds[0][:-1])
+        assert [r.cosine for r in rounds[1]] == [None if accept in ("token", "typical") else r.cosine for r in rounds[0]]
 
 
 def test_the_previous_answer_is_learned_in_the_loop():
@@ -270,10 +305,10 @@ def test_the_pace_is_told_each_rounds_milliseconds(monkeypatch):
         prompts: tuple = ()
 
         def record_prefill(self, ms):
-            self.prompts += (("target", round(ms)),)
+            self.prompts += (("target", pytest.approx(ms, abs=1e-6)),)
 
         def record_draft_prefill(self, ms):
-            self.prompts += (("drafter", round(ms)),)
+            self.prompts += (("drafter", pytest.approx(ms, abs=1e-6)),)
 
         def next_confidence_floor(self):
             return None if len(self.told) == 2 else 0.1
@@ -283,7 +318,7 @@ def test_the_pace_is_told_each_rounds_milliseconds(monkeypatch):
     controller = Told(0.1)
     got = speculate(target, Costly(wanted[1:4], [9, 9], [wanted[8]]), prompt, prompt, controller=controller, max_new_tokens=12)
     assert controller.prompts == (("target", 1000), ("drafter", 300)) and got.token_ids == wanted[:12]
-    told = [(drafts, tokens, round(draft_ms), round(other)) for drafts, tokens, draft_ms, other in controller.told]
+    told = [pytest.approx(t, abs=1e-6) for t in controller.told]
     assert told[:4] == [(3, 4, 7, 100), (2, 1, 7, 100), (0, 2, 0, 200), (1, 2, 7, 100)]
     assert told[4:] and all(t == (0, 1, 7, 100) for t in told[4:-1])  # asked, and had no idea: that time is drafting's too
 
@@ -301,6 +336,25 @@ class Stuck(Proposer):
             raise ArithmeticError("no events")
 
 
+def test_an_overlapping_drafter_reads_while_the_target_does_with_as_many_torch_threads():
+    target, prompt, begun, found = as_decoder(tiny_llama(0)), prompt_of(*PROMPT), threading.Event(), []
+    prefill, number = target.prefill, torch.get_num_threads()
+
+    class Reading(Scripted):
+        def start(self, prompt, watch):
+            found.append((begun.wait(5), torch.get_num_threads(), threading.current_thread() is threading.main_thread()))
+
+    target.prefill = lambda prompts: begun.set() or prefill(prompts)
+    try:
+        for threads in (1, 2):
+            begun.clear()
+            torch.set_num_threads(threads)
+            speculate(target, Reading(), prompt, prompt, overlap=True, max_new_tokens=2)
+    finally:
+        torch.set_num_threads(number)
+    assert found == [(True, 1, False), (True, 2, False)]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_target_that_fails_waits_for_its_drafter_and_both_are_heard(fails):
     target, prompt, proposer = as_decoder(tiny_llama(0)), prompt_of(*PROMPT), Stuck(fails)
@@ -314,6 +368,9 @@ def test_a_target_that_fails_waits_for_its_drafter_and_both_are_heard(fails):
         speculate(target, proposer, prompt, prompt, overlap=True)
     assert proposer.done and threading.active_count() == threads
     assert any("ArithmeticError: no events" in note for note in getattr(found.value, "__notes__", [])) is fails
+    with pytest.raises(MemoryError, match="the target's prompt") as found:
+        speculate(target, proposer, prompt, prompt)
+    assert not hasattr(found.value, "__notes__")
 
 
 def test_a_failing_drafter_is_raised_once_and_as_itself():
@@ -412,6 +469,7 @@ def test_the_whole_time_is_from_before_the_prompt_to_after_the_last_token(clock)
     assert got.total_ms == pytest.approx(1000 + 300 + 7 + 2 * 100 + 40) and got.decode_ms == pytest.approx(7 + 200 + 40)
     assert {k: round(v) for k, v in got.ms.items() if v > 1} == {"target_prefill": 1000, "draft_prefill": 300, "draft": 7, "verify": 200}
     assert got.spans[0][1:] == pytest.approx((0, 1000)) and got.spans[-1][2] == pytest.approx(1507)
+    assert [r.ms for r in got.rounds] == [pytest.approx({"draft": 7, "verify": 100})]
     batch = slow_target(clock, ("step", 100), ("prefill_encoded", 1000))
     found = speculate_batch(batch, [Slow(clock, alone.token_ids[1:4])], [prompt], [prompt], num_draft_tokens=3, max_new_tokens=6)
     assert found.token_ids == [alone.token_ids[:6]] and found.total_ms == pytest.approx(1000 + 100 + 300 + 7 + 2 * 100 + 40)
@@ -428,10 +486,10 @@ class Late(Floor):
         self.read = []
 
     def record_prefill(self, ms):
-        self.read.append(("target", round(ms)))
+        self.read.append(("target", pytest.approx(ms, abs=1e-6)))
 
     def record_draft_prefill(self, ms):
-        self.read.append(("drafter", round(ms)))
+        self.read.append(("drafter", pytest.approx(ms, abs=1e-6)))
 
     def next_confidence_floor(self):
         return 0.1 if self.told else None
@@ -443,13 +501,22 @@ def test_a_drafter_reads_its_prompt_when_it_is_first_asked(clock, reads_prompt):
     target, prompt, controller = slow_target(clock, ("step", 100), ("prefill", 1000)), prompt_of(*PROMPT), Late()
     proposer = Slow(clock, [9], [9], reads_prompt=reads_prompt)
     got = speculate(target, proposer, prompt, prompt, num_draft_tokens=2, max_new_tokens=4, controller=controller)
-    told = [(drafts, tokens, round(draft_ms), round(other)) for drafts, tokens, draft_ms, other in controller.told]
+    told = [pytest.approx(t, abs=1e-6) for t in controller.told]
     assert told[:2] == [(0, 1, 0, 100), (1, 1, 7, 100)] and controller.read == [("target", 1000), ("drafter", 300)]
     assert proposer.calls[:2] == ["start", "propose"] and proposer.calls[-1] == "finish" and proposer.calls.count("start") == 1
     assert got.rounds[0].stop_reason == "off" and got.rounds[0].ms == pytest.approx({"verify": 100})
+    late = {"draft_prefill": 300} if reads_prompt else {}
+    assert got.rounds[1].ms == pytest.approx(late | {"draft": 7, "verify": 100})
     idle = Slow(clock, reads_prompt=reads_prompt)
-    speculate(target, idle, prompt, prompt, num_draft_tokens=2, max_new_tokens=2, controller=Late())
+    speculate(target, idle, prompt, prompt, num_draft_tokens=2, max_new_tokens=2, controller=Late(), overlap=reads_prompt)
     assert idle.calls == ([] if reads_prompt else ["start", "finish"])
+    early, idle = Late(), Slow(clock, reads_prompt=reads_prompt)
+    early.needs_prefill = True
+    speculate(target, idle, prompt, prompt, num_draft_tokens=2, max_new_tokens=2, controller=early)
+    assert idle.calls == ["start", "finish"]
+    free = Late()
+    speculate(target, Scripted(), prompt, prompt, num_draft_tokens=2, max_new_tokens=4, controller=free)
+    assert free.read == [("target", 1000), ("drafter", 0)] and free.told[1] == pytest.approx((0, 1, 0, 100), abs=1e-6)
 
 
 def test_passes_without_drafts_share_their_time(clock):
@@ -464,7 +531,7 @@ def test_passes_without_drafts_share_their_time(clock):
     target, prompt, controller = slow_target(clock, ("step", 100), ("prefill", 1000)), prompt_of(*PROMPT), Off()
     got = speculate(target, Slow(clock), prompt, prompt, num_draft_tokens=2, max_new_tokens=6, controller=controller)
     assert [(drafts, tokens) for drafts, tokens, _, _ in controller.told] == [(0, 3), (0, 2)] and got.passes == 5
-    assert [round(other) for *_, other in controller.told] == [300, 200]
+    assert [other for *_, other in controller.told] == pytest.approx([300, 200])
     assert [r.extra_token for r in got.rounds] == got.token_ids[1:6]
     assert all(
         r.ms == pytest.approx({"verify": 100}) and r.stop_reason == "off" and not r.recomputed and r.cosine is None for r in got.rounds

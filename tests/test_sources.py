@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import as_decoder, tiny_llama
 
+from feature_alignment.adapters import tables
+from feature_alignment.adapters.attending import AttendingAdapter
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.config import Common
@@ -53,6 +55,7 @@ def test_each_drafter_names_the_files_it_depends_on(tmp_path, chained):
         save_adapter(chain, ChainedAdapter(32, 32, 1, 16), [3])
     model = {"chained_adapter": chain} if chained else {"adapter": adapter}
     wanted = {"own": {}, "aligned": {"adapter": adapter}, "chained": {"chained_adapter": chain}, "lookup": {}}
+    wanted["attending"] = {"attending_adapter": tmp_path / "attending_adapter" / "adapter.pt"}
     wanted |= {name: {"texts": texts} for name in ("ngram", "template", "previous", "tables")} | {"hybrid": {**model, "texts": texts}}
     assert {name: sources.files(name) for name in wanted} == wanted
     assert opened(tmp_path).texts_path == tmp_path / "token_pairs" / "train.json"
@@ -67,6 +70,29 @@ def test_how_often_a_drafter_was_right_is_what_its_adapter_says(tmp_path):
     assert sources.known_acceptance("chained") == sources.known_acceptance("hybrid") == 0.75
     save_adapter(sources.adapter_path, hidden(0), [3])
     assert sources.known_acceptance("aligned") is None
+
+
+def test_an_adapter_that_is_given_must_fit_the_pair(tmp_path):
+    """Its widths, the event tokens it reads, and every token id that it may draft or that its table holds."""
+    sources = opened(tmp_path)
+    with pytest.raises(UserError, match="the hidden adapter maps states of width 16 to 32"):
+        sources.use_adapter(hidden(0, 16), {})
+    for adapter, problem in ((ChainedAdapter(32, 16, 1, 16), "width 16 to 32"), (ChainedAdapter(32, 32, 2, 16), "reads 2 event tokens")):
+        with pytest.raises(UserError, match=problem):
+            sources.use_adapter(adapter, {})
+    for drafted, in_table in ((64, 5), (5, 64), (63, 63)):
+        adapter = AttendingAdapter(32, 32, 1, num_ids=2, num_entries=1, width=8)
+        adapter.ids.copy_(torch.tensor([4, drafted]))
+        adapter.table.copy_(
+            torch.tensor([[1000] * (tables.CONTEXT + 1) + [in_table] + [1000] * (adapter.table.shape[1] - tables.CONTEXT - 2)])
+        )
+        if 64 in (drafted, in_table):
+            with pytest.raises(UserError, match="token ids up to 64; this pair has ids below 64"):
+                sources.use_adapter(adapter, {})
+    sources.use_adapter(adapter, {"validation": {"token_match": 0.5}})
+    assert sources.attending_adapter is adapter and sources.known_acceptance("attending") == 0.5
+    sources.use_adapter(given := hidden(1), {})
+    assert sources.adapter is given and sources.known_acceptance("aligned") is None
 
 
 def test_drafters_are_made_of_what_their_names_say(tmp_path):

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import main_of
+from conftest import as_decoder, main_of, prompt_of, tiny_llama
 
 from feature_alignment import SpeculativePair
 from feature_alignment.adapters import share
+from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.console import UserError
+from feature_alignment.decoding import speculative_pair
+from feature_alignment.decoding.generation import Generation, Round
+from feature_alignment.decoding.settings import DecodingConfig
+from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.pair import Pair
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +205,110 @@ def test_a_trimmed_draft_vocabulary_changes_no_text(clip, finished, pair):
     assert all(token in ids for r in answer.rounds for token in r.proposed) and any(r.proposed for r in answer.rounds)
     sampled = SpeculativePair.from_config(finished / "tiny.yaml", draft="chained", draft_vocabulary=3, temperature=1.0)
     assert all(token in ids for r in sampled.answer(**clip).rounds for token in r.proposed)
+
+
+@pytest.fixture
+def opened(monkeypatch, tmp_path):
+    """Opens a pair of tiny text models that drafts by EventGPT's own head, or by a table."""
+    monkeypatch.setattr(speculative_pair, "load_pair", lambda cfg: Pair(as_decoder(tiny_llama(0)), as_decoder(tiny_llama(1))))
+    trained = HiddenAdapter(32, 32, 8), {}
+    return lambda trial=True, draft="own", **settings: SpeculativePair(
+        DecodingConfig(output_dir=tmp_path, draft=draft, **settings), trained, trial
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"accept": "feature", "threshold": 0.7, "num_draft_tokens": 4, "max_new_tokens": 9, "overlap": True},
+        {"accept": "typical", "adaptive": True},
+        {"temperature": 0.5, "seed": 3},
+        {"temperature": 2.0, "seed": 4, "adaptive": True},
+    ],
+)
+def test_every_setting_reaches_the_decoding_loop(opened, monkeypatch, settings):
+    pair, calls = opened(**settings), []
+
+    class Recorded(Scripted):
+        def __init__(self, *given, **named):
+            super().__init__([5], iter([]))
+            calls.extend([*given, named])
+
+        prefill = lambda self, *given: calls.append(given)  # noqa: E731
+
+    monkeypatch.setattr(speculative_pair, "Speculation", Recorded)
+    monkeypatch.setattr(speculative_pair, "decode_plainly", lambda *given: given)
+    prompts, cfg = speculative_pair.Prompts(prompt_of(1, 5), prompt_of(1, 6)), pair.cfg
+    assert pair.decode(prompts).token_ids == [5]
+    *loop, sampler, controller, named, prefill = calls
+    rule = [cfg.accept, settings.get("threshold", 0.09 if cfg.accept == "typical" else 0.0), cfg.num_draft_tokens]
+    assert loop == [pair.target, pair.proposer, prompts.target, cfg.max_new_tokens, *rule] and named == {"cosines": True}
+    assert prefill == (prompts.draft, cfg.overlap) and (controller is not None) is cfg.adaptive and controller is pair._controller
+    *plain, own_sampler = pair.decode_plainly(prompts)
+    assert plain == [pair.target, prompts.target, cfg.max_new_tokens]
+    for used in (sampler, own_sampler):
+        found = used and (used.temperature, used._seed, used.shared_noise)
+        assert found == ((cfg.temperature, cfg.seed, cfg.adaptive) if cfg.temperature else None)
+
+
+def test_the_settings_of_generation_are_those_of_the_flags(opened):
+    flags = {"top_p": 0.5, "top_k": 7, "min_p": 0.25, "min_new_tokens": 3, "repetition_penalty": 1.5}
+    found = opened(**flags, stop=["."]).target.settings
+    assert {name: getattr(found, name) for name in flags} == flags and found.stop_strings == ["."]
+
+
+@pytest.mark.parametrize(("steps", "trial", "asked"), [("auto", True, "choose"), ("auto", False, "pack"), ("graphs", False, None)])
+def test_linear_layers_are_chosen_by_a_trial_or_packed_without_one(opened, monkeypatch, steps, trial, asked):
+    """Both models'; captured steps need neither."""
+    calls = []
+    monkeypatch.setattr(Decoder, "choose_linear", lambda self: calls.append(("choose", self)))
+    monkeypatch.setattr(Decoder, "pack_linear", lambda self: calls.append(("pack", self)))
+    pair = opened(trial=trial, steps=steps)
+    assert {pair.target.steps, pair.draft.steps} == {"eager" if steps == "auto" else steps}
+    assert calls == ([(asked, pair.target), (asked, pair.draft)] if asked else [])
+
+
+def test_a_batch_has_a_drafter_for_each_row_and_the_settings_of_the_pair(opened, monkeypatch):
+    calls = []
+    monkeypatch.setattr(speculative_pair, "speculate_batch", lambda *given, **named: calls.append((*given, named)))
+    pair = opened(draft="lookup", num_draft_tokens=4, max_new_tokens=9)
+    prompts = [speculative_pair.Prompts(prompt_of(1, n), prompt_of(1, 9, n)) for n in range(3)]
+    for n in (2, 3, 1):
+        pair.decode_batch(prompts[:n])
+        target, proposers, own, drafters, named = calls.pop()
+        assert target is pair.target and proposers[0] is pair.proposer and len({*proposers}) == n == len(proposers)
+        assert own == [p.target for p in prompts[:n]] and drafters == [p.draft for p in prompts[:n]]
+        assert named == {"num_draft_tokens": 4, "max_new_tokens": 9}
+    for settings in ({"accept": "typical"}, {"temperature": 0.5}, {"adaptive": True}):
+        with pytest.raises(ValueError, match="greedily, by tokens, at a fixed length"):
+            opened(draft="lookup", **settings).decode_batch(prompts)
+    assert not calls
+
+
+def test_an_answer_is_what_decoding_returned(opened, monkeypatch, tmp_path):
+    pair = opened(draft="lookup")
+    pair.target.tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens=False: f"{ids}, {skip_special_tokens}")
+    rounds = [Round([5, 6], [5, 7], [True, False], None, 7, False, {"verify": 2.0}, "length")]
+    made = Generation([4, 5, 7, 8], 2, 40.0, {"target_prefill": 20.0, "draft_prefill": 5.0, "verify": 10.0}, rounds)
+    samples = []
+    monkeypatch.setattr(pair, "prepare", lambda sample: samples.append(sample))
+    monkeypatch.setattr(pair, "decode", lambda prompts: made)
+    events, video = tmp_path / "e.npy", tmp_path / "v.mp4"
+    for path in (events, video):
+        path.touch()
+    answer = pair.answer(events=str(events), video=video, question="Where?")
+    stats = {"tokens_per_pass": 1.5, "passes": 2, "total_ms": 40.0, "decode_ms": 15.0, "ms": made.ms, "vision_reused": 0}
+    assert answer == speculative_pair.Answer("[4, 5, 7, 8], True", [4, 5, 7, 8], rounds, stats)
+    (sample,) = samples
+    assert (sample.id, sample.question, sample.events, sample.video) == ("v--e", "Where?", events, video)
+
+
+def test_settings_by_name_are_those_of_flags(monkeypatch, tmp_path):
+    found = []
+    monkeypatch.setattr(SpeculativePair, "__init__", lambda self, cfg: found.append(cfg))
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps({"feature_sd_inference": {"max_new_tokens": 7, "top_k": 5}, "common": {"seed": 9}}))
+    given = {"overlap": True, "stop": ["a b", "c"], "top_p": 0.5, "temperature": 0.5, "draft": "own", "max_new_tokens": 8}
+    SpeculativePair.from_config(config, **given, draft_layers=(1, 2))
+    wanted = given | {"draft_layers": [1, 2], "top_k": 5, "seed": 9}
+    assert {name: getattr(found[0], name) for name in wanted} == wanted

@@ -133,5 +133,6 @@ def test_an_untrained_adapter_fits_the_pair(tmp_path):
     assert made.adapter.geometry == {"d_draft": 32, "d_target": 32, "bottleneck": 256}
     for geometry in (made.chained_adapter.geometry, made.attending_adapter.geometry):
         assert (geometry["d_target"], geometry["d_event"], geometry["num_events"]) == (32, 16, 1)
+    assert made.attending_adapter.ids.tolist() == list(range(64)) and not made.attending_adapter.training
     with pytest.raises(UserError, match="train_hidden_adapter"):
         Sources(Pair(target, draft), Common(output_dir=tmp_path)).adapter  # noqa: B018

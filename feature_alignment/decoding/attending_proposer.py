@@ -32,14 +32,11 @@ class AttendingProposer(Proposer):
         self._draft, self._target = draft, target
         self._blind, self._num_prompt = "events" in adapter.without, adapter.num_prompt
         self._folded = FoldedAttending(adapter, target.head_weight, target.embeddings)
-        self._d_event = adapter.geometry["d_event"]
 
     @torch.inference_mode()
     def start(self, prompt: Prompt, watch: Stopwatch) -> None:
         """See `Proposer`."""
-        if self._blind:
-            self._folded.start(self._target.head_weight.new_empty(1, 0, self._d_event))
-        else:
+        if not self._blind:
             with watch("draft_prefill"):
                 self._folded.start(self._draft.vision_states(prompt.ids[None], self._draft.encode_vision(prompt.pixels[None])))
         self._verified = 0  # tokens cached with target states

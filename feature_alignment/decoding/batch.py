@@ -97,7 +97,7 @@ def speculate_batch(
         selectors = [TokenSelector.of(target, prompt) for prompt in prompts]
         first = most_likely([s.rules for s in selectors], target.lm_head(state.last), [[] for _ in prompts])
         batch = RowBatch(target, state, lengths, max_new_tokens + num_draft_tokens)
-        states = state.last.new_empty(len(prompts), max_new_tokens + num_draft_tokens + 1, target.hidden_size)
+        states = state.last.new_empty(len(prompts), max_new_tokens + num_draft_tokens, target.hidden_size)
         states[:, 0] = state.last
     everyone = rows = [Row(s, [token], []) for s, token in zip(selectors, first, strict=True)]
     drafter = _start(proposers, selectors, prompts, draft_prompts, state, watch) if num_draft_tokens else None
@@ -112,7 +112,8 @@ def speculate_batch(
                     drafter.keep(order)
         room = [min(num_draft_tokens, max_new_tokens - len(row.emitted) - 1) for row in rows]
         drafts = torch.empty(len(rows), 0, dtype=torch.long, device=target.device)
-        if drafter is not None and max(room) > 0:
+        if max(room) > 0:
+            assert drafter is not None  # there is no room without draft tokens
             drafts = drafter.propose([row.emitted for row in rows], states, room, watch)
         with watch("verify"):
             hidden, drafted, choices = _verify(target, batch, rows, drafts, room)

@@ -77,7 +77,7 @@ class Verification(NamedTuple):
         hidden: [g + 1, d_target], its hidden states
         scores: [g + 1, v], its processed logits
         proposed: [g] draft token ids, up to and including the first that ends the text
-        target_tokens: [g + 1] its own greedy token ids
+        target_tokens: its own greedy token ids, at least [g + 1]
         cosine: [g] of predicted and real states, or None
         score: [g] what a lossy rule compares with its threshold, or None
     """
@@ -222,7 +222,7 @@ class Speculation:
             if self._cosines and draft.predicted is not None:
                 cosine = cosine_per_position(draft.predicted()[:end], hidden[:end])
             score = rule_score(self._rule, drafts[:end], scores[:end], draft.logits, cosine)
-        return Verification(hidden, scores, proposed[:end], target_tokens[: end + 1], cosine, score)
+        return Verification(hidden, scores, proposed[:end], target_tokens, cosine, score)
 
     def _accept(self, draft: Draft, verification: Verification) -> Acceptance:
         """Apply the acceptance rule, and roll the target's cache back to the accepted tokens."""
@@ -248,8 +248,7 @@ class Speculation:
             return [i < n for i in range(g)], None
         drafts = draft.token_ids[:g].to(verification.hidden.device)
         if self._rule == "token":
-            probs = None if draft.probs is None else draft.probs[:g]
-            accepted, token = self._selector.accept(drafts, probs, verification.scores[: g + 1], self.emitted)
+            accepted, token = self._selector.accept(drafts, draft.probs, verification.scores, self.emitted)
             return accepted.tolist(), int(token)
         if not g:
             return [], None

@@ -78,8 +78,8 @@ class Sampler:
 
         Args:
             draft_ids: [g] int64
-            draft_probs: [g, v], the distribution each was drawn from; None: point masses
-            target_probs: [g + 1, v], the target's distribution at the position of each draft token and after the last one
+            draft_probs: at least [g, v], the distribution each was drawn from; None: point masses
+            target_probs: at least [g + 1, v], the target's distribution at the position of each draft token and after the last one
             position: of the first draft token in the text
 
         Returns:

@@ -148,7 +148,7 @@ class Sources:
         numbers = draft_vocabulary.sizes(target.vocab_size)
         costs = draft_vocabulary.draft_ms(self.chained_adapter, target, numbers, self._pair.draft.steps)
         coverages = draft_vocabulary.coverages([tokens for _, tokens in texts], numbers, self._ends)
-        candidates = [draft_vocabulary.Candidate(*row) for row in zip(numbers, [*coverages[:-1], 1.0], costs, strict=True)]
+        candidates = [draft_vocabulary.Candidate(*row) for row in zip(numbers, coverages, costs, strict=True)]
         acceptance = self.known_acceptance("chained") or UNKNOWN_ACCEPTANCE
         size, gain = draft_vocabulary.best_size(candidates, acceptance, draft_vocabulary.step_ms(target, texts[0][0]))
         chosen = next(c for c in candidates if c.size == size)

@@ -76,19 +76,16 @@ class TokenSelector:
         return Selected(self.sampler.draw(probs, len(text)), probs, float(probs[0].max()) if confidence else 1.0, scores)
 
     def accept(self, drafts: Tensor, probs: Tensor | None, scores: Tensor, text: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Apply the token rule to the draft tokens of a round.
+        """Apply the token rule to the draft tokens of a round of sampling.
 
         Args:
             drafts: [g] int64
-            probs: [g, v], the distribution each was drawn from; None if none was drawn
-            scores: [g + 1, v], the target's processed logits at the position of each draft token and after the last one
+            probs: at least [g, v], the distribution each was drawn from; None if none was drawn
+            scores: at least [g + 1, v], the target's processed logits at the position of each draft token and after the last one
             text: token ids before the draft tokens
 
         Returns:
             accepted [g] bool, and the target's token after the accepted ones, []
         """
-        if self.sampler is not None:
-            return self.sampler.accept(drafts, probs, self.sampler.probs(scores, self.rules.warpers), len(text))
-        target_tokens = scores.argmax(-1)
-        accepted = (drafts == target_tokens[:-1]).cumprod(0).bool()
-        return accepted, target_tokens[int(accepted.sum())]
+        assert self.sampler is not None  # greedy decoding compares token ids
+        return self.sampler.accept(drafts, probs, self.sampler.probs(scores, self.rules.warpers), len(text))
