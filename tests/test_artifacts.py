@@ -385,6 +385,22 @@ def test_notes_reach_the_disk_after_the_states_and_whole(tmp_path, monkeypatch):
         fill(writer, (2,))
 
 
+def test_states_are_written_whole_where_a_call_writes_a_part(tmp_path, monkeypatch):
+    """And a complete run holds its files and no others, its rows the keys they were written with and their hashes."""
+    fill(whole := open_writer(tmp_path / "whole"), range(5))
+    whole.finish(META)
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda stream, data, at: pwrite(stream, data[:7], at))
+    fill(writer := open_writer(tmp_path / "a"), range(5))
+    writer.finish(META)
+    for name in FILES:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {*FILES, "meta.json"}
+    rows = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").read_text().splitlines()]
+    assert [{key: value for key, value in row.items() if key != "sha256"} for row in rows] == entries()
+    assert all(set(row["sha256"]) == {DRAFT, TARGET} for row in rows)
+
+
 def test_room_is_what_rows_take_and_a_disk_has(tmp_path, monkeypatch):
     assert row_bytes([(5, 6), (3, 2)], torch.bfloat16) == 2 * (30 + 6)
     monkeypatch.setattr(hidden_states_writer.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100))
@@ -482,9 +498,9 @@ def test_what_follows_from_something_wrong_is_followed_to_the_end(tmp_path):
     assert found["acceptance/acceptance.json"] == "made from source 0, which is not what it was"
 
 
-def shard(tmp_path, number, rows, total=5):
-    """One of two shards of the rows that `fill` writes."""
-    folder = tmp_path / f"train.shard-{number}-of-2"
+def shard(tmp_path, number, rows, total=5, shards=2):
+    """One of several shards of the rows that `fill` writes."""
+    folder = tmp_path / f"train.shard-{number}-of-{shards}"
     begin_run(folder, made_with(), "", resume=True)
     writer = HiddenStatesWriter(folder, len(rows), {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
     for place, i in enumerate(rows):
@@ -494,7 +510,7 @@ def shard(tmp_path, number, rows, total=5):
         texts = {"egpt_tokens": [4], "egpt_text": "e", "vl_tokens": [5], "vl_text": "v"}
         writer.write(place, states, list(range(10, 10 + n)), entries(total)[i] | texts)
     writer.commit()
-    settings = {"a": 1, "shard": f"{number}/2"}
+    settings = {"a": 1, "shard": f"{number}/{shards}"}
     writer.finish(META | RunIdentity(settings, {}, {}).as_dict() | {"rows": len(rows)})
     return folder
 
@@ -553,6 +569,39 @@ def test_a_killed_merge_goes_on_and_a_damaged_row_is_refused(tmp_path, monkeypat
         merge(tmp_path)
 
 
+def test_a_single_shard_makes_the_whole_where_there_is_room(tmp_path, monkeypatch):
+    save_pt(tmp_path / "vl_lm_head.pt", torch.ones(2))
+    shard(tmp_path, 1, [2, 0, 1], 3, shards=1)
+    needed = 3 * 5 * (6 + 4) * 4
+    with monkeypatch.context() as patch:
+        patch.setattr(hidden_states_writer.shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
+        with pytest.raises(UserError, match=f"may need {needed} bytes, its disk has {needed - 1} free"):
+            merge(tmp_path, 3)
+        assert not (tmp_path / "train.unfinished").exists()
+        patch.setattr(hidden_states_writer.shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed))
+        merge(tmp_path, 3)
+    finished_run(tmp_path / "whole", 3)
+    for name in (DRAFT, TARGET, "positions.pt"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "train" / name).read_bytes()
+    assert read_json(tmp_path / "train" / "meta.json", "")["merged_shards"] == 1
+
+
+def test_a_merge_replaces_a_whole_of_other_settings_only_if_asked(tmp_path):
+    """A whole that loses fewer than half of its rows is replaced in any case."""
+    save_pt(tmp_path / "vl_lm_head.pt", torch.ones(2))
+    shard(tmp_path, 1, [0, 1, 2, 3], 4, shards=1)
+    finished_run(tmp_path / "train", 5)
+    merge(tmp_path, 4)
+    assert read_json(tmp_path / "train" / "meta.json", "")["rows"] == 4
+    fill(writer := open_writer(tmp_path / "train", {"a": 3}, resume=False), range(5))
+    writer.finish(META | made_with(a=3).as_dict())
+    with pytest.raises(UserError, match=r"(?s)a: 3 → 1.*--no_resume"):
+        merge(tmp_path, 4)
+    assert read_json(tmp_path / "train" / "meta.json", "")["settings"] == {"a": 3}
+    merge(tmp_path, 4, resume=False)
+    assert read_json(tmp_path / "train" / "meta.json", "")["settings"] == {"a": 1}
+
+
 @pytest.mark.parametrize(("text", "found"), [("1/1", (1, 1)), ("2/3", (2, 3)), ("3/3", (3, 3)), (None, (1, 1)), ("", (1, 1))])
 def test_a_shard_is_one_of_several(text, found):
     assert parse_shard(text, False) == found and shard_name("train", 2, 3) == "train.shard-2-of-3"
@@ -595,6 +644,8 @@ def test_half_of_the_rows_may_be_lost_unasked_and_no_more(tmp_path):
     code = RunIdentity({"a": 1}, {}, {"m": "c"})
     with pytest.raises(UserError, match=r"(?s)code: m changed.*keep them with --ignore_code"):
         refuse_changes(tmp_path / "a", code, old, False)
+    with pytest.raises(UserError, match=r"(?s)a: 1 → 2.*code: m changed.*give the old values"):
+        refuse_changes(tmp_path / "a", RunIdentity({"a": 2}, {}, {"m": "c"}), old, False)
     refuse_changes(tmp_path / "a", code, old, False, ignore_code=True)
     refuse_changes(tmp_path / "nothing", code, old, False)
     begin_run(tmp_path / "a", made_with(a=3), plan_hash(old), resume=False)  # an unfinished run is there to replace the complete one
@@ -627,6 +678,46 @@ def test_rows_of_a_batch_that_is_unchanged_are_copied_under_their_new_names(tmp_
     caplog.clear()
     copy_unchanged_rows(writer, made_with(a=1), rows)
     assert "0 rows whose" in caplog.text and writer.done == {0, 2}  # again: they are there
+
+
+@pytest.mark.parametrize(("harm", "said"), [("none", "5 rows whose"), ("all", "0 rows whose"), ("gone", "")])
+def test_the_log_counts_copied_and_damaged_rows(tmp_path, caplog, harm, said):
+    """Nothing is logged about a folder without an earlier run."""
+    caplog.set_level("INFO")
+    path = tmp_path / "a"
+    if harm != "gone":
+        finished_run(path)
+    if harm == "all":
+        data, at = bytearray((path / TARGET).read_bytes()), storage_offset(path / TARGET)
+        for row in range(5):
+            data[at + row * 5 * 4 * 4] ^= 1
+        (path / TARGET).write_bytes(data)
+    begin_run(path, made_with(a=1), plan_hash(entries()), resume=True)
+    writer = HiddenStatesWriter(path, 5, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
+    copy_unchanged_rows(writer, made_with(a=1), entries())
+    assert len(writer.done) == (5 if harm == "none" else 0)
+    assert said in caplog.text if said else "kept" not in caplog.text
+
+
+def test_a_run_killed_while_it_copies_keeps_the_rows_copied_so_far(tmp_path, monkeypatch):
+    path, copy = tmp_path / "a", HiddenStatesWriter.copy
+    finished_run(path)
+    write_json(path / "settings.json", {"plan": "of a run killed between its last two steps"})
+    begin_run(path, made_with(a=1), plan_hash(entries()), resume=True)
+    writer = HiddenStatesWriter(path, 5, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
+    monkeypatch.setattr("feature_alignment.storage.earlier_rows._TOGETHER", 2)
+
+    def killed(self, row, *more):
+        if row == 3:
+            raise KeyboardInterrupt
+        copy(self, row, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(HiddenStatesWriter, "copy", killed)
+        copy_unchanged_rows(writer, made_with(a=1), entries())
+    assert rows_done(path) == {0, 1, 2}
+    copy_unchanged_rows(writer, made_with(a=1), entries())
+    assert rows_done(path) == {0, 1, 2, 3, 4}
 
 
 def test_rows_are_copied_from_the_complete_run_and_from_every_unfinished_one(tmp_path):
