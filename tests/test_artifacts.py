@@ -385,6 +385,18 @@ def test_notes_reach_the_disk_after_the_states_and_whole(tmp_path, monkeypatch):
         fill(writer, (2,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_states_are_stored_in_the_number_format_of_the_run(tmp_path, dtype):
+    begin_run(tmp_path / "a", made_with(), "", resume=True)
+    writer = HiddenStatesWriter(tmp_path / "a", 2, {DRAFT: (5, 6), TARGET: (5, 4)}, dtype)
+    fill(writer, range(2))
+    writer.finish(META)
+    found = load_hidden_states(tmp_path / "a")
+    assert found.draft.dtype == found.target.dtype == dtype
+    torch.manual_seed(1)
+    assert torch.equal(found.draft[1, :3], torch.randn(3, 6).to(dtype)) and not found.draft[1, 3:].any()
+
+
 def test_states_are_written_whole_where_a_call_writes_a_part(tmp_path, monkeypatch):
     """And a complete run holds its files and no others, its rows the keys they were written with and their hashes."""
     fill(whole := open_writer(tmp_path / "whole"), range(5))
