@@ -62,8 +62,15 @@ def test_an_unfinished_file_is_recorded_as_such_and_goes_on(tmp_path):
     assert meta["rows"] == 3 and not meta["files"] and first.todo == [True, False, True]
     again = AnswersFile(path, IDENTITY, groups(3))
     assert again.todo == [True, False, True] and not again.is_complete and again.meta["settings"] == {"a": 1}
-    again.begin(again.meta)
-    assert read_rows(path) == [row(1)]
+    again.append([row(2), row(0, error="broken")])
+    last = AnswersFile(path, IDENTITY, groups(3))
+    last.begin(last.meta)
+    assert read_rows(path) == last.ordered_rows == [row(1), row(2)]  # a sample that failed is forgotten
+    last.append([row(0)])
+    assert not AnswersFile(path, IDENTITY, groups(3)).is_complete  # it was killed before it could say so
+    whole = AnswersFile(path, IDENTITY, groups(4, 2), resume=False)
+    whole.append([row(1), row(2), row(3)])
+    assert whole.todo == [True, False]  # of the first group, a row is missing
 
 
 def test_lines_that_are_no_rows_are_named_and_left_out(tmp_path, caplog):

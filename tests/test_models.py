@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_decoder, prompt_of, tiny_llama
+from transformers import DynamicCache
 
 from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.inputs.video import NUM_FRAMES
-from feature_alignment.models import eventgpt, loading, pair, preprocessing, video_llava
+from feature_alignment.models import eventgpt, loading, pair, preprocessing, tree_attention, video_llava
 from feature_alignment.models.batches import _common_prefix, _keep_rows, _Texts, _truncated_to, _with_room
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.eventgpt import EventGPTConfig, EventGPTForCausalLM, load_eventgpt
-from feature_alignment.models.state import position_limit
+from feature_alignment.models.state import State, position_limit
 
 PROMPTS = [(1, 5, 9, 13), (1, 40, 3, 8), (1, 7, 7, 20), (1, 9, 33, 4)]
 
@@ -133,6 +134,47 @@ def test_texts_end_with_their_end_or_at_the_limit():
     assert model.generate(state, 9) == single and model.generate(state, 9) == single
     assert state.length == length and torch.equal(state.last, last)
     assert model.generate(state, 1) == [text[:1] for text in single]
+
+
+@pytest.mark.parametrize(
+    ("usual", "mask", "device", "wanted"),
+    [
+        ("sdpa", None, "cpu", "sdpa"),
+        ("sdpa", torch.bool, "cpu", "sdpa"),
+        ("sdpa", torch.float32, "cpu", tree_attention.NAME),
+        ("sdpa", torch.float32, "meta", "sdpa"),
+        ("eager", torch.bool, "cpu", "sdpa"),
+        ("eager", torch.float32, "cpu", "eager"),
+        ("flash_attention_2", None, "cpu", "flash_attention_2"),
+        ("flash_attention_2", torch.bool, "cpu", "sdpa"),
+        ("flash_attention_2", torch.float32, "cpu", "sdpa"),
+    ],
+)
+def test_the_attention_function_is_one_that_takes_the_mask(usual, mask, device, wanted):
+    """Only sdpa takes a boolean mask, flash takes none of four dimensions, and on a CPU an additive one has a function of its own."""
+    decoder, seen = as_decoder(tiny_llama(0)), []
+
+    class Layers:
+        config = decoder.llama.config
+
+        def __call__(self, **inputs):
+            seen.append(self.config._attn_implementation)
+            return SimpleNamespace(last_hidden_state=torch.zeros(1, 2, 32))
+
+    decoder.llama = Layers()
+    decoder.llama.config._attn_implementation = usual
+    layout = {} if mask is None else {"attention_mask": torch.zeros(1, 1, 2, 2, dtype=mask, device=device)}
+    decoder.step(State(DynamicCache(), torch.zeros(1, 32), 0), torch.tensor([[5, 6]]), **layout)
+    assert seen == [wanted] and decoder.llama.config._attn_implementation == usual
+
+
+def test_the_states_of_a_whole_prompt_are_kept_of_a_single_layer_alone():
+    """Of several layers they would fill memory; the last one is all that decoding needs."""
+    prompt = prompt_of(*PROMPTS[0])
+    for taps, kept in ((None, 4), ([1], 4), ([1, 2], 1)):
+        state = as_decoder(tiny_llama(0), taps).prefill([prompt])
+        assert state.prompt.shape == (1, kept, 32 * len(taps or [2])) and torch.equal(state.prompt[:, -1], state.last)
+        assert state.inputs.shape == (1, 4, 32) and state.length == 4
 
 
 @pytest.mark.parametrize("ends", [0, 3, 8])
@@ -339,9 +381,39 @@ def test_the_check_computes_prompt_length_and_memory(tiny_run):
         assert found["cache_bytes"] == per_token * (found["prompt_tokens"] + 64)
         assert (found["layers"], found["hidden_size"]) == (3, 32) == (text.num_hidden_layers, text.hidden_size)
         assert found["vision_tokens"] == model.vision_tokens and found["embedding_rows"] == len(model.llama.embed_tokens.weight)
-        assert found["weight_bytes"] == 4 * found["parameters"]
+        assert found["weight_bytes"] == 4 * found["parameters"] and found["weights"] == "complete"
+        assert found["layer_bytes"] == 4 * sum(p.numel() for p in model.llama.layers[0].parameters())
         needed += found["weight_bytes"] + found["cache_bytes"]
     assert report["needed_bytes"] == needed
+
+
+def test_the_check_reads_no_weights_whatever_the_flags(tiny_run, monkeypatch):
+    cfg = parse_config(Common, ["--config", str(tiny_run / "tiny.yaml"), "--device_map", "auto", "--quantize", "nf4"], "models/pair")
+    opened = []
+    for name in ("open_draft", "open_target"):
+        usual = getattr(pair, name)
+        monkeypatch.setattr(pair, name, lambda cfg, usual=usual: (opened.append(usual(cfg)), opened[-1])[1])
+    pair.check_pair(cfg)
+    assert [{p.device.type for p in checkpoint.model.parameters()} for checkpoint in opened] == [{"meta"}, {"meta"}]
+
+
+def test_a_loaded_model_is_probed_with_one_blank_image_and_two_tokens(tmp_path):
+    asked = []
+
+    def step(state, ids):
+        asked.append((state.length, state.cache.get_seq_length(), ids.tolist()))
+        return torch.zeros(1, 2, 8)
+
+    def encode(pixels):
+        asked.append((tuple(pixels.shape), bool(pixels.any())))
+        return torch.zeros(1, 3, 8)
+
+    decoder = SimpleNamespace(encode_vision=encode, step=step, llama=tiny_llama(0).model, device=torch.device("cpu"))
+    assert pair._probed(decoder, tmp_path, 48) is decoder
+    assert asked == [((1, 1, 3, 48, 48), False), (0, 0, [[1, 1]])]
+    for name, wrong in (("encode_vision", torch.full((1, 3, 8), torch.nan)), ("step", torch.full((1, 2, 8), torch.inf))):
+        with pytest.raises(UserError, match="not finite"):
+            pair._probed(SimpleNamespace(**vars(decoder) | {name: lambda *_, wrong=wrong: wrong}), tmp_path, 48)
 
 
 def test_finding_a_checkpoint_checks_it(tmp_path):
@@ -449,6 +521,19 @@ def test_a_model_goes_straight_to_where_it_runs(monkeypatch, tmp_path, asked, wa
     assert (cls, path, what, config) == (int, tmp_path, "a model", "c") and promised == [(int, tmp_path, "a model", "c")]
     assert options == {"dtype": torch.float16, "attn_implementation": "sdpa"} | wanted and found is model and not model.training
     assert checked == ([] if asked.get("device") == "meta" else [asked.get("device", "cpu")])
+
+
+def test_loading_a_model_says_nothing_of_its_own(monkeypatch, tmp_path):
+    model, logging = torch.nn.Linear(2, 2), loading.transformers_logging
+    monkeypatch.setattr(loading, "load_complete", lambda *_, **__: model)
+    monkeypatch.setattr(loading, "_refuse_missing_weights", lambda *_: None)
+    usual = logging.get_verbosity()
+    logging.set_verbosity_info(), logging.enable_progress_bar()
+    try:
+        loading.load_model(int, tmp_path, "a model", dtype=torch.float32)
+        assert logging.get_verbosity() == logging.ERROR and not logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(usual)
 
 
 def test_a_model_of_which_a_part_fits_nowhere_is_refused(monkeypatch, tmp_path):
@@ -574,6 +659,9 @@ def test_a_pair_that_does_not_fit_into_memory_is_refused_after_its_table(monkeyp
     else:
         with pytest.raises(UserError, match=r"the pair needs 3\.00 GiB and cpu has 3\.00 GiB free.*--quantize nf4"):
             pair.main([])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(UserError, match="sees no GPU"):  # rather than that 0 bytes are free there
+            pair.main(["--device", "cuda"])
         said = capsys.readouterr().out
         lines = ("layers", "1,003", "weights as float32", "1.00 GiB", "cache of one prompt and 64 tokens", "0.50 GiB", "3.00 GiB")
         assert all(line in said for line in lines)

@@ -173,6 +173,19 @@ def test_a_template_without_the_marker_or_the_question_is_refused(altered, name,
         prompt(name, tokenizer)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_template_that_fails_is_quoted_by_the_first_line_of_its_first_error(altered, name):
+    """Each form of the message is tried: a text and a list of parts."""
+    first, second = ("is not string", "is string") if name == "video_llava" else ("is string", "is not string")
+    long = "x" * 200
+    template = (
+        f"{{% if messages[0]['content'] {first} %}}{{{{ raise_exception('\n{long}\nmore') }}}}{{% endif %}}"
+        f"{{% if messages[0]['content'] {second} %}}{{{{ raise_exception('later') }}}}{{% endif %}}"
+    )
+    with pytest.raises(UserError, match=rf"and the question \({'x' * 160}\)\. Take"):
+        prompt(name, load_tokenizer(altered(name, chat_template=template)))
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
 def test_a_damaged_template_file_is_named(altered, content):
     with pytest.raises(UserError, match=r"chat_template\.json: .*expected an object with chat_template"):
