@@ -371,6 +371,17 @@ def test_a_row_that_is_not_what_was_noted_is_done_again(tmp_path, damage):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
 
+@pytest.mark.parametrize("noted", [[0], [0, 1, 2], [0, 1, 2, 3, 4]])
+def test_the_last_row_that_was_noted_is_checked_as_well(tmp_path, noted):
+    fill(writer := open_writer(tmp_path / "a"), noted)
+    writer.close()
+    path = tmp_path / "a.unfinished" / DRAFT
+    data = bytearray(path.read_bytes())
+    data[storage_offset(path) + noted[-1] * 5 * 6 * 4] ^= 1
+    path.write_bytes(data)
+    assert open_writer(tmp_path / "a").done == set(noted[:-1]) == rows_done(tmp_path / "a")
+
+
 def test_notes_reach_the_disk_after_the_states_and_whole(tmp_path, monkeypatch):
     writer, done = open_writer(tmp_path / "a"), []
     sync, write = os.fdatasync, os.write
