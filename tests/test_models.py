@@ -166,6 +166,9 @@ def test_the_attention_function_is_one_that_takes_the_mask(usual, mask, device, 
     layout = {} if mask is None else {"attention_mask": torch.zeros(1, 1, 2, 2, dtype=mask, device=device)}
     decoder.step(State(DynamicCache(), torch.zeros(1, 32), 0), torch.tensor([[5, 6]]), **layout)
     assert seen == [wanted] and decoder.llama.config._attn_implementation == usual
+    padding = torch.ones(1, 2, dtype=mask)  # of two dimensions: any function takes it
+    decoder.step(State(DynamicCache(), torch.zeros(1, 32), 0), torch.tensor([[5, 6]]), attention_mask=padding)
+    assert seen == [wanted, usual]
 
 
 def test_the_states_of_a_whole_prompt_are_kept_of_a_single_layer_alone():
