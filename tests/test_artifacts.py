@@ -474,6 +474,7 @@ def test_a_split_is_compared_row_by_row_and_with_its_clips(tmp_path):
     assert set(altered("samples.jsonl", 3)) == {("samples.jsonl", "altered")}
     (folder / DRAFT).unlink()
     assert found() == {(DRAFT, "missing"): "not there, and meta.json describes it"}
+    assert set(altered(TARGET, first)) == {(DRAFT, "missing"), (TARGET, "altered")}
     (folder / DRAFT).write_bytes(whole[DRAFT])
     (tmp_path / "clip1.npy").write_text("others")
     ((about, state),) = found()

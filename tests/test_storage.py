@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import pickletools
+import shutil
 import signal
 import time
 import zipfile
@@ -28,6 +29,7 @@ from feature_alignment.storage.files import (
     content_hash,
     file_hash,
     load_pt,
+    load_trained,
     read_hashed_json,
     read_json,
     save_pt,
@@ -166,6 +168,12 @@ def test_a_refused_run_leaves_no_empty_folder_and_takes_none_away(tmp_path):
     with exclusive_lock(old / "new" / "deep" / "other"):
         assert (old / "new" / "deep" / "other.lock").is_file()
     assert not (old / "new" / "deep" / "other.lock").exists()
+
+
+def test_a_lock_whose_folders_were_removed_meanwhile_is_let_go_of(tmp_path):
+    with exclusive_lock(tmp_path / "new" / "deep" / "adapter"):
+        shutil.rmtree(tmp_path / "new")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_lock_is_let_go_of_with_its_file(tmp_path):
@@ -408,6 +416,47 @@ def test_a_tensor_that_shows_more_than_its_file_holds_is_refused(tmp_path):
             load_pt(path, "make it")
 
 
+@pytest.mark.parametrize(("error", "said"), [("\n" + "x" * 200 + "\nmore", "x" * 160), ("", "RuntimeError")])
+def test_an_error_of_torch_is_quoted_by_its_first_line(tmp_path, monkeypatch, error, said):
+    def broken(*_, **__):
+        raise RuntimeError(error)
+
+    save_pt(tmp_path / "a.pt", torch.ones(2))
+    monkeypatch.setattr(torch, "load", broken)
+    with pytest.raises(UserError, match=rf"could not be read \({said}\)\. Make it again:\n  make it"):
+        load_pt(tmp_path / "a.pt", "make it")
+
+
+def test_a_trained_module_is_its_weights_in_eval_mode_and_its_meta(tmp_path):
+    build = lambda width: torch.nn.Linear(width, 2)  # noqa: E731
+    path, module = tmp_path / "adapter.pt", torch.nn.Linear(3, 2)
+    good = {"meta": {"geometry": {"width": 3}, "n": 1}, "state_dict": module.state_dict()}
+    load = lambda: load_trained(path, "an adapter", build, "width", "train it")  # noqa: E731
+    save_pt(path, good)
+    found, meta = load()
+    assert torch.equal(found.weight, module.weight) and not found.training and meta == good["meta"]
+    write_hashed_json(tmp_path / "meta.json", {"n": 1}, ["adapter.pt"])
+    assert load()[1] == meta
+    no_adapter = r"(?s)is not an adapter \(wanted meta with its geometry, and state_dict\).*train it"
+    for geometry in (None, [3], {"height": 3}):
+        save_pt(path, good | {"meta": {"geometry": geometry}})
+        with pytest.raises(UserError, match=no_adapter):
+            load()
+    for other in ([1], {"meta": [1], "state_dict": {}}, good | {"state_dict": [1]}, {"meta": good["meta"]}):
+        save_pt(path, other)
+        with pytest.raises(UserError, match=no_adapter):
+            load()
+    save_pt(path, good | {"more": 1})
+    with pytest.raises(UserError, match=r"(?s)is not the file that .*meta\.json describes.*train it"):
+        load()
+    (tmp_path / "meta.json").unlink()
+    bad, more = {"weight": torch.ones(2, 4), "bias": torch.ones(2)}, {"weight": torch.ones(2, 3), "bias": torch.tensor([0, torch.inf])}
+    for state, said in ((bad, "do not fit its geometry"), ({"weight": torch.ones(2, 3)}, "do not fit"), (more, "not finite")):
+        save_pt(path, good | {"state_dict": state})
+        with pytest.raises(UserError, match=f"(?s)is damaged: .*{said}.*train it"):
+            load()
+
+
 def test_hashes_are_of_the_content_whatever_its_order():
     assert config_hash({"b": 1, "a": [2]}) == config_hash({"a": [2], "b": 1}) == short(b'{"a": [2], "b": 1}')
     assert weights_hash({"ab": torch.tensor([1, 2], dtype=torch.uint8)}) == short(b"ab\x01\x02")
@@ -491,6 +540,25 @@ def test_what_was_left_by_a_killed_run_is_named_and_is_no_fault(tmp_path, capsys
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match="wanted the directory of a run"):
             verify(nothing)
+
+
+def test_findings_without_any_result_are_listed_and_temporary_records_are_not_read(tmp_path):
+    out = tmp_path / "out"
+    (out / "hidden_states" / "train.unfinished").mkdir(parents=True)
+    assert [(f.about, f.state) for f in verify(out)[0]] == [("hidden_states/train.unfinished", "unfinished")]
+    (out / "sd").mkdir()
+    (out / "sd" / ".one.7.tmp.json").write_text("{")
+    assert [(f.about, f.state) for f in verify(out)[0]][1:] == [("sd/.one.7.tmp.json", "left over")]
+    assert verify(out)[1]["files"] == 0
+
+
+def test_a_checkpoint_of_the_hub_is_compared_by_its_revision(tmp_path, monkeypatch):
+    out, source = tmp_path / "out", Path("hub:a/b")
+    meta = {"inputs": {"target": str(source)}, "made_from": {"target": source_hash(source)}}
+    write_hashed_json(out / "benchmark" / "benchmark.json", {"meta": meta})
+    assert verify(out) == ([], {"files": 1, "rows": 0, "sources": 1})
+    monkeypatch.setattr("feature_alignment.storage.identity.hub_revision", lambda path: "a/b@later")
+    assert found_in(out)["benchmark/benchmark.json", "stale"].startswith("made from another target than hub:a/b is now")
 
 
 @pytest.mark.parametrize(("findings", "more"), [(40, ""), (41, "and 1 more"), (50, "and 10 more")])
