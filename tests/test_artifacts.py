@@ -15,7 +15,7 @@ from feature_alignment.cli.console import UserError
 from feature_alignment.storage import hidden_states, hidden_states_writer, progress_notes
 from feature_alignment.storage.earlier_rows import copy_unchanged_rows, find_complete_run, refuse_changes, with_recorded_code
 from feature_alignment.storage.files import file_hash, load_pt, read_json, save_pt, write_hashed_json, write_json
-from feature_alignment.storage.hidden_states import EVENT_STATES, HiddenStates, layer_file, load_hidden_states
+from feature_alignment.storage.hidden_states import EVENT_STATES, PROMPT_STATES, HiddenStates, layer_file, load_hidden_states
 from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin_run, check_disk_space, plan_hash, row_bytes, rows_done
 from feature_alignment.storage.identity import RunIdentity, source_hash
 from feature_alignment.storage.shards import merge_shards, parse_shard, shard_name
@@ -742,6 +742,56 @@ def test_a_run_killed_while_it_copies_keeps_the_rows_copied_so_far(tmp_path, mon
     assert rows_done(path) == {0, 1, 2}
     copy_unchanged_rows(writer, made_with(a=1), entries())
     assert rows_done(path) == {0, 1, 2, 3, 4}
+
+
+CLIP_OF = "xxy"  # of the rows s0, s1, s2
+SHAPES = {EVENT_STATES: (3, 2), PROMPT_STATES: (2, 4), DRAFT: (5, 6), TARGET: (5, 4)}
+
+
+def states_of_row(i):
+    """Event states depend on the clip alone."""
+    made = lambda seed, *shape: torch.randn(shape, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    return {
+        EVENT_STATES: made(ord(CLIP_OF[i]), 3, 2),
+        PROMPT_STATES: made(10 + i, 2, 4),
+        DRAFT: made(20 + i, 2 + i, 6),
+        TARGET: made(30 + i, 2 + i, 4),
+    }
+
+
+def writer_of_clips(path, order):
+    """A writer for the rows s0, s1, s2 in this order, and their entries."""
+    rows = [entries()[i] | {"events": CLIP_OF[i]} for i in order]
+    clips = list(dict.fromkeys(CLIP_OF[i] for i in order))
+    begin_run(path, made_with(a=1), plan_hash(rows), resume=True)
+    return HiddenStatesWriter(path, len(order), SHAPES, torch.float32, clip_index=[clips.index(CLIP_OF[i]) for i in order]), rows
+
+
+@pytest.mark.parametrize(
+    ("order", "copied"), [((0, 1, 2), {0, 1, 2}), ((2, 0, 1), {0, 1, 2}), ((2, 1), {0}), ((1, 0, 2), {1, 2}), ((1, 2), {1})]
+)
+def test_event_states_are_copied_with_the_row_that_holds_them(tmp_path, order, copied):
+    """A row that is the first of its clip now, and was not before, is extracted again."""
+    path = tmp_path / "a"
+    writer, rows = writer_of_clips(path, (0, 1, 2))
+    for i, row in enumerate(rows):
+        writer.write(i, states_of_row(i), list(range(4, 6 + i)), row)
+    writer.commit()
+    writer.finish(META | made_with(a=1).as_dict())
+    writer, rows = writer_of_clips(path, order)
+    copy_unchanged_rows(writer, made_with(a=1), rows)
+    assert writer.done == copied
+    held = {name: load_pt(writer.part / name, "") for name in SHAPES}
+    assert len(held[EVENT_STATES]) == len({CLIP_OF[i] for i in order})
+    notes = {note["row"]: note for note in progress_notes.progress_entries(writer.part)}
+    for place in copied:
+        i = order[place]
+        for name, states in states_of_row(i).items():
+            at = place if name != EVENT_STATES else writer._clip_index[place]
+            if name != EVENT_STATES or writer.holds(name, place):
+                assert torch.equal(held[name][at, : len(states)], states), (name, place)
+            assert (name in notes[place]["sha256"]) is writer.holds(name, place)
+        assert notes[place]["event_row"] == writer._clip_index[place] and notes[place]["read"] == list(range(4, 6 + i))
 
 
 def test_rows_are_copied_from_the_complete_run_and_from_every_unfinished_one(tmp_path):
