@@ -606,6 +606,24 @@ def test_a_missing_preprocessor_is_clips_own(tmp_path):
         preprocessing.load_processor(tmp_path, 49)
 
 
+def test_a_preprocessor_is_tried_on_a_wide_image_and_crops_to_the_tower_both_ways(tmp_path, monkeypatch):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tried, usual = [], preprocessing.clip_pixels
+    monkeypatch.setattr(preprocessing, "clip_pixels", lambda images, by: (tried.extend(images), usual(images, by))[1])
+    for height, width in ((48, 40), (40, 48), (48, 48)):
+        CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": height, "width": width}).save_pretrained(tmp_path)
+        if (height, width) == (48, 48):
+            preprocessing.load_processor(tmp_path, 48)
+        else:
+            with pytest.raises(UserError, match=f"crops to {height} x {width}, the vision tower expects 48 x 48"):
+                preprocessing.load_processor(tmp_path, 48)
+    assert [(image.shape, image.dtype, image.any()) for image in tried] == [((25, 48, 3), np.uint8, False)] * 3
+    monkeypatch.setattr(preprocessing, "clip_pixels", lambda images, by: np.array([1.0, np.nan]))
+    with pytest.raises(UserError, match="pixels that are not finite"):
+        preprocessing.load_processor(tmp_path, 48)
+
+
 def test_facts_of_the_released_pair():
     """Read from the released code and tokenizers; nothing here could recompute them."""
     assert (eventgpt.EVENT_TOKEN_INDEX, eventgpt.NUM_EVENT_SLICES, eventgpt.KNOWN_TEXT_TOKENS) == (-200, 5, (59,))
