@@ -118,7 +118,10 @@ def shards(tmp_path, parts, identity=IDENTITY):
     for i, rows in enumerate(parts, 1):
         of_shard = RunIdentity({**identity.settings, "shard": f"{i}/{len(parts)}"}, identity.made_from, identity.code)
         file = AnswersFile(
-            tmp_path / f"test.shard-{i}-of-{len(parts)}.jsonl", of_shard, [[Asked(r["id"], r["question"], r["input_hash"])] for r in rows]
+            tmp_path / f"test.shard-{i}-of-{len(parts)}.jsonl",
+            of_shard,
+            [[Asked(r["id"], r["question"], r["input_hash"])] for r in rows],
+            resume=False,
         )
         file.begin(of_shard.as_dict())
         file.append(rows)
@@ -160,6 +163,30 @@ def test_a_merge_refuses_what_is_not_one_complete_set_of_shards_of_this_run(tmp_
     assert len(merge(tmp_path, identity=RunIdentity({"a": 1}, {"target": "t"}, {"m": "d"}), ignore_code=True).rows) == 3
     with pytest.raises(UserError, match="made with other settings"):
         merge(tmp_path, identity=other)  # the merged file is of another run
+
+
+def test_a_merge_refuses_as_many_rows_of_other_samples(tmp_path):
+    for other in (row(5), row(2, question="another")):
+        shards(tmp_path, [[row(0), row(1)], [other]])
+        with pytest.raises(UserError, match=r"hold 3 samples, the data set 3; 1 of these differ, e\.g\. s2\. Run"):
+            merge(tmp_path)
+
+
+def test_a_merge_replaces_an_altered_file_only_if_asked(tmp_path):
+    shards(tmp_path, [[row(0), row(1)], [row(2)]])
+    merge(tmp_path)
+    merge(tmp_path)
+    whole = (tmp_path / "test.jsonl").read_bytes()
+    (tmp_path / "test.jsonl").write_bytes(whole[:-9])
+    with pytest.raises(UserError, match="was altered after it was written"):
+        merge(tmp_path)
+    merge(tmp_path, resume=False)
+    assert (tmp_path / "test.jsonl").read_bytes() == whole
+    meta_path_of(tmp_path / "test.jsonl").unlink()
+    with pytest.raises(UserError, match=r"has no test\.meta\.json"):
+        merge(tmp_path)
+    (tmp_path / "test.jsonl").write_bytes(b"")  # of a run that was killed before it recorded anything
+    merge(tmp_path)
 
 
 def test_a_merge_refuses_sets_of_several_runs_and_shards_that_are_altered_or_unfinished(tmp_path):

@@ -22,6 +22,7 @@ from feature_alignment.models.batches import _common_prefix, _keep_rows, _Texts,
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.eventgpt import EventGPTConfig, EventGPTForCausalLM, load_eventgpt
 from feature_alignment.models.state import State, position_limit
+from feature_alignment.models.vision_cache import VisionCache
 
 PROMPTS = [(1, 5, 9, 13), (1, 40, 3, 8), (1, 7, 7, 20), (1, 9, 33, 4)]
 
@@ -95,6 +96,47 @@ def test_ids_outside_the_shared_vocabulary_are_neither_emitted_nor_read():
     assert model.vocab_size == 40 and model.head_weight.shape == model.embeddings.shape == (40, 32)
     assert torch.equal(model.lm_head(torch.ones(3, 32)), before[:, :40])
     assert torch.equal(model.embeddings, model.llama.embed_tokens.weight[:40])
+
+
+def test_ids_of_vision_and_beyond_the_shared_vocabulary_are_minus_one():
+    model = as_decoder(tiny_llama(0))  # its placeholder is 1
+    model.restrict_vocabulary(40)
+    assert model.text_ids([0, 1, 2, 39, 40, 63, -1, -200]) == [0, -1, 2, 39, -1, -1, -1, -1]
+
+
+@torch.inference_mode()
+def test_only_single_clips_are_kept_in_the_vision_cache():
+    model, encoded = as_decoder(tiny_llama(0), [1]), []
+    model._encode_vision = lambda pixels: (encoded.append(len(pixels)), pixels)[1]
+    model.vision_cache = VisionCache()
+    for clips in (2, 2, 1, 1, 3):
+        vision = model.encode_vision(torch.zeros(clips, 1))
+    assert encoded == [2, 2, 1, 3] and model.vision_cache.hits == 1
+    ids, one, reads = torch.tensor([[5, 1, 7]]), model.encode_vision(torch.zeros(1, 1)), []
+    read = model._read
+    model._read = lambda *more: (reads.append(1), read(*more))[1]
+    for batch, clips in ((ids.expand(2, -1), torch.zeros(2, 1)), (ids.expand(2, -1), torch.zeros(2, 1)), (ids, one), (ids, one)):
+        assert model.vision_states(batch, clips).shape == (len(batch), 1, 32)
+    assert len(reads) == 3 and vision.shape == (3, 1)
+
+
+def test_a_prompt_that_was_read_is_given_row_by_row():
+    state = State(DynamicCache(), torch.zeros(2, 3), 4, prompt=torch.arange(24.0).view(2, 4, 3), inputs=-torch.arange(24.0).view(2, 4, 3))
+    for row, length in ((0, None), (1, None), (1, 2)):
+        found = state.read_prompt(row, length)
+        assert torch.equal(found.states, state.prompt[row, :length]) and torch.equal(found.inputs, state.inputs[row, :length])
+    assert torch.equal(state.read_prompt().states, state.prompt[0])
+
+
+def test_video_tokens_stand_where_their_ids_stood_and_are_as_many():
+    words = torch.nn.Embedding(12, 4)
+    model = SimpleNamespace(get_input_embeddings=lambda: words, config=SimpleNamespace(video_token_index=9))
+    ids, video = torch.tensor([[1, 9, 9, 9, 4], [2, 9, 9, 9, 5]]), torch.randn(2, 3, 4, dtype=torch.float64)
+    found = video_llava.splice(model, ids, video)
+    assert torch.equal(found, torch.cat([words(ids[:, :1]), video.float(), words(ids[:, 4:])], 1))
+    for wrong in (video[:, :2], video[:1], torch.randn(3, 2, 4)[:, :1]):
+        with pytest.raises(ValueError, match=r"6 <video> ids for \(\d, \d\) video tokens"):
+            video_llava.splice(model, ids, wrong)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +401,8 @@ def test_a_pair_is_restricted_to_shared_ids_and_runs_on_the_chosen_gpu(monkeypat
         decoders[name].restrict_vocabulary(size)
         decoders[name].tokenizer = Pieces("abc")
         monkeypatch.setattr(pair, f"load_{name}", lambda cfg, name=name: decoders[name])
-    chosen = []
+    chosen, threads = [], []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -367,7 +410,9 @@ def test_a_pair_is_restricted_to_shared_ids_and_runs_on_the_chosen_gpu(monkeypat
         found = pair.load_pair(Common(device=device))
         assert (found.target, found.draft) == (decoders["target"], decoders["draft"])
         assert found.target.vocab_size == found.draft.vocab_size == 50
-    assert chosen == ["cuda:1"]
+    assert chosen == ["cuda:1"] and threads == []
+    pair.load_pair(Common(device="cpu", threads=3))
+    assert threads == [3]
     found.use_steps("graphs")
     assert found.target.steps == found.draft.steps == "graphs"
 
