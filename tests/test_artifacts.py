@@ -396,6 +396,12 @@ def test_notes_reach_the_disk_after_the_states_and_whole(tmp_path, monkeypatch):
         fill(writer, (2,))
 
 
+def test_a_split_of_one_row_is_a_split(tmp_path):
+    finished_run(tmp_path / "a", 1)
+    found = load_hidden_states(tmp_path / "a")
+    assert found.draft.shape == (1, 5, 6) and found.names == ["s0"] and found.lengths.tolist() == [2]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_states_are_stored_in_the_number_format_of_the_run(tmp_path, dtype):
     begin_run(tmp_path / "a", made_with(), "", resume=True)

@@ -153,6 +153,74 @@ def test_a_record_has_at_most_sixteen_fields_and_999_bytes(fields, size, fits):
             ArraysOnly(io.BytesIO(pickle.dumps(overlapping, 2))).load()
 
 
+def fields(*types, names=None, offsets=None, size=8, subarray=None):
+    """The state of a pickled dtype with fields a, b, …"""
+    names = tuple("abc"[: len(types)]) if names is None else names
+    offsets = range(0, 2 * len(types), 2) if offsets is None else offsets
+    made = {name: (np.dtype(t), o) for name, t, o in zip("abc", types, offsets, strict=False)}
+    return 3, "|", subarray, names, made, size, 1, 0
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (fields("u2", "u2"), None),
+        (fields("u2", "u2", offsets=(2, 0)), None),
+        (fields("u2", "u2", offsets=(0, 6)), None),
+        (fields("u2", "u2", offsets=(0, 7)), "overlap"),
+        (fields("u2", "u2", offsets=(1, 0)), "overlap"),
+        (fields("u2", "O"), "no numbers"),
+        (fields("u2", ("u1", (2,))), "no numbers"),
+        (fields("u2", "u2", offsets=(0, 2.0)), "no numbers"),
+        (fields("u2", "u2", offsets=(0, True)), "no numbers"),
+        (fields("u2", "u2", names=["a", "b"]), "no plain list"),
+        (fields("u2", "u2", names=()), "no plain list"),
+        (fields("u2", "u2", subarray=("u2", (2,))), "no plain list"),
+        (fields("u1", offsets=(0,), size=0), "no plain list"),
+    ],
+)
+def test_fields_of_a_record_are_numbers_that_do_not_overlap(state, said):
+    record = pickles._dtype("V8")
+    if said is None:
+        record.__setstate__(state)
+        assert record.dtype.itemsize == 8 and record.dtype.names == ("a", "b")
+        assert [record.dtype.fields[name] for name in "ab"] == [state[4][name] for name in "ab"]
+    else:
+        with pytest.raises(pickle.UnpicklingError, match=said):
+            record.__setstate__(state)
+        with pytest.raises(pickle.UnpicklingError, match="an array of no type"):
+            pickles._checked(record)
+
+
+@pytest.mark.parametrize("code", ["M8", "U8", "S8", "V1000", "i", b"i4", ["i4"], "i4,i4", "<i123", "O9", "c16"])
+def test_a_pickle_may_ask_for_types_of_numbers_alone(code):
+    if code == "i":
+        assert pickles._dtype(code) == np.dtype("i4")
+        return
+    with pytest.raises(pickle.UnpicklingError, match=r"asks for numpy\.dtype"):
+        pickles._dtype(code)
+    assert [pickles._dtype(c) for c in ("<f8", "?", "O8", ">u2")] == [np.dtype(c) for c in ("<f8", "?", "O", ">u2")]
+
+
+def test_text_is_encoded_by_one_byte_a_letter_and_no_other_way():
+    assert pickles._encode("\xe4") == pickles._encode("\xe4", "latin-1") == pickles._encode("\xe4", "latin1") == b"\xe4"
+    for encoding in ("utf-8", "utf-16", "latin"):
+        with pytest.raises(pickle.UnpicklingError, match=f"asks for the encoding '{encoding}'"):
+            pickles._encode("a", encoding)
+
+
+def test_a_torch_file_has_a_program_of_the_usual_name(tmp_path):
+    path = torch_file(tmp_path / "a.pt")
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for name, said in (("a/other.pkl", "it holds a/other.pkl; wanted one"), ("a/data.txt", "it holds no data.pkl; wanted one")):
+        with zipfile.ZipFile(path, "w") as archive:
+            for old, data in members.items():
+                archive.writestr(name if old.endswith("data.pkl") else old, data)
+        with pytest.raises(pickle.UnpicklingError, match=said):
+            check_pt(path)
+
+
 # ---- locks
 
 
