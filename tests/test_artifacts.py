@@ -238,6 +238,27 @@ def test_each_models_own_ends_count_for_its_own_texts():
             states({"eos_token_ids": bad}).ended  # noqa: B018
 
 
+def test_event_states_of_rows_are_those_of_their_clips():
+    events, rows = torch.arange(12.0).view(2, 3, 2), torch.tensor([2, 0])
+    states = lambda index, events=events: HiddenStates(*[torch.zeros(3, 1)] * 5, [], {}, events, clip_index=index)  # noqa: E731
+    clips = torch.tensor([1, 0, 0])
+    assert torch.equal(states(clips).events_of(rows), events[[0, 1]])
+    assert torch.equal(states(None).events_of(torch.tensor([1, 0])), events[[1, 0]])  # a row each
+    others = torch.tensor([1, 1, 0])
+    assert torch.equal(states(clips).with_events_of(others).events_of(rows), events[[1, 0]])
+    assert torch.equal(states(None).with_events_of(others).events_of(rows), events[[0, 1]])
+
+
+def test_the_first_sample_with_states_that_are_not_finite_is_named():
+    states = HiddenStates(*[torch.zeros(5, 1)] * 5, [{"id": f"s{i}"} for i in range(5)], {})
+    good, bad = torch.ones(3, 2, 2), torch.ones(3, 2, 2)
+    states.refuse_non_finite([4, 2, 3], good, good[:, 0])
+    bad[1:, 1, 1] = torch.tensor([-torch.inf, torch.nan])
+    for parts in ((bad,), (good, bad), (bad, good)):
+        with pytest.raises(UserError, match=r"^sample s2: its states are not finite"):
+            states.refuse_non_finite(torch.tensor([4, 2, 3]), *parts)
+
+
 def whole_run(tmp_path, **meta):
     writer = open_writer(tmp_path / "train")
     fill(writer, range(5))
