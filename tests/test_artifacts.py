@@ -861,6 +861,24 @@ def test_a_damaged_row_is_not_copied(tmp_path, caplog):
     assert writer.done == {0, 1, 3, 4} and "4 rows whose" in caplog.text and "1 damaged" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["positions.pt", "samples.jsonl"])
+def test_rows_whose_texts_or_entries_were_altered_are_not_copied(tmp_path, name):
+    """Rows with their entries still count when most of them would be lost."""
+    path = tmp_path / "a"
+    finished_run(path)
+    (path / name).write_bytes((path / name).read_bytes() + b"\n")
+    others = [row | {"identity": {"row": f"x{i}", "batch": f"x{i}"}} for i, row in enumerate(entries())]
+    if name == "positions.pt":
+        with pytest.raises(UserError, match="5 of 5 rows have another question"):
+            refuse_changes(path, made_with(a=1), others, False)
+    else:
+        refuse_changes(path, made_with(a=1), others, False)
+    begin_run(path, made_with(a=1), plan_hash(entries()), resume=True)
+    writer = HiddenStatesWriter(path, 5, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
+    copy_unchanged_rows(writer, made_with(a=1), entries())
+    assert writer.done == set()
+
+
 def test_rows_kept_with_ignore_code_stay_that_codes(tmp_path):
     path, old = tmp_path / "a", RunIdentity({"a": 1}, {}, {"m": "old"})
     now = RunIdentity({"a": 1}, {}, {"m": "new"})
