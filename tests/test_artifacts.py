@@ -122,6 +122,33 @@ def test_a_run_somebody_else_is_writing_is_left_alone(tmp_path, resume):
     assert rows_done(tmp_path / "a") == {0, 1}
 
 
+def test_a_progress_file_is_cut_to_whole_lines_appended_to_and_locked(tmp_path):
+    path = tmp_path / "progress-0.txt"
+    for before, kept in ((b"one\ntw", b"one\n"), (b"one\n", b"one\n"), (b"on", b""), (None, b"")):
+        path.unlink() if before is None else path.write_bytes(before)
+        number = len(os.listdir("/proc/self/fd"))
+        stream = progress_notes.open_progress(path)
+        assert path.read_bytes() == kept
+        with pytest.raises(UserError, match=f"another process is writing {tmp_path}"):
+            progress_notes.open_progress(path)
+        assert len(os.listdir("/proc/self/fd")) == number + 1
+        os.write(stream, b"more\n")
+        os.close(stream)
+        assert path.read_bytes() == kept + b"more\n"
+
+
+def test_the_last_record_of_a_row_counts_over_all_progress_files(tmp_path):
+    line = progress_notes.note_line
+    (tmp_path / "progress-1.txt").write_bytes(line({"row": 1, "n": 3}) + line({"row": 2, "n": 4}))
+    (tmp_path / "progress-0.txt").write_bytes(line({"row": 1, "n": 1}) + b"damaged\n" + line({"row": 0, "n": 2}) + line({"row": 0, "n": 5}))
+    assert list(progress_notes.progress_entries(tmp_path)) == [{"row": 1, "n": 3}, {"row": 0, "n": 5}, {"row": 2, "n": 4}]
+    assert [row for row, *_ in progress_notes.notes(tmp_path)] == [1, 0, 0, 1, 2]
+    whole = line({"row": 1})
+    assert progress_notes.read_note(whole) == {"row": 1}
+    for bad in (whole[:-1], whole[1:], whole.replace(b"1}", b"2}"), b"\n", b""):
+        assert progress_notes.read_note(bad) is None
+
+
 def test_what_no_resume_began_takes_no_earlier_rows(tmp_path):
     assert begin_run(tmp_path / "a", made_with(), "plan", resume=True)
     assert not begin_run(tmp_path / "a", made_with(), "plan", resume=False)
