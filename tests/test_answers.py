@@ -93,15 +93,37 @@ def test_files_of_our_own_name_sample_and_question(tmp_path):
 
 @pytest.mark.parametrize(
     ("bad", "why"),
-    [({"vl_tokens": []}, "empty"), ({"egpt_tokens": [4] * 4}, "too long"), ({"query": "another"}, "question"), ({"sample_id": "x"}, "id")],
+    [
+        ({"vl_tokens": []}, "empty"),
+        ({"egpt_tokens": []}, "empty"),
+        ({"egpt_tokens": [4] * 4}, "too long"),
+        ({"query": "another"}, "question"),
+        ({"sample_id": "x"}, "id"),
+    ],
 )
 def test_answers_of_somebody_else_are_taken_at_their_word_except_for_ids_questions_and_lengths(tmp_path, bad, why):
     path = tmp_path / "a.json"
-    good = [result(0), result(1, vl=(4, 5, 6), egpt=(7, 8, 9)), result(2) | {"query": None}, result(9)]
-    found = load_answers(pairs(path, good), IDENTITY, rows())
+    good = [result(0), result(1, vl=(4, 5, 6), egpt=(7, 8, 9)), result(2) | {"query": None}]
+    found = load_answers(pairs(path, [result(9), *good]), IDENTITY, rows())
     assert as_lists(found) == {"s0": [[4, 5], [6]], "s1": [[4, 5, 6], [7, 8, 9]], "s2": [[4, 5], [6]]}
     with pytest.raises(UserError, match=r"answers of 1 to 3 tokens .* for 2 of 3 samples, none for 's1'"):
         load_answers(pairs(path, [good[0], good[1] | bad, good[2]]), IDENTITY, rows())
+
+
+def test_answers_of_the_drafter_may_be_missing_where_they_are_not_asked_for(tmp_path):
+    path = pairs(tmp_path / "a.json", [result(0, egpt=()), result(1)])
+    without = dataclasses.replace(IDENTITY, settings=IDENTITY.settings | {"draft_answers": False})
+    assert as_lists(load_answers(path, without, rows(2))) == {"s0": [[4, 5], []], "s1": [[4, 5], [6]]}
+    with pytest.raises(UserError, match="for 1 of 2 samples, none for 's0'"):
+        load_answers(path, dataclasses.replace(IDENTITY, settings=IDENTITY.settings | {"draft_answers": True}), rows(2))
+
+
+def test_a_row_of_our_own_without_its_identity_is_not_read(tmp_path):
+    for identity in (None, [], {}, "row"):
+        results = [result(0), result(1) | {"identity": identity}]
+        with pytest.raises(UserError, match="none for 's1'"):
+            load_answers(pairs(tmp_path / "a.json", results, IDENTITY.as_dict()), IDENTITY, rows(2))
+        assert len(load_answers(pairs(tmp_path / "a.json", results), IDENTITY, rows(2))) == 2
 
 
 def test_answers_of_another_run_are_refused_by_name(tmp_path, caplog):
@@ -125,6 +147,9 @@ def test_answers_of_another_run_are_refused_by_name(tmp_path, caplog):
     code = dataclasses.replace(IDENTITY, code={"models.pair": "d"})
     with pytest.raises(UserError, match=r"(?s)code: models.pair changed.*With --ignore_code they are read"):
         load_answers(path, code, rows())
+    both = dataclasses.replace(other, code=code.code)
+    with pytest.raises(UserError, match=r"(?s)dtype: .*code: models.pair changed\nLeave --answers out to generate them\.$"):
+        load_answers(path, both, rows())
     assert len(load_answers(path, code, rows(), ignore_code=True)) == 3
     with pytest.raises(UserError, match="none for 's1'"):  # the row's own hash is what counts, whatever its batch
         load_answers(pairs(path, [results[0], results[1] | {"identity": {"row": "x", "batch": "b1"}}, results[2]], meta), IDENTITY, rows())
@@ -149,7 +174,7 @@ def test_answers_of_an_earlier_run_are_kept_batch_by_batch(tmp_path, caplog):
 
 
 def test_ids_outside_the_shared_vocabulary_are_refused():
-    refuse_foreign_ids({"a": ([3, 9], [8])}, 10)
+    refuse_foreign_ids({"a": ([3, 9], [8]), "b": ([3], [])}, 10)
     for texts in (([3, 10], [8]), ([3], [10])):
         with pytest.raises(UserError, match="sample b hold ids beyond the 10"):
             refuse_foreign_ids({"a": ([3], [4]), "b": texts}, 10)

@@ -15,7 +15,7 @@ from feature_alignment.cli.console import UserError
 from feature_alignment.storage import hidden_states, hidden_states_writer, progress_notes
 from feature_alignment.storage.earlier_rows import copy_unchanged_rows, find_complete_run, refuse_changes, with_recorded_code
 from feature_alignment.storage.files import file_hash, load_pt, read_json, save_pt, write_hashed_json, write_json
-from feature_alignment.storage.hidden_states import EVENT_STATES, HiddenStates, layer_file, load_hidden_states
+from feature_alignment.storage.hidden_states import EVENT_STATES, PROMPT_STATES, HiddenStates, layer_file, load_hidden_states
 from feature_alignment.storage.hidden_states_writer import HiddenStatesWriter, begin_run, check_disk_space, plan_hash, row_bytes, rows_done
 from feature_alignment.storage.identity import RunIdentity, source_hash
 from feature_alignment.storage.shards import merge_shards, parse_shard, shard_name
@@ -120,6 +120,33 @@ def test_a_run_somebody_else_is_writing_is_left_alone(tmp_path, resume):
     with pytest.raises(UserError, match="another process is writing"):
         open_writer(tmp_path / "a", resume=resume)
     assert rows_done(tmp_path / "a") == {0, 1}
+
+
+def test_a_progress_file_is_cut_to_whole_lines_appended_to_and_locked(tmp_path):
+    path = tmp_path / "progress-0.txt"
+    for before, kept in ((b"one\ntw", b"one\n"), (b"one\n", b"one\n"), (b"on", b""), (None, b"")):
+        path.unlink() if before is None else path.write_bytes(before)
+        number = len(os.listdir("/proc/self/fd"))
+        stream = progress_notes.open_progress(path)
+        assert path.read_bytes() == kept
+        with pytest.raises(UserError, match=f"another process is writing {tmp_path}"):
+            progress_notes.open_progress(path)
+        assert len(os.listdir("/proc/self/fd")) == number + 1
+        os.write(stream, b"more\n")
+        os.close(stream)
+        assert path.read_bytes() == kept + b"more\n"
+
+
+def test_the_last_record_of_a_row_counts_over_all_progress_files(tmp_path):
+    line = progress_notes.note_line
+    (tmp_path / "progress-1.txt").write_bytes(line({"row": 1, "n": 3}) + line({"row": 2, "n": 4}))
+    (tmp_path / "progress-0.txt").write_bytes(line({"row": 1, "n": 1}) + b"damaged\n" + line({"row": 0, "n": 2}) + line({"row": 0, "n": 5}))
+    assert list(progress_notes.progress_entries(tmp_path)) == [{"row": 1, "n": 3}, {"row": 0, "n": 5}, {"row": 2, "n": 4}]
+    assert [row for row, *_ in progress_notes.notes(tmp_path)] == [1, 0, 0, 1, 2]
+    whole = line({"row": 1})
+    assert progress_notes.read_note(whole) == {"row": 1}
+    for bad in (whole[:-1], whole[1:], whole.replace(b"1}", b"2}"), b"\n", b""):
+        assert progress_notes.read_note(bad) is None
 
 
 def test_what_no_resume_began_takes_no_earlier_rows(tmp_path):
@@ -236,6 +263,27 @@ def test_each_models_own_ends_count_for_its_own_texts():
     for bad in (7, [True], ["7"], None):
         with pytest.raises(UserError, match="wanted a list of token ids"):
             states({"eos_token_ids": bad}).ended  # noqa: B018
+
+
+def test_event_states_of_rows_are_those_of_their_clips():
+    events, rows = torch.arange(12.0).view(2, 3, 2), torch.tensor([2, 0])
+    states = lambda index, events=events: HiddenStates(*[torch.zeros(3, 1)] * 5, [], {}, events, clip_index=index)  # noqa: E731
+    clips = torch.tensor([1, 0, 0])
+    assert torch.equal(states(clips).events_of(rows), events[[0, 1]])
+    assert torch.equal(states(None).events_of(torch.tensor([1, 0])), events[[1, 0]])  # a row each
+    others = torch.tensor([1, 1, 0])
+    assert torch.equal(states(clips).with_events_of(others).events_of(rows), events[[1, 0]])
+    assert torch.equal(states(None).with_events_of(others).events_of(rows), events[[0, 1]])
+
+
+def test_the_first_sample_with_states_that_are_not_finite_is_named():
+    states = HiddenStates(*[torch.zeros(5, 1)] * 5, [{"id": f"s{i}"} for i in range(5)], {})
+    good, bad = torch.ones(3, 2, 2), torch.ones(3, 2, 2)
+    states.refuse_non_finite([4, 2, 3], good, good[:, 0])
+    bad[1:, 1, 1] = torch.tensor([-torch.inf, torch.nan])
+    for parts in ((bad,), (good, bad), (bad, good)):
+        with pytest.raises(UserError, match=r"^sample s2: its states are not finite"):
+            states.refuse_non_finite(torch.tensor([4, 2, 3]), *parts)
 
 
 def whole_run(tmp_path, **meta):
@@ -371,6 +419,17 @@ def test_a_row_that_is_not_what_was_noted_is_done_again(tmp_path, damage):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
 
 
+@pytest.mark.parametrize("noted", [[0], [0, 1, 2], [0, 1, 2, 3, 4]])
+def test_the_last_row_that_was_noted_is_checked_as_well(tmp_path, noted):
+    fill(writer := open_writer(tmp_path / "a"), noted)
+    writer.close()
+    path = tmp_path / "a.unfinished" / DRAFT
+    data = bytearray(path.read_bytes())
+    data[storage_offset(path) + noted[-1] * 5 * 6 * 4] ^= 1
+    path.write_bytes(data)
+    assert open_writer(tmp_path / "a").done == set(noted[:-1]) == rows_done(tmp_path / "a")
+
+
 def test_notes_reach_the_disk_after_the_states_and_whole(tmp_path, monkeypatch):
     writer, done = open_writer(tmp_path / "a"), []
     sync, write = os.fdatasync, os.write
@@ -383,6 +442,40 @@ def test_notes_reach_the_disk_after_the_states_and_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "write", lambda stream, data: len(data) - 1)
     with pytest.raises(OSError, match="the disk took only part"):
         fill(writer, (2,))
+
+
+def test_a_split_of_one_row_is_a_split(tmp_path):
+    finished_run(tmp_path / "a", 1)
+    found = load_hidden_states(tmp_path / "a")
+    assert found.draft.shape == (1, 5, 6) and found.names == ["s0"] and found.lengths.tolist() == [2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_states_are_stored_in_the_number_format_of_the_run(tmp_path, dtype):
+    begin_run(tmp_path / "a", made_with(), "", resume=True)
+    writer = HiddenStatesWriter(tmp_path / "a", 2, {DRAFT: (5, 6), TARGET: (5, 4)}, dtype)
+    fill(writer, range(2))
+    writer.finish(META)
+    found = load_hidden_states(tmp_path / "a")
+    assert found.draft.dtype == found.target.dtype == dtype
+    torch.manual_seed(1)
+    assert torch.equal(found.draft[1, :3], torch.randn(3, 6).to(dtype)) and not found.draft[1, 3:].any()
+
+
+def test_states_are_written_whole_where_a_call_writes_a_part(tmp_path, monkeypatch):
+    """And a complete run holds its files and no others, its rows the keys they were written with and their hashes."""
+    fill(whole := open_writer(tmp_path / "whole"), range(5))
+    whole.finish(META)
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda stream, data, at: pwrite(stream, data[:7], at))
+    fill(writer := open_writer(tmp_path / "a"), range(5))
+    writer.finish(META)
+    for name in FILES:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {*FILES, "meta.json"}
+    rows = [json.loads(line) for line in (tmp_path / "a" / "samples.jsonl").read_text().splitlines()]
+    assert [{key: value for key, value in row.items() if key != "sha256"} for row in rows] == entries()
+    assert all(set(row["sha256"]) == {DRAFT, TARGET} for row in rows)
 
 
 def test_room_is_what_rows_take_and_a_disk_has(tmp_path, monkeypatch):
@@ -435,6 +528,7 @@ def test_a_split_is_compared_row_by_row_and_with_its_clips(tmp_path):
     assert set(altered("samples.jsonl", 3)) == {("samples.jsonl", "altered")}
     (folder / DRAFT).unlink()
     assert found() == {(DRAFT, "missing"): "not there, and meta.json describes it"}
+    assert set(altered(TARGET, first)) == {(DRAFT, "missing"), (TARGET, "altered")}
     (folder / DRAFT).write_bytes(whole[DRAFT])
     (tmp_path / "clip1.npy").write_text("others")
     ((about, state),) = found()
@@ -482,9 +576,9 @@ def test_what_follows_from_something_wrong_is_followed_to_the_end(tmp_path):
     assert found["acceptance/acceptance.json"] == "made from source 0, which is not what it was"
 
 
-def shard(tmp_path, number, rows, total=5):
-    """One of two shards of the rows that `fill` writes."""
-    folder = tmp_path / f"train.shard-{number}-of-2"
+def shard(tmp_path, number, rows, total=5, shards=2):
+    """One of several shards of the rows that `fill` writes."""
+    folder = tmp_path / f"train.shard-{number}-of-{shards}"
     begin_run(folder, made_with(), "", resume=True)
     writer = HiddenStatesWriter(folder, len(rows), {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
     for place, i in enumerate(rows):
@@ -494,7 +588,7 @@ def shard(tmp_path, number, rows, total=5):
         texts = {"egpt_tokens": [4], "egpt_text": "e", "vl_tokens": [5], "vl_text": "v"}
         writer.write(place, states, list(range(10, 10 + n)), entries(total)[i] | texts)
     writer.commit()
-    settings = {"a": 1, "shard": f"{number}/2"}
+    settings = {"a": 1, "shard": f"{number}/{shards}"}
     writer.finish(META | RunIdentity(settings, {}, {}).as_dict() | {"rows": len(rows)})
     return folder
 
@@ -553,6 +647,39 @@ def test_a_killed_merge_goes_on_and_a_damaged_row_is_refused(tmp_path, monkeypat
         merge(tmp_path)
 
 
+def test_a_single_shard_makes_the_whole_where_there_is_room(tmp_path, monkeypatch):
+    save_pt(tmp_path / "vl_lm_head.pt", torch.ones(2))
+    shard(tmp_path, 1, [2, 0, 1], 3, shards=1)
+    needed = 3 * 5 * (6 + 4) * 4
+    with monkeypatch.context() as patch:
+        patch.setattr(hidden_states_writer.shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
+        with pytest.raises(UserError, match=f"may need {needed} bytes, its disk has {needed - 1} free"):
+            merge(tmp_path, 3)
+        assert not (tmp_path / "train.unfinished").exists()
+        patch.setattr(hidden_states_writer.shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed))
+        merge(tmp_path, 3)
+    finished_run(tmp_path / "whole", 3)
+    for name in (DRAFT, TARGET, "positions.pt"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "train" / name).read_bytes()
+    assert read_json(tmp_path / "train" / "meta.json", "")["merged_shards"] == 1
+
+
+def test_a_merge_replaces_a_whole_of_other_settings_only_if_asked(tmp_path):
+    """A whole that loses fewer than half of its rows is replaced in any case."""
+    save_pt(tmp_path / "vl_lm_head.pt", torch.ones(2))
+    shard(tmp_path, 1, [0, 1, 2, 3], 4, shards=1)
+    finished_run(tmp_path / "train", 5)
+    merge(tmp_path, 4)
+    assert read_json(tmp_path / "train" / "meta.json", "")["rows"] == 4
+    fill(writer := open_writer(tmp_path / "train", {"a": 3}, resume=False), range(5))
+    writer.finish(META | made_with(a=3).as_dict())
+    with pytest.raises(UserError, match=r"(?s)a: 3 → 1.*--no_resume"):
+        merge(tmp_path, 4)
+    assert read_json(tmp_path / "train" / "meta.json", "")["settings"] == {"a": 3}
+    merge(tmp_path, 4, resume=False)
+    assert read_json(tmp_path / "train" / "meta.json", "")["settings"] == {"a": 1}
+
+
 @pytest.mark.parametrize(("text", "found"), [("1/1", (1, 1)), ("2/3", (2, 3)), ("3/3", (3, 3)), (None, (1, 1)), ("", (1, 1))])
 def test_a_shard_is_one_of_several(text, found):
     assert parse_shard(text, False) == found and shard_name("train", 2, 3) == "train.shard-2-of-3"
@@ -595,6 +722,8 @@ def test_half_of_the_rows_may_be_lost_unasked_and_no_more(tmp_path):
     code = RunIdentity({"a": 1}, {}, {"m": "c"})
     with pytest.raises(UserError, match=r"(?s)code: m changed.*keep them with --ignore_code"):
         refuse_changes(tmp_path / "a", code, old, False)
+    with pytest.raises(UserError, match=r"(?s)a: 1 → 2.*code: m changed.*give the old values"):
+        refuse_changes(tmp_path / "a", RunIdentity({"a": 2}, {}, {"m": "c"}), old, False)
     refuse_changes(tmp_path / "a", code, old, False, ignore_code=True)
     refuse_changes(tmp_path / "nothing", code, old, False)
     begin_run(tmp_path / "a", made_with(a=3), plan_hash(old), resume=False)  # an unfinished run is there to replace the complete one
@@ -627,6 +756,96 @@ def test_rows_of_a_batch_that_is_unchanged_are_copied_under_their_new_names(tmp_
     caplog.clear()
     copy_unchanged_rows(writer, made_with(a=1), rows)
     assert "0 rows whose" in caplog.text and writer.done == {0, 2}  # again: they are there
+
+
+@pytest.mark.parametrize(("harm", "said"), [("none", "5 rows whose"), ("all", "0 rows whose"), ("gone", "")])
+def test_the_log_counts_copied_and_damaged_rows(tmp_path, caplog, harm, said):
+    """Nothing is logged about a folder without an earlier run."""
+    caplog.set_level("INFO")
+    path = tmp_path / "a"
+    if harm != "gone":
+        finished_run(path)
+    if harm == "all":
+        data, at = bytearray((path / TARGET).read_bytes()), storage_offset(path / TARGET)
+        for row in range(5):
+            data[at + row * 5 * 4 * 4] ^= 1
+        (path / TARGET).write_bytes(data)
+    begin_run(path, made_with(a=1), plan_hash(entries()), resume=True)
+    writer = HiddenStatesWriter(path, 5, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
+    copy_unchanged_rows(writer, made_with(a=1), entries())
+    assert len(writer.done) == (5 if harm == "none" else 0)
+    assert said in caplog.text if said else "kept" not in caplog.text
+
+
+def test_a_run_killed_while_it_copies_keeps_the_rows_copied_so_far(tmp_path, monkeypatch):
+    path, copy = tmp_path / "a", HiddenStatesWriter.copy
+    finished_run(path)
+    write_json(path / "settings.json", {"plan": "of a run killed between its last two steps"})
+    begin_run(path, made_with(a=1), plan_hash(entries()), resume=True)
+    writer = HiddenStatesWriter(path, 5, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
+    monkeypatch.setattr("feature_alignment.storage.earlier_rows._TOGETHER", 2)
+
+    def killed(self, row, *more):
+        if row == 3:
+            raise KeyboardInterrupt
+        copy(self, row, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(HiddenStatesWriter, "copy", killed)
+        copy_unchanged_rows(writer, made_with(a=1), entries())
+    assert rows_done(path) == {0, 1, 2}
+    copy_unchanged_rows(writer, made_with(a=1), entries())
+    assert rows_done(path) == {0, 1, 2, 3, 4}
+
+
+CLIP_OF = "xxy"  # of the rows s0, s1, s2
+SHAPES = {EVENT_STATES: (3, 2), PROMPT_STATES: (2, 4), DRAFT: (5, 6), TARGET: (5, 4)}
+
+
+def states_of_row(i):
+    """Event states depend on the clip alone."""
+    made = lambda seed, *shape: torch.randn(shape, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    return {
+        EVENT_STATES: made(ord(CLIP_OF[i]), 3, 2),
+        PROMPT_STATES: made(10 + i, 2, 4),
+        DRAFT: made(20 + i, 2 + i, 6),
+        TARGET: made(30 + i, 2 + i, 4),
+    }
+
+
+def writer_of_clips(path, order):
+    """A writer for the rows s0, s1, s2 in this order, and their entries."""
+    rows = [entries()[i] | {"events": CLIP_OF[i]} for i in order]
+    clips = list(dict.fromkeys(CLIP_OF[i] for i in order))
+    begin_run(path, made_with(a=1), plan_hash(rows), resume=True)
+    return HiddenStatesWriter(path, len(order), SHAPES, torch.float32, clip_index=[clips.index(CLIP_OF[i]) for i in order]), rows
+
+
+@pytest.mark.parametrize(
+    ("order", "copied"), [((0, 1, 2), {0, 1, 2}), ((2, 0, 1), {0, 1, 2}), ((2, 1), {0}), ((1, 0, 2), {1, 2}), ((1, 2), {1})]
+)
+def test_event_states_are_copied_with_the_row_that_holds_them(tmp_path, order, copied):
+    """A row that is the first of its clip now, and was not before, is extracted again."""
+    path = tmp_path / "a"
+    writer, rows = writer_of_clips(path, (0, 1, 2))
+    for i, row in enumerate(rows):
+        writer.write(i, states_of_row(i), list(range(4, 6 + i)), row)
+    writer.commit()
+    writer.finish(META | made_with(a=1).as_dict())
+    writer, rows = writer_of_clips(path, order)
+    copy_unchanged_rows(writer, made_with(a=1), rows)
+    assert writer.done == copied
+    held = {name: load_pt(writer.part / name, "") for name in SHAPES}
+    assert len(held[EVENT_STATES]) == len({CLIP_OF[i] for i in order})
+    notes = {note["row"]: note for note in progress_notes.progress_entries(writer.part)}
+    for place in copied:
+        i = order[place]
+        for name, states in states_of_row(i).items():
+            at = place if name != EVENT_STATES else writer._clip_index[place]
+            if name != EVENT_STATES or writer.holds(name, place):
+                assert torch.equal(held[name][at, : len(states)], states), (name, place)
+            assert (name in notes[place]["sha256"]) is writer.holds(name, place)
+        assert notes[place]["event_row"] == writer._clip_index[place] and notes[place]["read"] == list(range(4, 6 + i))
 
 
 def test_rows_are_copied_from_the_complete_run_and_from_every_unfinished_one(tmp_path):
@@ -667,6 +886,24 @@ def test_a_damaged_row_is_not_copied(tmp_path, caplog):
     writer = HiddenStatesWriter(path, 5, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
     copy_unchanged_rows(writer, made_with(a=1), entries())
     assert writer.done == {0, 1, 3, 4} and "4 rows whose" in caplog.text and "1 damaged" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["positions.pt", "samples.jsonl"])
+def test_rows_whose_texts_or_entries_were_altered_are_not_copied(tmp_path, name):
+    """Rows with their entries still count when most of them would be lost."""
+    path = tmp_path / "a"
+    finished_run(path)
+    (path / name).write_bytes((path / name).read_bytes() + b"\n")
+    others = [row | {"identity": {"row": f"x{i}", "batch": f"x{i}"}} for i, row in enumerate(entries())]
+    if name == "positions.pt":
+        with pytest.raises(UserError, match="5 of 5 rows have another question"):
+            refuse_changes(path, made_with(a=1), others, False)
+    else:
+        refuse_changes(path, made_with(a=1), others, False)
+    begin_run(path, made_with(a=1), plan_hash(entries()), resume=True)
+    writer = HiddenStatesWriter(path, 5, {DRAFT: (5, 6), TARGET: (5, 4)}, torch.float32)
+    copy_unchanged_rows(writer, made_with(a=1), entries())
+    assert writer.done == set()
 
 
 def test_rows_kept_with_ignore_code_stay_that_codes(tmp_path):

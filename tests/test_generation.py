@@ -325,6 +325,55 @@ def test_prompt_tokens_count_for_the_repetition_penalty():
     assert got.token_ids == wanted and sum(r.num_accepted for r in got.rounds) > 5
 
 
+EVERYTHING = {
+    "sequence_bias": [[[5], 2.0]],
+    "repetition_penalty": 1.3,
+    "no_repeat_ngram_size": 2,
+    "bad_words_ids": [[9]],
+    "min_length": 6,
+    "min_new_tokens": 3,
+    "exponential_decay_length_penalty": (1, 1.2),
+    "suppress_tokens": [7],
+    "begin_suppress_tokens": [8],
+    "top_k": 20,
+    "top_p": 0.9,
+    "min_p": 0.01,
+    "typical_p": 0.95,
+    "epsilon_cutoff": 0.001,
+    "eta_cutoff": 0.002,
+}
+
+
+@pytest.mark.parametrize("name", [*EVERYTHING, "all"])
+def test_processors_are_those_of_generate_in_its_order(name):
+    """Of each setting alone, and of all at once: the same kinds, and the same scores after every token of a text."""
+    settings = GenerationConfig(eos_token_id=[2, 3], do_sample=True, **(EVERYTHING if name == "all" else {name: EVERYTHING[name]}))
+    settings._eos_token_tensor = torch.tensor([2, 3])
+    wanted = tiny_llama(0)._get_logits_processor(settings, input_ids_seq_length=2, device="cpu")
+    rules = GenerationRules.of(settings, {2, 3}, [0, 5], 40, None, "cpu")  # id 0 is a token like any other
+    assert [type(p) for p in (*rules.processors, *rules.warpers)] == [type(p) for p in wanted] and len(wanted) in (1, len(EVERYTHING))
+    text, logits = [4, 5, 4, 9, 5], torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    found = rules.scores(logits, [], text)
+    for i in range(6):
+        ids = torch.tensor([[0, 5, *text[:i]]])
+        torch.testing.assert_close(rules.warpers(ids, found[i : i + 1]), wanted(ids, logits[i : i + 1].clone()))
+
+
+def test_a_text_without_ends_has_no_least_length_and_an_empty_prompt_has_no_ids():
+    rules = GenerationRules.of(GenerationConfig(min_length=4, min_new_tokens=4), (), [], 10, None, "cpu")
+    assert not rules.processors and list(rules.prompt) == [] and rules.rows == 10
+    assert GenerationRules.of(None, {2}, [0, 5], 10, None, "cpu") == GenerationRules({2})
+
+
+def test_an_error_names_the_flags_or_the_checkpoint():
+    beams = GenerationConfig(num_beams=4)
+    with pytest.raises(UserError, match=r"^the checkpoint asks for num_beams = 4"):
+        with_flags(beams, top_k=None)
+    with pytest.raises(UserError, match=r"^--top_k 3 --stop x asks for num_beams = 4"):
+        with_flags(beams, top_k=3, stop_strings="x")
+    assert with_flags(GenerationConfig(top_k=5)).top_k == 5 and with_flags(None, top_k=3).top_k == 3
+
+
 NOTHING = {
     "num_beams": 1,
     "num_beam_groups": 1,

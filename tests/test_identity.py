@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -286,6 +287,10 @@ MAIN = """from typing import TYPE_CHECKING
 import feature_alignment.plain
 if TYPE_CHECKING:
     from feature_alignment import hints
+else:
+    from feature_alignment import typed
+if DEBUG:
+    from feature_alignment import optional
 def f():
     from feature_alignment import lazy
     from .sub import deep
@@ -293,11 +298,14 @@ def f():
 
 
 def test_imports_are_followed_wherever_they_stand_but_not_for_hints(tmp_path, monkeypatch):
-    others = {"plain": "import os", "hints": "", "lazy": "from feature_alignment.far import x", "far": "x = 1", "unused": ""}
+    others = {"plain": "import os", "hints": "", "lazy": "from feature_alignment.far import x", "unused": "", "typed": "", "optional": ""}
+    others["far"] = "from feature_alignment import stage\nx = 1"  # a circle
     a_package(
         tmp_path, monkeypatch, stage=MAIN, sub__sub____init__="from . import beside", sub__sub__beside="", sub__sub__deep="y = 2", **others
     )
-    assert set(code_of("stage")) == {"stage", "plain", "lazy", "far", "sub", "sub.deep", "sub.beside"}
+    wanted = {"stage", "plain", "lazy", "far", "sub", "sub.deep", "sub.beside", "typed", "optional"}
+    assert list(code_of("stage")) == sorted(wanted) and all(re.fullmatch("[0-9a-f]{12}", h) for h in code_of("stage").values())
+    assert code_of("absent") == {}
 
 
 @pytest.mark.parametrize(

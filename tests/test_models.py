@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_decoder, prompt_of, tiny_llama
+from transformers import DynamicCache
 
 from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.inputs.video import NUM_FRAMES
-from feature_alignment.models import eventgpt, loading, pair, preprocessing, video_llava
+from feature_alignment.models import eventgpt, loading, pair, preprocessing, tree_attention, video_llava
 from feature_alignment.models.batches import _common_prefix, _keep_rows, _Texts, _truncated_to, _with_room
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.eventgpt import EventGPTConfig, EventGPTForCausalLM, load_eventgpt
-from feature_alignment.models.state import position_limit
+from feature_alignment.models.state import State, position_limit
+from feature_alignment.models.vision_cache import VisionCache
 
 PROMPTS = [(1, 5, 9, 13), (1, 40, 3, 8), (1, 7, 7, 20), (1, 9, 33, 4)]
 
@@ -96,6 +98,47 @@ def test_ids_outside_the_shared_vocabulary_are_neither_emitted_nor_read():
     assert torch.equal(model.embeddings, model.llama.embed_tokens.weight[:40])
 
 
+def test_ids_of_vision_and_beyond_the_shared_vocabulary_are_minus_one():
+    model = as_decoder(tiny_llama(0))  # its placeholder is 1
+    model.restrict_vocabulary(40)
+    assert model.text_ids([0, 1, 2, 39, 40, 63, -1, -200]) == [0, -1, 2, 39, -1, -1, -1, -1]
+
+
+@torch.inference_mode()
+def test_only_single_clips_are_kept_in_the_vision_cache():
+    model, encoded = as_decoder(tiny_llama(0), [1]), []
+    model._encode_vision = lambda pixels: (encoded.append(len(pixels)), pixels)[1]
+    model.vision_cache = VisionCache()
+    for clips in (2, 2, 1, 1, 3):
+        vision = model.encode_vision(torch.zeros(clips, 1))
+    assert encoded == [2, 2, 1, 3] and model.vision_cache.hits == 1
+    ids, one, reads = torch.tensor([[5, 1, 7]]), model.encode_vision(torch.zeros(1, 1)), []
+    read = model._read
+    model._read = lambda *more: (reads.append(1), read(*more))[1]
+    for batch, clips in ((ids.expand(2, -1), torch.zeros(2, 1)), (ids.expand(2, -1), torch.zeros(2, 1)), (ids, one), (ids, one)):
+        assert model.vision_states(batch, clips).shape == (len(batch), 1, 32)
+    assert len(reads) == 3 and vision.shape == (3, 1)
+
+
+def test_a_prompt_that_was_read_is_given_row_by_row():
+    state = State(DynamicCache(), torch.zeros(2, 3), 4, prompt=torch.arange(24.0).view(2, 4, 3), inputs=-torch.arange(24.0).view(2, 4, 3))
+    for row, length in ((0, None), (1, None), (1, 2)):
+        found = state.read_prompt(row, length)
+        assert torch.equal(found.states, state.prompt[row, :length]) and torch.equal(found.inputs, state.inputs[row, :length])
+    assert torch.equal(state.read_prompt().states, state.prompt[0])
+
+
+def test_video_tokens_stand_where_their_ids_stood_and_are_as_many():
+    words = torch.nn.Embedding(12, 4)
+    model = SimpleNamespace(get_input_embeddings=lambda: words, config=SimpleNamespace(video_token_index=9))
+    ids, video = torch.tensor([[1, 9, 9, 9, 4], [2, 9, 9, 9, 5]]), torch.randn(2, 3, 4, dtype=torch.float64)
+    found = video_llava.splice(model, ids, video)
+    assert torch.equal(found, torch.cat([words(ids[:, :1]), video.float(), words(ids[:, 4:])], 1))
+    for wrong in (video[:, :2], video[:1], torch.randn(3, 2, 4)[:, :1]):
+        with pytest.raises(ValueError, match=r"6 <video> ids for \(\d, \d\) video tokens"):
+            video_llava.splice(model, ids, wrong)
+
+
 @pytest.mark.parametrize(
     ("taps", "norms", "norm", "own"),
     [
@@ -133,6 +176,50 @@ def test_texts_end_with_their_end_or_at_the_limit():
     assert model.generate(state, 9) == single and model.generate(state, 9) == single
     assert state.length == length and torch.equal(state.last, last)
     assert model.generate(state, 1) == [text[:1] for text in single]
+
+
+@pytest.mark.parametrize(
+    ("usual", "mask", "device", "wanted"),
+    [
+        ("sdpa", None, "cpu", "sdpa"),
+        ("sdpa", torch.bool, "cpu", "sdpa"),
+        ("sdpa", torch.float32, "cpu", tree_attention.NAME),
+        ("sdpa", torch.float32, "meta", "sdpa"),
+        ("eager", torch.bool, "cpu", "sdpa"),
+        ("eager", torch.float32, "cpu", "eager"),
+        ("flash_attention_2", None, "cpu", "flash_attention_2"),
+        ("flash_attention_2", torch.bool, "cpu", "sdpa"),
+        ("flash_attention_2", torch.float32, "cpu", "sdpa"),
+    ],
+)
+def test_the_attention_function_is_one_that_takes_the_mask(usual, mask, device, wanted):
+    """Only sdpa takes a boolean mask, flash takes none of four dimensions, and on a CPU an additive one has a function of its own."""
+    decoder, seen = as_decoder(tiny_llama(0)), []
+
+    class Layers:
+        config = decoder.llama.config
+
+        def __call__(self, **inputs):
+            seen.append(self.config._attn_implementation)
+            return SimpleNamespace(last_hidden_state=torch.zeros(1, 2, 32))
+
+    decoder.llama = Layers()
+    decoder.llama.config._attn_implementation = usual
+    layout = {} if mask is None else {"attention_mask": torch.zeros(1, 1, 2, 2, dtype=mask, device=device)}
+    decoder.step(State(DynamicCache(), torch.zeros(1, 32), 0), torch.tensor([[5, 6]]), **layout)
+    assert seen == [wanted] and decoder.llama.config._attn_implementation == usual
+    padding = torch.ones(1, 2, dtype=mask)  # of two dimensions: any function takes it
+    decoder.step(State(DynamicCache(), torch.zeros(1, 32), 0), torch.tensor([[5, 6]]), attention_mask=padding)
+    assert seen == [wanted, usual]
+
+
+def test_the_states_of_a_whole_prompt_are_kept_of_a_single_layer_alone():
+    """Of several layers they would fill memory; the last one is all that decoding needs."""
+    prompt = prompt_of(*PROMPTS[0])
+    for taps, kept in ((None, 4), ([1], 4), ([1, 2], 1)):
+        state = as_decoder(tiny_llama(0), taps).prefill([prompt])
+        assert state.prompt.shape == (1, kept, 32 * len(taps or [2])) and torch.equal(state.prompt[:, -1], state.last)
+        assert state.inputs.shape == (1, 4, 32) and state.length == 4
 
 
 @pytest.mark.parametrize("ends", [0, 3, 8])
@@ -314,7 +401,8 @@ def test_a_pair_is_restricted_to_shared_ids_and_runs_on_the_chosen_gpu(monkeypat
         decoders[name].restrict_vocabulary(size)
         decoders[name].tokenizer = Pieces("abc")
         monkeypatch.setattr(pair, f"load_{name}", lambda cfg, name=name: decoders[name])
-    chosen = []
+    chosen, threads = [], []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -322,7 +410,9 @@ def test_a_pair_is_restricted_to_shared_ids_and_runs_on_the_chosen_gpu(monkeypat
         found = pair.load_pair(Common(device=device))
         assert (found.target, found.draft) == (decoders["target"], decoders["draft"])
         assert found.target.vocab_size == found.draft.vocab_size == 50
-    assert chosen == ["cuda:1"]
+    assert chosen == ["cuda:1"] and threads == []
+    pair.load_pair(Common(device="cpu", threads=3))
+    assert threads == [3]
     found.use_steps("graphs")
     assert found.target.steps == found.draft.steps == "graphs"
 
@@ -339,9 +429,39 @@ def test_the_check_computes_prompt_length_and_memory(tiny_run):
         assert found["cache_bytes"] == per_token * (found["prompt_tokens"] + 64)
         assert (found["layers"], found["hidden_size"]) == (3, 32) == (text.num_hidden_layers, text.hidden_size)
         assert found["vision_tokens"] == model.vision_tokens and found["embedding_rows"] == len(model.llama.embed_tokens.weight)
-        assert found["weight_bytes"] == 4 * found["parameters"]
+        assert found["weight_bytes"] == 4 * found["parameters"] and found["weights"] == "complete"
+        assert found["layer_bytes"] == 4 * sum(p.numel() for p in model.llama.layers[0].parameters())
         needed += found["weight_bytes"] + found["cache_bytes"]
     assert report["needed_bytes"] == needed
+
+
+def test_the_check_reads_no_weights_whatever_the_flags(tiny_run, monkeypatch):
+    cfg = parse_config(Common, ["--config", str(tiny_run / "tiny.yaml"), "--device_map", "auto", "--quantize", "nf4"], "models/pair")
+    opened = []
+    for name in ("open_draft", "open_target"):
+        usual = getattr(pair, name)
+        monkeypatch.setattr(pair, name, lambda cfg, usual=usual: (opened.append(usual(cfg)), opened[-1])[1])
+    pair.check_pair(cfg)
+    assert [{p.device.type for p in checkpoint.model.parameters()} for checkpoint in opened] == [{"meta"}, {"meta"}]
+
+
+def test_a_loaded_model_is_probed_with_one_blank_image_and_two_tokens(tmp_path):
+    asked = []
+
+    def step(state, ids):
+        asked.append((state.length, state.cache.get_seq_length(), ids.tolist()))
+        return torch.zeros(1, 2, 8)
+
+    def encode(pixels):
+        asked.append((tuple(pixels.shape), bool(pixels.any())))
+        return torch.zeros(1, 3, 8)
+
+    decoder = SimpleNamespace(encode_vision=encode, step=step, llama=tiny_llama(0).model, device=torch.device("cpu"))
+    assert pair._probed(decoder, tmp_path, 48) is decoder
+    assert asked == [((1, 1, 3, 48, 48), False), (0, 0, [[1, 1]])]
+    for name, wrong in (("encode_vision", torch.full((1, 3, 8), torch.nan)), ("step", torch.full((1, 2, 8), torch.inf))):
+        with pytest.raises(UserError, match="not finite"):
+            pair._probed(SimpleNamespace(**vars(decoder) | {name: lambda *_, wrong=wrong: wrong}), tmp_path, 48)
 
 
 def test_finding_a_checkpoint_checks_it(tmp_path):
@@ -451,6 +571,19 @@ def test_a_model_goes_straight_to_where_it_runs(monkeypatch, tmp_path, asked, wa
     assert checked == ([] if asked.get("device") == "meta" else [asked.get("device", "cpu")])
 
 
+def test_loading_a_model_says_nothing_of_its_own(monkeypatch, tmp_path):
+    model, logging = torch.nn.Linear(2, 2), loading.transformers_logging
+    monkeypatch.setattr(loading, "load_complete", lambda *_, **__: model)
+    monkeypatch.setattr(loading, "_refuse_missing_weights", lambda *_: None)
+    usual = logging.get_verbosity()
+    logging.set_verbosity_info(), logging.enable_progress_bar()
+    try:
+        loading.load_model(int, tmp_path, "a model", dtype=torch.float32)
+        assert logging.get_verbosity() == logging.ERROR and not logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(usual)
+
+
 def test_a_model_of_which_a_part_fits_nowhere_is_refused(monkeypatch, tmp_path):
     model = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta")])
     monkeypatch.setattr(loading, "load_complete", lambda *_, **__: model)
@@ -518,6 +651,24 @@ def test_a_missing_preprocessor_is_clips_own(tmp_path):
         preprocessing.load_processor(tmp_path, 49)
 
 
+def test_a_preprocessor_is_tried_on_a_wide_image_and_crops_to_the_tower_both_ways(tmp_path, monkeypatch):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tried, usual = [], preprocessing.clip_pixels
+    monkeypatch.setattr(preprocessing, "clip_pixels", lambda images, by: (tried.extend(images), usual(images, by))[1])
+    for height, width in ((48, 40), (40, 48), (48, 48)):
+        CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": height, "width": width}).save_pretrained(tmp_path)
+        if (height, width) == (48, 48):
+            preprocessing.load_processor(tmp_path, 48)
+        else:
+            with pytest.raises(UserError, match=f"crops to {height} x {width}, the vision tower expects 48 x 48"):
+                preprocessing.load_processor(tmp_path, 48)
+    assert [(image.shape, image.dtype, image.any()) for image in tried] == [((25, 48, 3), np.uint8, False)] * 3
+    monkeypatch.setattr(preprocessing, "clip_pixels", lambda images, by: np.array([1.0, np.nan]))
+    with pytest.raises(UserError, match="pixels that are not finite"):
+        preprocessing.load_processor(tmp_path, 48)
+
+
 def test_facts_of_the_released_pair():
     """Read from the released code and tokenizers; nothing here could recompute them."""
     assert (eventgpt.EVENT_TOKEN_INDEX, eventgpt.NUM_EVENT_SLICES, eventgpt.KNOWN_TEXT_TOKENS) == (-200, 5, (59,))
@@ -574,6 +725,9 @@ def test_a_pair_that_does_not_fit_into_memory_is_refused_after_its_table(monkeyp
     else:
         with pytest.raises(UserError, match=r"the pair needs 3\.00 GiB and cpu has 3\.00 GiB free.*--quantize nf4"):
             pair.main([])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(UserError, match="sees no GPU"):  # rather than that 0 bytes are free there
+            pair.main(["--device", "cuda"])
         said = capsys.readouterr().out
         lines = ("layers", "1,003", "weights as float32", "1.00 GiB", "cache of one prompt and 64 tokens", "0.50 GiB", "3.00 GiB")
         assert all(line in said for line in lines)

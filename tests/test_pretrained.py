@@ -6,11 +6,13 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from feature_alignment.adapters.attending import AttendingAdapter
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.console import UserError
+from feature_alignment.storage.files import write_hashed_json
 
 META = {"draft_layers": [1, 2], "parameters": 1}
 
@@ -115,3 +117,47 @@ def test_a_file_instead_of_a_directory_and_weights_that_are_not_finite_are_refus
     adapter.save_pretrained(tmp_path / "b", META)
     with pytest.raises(UserError, match="not finite"):
         HiddenAdapter.from_pretrained(tmp_path / "b")
+
+
+def test_a_directory_whose_weights_could_not_be_written_holds_no_adapter(tmp_path, monkeypatch):
+    """The old config.json does not describe new weights: it is removed first, and written last."""
+    hidden().save_pretrained(tmp_path / "a", META)
+
+    def full(*_, **__):
+        raise OSError(28, "no space")
+
+    monkeypatch.setattr("feature_alignment.storage.pretrained.save", full)
+    with pytest.raises(OSError, match="no space"):
+        hidden().save_pretrained(tmp_path / "a", META)
+    with pytest.raises(UserError, match="no adapter at"):
+        HiddenAdapter.from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"geometry": [4, 4, 2]}, "describes an adapter of type 'hidden', expected 'hidden'"),
+        ({"meta": None}, "describes an adapter of type 'hidden', expected 'hidden'"),
+        ({"adapter_type": None}, "describes an adapter of type None, expected 'hidden'"),
+        ({"geometry": {"width": 3}}, "is damaged"),
+    ],
+)
+def test_a_config_that_describes_no_adapter_is_refused(tmp_path, change, said):
+    hidden().save_pretrained(tmp_path / "a", META)
+    path = tmp_path / "a" / "config.json"
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("files", "content_hash")}
+    write_hashed_json(path, config | change, ["adapter.safetensors"])
+    with pytest.raises(UserError, match=said):
+        HiddenAdapter.from_pretrained(tmp_path / "a")
+
+
+def test_weights_of_another_shape_or_name_are_refused(tmp_path):
+    hidden().save_pretrained(tmp_path / "a", META)
+    path, config = tmp_path / "a" / "adapter.safetensors", json.loads((tmp_path / "a" / "config.json").read_text())
+    whole = load_file(path)
+    name = next(iter(whole))
+    for state in (whole | {name: whole[name][:1]}, whole | {"more": torch.ones(2)}, {k: v for k, v in whole.items() if k != name}):
+        save_file(state, path)
+        write_hashed_json(tmp_path / "a" / "config.json", {k: config[k] for k in ("adapter_type", "geometry", "meta")}, [path.name])
+        with pytest.raises(UserError, match="is damaged: its weights do not fit its geometry"):
+            HiddenAdapter.from_pretrained(tmp_path / "a")

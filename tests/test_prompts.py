@@ -173,6 +173,19 @@ def test_a_template_without_the_marker_or_the_question_is_refused(altered, name,
         prompt(name, tokenizer)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_template_that_fails_is_quoted_by_the_first_line_of_its_first_error(altered, name):
+    """Each form of the message is tried: a text and a list of parts."""
+    first, second = ("is not string", "is string") if name == "video_llava" else ("is string", "is not string")
+    long = "x" * 200
+    template = (
+        f"{{% if messages[0]['content'] {first} %}}{{{{ raise_exception('\n{long}\nmore') }}}}{{% endif %}}"
+        f"{{% if messages[0]['content'] {second} %}}{{{{ raise_exception('later') }}}}{{% endif %}}"
+    )
+    with pytest.raises(UserError, match=rf"and the question \({'x' * 160}\)\. Take"):
+        prompt(name, load_tokenizer(altered(name, chat_template=template)))
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
 def test_a_damaged_template_file_is_named(altered, content):
     with pytest.raises(UserError, match=r"chat_template\.json: .*expected an object with chat_template"):
@@ -189,6 +202,7 @@ def test_a_damaged_template_file_is_named(altered, content):
         {"model_type": "llava", "mm_image_tower": "LanguageBind/LanguageBind_Image", "mm_projector_type": "mlp2x_gelu"},
         {"model_type": "llava_llama", "hidden_size": 4096},
         {"model_type": "llama", "architectures": ["LlavaLlamaForCausalLM"]},
+        {"model_type": "llama", "mm_vision_tower": "openai/clip"},
     ],
 )
 def test_the_layout_of_the_llava_code_is_refused_with_a_remedy(tmp_path, config):
@@ -197,6 +211,15 @@ def test_the_layout_of_the_llava_code_is_refused_with_a_remedy(tmp_path, config)
         UserError, match=r"layout of the LLaVA code(.|\n)*--target_id hub:LanguageBind/Video-LLaVA-7B-hf\n(.|\n)*convert_video"
     ):
         pair.load_target(Common(target_id=tmp_path))
+
+
+@pytest.mark.parametrize(
+    "config", [[], {}, {"model_type": "llama", "mm_video_tower": None}, {"model_type": "llava", "text_config": {}}, "cut off"]
+)
+def test_any_other_config_is_left_to_the_loader(tmp_path, config):
+    (tmp_path / "config.json").write_text("{" if config == "cut off" else json.dumps(config))
+    video_llava.refuse_llava_layout(tmp_path)
+    video_llava.refuse_llava_layout(tmp_path / "absent")
 
 
 @needs(CASES)

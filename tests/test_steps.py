@@ -51,7 +51,7 @@ def test_a_longer_text_gets_more_room(monkeypatch):
         assert greedy(other, prompt, 120).token_ids == greedy(eager, prompt, 120).token_ids
 
 
-@pytest.mark.parametrize(("length", "k"), [(57, 7), (61, 3), (40, 18), (62, 1)])
+@pytest.mark.parametrize(("length", "k"), [(57, 7), (61, 3), (40, 18), (62, 1), (60, 4)])
 def test_a_cache_grows_for_the_padding_alone(monkeypatch, length, k):
     """The tokens fit and their padding does not; padding is written to the cache too."""
     monkeypatch.setattr(fixed, "ROOM", 1)

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import pickletools
+import shutil
 import signal
 import time
 import zipfile
@@ -28,6 +29,7 @@ from feature_alignment.storage.files import (
     content_hash,
     file_hash,
     load_pt,
+    load_trained,
     read_hashed_json,
     read_json,
     save_pt,
@@ -151,6 +153,74 @@ def test_a_record_has_at_most_sixteen_fields_and_999_bytes(fields, size, fits):
             ArraysOnly(io.BytesIO(pickle.dumps(overlapping, 2))).load()
 
 
+def fields(*types, names=None, offsets=None, size=8, subarray=None):
+    """The state of a pickled dtype with fields a, b, …"""
+    names = tuple("abc"[: len(types)]) if names is None else names
+    offsets = range(0, 2 * len(types), 2) if offsets is None else offsets
+    made = {name: (np.dtype(t), o) for name, t, o in zip("abc", types, offsets, strict=False)}
+    return 3, "|", subarray, names, made, size, 1, 0
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (fields("u2", "u2"), None),
+        (fields("u2", "u2", offsets=(2, 0)), None),
+        (fields("u2", "u2", offsets=(0, 6)), None),
+        (fields("u2", "u2", offsets=(0, 7)), "overlap"),
+        (fields("u2", "u2", offsets=(1, 0)), "overlap"),
+        (fields("u2", "O"), "no numbers"),
+        (fields("u2", ("u1", (2,))), "no numbers"),
+        (fields("u2", "u2", offsets=(0, 2.0)), "no numbers"),
+        (fields("u2", "u2", offsets=(0, True)), "no numbers"),
+        (fields("u2", "u2", names=["a", "b"]), "no plain list"),
+        (fields("u2", "u2", names=()), "no plain list"),
+        (fields("u2", "u2", subarray=("u2", (2,))), "no plain list"),
+        (fields("u1", offsets=(0,), size=0), "no plain list"),
+    ],
+)
+def test_fields_of_a_record_are_numbers_that_do_not_overlap(state, said):
+    record = pickles._dtype("V8")
+    if said is None:
+        record.__setstate__(state)
+        assert record.dtype.itemsize == 8 and record.dtype.names == ("a", "b")
+        assert [record.dtype.fields[name] for name in "ab"] == [state[4][name] for name in "ab"]
+    else:
+        with pytest.raises(pickle.UnpicklingError, match=said):
+            record.__setstate__(state)
+        with pytest.raises(pickle.UnpicklingError, match="an array of no type"):
+            pickles._checked(record)
+
+
+@pytest.mark.parametrize("code", ["M8", "U8", "S8", "V1000", "i", b"i4", ["i4"], "i4,i4", "<i123", "O9", "c16"])
+def test_a_pickle_may_ask_for_types_of_numbers_alone(code):
+    if code == "i":
+        assert pickles._dtype(code) == np.dtype("i4")
+        return
+    with pytest.raises(pickle.UnpicklingError, match=r"asks for numpy\.dtype"):
+        pickles._dtype(code)
+    assert [pickles._dtype(c) for c in ("<f8", "?", "O8", ">u2")] == [np.dtype(c) for c in ("<f8", "?", "O", ">u2")]
+
+
+def test_text_is_encoded_by_one_byte_a_letter_and_no_other_way():
+    assert pickles._encode("\xe4") == pickles._encode("\xe4", "latin-1") == pickles._encode("\xe4", "latin1") == b"\xe4"
+    for encoding in ("utf-8", "utf-16", "latin"):
+        with pytest.raises(pickle.UnpicklingError, match=f"asks for the encoding '{encoding}'"):
+            pickles._encode("a", encoding)
+
+
+def test_a_torch_file_has_a_program_of_the_usual_name(tmp_path):
+    path = torch_file(tmp_path / "a.pt")
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for name, said in (("a/other.pkl", "it holds a/other.pkl; wanted one"), ("a/data.txt", "it holds no data.pkl; wanted one")):
+        with zipfile.ZipFile(path, "w") as archive:
+            for old, data in members.items():
+                archive.writestr(name if old.endswith("data.pkl") else old, data)
+        with pytest.raises(pickle.UnpicklingError, match=said):
+            check_pt(path)
+
+
 # ---- locks
 
 
@@ -166,6 +236,12 @@ def test_a_refused_run_leaves_no_empty_folder_and_takes_none_away(tmp_path):
     with exclusive_lock(old / "new" / "deep" / "other"):
         assert (old / "new" / "deep" / "other.lock").is_file()
     assert not (old / "new" / "deep" / "other.lock").exists()
+
+
+def test_a_lock_whose_folders_were_removed_meanwhile_is_let_go_of(tmp_path):
+    with exclusive_lock(tmp_path / "new" / "deep" / "adapter"):
+        shutil.rmtree(tmp_path / "new")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_lock_is_let_go_of_with_its_file(tmp_path):
@@ -408,6 +484,47 @@ def test_a_tensor_that_shows_more_than_its_file_holds_is_refused(tmp_path):
             load_pt(path, "make it")
 
 
+@pytest.mark.parametrize(("error", "said"), [("\n" + "x" * 200 + "\nmore", "x" * 160), ("", "RuntimeError")])
+def test_an_error_of_torch_is_quoted_by_its_first_line(tmp_path, monkeypatch, error, said):
+    def broken(*_, **__):
+        raise RuntimeError(error)
+
+    save_pt(tmp_path / "a.pt", torch.ones(2))
+    monkeypatch.setattr(torch, "load", broken)
+    with pytest.raises(UserError, match=rf"could not be read \({said}\)\. Make it again:\n  make it"):
+        load_pt(tmp_path / "a.pt", "make it")
+
+
+def test_a_trained_module_is_its_weights_in_eval_mode_and_its_meta(tmp_path):
+    build = lambda width: torch.nn.Linear(width, 2)  # noqa: E731
+    path, module = tmp_path / "adapter.pt", torch.nn.Linear(3, 2)
+    good = {"meta": {"geometry": {"width": 3}, "n": 1}, "state_dict": module.state_dict()}
+    load = lambda: load_trained(path, "an adapter", build, "width", "train it")  # noqa: E731
+    save_pt(path, good)
+    found, meta = load()
+    assert torch.equal(found.weight, module.weight) and not found.training and meta == good["meta"]
+    write_hashed_json(tmp_path / "meta.json", {"n": 1}, ["adapter.pt"])
+    assert load()[1] == meta
+    no_adapter = r"(?s)is not an adapter \(wanted meta with its geometry, and state_dict\).*train it"
+    for geometry in (None, [3], {"height": 3}):
+        save_pt(path, good | {"meta": {"geometry": geometry}})
+        with pytest.raises(UserError, match=no_adapter):
+            load()
+    for other in ([1], {"meta": [1], "state_dict": {}}, good | {"state_dict": [1]}, {"meta": good["meta"]}):
+        save_pt(path, other)
+        with pytest.raises(UserError, match=no_adapter):
+            load()
+    save_pt(path, good | {"more": 1})
+    with pytest.raises(UserError, match=r"(?s)is not the file that .*meta\.json describes.*train it"):
+        load()
+    (tmp_path / "meta.json").unlink()
+    bad, more = {"weight": torch.ones(2, 4), "bias": torch.ones(2)}, {"weight": torch.ones(2, 3), "bias": torch.tensor([0, torch.inf])}
+    for state, said in ((bad, "do not fit its geometry"), ({"weight": torch.ones(2, 3)}, "do not fit"), (more, "not finite")):
+        save_pt(path, good | {"state_dict": state})
+        with pytest.raises(UserError, match=f"(?s)is damaged: .*{said}.*train it"):
+            load()
+
+
 def test_hashes_are_of_the_content_whatever_its_order():
     assert config_hash({"b": 1, "a": [2]}) == config_hash({"a": [2], "b": 1}) == short(b'{"a": [2], "b": 1}')
     assert weights_hash({"ab": torch.tensor([1, 2], dtype=torch.uint8)}) == short(b"ab\x01\x02")
@@ -491,6 +608,25 @@ def test_what_was_left_by_a_killed_run_is_named_and_is_no_fault(tmp_path, capsys
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match="wanted the directory of a run"):
             verify(nothing)
+
+
+def test_findings_without_any_result_are_listed_and_temporary_records_are_not_read(tmp_path):
+    out = tmp_path / "out"
+    (out / "hidden_states" / "train.unfinished").mkdir(parents=True)
+    assert [(f.about, f.state) for f in verify(out)[0]] == [("hidden_states/train.unfinished", "unfinished")]
+    (out / "sd").mkdir()
+    (out / "sd" / ".one.7.tmp.json").write_text("{")
+    assert [(f.about, f.state) for f in verify(out)[0]][1:] == [("sd/.one.7.tmp.json", "left over")]
+    assert verify(out)[1]["files"] == 0
+
+
+def test_a_checkpoint_of_the_hub_is_compared_by_its_revision(tmp_path, monkeypatch):
+    out, source = tmp_path / "out", Path("hub:a/b")
+    meta = {"inputs": {"target": str(source)}, "made_from": {"target": source_hash(source)}}
+    write_hashed_json(out / "benchmark" / "benchmark.json", {"meta": meta})
+    assert verify(out) == ([], {"files": 1, "rows": 0, "sources": 1})
+    monkeypatch.setattr("feature_alignment.storage.identity.hub_revision", lambda path: "a/b@later")
+    assert found_in(out)["benchmark/benchmark.json", "stale"].startswith("made from another target than hub:a/b is now")
 
 
 @pytest.mark.parametrize(("findings", "more"), [(40, ""), (41, "and 1 more"), (50, "and 10 more")])

@@ -27,3 +27,11 @@ def test_it_is_scaled_dot_product_attention(n, kv_heads, dtype):
     assert weights is None and found.shape == (2, n, 6, 16) and found.is_contiguous()
     limits = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 3e-2, "rtol": 3e-2}
     torch.testing.assert_close(found.float(), wanted.transpose(1, 2), **limits)
+
+
+@pytest.mark.parametrize("n", [3, FEW_TOKENS + 1])
+def test_scores_are_divided_by_the_root_of_the_width_unless_said_otherwise(n):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 2, n, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
+    found, _ = tree_attention(None, query, key, value, torch.zeros(1, 1, n, 40))
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(query, key, value).transpose(1, 2), atol=1e-5, rtol=1e-5)

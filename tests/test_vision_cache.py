@@ -68,12 +68,14 @@ def test_a_clip_is_known_by_its_content_and_the_clip_used_last_is_kept():
     almost = b.clone()
     almost[0, -1, -1, -1, -1] += 1e-6
     assert tokens(almost) == almost.sum() and len(encoded) == 5, "another clip, if in one value only"
+    tokens(almost.double())
+    assert len(encoded) == 6, "another number format is another clip"
     b += 1
     tokens(b)
-    assert len(encoded) == 6, "the cache keeps pixels of its own"
+    assert len(encoded) == 7, "the cache keeps pixels of its own"
     cache.clear()
     tokens(b)
-    assert len(encoded) == 7
+    assert len(encoded) == 8
     with pytest.raises(ValueError, match="at least one clip"):
         VisionCache(0)
 

@@ -148,7 +148,7 @@ def _record_owner(lock: Path, path: Path) -> None:
 def _owner(lock: Path) -> dict[str, Any] | None:
     """The process recorded in a lock file; None if none is, or if it died while it wrote the file."""
     try:
-        found = json.loads(lock.read_bytes()[:1000] or b"null")
+        found = json.loads(lock.read_bytes()[:1000])
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
