@@ -541,6 +541,16 @@ def test_scores_say_what_is_drafted_live(learnt):
         assert drafts == scores.says[row, 1, : len(drafts)].tolist()
 
 
+def test_rows_of_several_batches_are_all_scored(learnt):
+    target, _, states, adapter = learnt
+    rows, given = [0, 1, 2] * 12, (target.head_weight.detach(), target.embeddings, 2)
+    tensors = {name: value[rows] for name, value in vars(states).items() if isinstance(value, torch.Tensor)}
+    many = dataclasses.replace(states, **tensors, rows=[states.rows[i] for i in rows])
+    (one, there), (found, valid) = (attending_scores(adapter, some, *given) for some in (states, many))
+    torch.testing.assert_close(found.cosine, one.cosine[rows], atol=1e-3, rtol=0)
+    assert torch.equal(found.says, one.says[rows]) and torch.equal(found.match, one.match[rows]) and torch.equal(valid, there[rows])
+
+
 def test_event_states_of_another_row_change_the_scores(learnt):
     target, _, states, adapter = learnt
     states = dataclasses.replace(states, events=states.events + torch.tensor([0.0, 1.0, 2.0])[:, None, None])

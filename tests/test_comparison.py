@@ -42,7 +42,8 @@ def test_a_draft_token_is_correct_where_it_is_the_targets_token():
 def test_rounds_of_known_drafts():
     """Two drafts a round from the second token on; the last token of a text that was cut off has no draft."""
     bits = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 1, 0], [1, 1, 1, 1, 0], [1, 0, 1, 0, 0]]).bool()
-    found = comparison.verified(bits, ROWS, 2, [2])
+    found = comparison.verified(bits, ROWS, 2, [2], params=7)
+    assert found.params == 7
     # rounds (offered, kept) of each row: (2, 2) and (1, 0) … by hand
     rounds = [[(2, 2), (1, 0)], [(2, 1), (1, 1)], [(2, 2)], [(1, 0), (0, 0)]]
     check(found.token_match, [3, 3, 4, 2], [5, 4, 4, 3])

@@ -608,3 +608,14 @@ def test_a_chain_may_be_shown_the_events_of_another_row():
     assert torch.equal(shown.cosine, wanted.cosine) and torch.equal(shown.says, wanted.says) and not torch.equal(shown.cosine, usual.cosine)
     by_hand = torch.tensor([[[t >= 1 and t + k < int(n) for k in range(G)] for t in range(S)] for n in states.lengths])
     assert torch.equal(there, by_hand) and not shown.cosine[~there].any() and not shown.says[~there].any()
+
+
+def test_a_chain_scores_every_row_of_several_batches():
+    torch.manual_seed(0)
+    states, adapter = dataclasses.replace(random_states(3), events=torch.randn(N, 2, 4)), ChainedAdapter(D, 4, 2, 8).eval()
+    rows, given = [i % N for i in range(70)], (torch.randn(V, D), torch.randn(V, D), G)
+    tensors = {name: value[rows] for name, value in vars(states).items() if isinstance(value, torch.Tensor)}
+    many = dataclasses.replace(states, **tensors, rows=[states.rows[i] for i in rows])
+    (one, there), (found, valid) = (scoring.chain_scores(adapter, some, *given) for some in (states, many))
+    torch.testing.assert_close(found.cosine, one.cosine[rows], atol=1e-3, rtol=0)
+    assert torch.equal(found.says, one.says[rows]) and torch.equal(found.match, one.match[rows]) and torch.equal(valid, there[rows])
