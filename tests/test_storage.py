@@ -250,6 +250,12 @@ def test_a_lock_is_let_go_of_with_its_file(tmp_path):
         with exclusive_lock(tmp_path / "adapter"):
             assert len(os.listdir("/proc/self/fd")) == before + 1
     assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(UserError, match="no") as own, exclusive_lock(tmp_path / "adapter"):
+        raise UserError("no")
+    (tmp_path / "adapter.lock").write_text(json.dumps({"pid": 1, "host": "another", "since": 1.0}))
+    with pytest.raises(UserError, match="is locked by process 1 on another") as foreign, exclusive_lock(tmp_path / "adapter"):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == before and own.tb and foreign.tb  # though their tracebacks still hold the locks
 
 
 def test_what_a_killed_owner_left_half_written_is_removed(tmp_path):
@@ -362,9 +368,9 @@ def test_a_disk_too_full_for_a_name_leaves_no_lock(tmp_path, monkeypatch):
     before = len(os.listdir("/proc/self/fd"))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        with pytest.raises(UserError, match=r"nothing can be written to .*No space left"), exclusive_lock(tmp_path / "adapter"):
+        with pytest.raises(UserError, match=r"nothing can be written to .*No space left") as found, exclusive_lock(tmp_path / "adapter"):
             pass
-    assert not any(tmp_path.iterdir()) and len(os.listdir("/proc/self/fd")) == before
+    assert not any(tmp_path.iterdir()) and len(os.listdir("/proc/self/fd")) == before and found.tb
     with exclusive_lock(tmp_path / "adapter"):  # the lock was let go of
         assert (tmp_path / "adapter.lock").is_file()
 
