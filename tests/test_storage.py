@@ -624,6 +624,10 @@ def test_findings_without_any_result_are_listed_and_temporary_records_are_not_re
     (out / "sd" / ".one.7.tmp.json").write_text("{")
     assert [(f.about, f.state) for f in verify(out)[0]][1:] == [("sd/.one.7.tmp.json", "left over")]
     assert verify(out)[1]["files"] == 0
+    for name in ("whole", "half"):
+        (out / "sd" / f"{name}.jsonl").write_text("{}")
+        write_hashed_json(out / "sd" / f"{name}.meta.json", {}, ["whole.jsonl"] if name == "whole" else [])
+    assert ("sd/half.meta.json", "unfinished") in found_in(out) and len(found_in(out)) == 3
 
 
 def test_a_checkpoint_of_the_hub_is_compared_by_its_revision(tmp_path, monkeypatch):
