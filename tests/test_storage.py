@@ -250,6 +250,12 @@ def test_a_lock_is_let_go_of_with_its_file(tmp_path):
         with exclusive_lock(tmp_path / "adapter"):
             assert len(os.listdir("/proc/self/fd")) == before + 1
     assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(UserError, match="no") as own, exclusive_lock(tmp_path / "adapter"):
+        raise UserError("no")
+    (tmp_path / "adapter.lock").write_text(json.dumps({"pid": 1, "host": "another", "since": 1.0}))
+    with pytest.raises(UserError, match="is locked by process 1 on another") as foreign, exclusive_lock(tmp_path / "adapter"):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == before and own.tb and foreign.tb  # though their tracebacks still hold the locks
 
 
 def test_what_a_killed_owner_left_half_written_is_removed(tmp_path):
@@ -362,9 +368,9 @@ def test_a_disk_too_full_for_a_name_leaves_no_lock(tmp_path, monkeypatch):
     before = len(os.listdir("/proc/self/fd"))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        with pytest.raises(UserError, match=r"nothing can be written to .*No space left"), exclusive_lock(tmp_path / "adapter"):
+        with pytest.raises(UserError, match=r"nothing can be written to .*No space left") as found, exclusive_lock(tmp_path / "adapter"):
             pass
-    assert not any(tmp_path.iterdir()) and len(os.listdir("/proc/self/fd")) == before
+    assert not any(tmp_path.iterdir()) and len(os.listdir("/proc/self/fd")) == before and found.tb
     with exclusive_lock(tmp_path / "adapter"):  # the lock was let go of
         assert (tmp_path / "adapter.lock").is_file()
 
@@ -618,6 +624,10 @@ def test_findings_without_any_result_are_listed_and_temporary_records_are_not_re
     (out / "sd" / ".one.7.tmp.json").write_text("{")
     assert [(f.about, f.state) for f in verify(out)[0]][1:] == [("sd/.one.7.tmp.json", "left over")]
     assert verify(out)[1]["files"] == 0
+    for name in ("whole", "half"):
+        (out / "sd" / f"{name}.jsonl").write_text("{}")
+        write_hashed_json(out / "sd" / f"{name}.meta.json", {}, ["whole.jsonl"] if name == "whole" else [])
+    assert ("sd/half.meta.json", "unfinished") in found_in(out) and len(found_in(out)) == 3
 
 
 def test_a_checkpoint_of_the_hub_is_compared_by_its_revision(tmp_path, monkeypatch):
