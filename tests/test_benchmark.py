@@ -263,10 +263,8 @@ def test_only_rows_of_the_runs_own_adapters_can_be_the_target():
 def test_the_wide_adapter_is_timed_stepping_as_the_run_does(draft, monkeypatch):
     asked = []
     monkeypatch.setattr(targets, "WIDTH", 16)
-    monkeypatch.setattr(targets, "hidden_ms", lambda adapter, repeats=0, steps="eager": asked.append((adapter.d_target, steps)) or 1.0)
-    monkeypatch.setattr(
-        targets, "chained_ms", lambda adapter, repeats=0, steps="eager": asked.append((adapter.geometry["d_target"], steps)) or 1.0
-    )
+    monkeypatch.setattr(targets, "hidden_ms", lambda adapter, steps, repeats=0: asked.append((adapter.d_target, steps)) or 1.0)
+    monkeypatch.setattr(targets, "chained_ms", lambda adapter, steps, repeats=0: asked.append((adapter.geometry["d_target"], steps)) or 1.0)
     acceptance = SimpleNamespace(chained=SimpleNamespace(num_draft_tokens=5), cosine=SimpleNamespace(value=0.5))
     row, cost = SimpleNamespace(adapter_ms_per_draft=0.1, draft=draft), SimpleNamespace(t_adapter_ms=0.1, t_chained_ms=0.2)
     adapters = HiddenAdapter(8, 8, 4), ChainedAdapter(8, 8, 3, 4)

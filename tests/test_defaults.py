@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
-import types
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -22,23 +24,26 @@ FLAGS |= {"has_confidence": True, "confidence_floor": 0.0}  # nothing is cut off
 MODULES = sorted(str(p.relative_to(ROOT)) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 
 
-def functions_of(path: Path) -> list[types.FunctionType]:
-    """The functions and methods that a module defines, made anew from its source."""
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    __import__(name)
-    space = {"__name__": name, "__package__": name.rpartition(".")[0], "__file__": str(path)}
-    exec(compile(path.read_text(), str(path), "exec"), space)
-    own = [x for x in space.values() if getattr(x, "__module__", None) == name]
-    methods = [m for x in own if inspect.isclass(x) for m in vars(x).values()]
-    return [f for f in [*own, *methods] if isinstance(f, types.FunctionType) and inspect.unwrap(f).__code__.co_filename == str(path)]
+def functions_of(path: Path) -> Iterator[tuple[str, inspect.Signature]]:
+    """Name and signature of the functions and methods that a module defines: each `def` is run again, without decorators and body."""
+    module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    tree = ast.parse(path.read_text())
+    for node in [*tree.body, *(part for of_class in tree.body if isinstance(of_class, ast.ClassDef) for part in of_class.body)]:
+        if isinstance(node, ast.FunctionDef):
+            node.decorator_list, node.returns, node.body = [], None, [ast.copy_location(ast.Pass(), node)]
+            for argument in ast.walk(node.args):
+                if isinstance(argument, ast.arg):
+                    argument.annotation = None
+            exec(compile(ast.Module([node], []), str(path), "exec"), space := dict(vars(module)))
+            yield node.name, inspect.signature(space[node.name])
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_defaults_of_functions_are_those_of_the_flags(module):
     wrong = []
-    for function in functions_of(ROOT / module):
-        for parameter in inspect.signature(function).parameters.values():
+    for function, signature in functions_of(ROOT / module):
+        for parameter in signature.parameters.values():
             name, default = parameter.name, parameter.default
             if name in FLAGS and default not in (None, parameter.empty, FLAGS[name]):
-                wrong.append(f"{function.__qualname__}({name}={default!r}), flag: {FLAGS[name]!r}")
+                wrong.append(f"{function}({name}={default!r}), flag: {FLAGS[name]!r}")
     assert not wrong
