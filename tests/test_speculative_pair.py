@@ -45,6 +45,8 @@ def test_a_stream_yields_the_answer_in_pieces(pair, clip, monkeypatch):
     assert "".join(pieces := list(pair.stream(**clip))) == pair.answer(**clip).text and all(pieces)
     monkeypatch.setattr(pair, "text_of", lambda ids: "".join(f"<{i}>" for i in ids))
     assert "".join(pieces := list(pair.stream(**clip))) == pair.answer(**clip).text and len(pieces) > 1
+    monkeypatch.setattr(pair, "text_of", lambda ids: "x" * (len(ids) // 4))  # most rounds add nothing to the text
+    assert set(pieces := list(pair.stream(**clip))) <= {"x", "xx"} and "".join(pieces) == pair.answer(**clip).text
 
 
 class Scripted:

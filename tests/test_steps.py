@@ -337,7 +337,7 @@ def test_gpu_stages_are_timed_by_events_without_waiting(monkeypatch):
         with watch(stage):
             time.sleep(0)
     assert len(waits) == before  # no synchronization yet
-    assert watch.ms == {"draft": 2.0, "verify": 1.0}
+    assert watch.ms == {"draft": 2.0, "verify": 1.0} and waits[before:] == [2, 4, 6]  # for the end of each stage
     assert [(stage, end - begin) for stage, begin, end in watch.spans] == [("draft", 1.0), ("verify", 1.0), ("draft", 1.0)]
     assert watch.ms["draft"] == 2.0  # the events are read once
 

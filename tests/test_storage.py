@@ -361,8 +361,11 @@ def test_a_lock_of_the_dead_is_written_anew_from_its_first_byte(tmp_path):
     assert "(2.0 minutes)" in _name(owner | {"since": time.time() - 120})
 
 
-def test_a_disk_too_full_for_a_name_leaves_no_lock(tmp_path, monkeypatch):
-    def full(*_):
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_disk_too_full_for_a_name_leaves_no_lock(tmp_path, monkeypatch, is_gone):
+    def full(path, *_):
+        if is_gone:  # another process has removed the file meanwhile
+            path.unlink()
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = len(os.listdir("/proc/self/fd"))
