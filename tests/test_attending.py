@@ -343,6 +343,19 @@ def test_a_proposer_may_be_asked_anything_behind_the_verified_text(seed):
         torch.testing.assert_close(got.predicted(), again.predicted())
 
 
+@pytest.mark.parametrize(("floor", "length"), [(0.7, 1), (0.5, 2), (0.3, 3), (0.01, 6), (0.0, 6)])
+def test_it_drafts_while_the_chance_of_all_draft_tokens_is_at_the_floor(floor, length, monkeypatch):
+    """Draft tokens of confidence .6 each, at most six."""
+    target, proposer = target_and_proposer(tiny_llama(0), an_adapter())
+    select = proposer._select
+    monkeypatch.setattr(proposer, "_select", lambda *args: select(*args)._replace(confidence=0.6))
+    prompt = prompt_of(*PROMPTS[0])
+    states = states_behind(target.llama, [*PROMPTS[0], 5])
+    proposer.start(prompt, Stopwatch())
+    proposer.read_target_prompt(prompt, ReadPrompt(states[: len(PROMPTS[0])], target.embeddings_of(PROMPTS[0])), Stopwatch())
+    assert len(proposer.propose([5], states[len(PROMPTS[0]) - 1 : -1], 6, Stopwatch(), floor).token_ids) == length
+
+
 @pytest.mark.parametrize(("sure", "gamma"), [(0.2, 5), (0.5, 3)])
 def test_with_a_table_over_its_shoulder_the_text_is_plain_greedy(sure, gamma):
     target, attending = target_and_proposer(tiny_llama(0), an_adapter())
