@@ -155,6 +155,21 @@ def test_what_no_resume_began_takes_no_earlier_rows(tmp_path):
     assert not begin_run(tmp_path / "a", made_with(), "plan", resume=True)  # it was killed, and goes on
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_run_that_any_process_still_writes_is_not_begun_again(tmp_path, rank):
+    begin_run(tmp_path / "a", made_with(), "plan", resume=True)
+    files = [progress_notes.unfinished_folder(tmp_path / "a") / f"progress-{i}.txt" for i in range(3)]
+    for path in files:
+        path.touch()
+    held = progress_notes.open_progress(files[rank])
+    for plan, resume in (("plan", False), ("another", True)):
+        with pytest.raises(UserError, match="another process is writing"):
+            begin_run(tmp_path / "a", made_with(), plan, resume)
+    os.close(held)
+    assert all(path.is_file() for path in files)
+    begin_run(tmp_path / "a", made_with(), "plan", resume=False)
+
+
 @pytest.mark.parametrize("is_complete", [False, True])
 def test_other_settings_are_refused_by_name(tmp_path, is_complete):
     writer = open_writer(tmp_path / "a", {"a": 1, "b": None})
