@@ -19,6 +19,7 @@ from feature_alignment.decoding.draft_length import DraftLengthController
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ChainedProposer, Draft, ModelProposer, Proposer
+from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
 
@@ -56,6 +57,20 @@ class Sure(NGram):
 def drafted(proposer, floor: float, room: int = 3) -> list[int]:
     proposer.start(prompt_of(*PROMPT), watch := Stopwatch())
     return proposer.propose([7], torch.zeros(1, 1), room, watch, floor).token_ids.tolist()
+
+
+def test_a_hybrids_model_selects_tokens_as_the_text_does():
+    """With a sampler the loop sets a selector before each text: the model under the table draws from its distribution too."""
+    model = as_decoder(tiny_llama(0))
+    inner = ModelProposer(as_decoder(tiny_llama(1)), None, None)
+    proposer, sampler = HybridProposer(Sure({}), inner), Sampler(1.0, seed=3)
+    got = speculate(model, proposer, prompt_of(*PROMPT), prompt_of(*PROMPT), num_draft_tokens=3, max_new_tokens=12, sampler=sampler)
+    assert proposer.selector is inner.selector and inner.selector.sampler is sampler and len(got.token_ids) > 1
+    plain = ModelProposer(as_decoder(tiny_llama(1)), None, None)
+    again = speculate(
+        model, plain, prompt_of(*PROMPT), prompt_of(*PROMPT), num_draft_tokens=3, max_new_tokens=12, sampler=Sampler(1.0, seed=3)
+    )
+    assert [r.proposed for r in got.rounds] == [r.proposed for r in again.rounds]  # the table says nothing
 
 
 def test_a_discarded_draft_does_not_make_the_chain_unsure():
