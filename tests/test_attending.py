@@ -534,7 +534,7 @@ def test_the_trace_identity(learnt, gamma):
     """Rounds computed from one teacher-forced roll-out are the live rounds, exactly."""
     target, draft, states, adapter = learnt
     scores, there = attending_scores(adapter, states, target.head_weight.detach(), target.embeddings, gamma)
-    assert there[:, 1:, 0].equal(states.mask[:, 1:]) and not there[:, 0].any()
+    assert there[:, 1:, 0].equal(states.mask[:, 1:]) and not there[:, 0].any() and scores.match.dtype == torch.bool
     blocks = metrics.decoding_blocks(scores.match, states.mask, gamma, states.ended)
     assert blocks.accepted.sum() > 5  # the identity is not about zeros
     for row, prompt in enumerate(PROMPTS):

@@ -204,6 +204,9 @@ def test_the_trace_identity(learnt, gamma):
         assert [r.num_accepted for r in live.rounds] == blocks.accepted[(blocks.rows == i) & (blocks.offered > 0)].tolist()
     report = chain_report(ChainScores(scores, valid, {"parameters": 1, "seconds": 0.0}), states)
     assert len(report.steps) == gamma and report.cosine.total == float(valid.sum())
+    right, wrong = (scores.cosine[valid & kept][:, None] for kept in (scores.match, ~scores.match))
+    above = (right > wrong.T).double().mean() + 0.5 * (right == wrong.T).double().mean()
+    assert report.auc_cosine_token_match == pytest.approx(float(above), abs=1e-9)
 
 
 def test_a_shift_by_one_is_seen(learnt):

@@ -472,6 +472,16 @@ def test_finding_a_checkpoint_checks_it(tmp_path):
         loading.find_checkpoint(folder_with(tmp_path, auto_map={"AutoModel": "x.py"}), "--target_id")
 
 
+def test_the_prompts_of_both_tokenizers_are_checked_on_loading(tiny_run, monkeypatch):
+    """Path, number of text tokens in the probe question's prompt, and the numbers that the released tokenizer gives."""
+    seen = []
+    monkeypatch.setattr(pair.preprocessing, "check_prompt", lambda path, tokenizer, found, known: seen.append((path.name, found, known)))
+    cfg = Common(target_id=tiny_run / "pair" / "video_llava", draft_id=tiny_run / "pair" / "eventgpt")
+    opened = pair.open_target(cfg), pair.open_draft(cfg)
+    texts = [checkpoint.prompt_tokens - checkpoint.vision_tokens for checkpoint in opened]
+    assert seen == [("video_llava", texts[0], (20, 21)), ("eventgpt", texts[1], (59,))] and min(texts) > 5
+
+
 def test_auto_classes_load_an_eventgpt(tiny_run):
     from transformers import AutoConfig, AutoModelForCausalLM
 
