@@ -26,6 +26,7 @@ def target_with_layers(cfg: Common, vocab_size: int) -> Decoder:
     """Video-LLaVA whose hidden states are those of three layers side by side."""
     target = load_target(cfg)
     n = target.num_layers
+    # Decoder takes its tapped layers when it is made; load_target has no such argument, because only this benchmark asks for it.
     target.taps = (max(1, n // 3), max(2, 2 * n // 3), n)
     target.hidden_size = 3 * target.width
     target.restrict_vocabulary(vocab_size)
