@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
 
 import pytest
 import torch
@@ -248,6 +249,34 @@ def test_the_proposer_reads_only_what_is_new():
     fresh.propose([4, 5, 6, 7], states[:4], 2, watch)
     torch.testing.assert_close(proposer._memory, fresh._memory)
     assert not torch.allclose(kept, proposer._memory)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("ids", [None, torch.tensor([2, 7, 40])])
+def test_a_floor_ends_a_draft_of_a_greedy_text_as_it_ends_any_other(ids):
+    """Token by token, as for texts under generation rules: the same tokens, confidences and states; and again from where it stopped."""
+    model, lengths = tiny_llama(0), set()
+    target, draft = as_decoder(model), as_decoder(noisy_copy(model, 0.1))
+    for seed, floor in product(range(4), (0.0, 1e-9, 0.002, 0.05, 0.3, 0.9)):
+        until, one = (ChainedProposer(draft, an_adapter(seed), target.head_weight, target.embeddings, ids) for _ in "ab")
+        states, text = torch.randn(3, D, generator=torch.Generator().manual_seed(seed)), [4, 5, 6]
+        for proposer in (until, one):
+            proposer.start(prompt_of(*PROMPTS[0]), Stopwatch())
+        for n in (2, 3, 3):  # the last time the text goes on with draft tokens
+            got = until.propose(text[:n], states[:n], 6, Stopwatch(), floor)
+            one._catch_up(text[:n], states[:n])
+            wanted = one._propose_one_by_one(text[:n], 6, Stopwatch(), floor)
+            assert got.token_ids.tolist() == wanted.token_ids.tolist()
+            assert list(got.confidence or [1.0] * len(got.token_ids)) == pytest.approx(list(wanted.confidence))
+            torch.testing.assert_close(got.predicted(), wanted.predicted())
+            assert until._ahead == one._ahead
+            torch.testing.assert_close(until._tip, one._tip)
+            lengths.add(len(got.token_ids))
+            if n == 3:
+                text = [*text[:3], *got.token_ids.tolist()]
+        a, b = (p.propose(text, states, 2, Stopwatch(), floor).token_ids.tolist() for p in (until, one))
+        assert a == b and until._ahead == [*text[3:], *a[:-1]]  # tokens without a state of the target that have been read
+    assert {1, 6} < lengths
 
 
 @torch.inference_mode()

@@ -18,6 +18,7 @@ operator. So drafting and reading use few operators, and gelu is not torch's, wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -170,7 +171,13 @@ class FoldedChain:
         return memories
 
     def draft(
-        self, memory: Tensor, context: EventContext, num_tokens: int, with_confidence: bool = False, ends: Collection[int] | None = None
+        self,
+        memory: Tensor,
+        context: EventContext,
+        num_tokens: int,
+        with_confidence: bool = False,
+        ends: Collection[int] | None = None,
+        floor: float = 0.0,
     ) -> Drafts:
         """Greedy draft tokens of all rows. Nothing is read from the device, unless `ends` are given.
 
@@ -180,11 +187,12 @@ class FoldedChain:
             num_tokens: g, at least 1
             with_confidence: also compute the probability of each token
             ends: token ids that end a text; drafting stops when all rows have one. For a CPU, where reading a token is free
+            floor: with `ends` and confidences, drafting also stops when the product of all confidences is below this
         """
         tokens: list[Tensor] = []
         hidden: list[Tensor] = []
         confidence: list[Tensor] = []
-        going = set(range(len(memory)))
+        going, chance = set(range(len(memory))), 1.0
         for i in range(num_tokens):
             if i:
                 memory = self.go_on(hidden[-1], tokens[-1], memory)
@@ -196,7 +204,8 @@ class FoldedChain:
                 confidence.append(logits.float().softmax(-1).amax(-1))
             if ends is not None:
                 going -= {row for row, token in enumerate(tokens[-1].tolist()) if token in ends}
-                if not going:
+                chance *= math.prod(confidence[-1].tolist()) if floor else 1.0
+                if not going or chance < floor:
                     break
         chances = torch.stack(confidence, 1) if confidence else memory.new_empty(len(memory), 0, dtype=torch.float32)
         return Drafts(torch.stack(tokens, 1), torch.stack(hidden, 1), memory, chances)

@@ -226,9 +226,11 @@ class ChainedProposer(Proposer):
         with watch("read"):
             self._catch_up(emitted, states)
         with watch("adapter"):
+            if self.selector.is_plain_argmax and not self._drafts_blocks:
+                return self._propose_until(num_tokens, confidence_floor)
             if self.selector.is_plain_argmax and confidence_floor == 0:
                 return self._propose_fixed(num_tokens)
-            if self.selector.is_plain_argmax and self._drafts_blocks:
+            if self.selector.is_plain_argmax:
                 return self._propose_block(num_tokens, confidence_floor)
         return self._propose_one_by_one(emitted, num_tokens, watch, confidence_floor)
 
@@ -245,16 +247,19 @@ class ChainedProposer(Proposer):
             return token_ids
         return self._chain.draft(self._tip, self.event_context, num_tokens).tokens[0]
 
+    def _propose_until(self, num_tokens: int, confidence_floor: float) -> Draft:
+        """Draft tokens of a greedy text on a CPU, where reading one is free: up to the floor, or to one that ends the text."""
+        found = self._chain.draft(self._tip, self.event_context, num_tokens, confidence_floor > 0, self.selector.eos_ids, confidence_floor)
+        assert isinstance(self._ahead, list)
+        self._tip = found.memory
+        self._ahead += found.tokens[0, :-1].tolist()
+        return self._drafted(found.tokens[0], found.hidden[0], found.confidence[0].tolist())
+
     def _propose_fixed(self, num_tokens: int) -> Draft:
-        """Draft tokens of a greedy text, as many as asked for. On a CPU, where reading a token is free, none after one that ends it."""
-        if self._drafts_blocks:
-            token_ids, hidden, self._tip, _ = self._block(self._tip, self._zeros(num_tokens))
-        else:
-            found = self._chain.draft(self._tip, self.event_context, num_tokens, ends=self.selector.eos_ids)
-            token_ids, hidden, self._tip = found.tokens[0], found.hidden[0], found.memory
+        """Draft tokens of a greedy text, as many as asked for."""
+        token_ids, hidden, self._tip, _ = self._block(self._tip, self._zeros(num_tokens))
         self._ahead = token_ids[:-1]
-        logits = None if self._chain.ids is not None else lambda: self._chain.logits(hidden)
-        return Draft(token_ids, lambda: self._chain.states(hidden), logits=logits)
+        return self._drafted(token_ids, hidden, [])
 
     def _propose_block(self, num_tokens: int, confidence_floor: float) -> Draft:
         """Draft up to twice the last length at once, read all tokens and confidences, and cut at the confidence floor."""
@@ -267,8 +272,12 @@ class ChainedProposer(Proposer):
             chance *= confidences[n]
             n += 1
         self._last_length = n  # the chain goes on from the verified text, or reads these tokens again
-        logits = None if self._chain.ids is not None else lambda: self._chain.logits(hidden[:n])
-        return Draft(token_ids[:n], lambda: self._chain.states(hidden[:n]), confidence=confidences[:n], logits=logits)
+        return self._drafted(token_ids[:n], hidden[:n], confidences[:n])
+
+    def _drafted(self, token_ids: Tensor, hidden: Tensor, confidences: list[float]) -> Draft:
+        """The draft of g tokens [g] with their hidden layers [g, w] and confidences, if they were requested."""
+        logits = None if self._chain.ids is not None else lambda: self._chain.logits(hidden)
+        return Draft(token_ids, lambda: self._chain.states(hidden), confidence=confidences or None, logits=logits)
 
     def _propose_one_by_one(self, emitted: Sequence[int], num_tokens: int, watch: Stopwatch, confidence_floor: float) -> Draft:
         """Draft tokens whose selection depends on the text, on random numbers or on the confidence so far."""
