@@ -65,8 +65,9 @@ class TrainConfig(Common):
         num_epochs: passes over the training rows
         patience: stop after this many epochs without more tokens per pass on validation (simulated rounds of 5 draft tokens)
         batch_size: rows (texts) per step
-        lr: peak learning rate of AdamW, after a warm-up over the first 5 % of the steps, then cosine decay
-        weight_decay: of AdamW
+        lr: peak learning rate, after a warm-up over the first 5 % of the steps, then cosine decay
+        weight_decay: of the optimizer
+        optimizer: adamw for all parameters, or muon for the weights of linear layers and adamw for the rest
         mse_weight: weight of the squared error, relative to the variance of the target's states
         cosine_weight: weight of 1 - cos(A(g), v)
         tensorboard: also log every epoch to tensorboard/ next to the adapter; history.jsonl is always written
@@ -92,6 +93,7 @@ class TrainConfig(Common):
     batch_size: int = 16
     lr: float = 1e-3
     weight_decay: float = 0.01
+    optimizer: Literal["adamw", "muon"] = "adamw"
     mse_weight: float = 1.0
     cosine_weight: float = 1.0
     kl_weight: float = 0.3

@@ -472,11 +472,12 @@ def test_tokens_per_pass_are_those_that_measuring_finds(learnt):
     assert best_of(history)["validation_tokens_per_pass"] == pytest.approx(blocks.tokens_per_pass(states.lengths))
 
 
-def test_a_resumed_training_ends_with_the_same_bits(learnt, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_training_ends_with_the_same_bits(learnt, tmp_path, monkeypatch, optimizer):
     """Dropout and random origins included."""
     target, _, states, _ = learnt
     given = states, states, target.head_weight.detach(), target.embeddings
-    cfg = TrainConfig(adapter="attending", bottleneck=16, num_epochs=5, batch_size=2, dropout=0.3, lr=1e-2)
+    cfg = TrainConfig(adapter="attending", bottleneck=16, num_epochs=5, batch_size=2, dropout=0.3, lr=1e-2, optimizer=optimizer)
     whole, history = train_attending(*given, cfg)
     checkpoint, real, count = Checkpoint(tmp_path / "unfinished.pt", "these settings"), attending_training.losses, 0
 
@@ -677,3 +678,23 @@ def test_what_is_missing_of_a_prompt_is_hidden(learnt):
     with torch.inference_mode():
         (one,), (two,) = (list(reader.roll_out(t, every, 1)) for t in (texts, other))
     assert torch.equal(one.logits, two.logits)
+
+
+def test_an_adapter_that_reads_no_prompt_is_not_given_one(learnt):
+    """Texts without their prompts' states draft alike, training does not look at them, and lookup still searches the prompt's ids."""
+    target, _, states, _ = learnt
+    head, embeddings = target.head_weight.detach(), target.embeddings
+    cfg = TrainConfig(adapter="attending", reads_prompt=False, bottleneck=16, num_epochs=20, patience=20, lr=1e-2)
+    adapter, _ = train_attending(states, states, head, embeddings, cfg)
+    assert adapter.num_prompt == states.prompt.shape[1] and not adapter.reads_prompt
+    broken = dataclasses.replace(states, prompt=states.prompt + torch.inf)  # refused where it is read
+    again, _ = train_attending(broken, broken, head, embeddings, cfg)
+    assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), again.parameters(), strict=True))
+
+    found, every = proposals(states, tables.NGramTable(adapter.table), leave_out=False), [torch.arange(3)]
+    (full,), (bare,) = (list(prompted_texts(states, found, every, "cpu", reads_prompt)) for reads_prompt in (True, False))
+    assert [(x.prompt.shape[1], x.prompt_mask.shape[1]) for x in (full, bare)] == [(adapter.num_prompt,) * 2, (0, 0)]
+    reader, origins = Reader(adapter, head, embeddings), torch.tensor([[0, 4, 9]] * 3)
+    with torch.inference_mode():
+        for one, two in zip(reader.roll_out(full, origins, 3), reader.roll_out(bare, origins, 3), strict=True):
+            assert torch.equal(one.logits, two.logits) and torch.equal(one.position, two.position)

@@ -425,6 +425,29 @@ def test_the_learning_rate_warms_up_then_decays_to_zero(monkeypatch):
     assert rates == pytest.approx(by_hand)
 
 
+def test_muon_takes_the_weights_of_linear_layers(monkeypatch):
+    """Each parameter has one optimizer, both follow the same learning rate, and a step turns a matrix as far in all its directions."""
+    rates, real = [], torch.optim.Muon.step
+    monkeypatch.setattr(torch.optim.Muon, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]), real(self, *a))[1])
+    settings = config(optimizer="muon", num_epochs=2, lr=0.01, weight_decay=0.5)
+    train_hidden(states(60, 1), states(20, 2), HEAD, settings)
+    assert rates == pytest.approx([0.01 * (1 + math.cos(math.pi * s / 8)) / 2 for s in range(8)])
+
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 6), torch.nn.Linear(6, 20), torch.nn.RMSNorm(20), torch.nn.GRU(20, 8))
+    rest, linear = fitting.optimizers_of(model, settings)
+    (alone,) = fitting.optimizers_of(model, config())
+    of_muon, of_adamw, of_one = ([id(p) for group in o.param_groups for p in group["params"]] for o in (linear, rest, alone))
+    assert of_muon == [id(model[1].weight)] and sorted(of_muon + of_adamw) == sorted(of_one) == sorted(map(id, model.parameters()))
+    assert [type(o).__name__ for o in (rest, linear, alone)] == ["AdamW", "Muon", "AdamW"]
+    assert {o.param_groups[0]["weight_decay"] for o in (rest, linear)} == {0.5}
+
+    before, gradient = model[1].weight.detach().clone(), torch.randn(20, 6) @ torch.diag(10.0 ** -torch.arange(6.0))
+    model[1].weight.grad = gradient
+    linear.step()
+    turned = torch.linalg.svdvals((before * (1 - 0.01 * 0.5) - model[1].weight.detach()) / (0.01 * 0.2 * 20**0.5))
+    assert turned[2] > 0.3 and turned[0] < 1.4  # the gradient's own third is a hundredth of its first
+
+
 def test_means_over_positions_weigh_each_batch_by_its_positions():
     batches = iter([(3, {"loss": torch.tensor(1.0)}), (1, {"loss": torch.tensor(5.0)})])
     assert fitting.mean_over_positions(batches) == {"loss": 2.0}

@@ -117,6 +117,11 @@ class AttendingAdapter(SharedModule):
         """Number of trained parameters; the table is not one."""
         return sum(p.numel() for p in self.parameters())
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether it attends to the target's states on the prompt."""
+        return "prompt" not in self.without
+
     @torch.no_grad()
     def initialize(self, target: Tensor, embeddings: Tensor, seen: Tensor, events: Tensor) -> None:
         """Standardize inputs from now on, and initialize input and output maps with the principal directions of states and embeddings.

@@ -91,7 +91,7 @@ class FoldedAttending:
             inputs: [p, d_target], the target's input embedding after each of these positions
         """
         self._begin = self._num_events
-        if "prompt" in self.adapter.without or not len(states):
+        if not self.adapter.reads_prompt or not len(states):
             return
         a, p = self.adapter, len(states)
         places = torch.arange(a.num_prompt - p, a.num_prompt, device=states.device)

@@ -92,14 +92,16 @@ def proposals(states: HiddenStates, counts: tables.Counts | tables.NGramTable, l
     return Proposals(tokens, buckets)
 
 
-def prompted_texts(states: HiddenStates, found: Proposals, batches: Iterable[Tensor], device: str) -> Iterator[PromptedTexts]:
-    """The texts of each batch of rows."""
+def prompted_texts(
+    states: HiddenStates, found: Proposals, batches: Iterable[Tensor], device: str, reads_prompt: bool = True
+) -> Iterator[PromptedTexts]:
+    """The texts of each batch of rows; with no prompt positions (p = 0) unless `reads_prompt`."""
     assert states.prompt is not None and states.prompt_inputs is not None  # asked for when they were loaded
-    p = states.prompt.shape[1]
+    p = states.prompt.shape[1] if reads_prompt else 0
     for rows in batches:
         s = int(states.lengths[rows].max())
         parts = [states.target[rows, :s].float(), states.token_ids[rows, :s], states.mask[rows, :s], states.events_of(rows).float()]
-        parts += [states.prompt[rows].float(), states.prompt_inputs[rows].float()]
+        parts += [states.prompt[rows, :p].float(), states.prompt_inputs[rows, :p].float()]
         states.refuse_non_finite(rows, parts[0], *parts[3:])
         ids = [states.rows[row]["prompt_ids"] for row in rows.tolist()]
         lengths = torch.tensor([min(p, len(of_row) - 1) for of_row in ids])

@@ -75,7 +75,7 @@ class Reader:
             origins: [b, m] int64
             steps: number of draft tokens
         """
-        a, s, p = self.adapter, texts.states.shape[1], texts.prompt.shape[1]
+        a, s, p = self.adapter, texts.states.shape[1], texts.prompt.shape[1] if self.adapter.reads_prompt else 0
         before = torch.cat([texts.before[:, None], texts.token_ids[:, :-1]], 1)
         tokens, tokens_before, candidates = self.tokens(texts.token_ids, before, texts.proposed)
         read, rest = a.read_states(texts.states), a.around(tokens, tokens_before, a.read_candidates(candidates, texts.buckets))
@@ -100,11 +100,12 @@ class Reader:
             yield Step(a.expect(output), self._logits(output, head, texts.proposed, here), wanted, real)
 
     def _seen(self, texts: PromptedTexts, of_text: Tensor) -> tuple[KeysValues, Tensor]:
-        """Keys and values of prompt and text, and which prompt positions [b, p] are masked."""
-        a, p, s = self.adapter, texts.prompt.shape[1], texts.states.shape[1]
-        hidden = ~texts.prompt_mask if "prompt" not in a.without else torch.ones_like(texts.prompt_mask)
-        of_prompt = a.prompt_inputs(texts.prompt, texts.prompt_inputs, texts.prompt_mask)
-        return a.keys(torch.cat([of_prompt, of_text], 1), torch.arange(p + s, device=of_text.device)), hidden
+        """Keys and values of prompt and text, and which prompt positions [b, p] are masked; p = 0 if the adapter reads none."""
+        a = self.adapter
+        if not a.reads_prompt:
+            return a.keys(of_text, torch.arange(of_text.shape[1], device=of_text.device)), texts.prompt_mask[:, :0]
+        inputs = torch.cat([a.prompt_inputs(texts.prompt, texts.prompt_inputs, texts.prompt_mask), of_text], 1)
+        return a.keys(inputs, torch.arange(inputs.shape[1], device=of_text.device)), ~texts.prompt_mask
 
     def _folded_head(self) -> tuple[Tensor, Tensor]:
         """Weight [ids, w] and bias [ids] of the draft logits of an output: `head` after `AttendingAdapter.expect`."""
@@ -218,7 +219,7 @@ def train_attending(
         batches = tuple(map(share.rows, shuffled(len(states.target), cfg.batch_size, cfg.seed, number)))
         chance = torch.Generator().manual_seed(cfg.seed + 1_000_003 * number + 1)
         torch.manual_seed(cfg.seed + number)  # dropout is the same after a resume
-        for rows, texts in zip(batches, prompted_texts(states, found[0], batches, cfg.device), strict=True):
+        for rows, texts in zip(batches, prompted_texts(states, found[0], batches, cfg.device, cfg.reads_prompt), strict=True):
             origins = random_origins(states.lengths[rows], cfg.origins, chance).to(cfg.device)
             yield score(texts, origins)._replace(rows=tuple(rows.tolist()))
 
@@ -226,7 +227,7 @@ def train_attending(
     def evaluate() -> dict[str, float]:
         batches = torch.arange(len(validation.target)).split(16)
         scores, bits = [], torch.zeros(*validation.mask.shape, ROUND_DRAFT_TOKENS, dtype=torch.bool)
-        for rows, texts in zip(batches, prompted_texts(validation, found[1], batches, cfg.device), strict=True):
+        for rows, texts in zip(batches, prompted_texts(validation, found[1], batches, cfg.device, cfg.reads_prompt), strict=True):
             origins = all_origins(texts)[:, :-1]
             with mixed_precision(str(cfg.device)):
                 _, parts, count, correct = losses(reader, texts, origins, variance, cfg, ROUND_DRAFT_TOKENS)
@@ -242,7 +243,8 @@ def initialized_adapter(
     states: HiddenStates, found: Proposals, embeddings: Tensor, entries: Tensor, ids: Tensor, cfg: Any
 ) -> tuple[AttendingAdapter, float]:
     """A new adapter with its table, draft vocabulary and scales, and the mean variance of the target states."""
-    (sample,) = prompted_texts(states, found, shuffled(len(states.target), 512, 0, 0)[:1], cfg.device)
+    assert states.prompt is not None  # asked for when the split was loaded
+    (sample,) = prompted_texts(states, found, shuffled(len(states.target), 512, 0, 0)[:1], cfg.device, reads_prompt=False)
     real = sample.states[sample.mask]
     num_events, d_event = sample.events.shape[1:]
     left_out: dict[Part, bool] = {"events": cfg.blind, "prompt": not cfg.reads_prompt, "candidates": "candidates" in cfg.without}
@@ -253,7 +255,7 @@ def initialized_adapter(
         num_events,
         num_ids=len(ids),
         num_entries=len(entries),
-        num_prompt=sample.prompt.shape[1],
+        num_prompt=states.prompt.shape[1],  # how far lookup looks back, too
         width=cfg.bottleneck,
         without=without,
         dropout=cfg.dropout,

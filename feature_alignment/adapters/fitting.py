@@ -52,7 +52,11 @@ class TrainSettings(Protocol):
 
     @property
     def weight_decay(self) -> float:
-        """Weight decay of AdamW."""
+        """Weight decay of the optimizer."""
+
+    @property
+    def optimizer(self) -> str:
+        """`adamw` or `muon`."""
 
     @property
     def mse_weight(self) -> float:
@@ -169,7 +173,7 @@ def fit(
     checkpoint: Checkpoint | None = None,
     share: ProcessShare | None = None,
 ) -> tuple[Adapter, History]:
-    """Train with AdamW, warm-up and cosine decay, until `num_epochs` or until `patience` epochs bring no improvement on validation.
+    """Train with warm-up and cosine decay, until `num_epochs` or until `patience` epochs bring no improvement on validation.
 
     Epoch 0 is the untrained adapter, so the result is never worse than it. What counts is stated by `best_of`. A training that is
     interrupted and resumed ends with the same bits.
@@ -193,7 +197,7 @@ def fit(
     """
     share = share or ProcessShare()
     log_epoch = epoch_logger(settings.tensorboard, checkpoint if share.rank == 0 else None)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    optimizers = optimizers_of(adapter, settings)
     steps = settings.num_epochs * steps_per_epoch
 
     def record(number: int, seen: dict[str, float]) -> dict[str, float]:
@@ -203,7 +207,8 @@ def fit(
     saved = checkpoint.load() if checkpoint else None
     if saved:
         adapter.load_state_dict(saved["adapter"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         history, best = saved["history"], saved["best"]
     else:
         history, best = [record(0, {})], copy.deepcopy(adapter.state_dict())
@@ -215,8 +220,8 @@ def fit(
             seen: dict[str, float] = {}
             for i, batch in enumerate(epoch(number)):
                 step = (number - 1) * steps_per_epoch + i
-                for group in optimizer.param_groups:
-                    warm = min(1.0, (step + 1) / max(1, steps // 20))
+                warm = min(1.0, (step + 1) / max(1, steps // 20))
+                for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                     group["lr"] = settings.lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
                 if not torch.isfinite(batch.loss):
                     examples = ", ".join(str(names[row]) for row in batch.rows[:3])
@@ -226,11 +231,12 @@ def fit(
                     )
                 all_positions = torch.tensor(float(batch.n), device=batch.loss.device)
                 share.all_reduce(all_positions)
-                optimizer.zero_grad()
+                adapter.zero_grad()
                 (batch.loss * (batch.n / all_positions)).backward()
                 share.all_reduce(*(p.grad for p in adapter.parameters() if p.grad is not None))
                 nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
                 for name, value in batch.parts.items():
                     seen[name] = seen.get(name, 0.0) + float(value.detach()) / steps_per_epoch
                 bar.update()
@@ -240,9 +246,25 @@ def fit(
                 best, best_epoch = copy.deepcopy(adapter.state_dict()), number
             _show(history[-1], best_epoch, settings.num_epochs, bar, share.rank == 0)
             if checkpoint and share.rank == 0:
-                checkpoint.save(adapter=adapter.state_dict(), optimizer=optimizer.state_dict(), best=best, history=history)
+                states = [optimizer.state_dict() for optimizer in optimizers]
+                checkpoint.save(adapter=adapter.state_dict(), optimizers=states, best=best, history=history)
     adapter.load_state_dict(best)
     return snapshot().eval(), history
+
+
+def optimizers_of(adapter: nn.Module, settings: TrainSettings) -> list[torch.optim.Optimizer]:
+    """The optimizers of an adapter's parameters: AdamW for all, or Muon for the weights of linear layers and AdamW for the rest.
+
+    Muon (Jordan et al. 2024) gives each step of a weight matrix singular values near 1; scaled to the size of AdamW's steps
+    (Liu et al. 2502.16982) it takes AdamW's learning rate and weight decay.
+    """
+    linear = [m.weight for m in adapter.modules() if isinstance(m, nn.Linear)] if settings.optimizer == "muon" else []
+    of_muon = {id(p) for p in linear}
+    rest = [p for p in adapter.parameters() if id(p) not in of_muon]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)]
+    if linear:
+        optimizers.append(torch.optim.Muon(linear, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def _show(scores: dict[str, float], best_epoch: float, num_epochs: int, bar: Any, first: bool) -> None:

@@ -40,7 +40,7 @@ def attending_scores(
     shape, reader = (*states.mask.shape, steps), Reader(adapter, head, embeddings)
     cosine, says, there = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
     match, first = torch.zeros(shape, dtype=torch.bool), 0
-    for texts in prompted_texts(states, found, torch.arange(len(states.mask)).split(32), str(head.device)):
+    for texts in prompted_texts(states, found, torch.arange(len(states.mask)).split(32), str(head.device), adapter.reads_prompt):
         rows, s = slice(first, first + len(texts.states)), texts.states.shape[1]
         first = rows.stop
         emitted = (texts.states @ head.T).argmax(-1)
