@@ -12,6 +12,7 @@ import torch
 from conftest import EOS, VOCAB, as_decoder, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.adapters.folded import FoldedChain
 from feature_alignment.decoding import engine
 from feature_alignment.decoding.baseline_drafters import HybridProposer, NGram, Previous, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
@@ -115,6 +116,8 @@ def test_two_drafts_of_confidence_point_6_are_below_a_floor_of_point_5(floor, le
     monkeypatch.setattr(
         TokenSelector, "select", lambda self, logits, text, confidence=False: select(self, logits, text)._replace(confidence=0.6)
     )
+    sure = torch.full((1, 64), 0.4 / 63).index_fill(1, torch.tensor([9]), 0.6).log()
+    monkeypatch.setattr(FoldedChain, "logits", lambda self, z: sure)
     chained = ChainedProposer(target, ChainedAdapter(32, 32, 1, 16).eval(), target.head_weight, target.embeddings)
     for proposer in (
         ModelProposer(as_decoder(model), None, None),
