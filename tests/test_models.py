@@ -213,6 +213,37 @@ def test_the_attention_function_is_one_that_takes_the_mask(usual, mask, device, 
     assert seen == [wanted, usual]
 
 
+@pytest.mark.parametrize(
+    ("kv_heads", "new", "past", "usual", "wanted"),
+    [
+        (1, 3, True, "sdpa", tree_attention.NAME),
+        (1, 40, True, "sdpa", tree_attention.NAME),
+        (2, 3, True, "sdpa", "sdpa"),
+        (1, 1, True, "sdpa", "sdpa"),
+        (1, 3, False, "sdpa", "sdpa"),
+        (1, 3, True, "eager", "eager"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_tokens_after_a_text_share_its_keys(kv_heads, new, past, usual, wanted, dtype, monkeypatch):
+    """Several of them read keys that query heads share uncopied; the states are those of one pass over all."""
+    decoder, seen = as_decoder(tiny_llama(0, kv_heads=kv_heads).to(dtype)), []
+    model, ids = decoder.llama, torch.randint(3, 60, (2, 12 + new), generator=torch.Generator().manual_seed(0))
+    model.config._attn_implementation = usual
+    whole = model(input_ids=ids).last_hidden_state[:, -new:]
+    state = State(DynamicCache(), ids, 0)
+    if past:
+        decoder.step(state, ids[:, :12])
+    else:
+        ids, whole = ids[:, -new:], model(input_ids=ids[:, -new:]).last_hidden_state
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **given: (seen.append(model.config._attn_implementation), forward(**given))[1])
+    found = decoder.step(state, ids[:, -new:])
+    limits = {"atol": 1e-9, "rtol": 1e-9} if dtype == torch.float64 else {"atol": 0.1, "rtol": 0.1}
+    torch.testing.assert_close(found, whole, **limits)
+    assert seen == [wanted] and decoder.llama.config._attn_implementation == usual
+
+
 def test_the_states_of_a_whole_prompt_are_kept_of_a_single_layer_alone():
     """Of several layers they would fill memory; the last one is all that decoding needs."""
     prompt = prompt_of(*PROMPTS[0])

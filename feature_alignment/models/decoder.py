@@ -84,6 +84,7 @@ class Decoder:
         self._packed_head: Callable[[Tensor], Tensor] | None = None
         self.linear = LinearChoice("torch", "not tried", {}, {})
         self.vocab_size = lm_head.weight.shape[0]
+        self._shares_keys = llama.config.num_key_value_heads != llama.config.num_attention_heads
         self.steps: Steps = "eager"
         self._fixed: FixedCache | None = None
         self.vision_cache: VisionCache | None = None  # off: a timed run pays for its own vision
@@ -282,6 +283,10 @@ class Decoder:
     def _forward(self, inputs: dict[str, Tensor], cache: DynamicCache, keep: int | None = None) -> Tensor:
         mask, config = inputs.get("attention_mask"), self.llama.config
         usual = name = config._attn_implementation
+        past, new = cache.get_seq_length(), next(iter(inputs.values())).shape[1]
+        if mask is None and new > 1 and past and self._shares_keys and usual == "sdpa" and self.device.type == "cpu":
+            mask = tree_attention.causal_mask(new, past, self._head_weight)
+            inputs = {**inputs, "attention_mask": mask}
         if mask is not None and mask.ndim == 4:
             if mask.dtype == torch.bool or usual.startswith("flash"):  # only sdpa takes a boolean mask, flash takes no 4-D mask
                 name = "sdpa"

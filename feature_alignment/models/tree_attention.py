@@ -1,4 +1,7 @@
-"""Attention under a mask of one's own on a CPU: query heads that share keys are read as further tokens, so no key is copied."""
+"""Attention of a few tokens over many keys on a CPU, under a mask of one's own: keys that query heads share are not copied.
+
+transformers repeats shared keys and values for every head and layer whenever there is a mask, as there is in each verification.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedConfig
 
 NAME = "feature_alignment_tree"
-FEW_TOKENS = 32  # up to which plain products are faster than the fused kernel
+FEW_TOKENS = 32  # of bfloat16, up to which plain products are faster than the fused kernel
 
 
 def tree_attention(
@@ -35,13 +38,13 @@ def tree_attention(
     b, heads, n, d = query.shape
     kv_heads, groups = key.shape[1], heads // key.shape[1]
     scaling = d**-0.5 if scaling is None else scaling
-    if n <= FEW_TOKENS:
+    if query.dtype in (torch.float32, torch.float64):
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=groups > 1)
+    elif n <= FEW_TOKENS:
         rows = query.reshape(b, kv_heads, groups * n, d)
         scores = (key @ rows.transpose(2, 3)).transpose(2, 3)  # In this order a bfloat16 product copies no keys.
         weights = (scores.reshape(b, kv_heads, groups, n, -1).float() * scaling + attention_mask[:, :, None]).softmax(-1)
         mixed = weights.to(value.dtype).view(b, kv_heads, groups * n, -1) @ value
-    elif query.dtype == torch.float32:
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=groups > 1)
     else:
         stacked, mask = query.reshape(b, kv_heads, groups * n, d), attention_mask.repeat(1, 1, groups, 1)
         mixed = F.scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scaling)
@@ -49,6 +52,12 @@ def tree_attention(
 
 
 AttentionInterface.register(NAME, tree_attention)
+
+
+def causal_mask(new: int, past: int, like: Tensor) -> Tensor:
+    """Additive mask [1, 1, new, past + new] of new tokens after a text: each attends to the text and to the new ones up to its own."""
+    mask = torch.full((new, past + new), -torch.inf, dtype=like.dtype, device=like.device)
+    return mask.triu(past + 1)[None, None]
 
 
 @contextmanager
