@@ -52,7 +52,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "tv": ("--loss", "tv"),
     "hard_labels": ("--soft_targets", "0"),
     "one_step": ("--roll_out_steps", "1"),
-    "adamw": ("--optimizer", "adamw", "--lr", "2e-3"),  # its best learning rate on the language pair
+    "adamw": ("--optimizer", "adamw", "--lr", "2e-3"),  # with the rate it had on the language pair
 }
 PARTS = {"half": 2, "quarter": 4, "eighth": 8}  # of the training rows
 ALL = [*VARIANTS, *PARTS, "fused"]
