@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_decoder, prompt_of, tiny_llama
-from transformers import DynamicCache
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from feature_alignment.cli.config import Common, parse_config
 from feature_alignment.cli.console import UserError
@@ -242,6 +242,18 @@ def test_tokens_after_a_text_share_its_keys(kv_heads, new, past, usual, wanted, 
     limits = {"atol": 1e-9, "rtol": 1e-9} if dtype == torch.float64 else {"atol": 0.1, "rtol": 0.1}
     torch.testing.assert_close(found, whole, **limits)
     assert seen == [wanted] and decoder.llama.config._attn_implementation == usual
+
+
+@torch.inference_mode()
+def test_a_sliding_window_keeps_its_mask():
+    """A text decoder whose layers attend to the last 8 tokens only: steps of several tokens give the states of one pass."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = MistralForCausalLM(MistralConfig(vocab_size=64, sliding_window=8, initializer_range=0.3, **sizes)).eval()
+    decoder, ids = as_decoder(model), torch.randint(3, 60, (1, 24))
+    state = State(DynamicCache(config=model.config), ids, 0)
+    found = [decoder.step(state, part) for part in ids.split(6, 1)]
+    torch.testing.assert_close(torch.cat(found, 1), decoder.llama(input_ids=ids).last_hidden_state, atol=1e-4, rtol=1e-4)
 
 
 def test_the_states_of_a_whole_prompt_are_kept_of_a_single_layer_alone():

@@ -84,7 +84,10 @@ class Decoder:
         self._packed_head: Callable[[Tensor], Tensor] | None = None
         self.linear = LinearChoice("torch", "not tried", {}, {})
         self.vocab_size = lm_head.weight.shape[0]
-        self._shares_keys = llama.config.num_key_value_heads != llama.config.num_attention_heads
+        # and each token attends to all before it, which a sliding window would not allow
+        self._shares_keys = llama.config.num_key_value_heads != llama.config.num_attention_heads and not getattr(
+            llama.config, "sliding_window", None
+        )
         self.steps: Steps = "eager"
         self._fixed: FixedCache | None = None
         self.vision_cache: VisionCache | None = None  # off: a timed run pays for its own vision
