@@ -355,7 +355,7 @@ def test_lengths_are_rounded_up_to_few_and_buffers_have_room():
     for length, size in ((5, 256), (64, 256), (65, 320)):
         _, other = both()
         state = other.prefill([prompt_of(1, *[5] * (length - 1))])
-        assert state.cache._size == size and state.cache._layers[0].keys.shape[1] == size
+        assert state.cache._size == size and state.cache._layers[0].keys.shape[2] == size
     read, step = [], state.cache._step
     state.cache._step = lambda ids: (read.append(ids.shape[1]), step(ids))[1]
     asked = (1, 2, 3, 4, 5, 6, 7, 9, 10, 13, 14, 17, 18, 25, 26, 32, 33, 64)

@@ -14,7 +14,8 @@ is bit-identical only if its batches are the same.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -64,6 +65,8 @@ class ClipBatch:
         order = list(clips)
         self._clip_of = [order.index(_clip(s)) for s in samples]
         self._shared = prompts[0][:shared].expand(len(clips), -1)
+        self._answers_read: Sequence[Sequence[int]] = []
+        self._states_read: list[list[Tensor]] = []  # of each text: states [n, d] on its tail, then on each of its tokens but the last
         if deeper is None:  # each clip is encoded alone: its vision tokens do not depend on the batch, and little pixel memory is needed
             self._vision = torch.cat([model.encode_vision(model.read_pixels(s)[None]) for s in clips.values()])
             self._state = model.prefill_encoded(self._shared, self._vision)
@@ -73,20 +76,49 @@ class ClipBatch:
     @torch.inference_mode()
     def generate(self, max_new_tokens: int) -> list[list[int]]:
         """Greedy answers, each up to and including its EOS. Finished questions and clips leave the batch."""
-        most = max(self._clip_of.count(clip) for clip in set(self._clip_of))
-        texts = _Texts(self.model, self._state, self._clip_of, self._max_tail_tokens(self._tails) + most * max_new_tokens)
-        rows = list(range(len(self._tails)))
         answers: list[list[int]] = [[] for _ in self._tails]
-        states = [hidden[-1:] for hidden in texts.read(self._tails)]
-        while True:
+
+        def extend(rows: list[int], states: list[Tensor]) -> list[int]:
             logits = self.model.lm_head(torch.cat(states))
             tokens = most_likely([self._rules[row] for row in rows], logits, [answers[row] for row in rows])
             for row, token in zip(rows, tokens, strict=True):
                 answers[row].append(token)
-            rows = [row for row in rows if len(answers[row]) < max_new_tokens and not self._has_ended(row, answers[row])]
-            if not rows:
-                return answers
-            states = texts.read([[answers[row][-1]] for row in rows], rows)
+            return [row for row in rows if len(answers[row]) < max_new_tokens and not self._has_ended(row, answers[row])]
+
+        self._read_step_by_step(answers, max_new_tokens, extend)
+        return answers
+
+    def replay(self, answers: Sequence[Sequence[int]]) -> None:
+        """Read answers that `generate` has written earlier in the same steps, so that `states` gives the same bits."""
+        longest, length = max(map(len, answers)), count(1)
+
+        def unfinished(rows: list[int], states: list[Tensor]) -> list[int]:
+            read = next(length)
+            return [row for row in rows if len(answers[row]) > read]
+
+        self._read_step_by_step(answers, longest, unfinished)
+
+    @torch.inference_mode()
+    def _read_step_by_step(
+        self, answers: Sequence[Sequence[int]], most: int, remaining: Callable[[list[int], list[Tensor]], list[int]]
+    ) -> None:
+        """Read all tails, then answers of at most `most` tokens, one token of each unfinished text at a time.
+
+        Args:
+            answers: Token ids, which may grow meanwhile.
+            most: Length of the longest answer.
+            remaining: Rows still in the batch and the states [1, d] on their last tokens -> the rows with another token to read.
+        """
+        together = max(self._clip_of.count(clip) for clip in set(self._clip_of))
+        texts = _Texts(self.model, self._state, self._clip_of, self._max_tail_tokens(self._tails) + together * most)
+        rows, read, length = list(range(len(self._tails))), texts.read(self._tails), 0
+        kept = [[states] for states in read]
+        while rows := remaining(rows, [states[-1:] for states in read]):
+            read, length = texts.read([[answers[row][length]] for row in rows], rows), length + 1
+            for row, states in zip(rows, read, strict=True):
+                kept[row].append(states)
+        if self.model.device.type == "cpu":
+            self._answers_read, self._states_read = answers, kept
 
     def _has_ended(self, row: int, answer: list[int]) -> bool:
         return self._rules[row].end_of(answer[:-1], answer[-1:]) is not None
@@ -95,29 +127,37 @@ class ClipBatch:
     def states(self, answers: Sequence[Sequence[int]], before: int = 0) -> list[Tensor]:
         """The hidden states [before + n, d] that emit the given answers of n tokens each.
 
-        One forward pass reads one question of every clip. With all questions of a clip in one row, most of the attention would be
-        computed between questions, where the mask discards it.
+        On a CPU, where every token read costs as much, answers of `generate` or `replay` are not read again. Of all others, one forward
+        pass reads one question of every clip. With all questions of a clip in one row, most of the attention would be computed between
+        questions, where the mask discards it.
 
         Args:
             answers: Token ids.
             before: Number of positions of each prompt to return as well, without its last, which emits the first token; zeros in front
                 where the prompt is shorter.
         """
-        tails = [[*tail, *answer[:-1]] for tail, answer in zip(self._tails, answers, strict=True)]
         found: dict[int, Tensor] = {}
-        for texts in self._one_of_each_clip():
+        for text, (answer, states) in enumerate(zip(answers, self._states_read, strict=False)):
+            if list(answer) == list(self._answers_read[text][: len(answer)]):
+                found[text] = torch.cat(states)[: len(self._tails[text]) + len(answer) - 1]
+        tails = [[*tail, *answer[:-1]] for tail, answer in zip(self._tails, answers, strict=True)]
+        for texts in self._one_of_each_clip(set(range(len(tails))) - set(found)):
             room = max(len(tails[text]) for text in texts)
             read = _Texts(self.model, self._state, self._clip_of, room).read([tails[text] for text in texts], texts)
-            for text, states in zip(texts, read, strict=True):
-                full, wanted = torch.cat([self._prompt_end(self._clip_of[text], before), states]), before + len(answers[text])
-                found[text] = F.pad(full, (0, 0, max(0, wanted - len(full)), 0))[-wanted:].cpu()
-        return [found[text] for text in range(len(tails))]
+            found |= dict(zip(texts, read, strict=True))
+        return [self._after_prompt(text, found[text], before, before + len(answer)).cpu() for text, answer in enumerate(answers)]
 
-    def _one_of_each_clip(self) -> list[list[int]]:
-        """All texts, as groups that hold at most one text of a clip."""
+    def _after_prompt(self, text: int, states: Tensor, before: int, wanted: int) -> Tensor:
+        """The last `wanted` states [wanted, d] of a text, with at most `before` of its prompt's before those read; zeros in front."""
+        full = torch.cat([self._prompt_end(self._clip_of[text], before), states])
+        return F.pad(full, (0, 0, max(0, wanted - len(full)), 0))[-wanted:]
+
+    def _one_of_each_clip(self, texts: Collection[int]) -> list[list[int]]:
+        """Texts, as groups that hold at most one text of a clip."""
         groups: list[list[int]] = []
         seen: Counter[int] = Counter()
-        for text, clip in enumerate(self._clip_of):
+        for text in sorted(texts):
+            clip = self._clip_of[text]
             if seen[clip] == len(groups):
                 groups.append([])
             groups[seen[clip]].append(text)

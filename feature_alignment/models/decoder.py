@@ -120,8 +120,8 @@ class Decoder:
     def use_steps(self, steps: StepsSetting) -> None:
         """Choose how steps run from the next prompt on.
 
-        Captured steps need a single prompt and layers that `fused` supports. Batches run eagerly, and so do models with other
-        layers; for these there is a warning, which `fixed.eager_fallbacks` keeps for the benchmark's meta.
+        Captured steps need layers that `fused` supports. Models with other layers run eagerly, with a warning that
+        `fixed.eager_fallbacks` keeps for the benchmark's meta.
 
         Args:
             steps: "eager", "graphs" (CUDA graphs over a fixed cache), "compiled" (also fused by torch.compile), or "auto": compiled on
@@ -226,6 +226,11 @@ class Decoder:
         return read() if self.vision_cache is None or len(ids) > 1 else self.vision_cache.states(vision, tuple(ids[0].tolist()), read)
 
     @property
+    def fixed_cache(self) -> FixedCache | None:
+        """The cache of captured steps; None for eager ones."""
+        return self._fixed
+
+    @property
     def embeddings(self) -> Tensor:
         """[v, d]: input embeddings of the shared ids."""
         weight: Tensor = self.llama.embed_tokens.weight
@@ -256,7 +261,7 @@ class Decoder:
         state = State(cache, ids, 0, ids, inputs=inputs)
         state.prompt = self._read(state, {"inputs_embeds": inputs}, keep=1)
         if self._fixed is not None and len(ids) == 1:
-            state.cache = self._fixed.load_prompt(cache, state)
+            state.cache = self._fixed.load_prompts(cache, state)
         return state
 
     @torch.inference_mode()
@@ -276,7 +281,7 @@ class Decoder:
 
     def _read(self, state: State, inputs: dict[str, Tensor], keep: int | None = None) -> Tensor:
         if isinstance(state.cache, FixedCache):
-            hidden = state.cache.step(inputs["input_ids"], state.length, state)
+            hidden = state.cache.step(inputs["input_ids"], [state.length], state)
         else:
             hidden = self._forward(inputs, state.cache, keep)
         state.length += next(iter(inputs.values())).shape[1]

@@ -134,14 +134,14 @@ def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class FixedCache:
-    """Key/value cache of fixed size for a decoder with captured steps. It holds the prompt read last.
+    """Key/value cache of fixed size for a decoder with captured steps. It holds the prompts read last, one per row.
 
     transformers' `StaticCache` is not used: on a CPU its steps take longer than these (one mask of the full size per step, no fused
     products), it cannot grow, and a prompt would have to be prefilled over its full size.
     """
 
     def __init__(self, llama: PreTrainedModel, taps: Sequence[int], steps: Steps) -> None:
-        """Prepare a cache without memory; `load_prompt` allocates it.
+        """Prepare a cache without memory; `load_prompts` allocates it.
 
         Args:
             llama: Model whose layers are read.
@@ -151,68 +151,80 @@ class FixedCache:
         self._llama, self._taps = llama, tuple(taps)
         self._read_layer: fused.ReadLayer = compiled(fused.read_layer) if steps == "compiled" else fused.read_layer
         self._layers: list[fused.Layer] = []
-        self._size = 0
+        self._rows = self._size = 0
         self._owner: object = None
 
-    def load_prompt(self, cache: DynamicCache, owner: object) -> FixedCache:
-        """Copy the keys and values of a prefilled prompt; the previous owner can no longer step.
+    def load_prompts(self, cache: DynamicCache, owner: object) -> FixedCache:
+        """Copy the keys and values of prefilled prompts; the previous owner can no longer step.
 
         Args:
-            cache: Cache of one prompt, as the prefill left it.
+            cache: Cache of b prompts, as the prefill left it.
             owner: Object that every later `step` must name.
 
         Returns:
             This cache.
         """
-        length = cache.get_seq_length()
-        if length >= self._size:
-            self._allocate(length + ROOM)
+        rows, length = len(cache.layers[0].keys), cache.get_seq_length()
+        if rows > self._rows or length >= self._size:
+            self._allocate(max(rows, self._rows), max(length + ROOM, self._size))
         for fixed_layer, layer in zip(self._layers, cache.layers, strict=True):
-            fixed_layer.keys[:, :length], fixed_layer.values[:, :length] = layer.keys[0], layer.values[0]
+            fixed_layer.keys[:rows, :, :length], fixed_layer.values[:rows, :, :length] = layer.keys, layer.values
         self._owner = owner
         return self
 
-    def step(self, ids: Tensor, length: int, owner: object) -> Tensor:
-        """Read tokens at positions length … length + k - 1; the cache grows if they do not fit.
+    def step(self, ids: Tensor, lengths: Sequence[int], owner: object) -> Tensor:
+        """Read k tokens of each row at positions `lengths` … `lengths` + k - 1; the cache grows if they do not fit.
 
         Args:
-            ids: [1, k] int64, tokens to read.
-            length: Number of positions already cached.
-            owner: Object whose prompt was loaded last.
+            ids: [b, k] int64, tokens to read.
+            lengths: Number of positions of each row that are already cached.
+            owner: Object whose prompts were loaded last.
 
         Returns:
-            [1, k, d], hidden states on the tokens.
+            [b, k, d], hidden states on the tokens.
 
         Raises:
-            ValueError: If another prompt was loaded since.
+            ValueError: If other prompts were loaded since.
         """
         if owner is not self._owner:
             raise ValueError("another prompt was loaded into this cache since: a decoder with captured steps holds one prompt at a time")
-        k = ids.shape[1]
+        k, longest = ids.shape[1], max(lengths)
         padded = next((n for n in LENGTHS if n >= k), -(-k // 32) * 32)
-        if length + padded > self._size:
+        if longest + padded > self._size:
             before = self._layers
-            self._allocate(length + padded + ROOM)
+            self._allocate(self._rows, longest + padded + ROOM)
             for old, new in zip(before, self._layers, strict=True):
-                new.keys[:, :length], new.values[:, :length] = old.keys[:, :length], old.values[:, :length]
-        self._length.fill_(length)
+                new.keys[:, :, :longest], new.values[:, :, :longest] = old.keys[:, :, :longest], old.values[:, :, :longest]
+        if len(lengths) == 1:
+            self._lengths.fill_(longest)
+        else:
+            self._lengths[: len(lengths)] = torch.tensor(lengths, device=self._lengths.device)
         hidden: Tensor = self._step(torch.nn.functional.pad(ids, (0, padded - k)))
         return hidden[:, :k]
 
-    def _allocate(self, size: int) -> None:
+    def keep(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order: `rows[i] >= i`, so that no row is overwritten before it has moved."""
+        for layer in self._layers:
+            for buffer in (layer.keys, layer.values):
+                for new, old in enumerate(rows):
+                    if new != old:
+                        buffer[new] = buffer[old]
+
+    def _allocate(self, rows: int, size: int) -> None:
         """Allocate empty buffers and drop all graphs, which know the old buffers by address."""
-        self._size = -(-size // 64) * 64
-        self._layers = fused.fused_layers(self._llama, self._taps[-1], self._size)
+        self._rows, self._size = rows, -(-size // 64) * 64
+        self._layers = fused.fused_layers(self._llama, self._taps[-1], rows, self._size)
         device = self._layers[0].keys.device
-        self._length, self._positions = torch.zeros((), dtype=torch.long, device=device), torch.arange(self._size, device=device)
+        self._lengths, self._positions = torch.zeros(rows, dtype=torch.long, device=device), torch.arange(self._size, device=device)
         self._step = CapturedStep(self._forward)
 
     def _forward(self, ids: Tensor) -> Tensor:
-        x = self._llama.embed_tokens(ids[0])
-        inputs = fused.step_inputs(self._llama, x, self._positions[: len(x)] + self._length, self._positions)
+        b, k = ids.shape
+        x = self._llama.embed_tokens(ids).flatten(0, 1)
+        inputs = fused.step_inputs(self._llama, x, self._positions[:k] + self._lengths[:b, None], self._positions)
         states = []
         for number, layer in enumerate(self._layers, start=1):
-            x = self._read_layer(x, layer, inputs, self._llama.config.rms_norm_eps)
+            x = self._read_layer(x, layer.of_rows(b), inputs, self._llama.config.rms_norm_eps)
             if number in self._taps:
                 states.append(x)
-        return torch.cat([*states[:-1], self._llama.norm(x)], -1)[None]  # after an early exit the norm is the identity
+        return torch.cat([*states[:-1], self._llama.norm(x)], -1).unflatten(0, (b, k))  # after an early exit the norm is the identity

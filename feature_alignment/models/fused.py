@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 
 class Layer(NamedTuple):
-    """One decoder layer: weights, each [out, in], and its keys and values, each [h_kv, size, d_head]."""
+    """One decoder layer: weights, each [out, in], and keys and values of b rows, each [b, h_kv, size, d_head]."""
 
     norm: Tensor
     qkv: Tensor
@@ -29,21 +29,27 @@ class Layer(NamedTuple):
     keys: Tensor
     values: Tensor
 
+    def of_rows(self, number: int) -> Layer:
+        """The layer with the first rows of its cache."""
+        return self if number == len(self.keys) else self._replace(keys=self.keys[:number], values=self.values[:number])
+
 
 class StepInputs(NamedTuple):
     """Tensors that all layers of a step share.
 
     Args:
-        cos: [k, 1, d_head], rotary cosines.
-        sin: [k, 1, d_head], rotary sines, the first half negated.
-        bias: [groups * k, size] float32, attention bias; see `causal_bias`.
-        positions: [k] int64, positions of the new tokens.
+        cos: [b * k, 1, d_head], rotary cosines.
+        sin: [b * k, 1, d_head], rotary sines, the first half negated.
+        bias: [b, 1, groups * k, size] float32, attention bias; see `causal_bias`.
+        positions: [b, k] int64, positions of the new tokens of each row.
+        rows: [b, 1] int64, 0 … b - 1.
     """
 
     cos: Tensor
     sin: Tensor
     bias: Tensor
     positions: Tensor
+    rows: Tensor
 
 
 ReadLayer = Callable[[Tensor, Layer, StepInputs, float], Tensor]
@@ -78,19 +84,20 @@ def join_weights(modules: list[nn.Linear]) -> Tensor:
     return joined
 
 
-def fused_layers(llama: PreTrainedModel, number: int, size: int) -> list[Layer]:
+def fused_layers(llama: PreTrainedModel, number: int, rows: int, size: int) -> list[Layer]:
     """The first decoder layers of a model, each with an empty cache.
 
     Args:
         llama: Model whose q, k, v and gate, up weights get joined in place.
         number: Number of layers.
-        size: Positions of the cache.
+        rows: Rows of the cache.
+        size: Positions of each row.
     """
     layers, heads = [], llama.config.num_key_value_heads
     for layer in llama.layers[:number]:
         attention, mlp = layer.self_attn, layer.mlp
         joined = join_weights([attention.q_proj, attention.k_proj, attention.v_proj]), join_weights([mlp.gate_proj, mlp.up_proj])
-        keys, values = (joined[0].new_zeros(heads, size, attention.head_dim) for _ in range(2))
+        keys, values = (joined[0].new_zeros(rows, heads, size, attention.head_dim) for _ in range(2))
         norms = layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data
         layers.append(
             Layer(norms[0], joined[0], attention.o_proj.weight.data, norms[1], joined[1], mlp.down_proj.weight.data, keys, values)
@@ -99,61 +106,71 @@ def fused_layers(llama: PreTrainedModel, number: int, size: int) -> list[Layer]:
 
 
 def causal_bias(positions: Tensor, cache_positions: Tensor, groups: int) -> Tensor:
-    """Additive attention bias under which each token attends to all positions up to its own.
+    """Additive attention bias under which each token attends to all positions of its row up to its own.
 
     Args:
-        positions: [k] int64, positions of the new tokens.
+        positions: [b, k] int64, positions of the new tokens.
         cache_positions: [size] int64, 0 … size - 1.
         groups: Query heads per key/value head; `attend` treats them as further tokens.
 
     Returns:
-        [groups * k, size] float32: 0 where attention is allowed, -inf elsewhere.
+        [b, 1, groups * k, size] float32: 0 where attention is allowed, -inf elsewhere.
     """
-    bias = torch.zeros(len(positions), len(cache_positions), device=cache_positions.device)
-    return bias.masked_fill(cache_positions > positions[:, None], -torch.inf).repeat(groups, 1)
+    later = cache_positions > positions[:, None, :, None]
+    return torch.zeros(later.shape, device=later.device).masked_fill(later, -torch.inf).repeat(1, 1, groups, 1)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
     """Scaled dot-product attention with an additive bias; scores are computed in float32.
 
     Args:
-        q: [h, k, d_head], queries after the rotary embedding.
-        keys: [h_kv, size, d_head].
-        values: [h_kv, size, d_head].
-        bias: [h / h_kv * k, size] float32.
+        q: [b, h, k, d_head], queries after the rotary embedding.
+        keys: [b, h_kv, size, d_head].
+        values: [b, h_kv, size, d_head].
+        bias: [b, 1, h / h_kv * k, size] float32.
 
     Returns:
-        [h, k, d_head].
+        [b, h, k, d_head].
     """
-    rows = q.reshape(len(keys), -1, q.shape[-1])
+    b, heads, size, d_head = keys.shape
+    rows, columns = q.reshape(b * heads, -1, d_head), keys.flatten(0, 1).transpose(1, 2)
     if q.device.type == "cuda":
-        scores = torch.bmm(rows, keys.transpose(1, 2), out_dtype=torch.float32)
+        scores = torch.bmm(rows, columns, out_dtype=torch.float32)
     else:
-        scores = torch.bmm(rows.float(), keys.transpose(1, 2).float())
-    return torch.bmm((scores * q.shape[-1] ** -0.5 + bias).softmax(-1).to(q.dtype), values).view(q.shape)
+        scores = torch.bmm(rows.float(), columns.float())
+    weights = (scores.view(b, heads, -1, size) * d_head**-0.5 + bias).softmax(-1).to(q.dtype)
+    return torch.bmm(weights.flatten(0, 1), values.flatten(0, 1)).view(q.shape)
+
+
+def write(cache: Tensor, new: Tensor, inputs: StepInputs) -> None:
+    """Write the new tokens' keys or values [b, k, h_kv, d_head] to a cache [b, h_kv, size, d_head]."""
+    if len(cache) == 1:
+        cache[0].index_copy_(1, inputs.positions[0], new[0].transpose(0, 1))
+    else:
+        cache[inputs.rows, :, inputs.positions] = new
 
 
 def read_layer(x: Tensor, layer: Layer, inputs: StepInputs, eps: float) -> Tensor:
     """Run one decoder layer; the new keys and values are written to the layer's cache in place.
 
     Args:
-        x: [k, d], hidden states of the new tokens.
+        x: [b * k, d], hidden states of the new tokens, row by row.
         layer: Weights and cache.
         inputs: Rotary angles, bias and positions of this step.
         eps: Epsilon of the RMS norms.
 
     Returns:
-        [k, d], the layer's output.
+        [b * k, d], the layer's output.
     """
-    d_head, kv_heads = layer.keys.shape[-1], layer.keys.shape[0]
+    b, kv_heads, _, d_head = layer.keys.shape
     heads = layer.out.shape[1] // d_head
     qkv = F.linear(F.rms_norm(x, x.shape[-1:], layer.norm, eps), layer.qkv).view(len(x), -1, d_head)
     rotated, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-    rotated = rotated * inputs.cos + rotated.roll(d_head // 2, -1) * inputs.sin
-    layer.keys.index_copy_(1, inputs.positions, rotated[:, heads:].transpose(0, 1))
-    layer.values.index_copy_(1, inputs.positions, v.transpose(0, 1))
-    mixed = attend(rotated[:, :heads].transpose(0, 1), layer.keys, layer.values, inputs.bias)
-    x = x + F.linear(mixed.transpose(0, 1).reshape(len(x), -1), layer.out)
+    rotated = (rotated * inputs.cos + rotated.roll(d_head // 2, -1) * inputs.sin).unflatten(0, (b, -1))
+    write(layer.keys, rotated[:, :, heads:], inputs)
+    write(layer.values, v.unflatten(0, (b, -1)), inputs)
+    mixed = attend(rotated[:, :, :heads].transpose(1, 2), layer.keys, layer.values, inputs.bias)
+    x = x + F.linear(mixed.transpose(1, 2).reshape(len(x), -1), layer.out)
     gate, up = F.linear(F.rms_norm(x, x.shape[-1:], layer.mlp_norm, eps), layer.gate_up).chunk(2, -1)
     return x + F.linear(F.silu(gate) * up, layer.down)
 
@@ -163,11 +180,13 @@ def step_inputs(llama: PreTrainedModel, x: Tensor, positions: Tensor, cache_posi
 
     Args:
         llama: Model with the rotary embedding.
-        x: [k, d], embedded tokens; only their dtype and device count.
-        positions: [k] int64, positions of the tokens.
+        x: [b * k, d], embedded tokens; only their dtype and device count.
+        positions: [b, k] int64, positions of the tokens.
         cache_positions: [size] int64, 0 … size - 1.
     """
-    cos, sin = (t[0, :, None] for t in llama.rotary_emb(x[None], positions[None]))
+    cos, sin = (t[0, :, None] for t in llama.rotary_emb(x[None], positions.view(1, -1)))
     half = sin.shape[-1] // 2
     groups = llama.config.num_attention_heads // llama.config.num_key_value_heads
-    return StepInputs(cos, torch.cat([-sin[..., :half], sin[..., half:]], -1), causal_bias(positions, cache_positions, groups), positions)
+    rows = torch.arange(len(positions), device=positions.device)[:, None]
+    sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+    return StepInputs(cos, sin, causal_bias(positions, cache_positions, groups), positions, rows)

@@ -54,7 +54,7 @@ class _RowLayer(DynamicLayer):
 
 
 class RowBatch:
-    """Prefilled prompts of one model that are read on row by row.
+    """Prefilled prompts of one model that are read on row by row, by captured steps if the model has them.
 
     Args:
         target: the model
@@ -65,9 +65,19 @@ class RowBatch:
 
     def __init__(self, target: Decoder, state: State, lengths: Sequence[int], room: int) -> None:
         assert isinstance(state.cache, DynamicCache)  # prefilled as a batch
+        self._target, self.lengths = target, list(lengths)
+        self._fixed = target.fixed_cache
+        if self._fixed is not None:
+            self._fixed.load_prompts(state.cache, self)
+            return
         cache = DynamicCache()
         cache.layers = self._layers = [_RowLayer(layer, max(lengths) + room) for layer in state.cache.layers]
-        self._target, self._state, self.lengths = target, State(cache, state.last, 0), list(lengths)
+        self._state = State(cache, state.last, 0)
+
+    @property
+    def captures_steps(self) -> bool:
+        """Whether a step is captured for each number of rows, so that a row which is not needed costs less than a new number."""
+        return self._fixed is not None
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Read k tokens of each row after its `lengths` positions; `lengths` do not change.
@@ -78,6 +88,8 @@ class RowBatch:
         Returns:
             [b, k, d], hidden states on these tokens.
         """
+        if self._fixed is not None:
+            return self._fixed.step(token_ids, self.lengths, self)
         k, device = token_ids.shape[1], token_ids.device
         end = max(self.lengths) + k
         positions = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(k, device=device)
@@ -88,8 +100,11 @@ class RowBatch:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order: `rows[i] >= i`, so that no row is overwritten before it has moved."""
-        for layer in self._layers:
-            layer.keep_rows(rows)
+        if self._fixed is not None:
+            self._fixed.keep(rows)
+        else:
+            for layer in self._layers:
+                layer.keep_rows(rows)
         self.lengths = [self.lengths[row] for row in rows]
 
 
