@@ -18,7 +18,7 @@ elif [ "$config" = configs/language.yaml ]; then
   step -m feature_alignment.demo.language_models
   step -m feature_alignment.demo.language_scenes
   extract=(-m torch.distributed.run --standalone --nproc_per_node 2 "${extract[@]}")
-  target_only=(--draft_answers false --own_drafts false)                                # in training only the target's answers are read
+  target_only=(--draft_answers false --own_drafts false --matmul_precision medium)       # training data: the target's answers, quickly
 fi
 for split in train validation test; do
   [ "$split" = test ] && target_only=()

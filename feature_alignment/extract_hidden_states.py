@@ -58,6 +58,8 @@ class ExtractConfig(ClipsConfig):
         max_positions: store at most this many states of each answer (default: all)
         batch_size: rows per forward pass
         store_dtype: number format of the files
+        matmul_precision: of float32 products; `medium` multiplies in bfloat16 where the processor can: faster, and close enough for
+            training data, but texts may differ from those of decoding
         separate_layers: store each of draft_layers in a separate file, egpt_hidden_states.layer02.pt, …, instead of concatenated
         event_states: store EventGPT's states over its event tokens as well, which the chained adapter reads (4.8 MB a clip at 7B)
         prompt_states: store Video-LLaVA's states on this many of the last prompt positions as well, which the attending adapter reads
@@ -76,6 +78,7 @@ class ExtractConfig(ClipsConfig):
     max_positions: int | None = None
     batch_size: int = 32
     store_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    matmul_precision: Literal["highest", "medium"] = "highest"
     separate_layers: bool = False
     event_states: bool = False
     prompt_states: int = 0
@@ -167,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.inputs.row_identity import identify
     from feature_alignment.models.batches import plan_batches
     from feature_alignment.models.loading import fetch_checkpoints
+    from feature_alignment.models.packed import float32_products
     from feature_alignment.storage import earlier_rows, shards
     from feature_alignment.storage.processes import check_device, check_writable, exclusive_lock, process_group
 
@@ -188,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if cfg.resume and earlier_rows.find_complete_run(out, identity, rows, cfg.ignore_code):
         return report(cfg, out, reused=True, first=rank == 0)
     check_writable(cfg.out / "token_pairs" / f"{cfg.split}.json")
-    with exclusive_lock(out) if rank == 0 else nullcontext():
+    with exclusive_lock(out) if rank == 0 else nullcontext(), float32_products(cfg.matmul_precision):
         if cfg.merge:
             shards.merge_shards(out, identity, rows, cfg.out / "token_pairs" / f"{cfg.split}.json", cfg.resume, cfg.ignore_code)
         else:
@@ -304,11 +308,8 @@ def describe(pair: Pair, cfg: ExtractConfig, identity: RunIdentity, rows: int) -
         cfg,
         {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.clips.resolve() if cfg.clips else cfg.manifests[cfg.split]},
         identity,
-        prefix=cfg.prefix,
+        **{name: getattr(cfg, name) for name in ("prefix", "separate_layers", "event_states", "prompt_states")},
         rows=rows,
-        separate_layers=cfg.separate_layers,
-        event_states=cfg.event_states,
-        prompt_states=cfg.prompt_states,
         draft_layers=list(pair.draft.taps),
         draft_norm=pair.draft.norm,
         draft_norms=pair.draft.norms,

@@ -97,8 +97,6 @@ def refuse_combinations(cfg: InferenceConfig) -> None:
                 f"--batch_size {cfg.batch_size} and {', '.join(given)}: batches are decoded greedily by the token rule, at a fixed draft "
                 f"length and without overlap. Leave out {', '.join(given)}, or pass --batch_size 1."
             )
-        if cfg.steps in ("graphs", "compiled"):
-            raise UserError(f"--batch_size {cfg.batch_size} and --steps {cfg.steps}: batches step eagerly; pass --steps eager or auto.")
 
 
 def choose_sample(cfg: InferenceConfig) -> Sample:
@@ -290,8 +288,7 @@ def fill(
     from feature_alignment.decoding.answer_all import answer_missing
     from feature_alignment.decoding.speculative_pair import SpeculativePair
 
-    together = cfg.batch_size > 1
-    pair = SpeculativePair(dataclasses.replace(cfg, steps="eager") if together else cfg, trial=False)
+    pair = SpeculativePair(cfg, trial=False)
     log.info("answer  %s: %d of %d samples to do", name, len(flat) - len(file.rows), len(flat))
     file.begin(provenance("feature_sd_inference", cfg, made_from, file.identity))
     with_hashes = [[(sample, hash_of[sample.id]) for sample in group] for group in groups]

@@ -24,10 +24,11 @@ from feature_alignment.benchmark.speed_model import Costs, RoundCost, drafter_of
 from feature_alignment.benchmark.timing import Timed, fastest
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS
+from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.generation import DRAFT_STAGES, Generation, Round
 from feature_alignment.decoding.plain import greedy
-from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
+from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.decoding.settings import DEFAULT_THRESHOLDS
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.storage.files import content_hash

@@ -14,9 +14,9 @@ from feature_alignment.adapters.chained import ChainedAdapter, chained_predictio
 from feature_alignment.adapters.training import train_chained
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.baseline_drafters import HybridProposer, NGram
+from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.plain import greedy
-from feature_alignment.decoding.proposers import ChainedProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.measurement import metrics
 from feature_alignment.measurement.acceptance import ChainScores, chain_report

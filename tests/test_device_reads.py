@@ -7,10 +7,10 @@ import torch
 from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.chained import ChainedAdapter
+from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.decoding.draft_length import DraftLengthController
 from feature_alignment.decoding.engine import Speculation
 from feature_alignment.decoding.plain import greedy
-from feature_alignment.decoding.proposers import ChainedProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
 from feature_alignment.models.generation import GenerationRules

@@ -8,9 +8,11 @@ from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
+from feature_alignment.decoding.batch import speculate_batch
+from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.plain import greedy
-from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
+from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.models import fixed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -62,6 +64,20 @@ def test_texts_are_those_of_plain_decoding(steps):
                 found = speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=24, overlap=beside)
                 assert found.token_ids == own
                 assert found.total_ms >= found.decode_ms > 0
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@torch.inference_mode()
+def test_texts_of_a_batch_are_those_of_plain_decoding(steps):
+    target, draft = on_gpu(steps), on_gpu(steps, noise=0.02)
+    chained = ChainedAdapter(32, 32, 1, width=8).cuda()
+    prompts = [prompt_of(1, 5, 9, last) for last in range(3, 9)]
+    own = [greedy(target, prompt, 24).token_ids for prompt in prompts]
+    target.eos_ids = frozenset({own[0][5], own[1][11]})
+    own = [greedy(target, prompt, 24).token_ids for prompt in prompts]
+    proposers = [ChainedProposer(draft, chained, target.head_weight, target.embeddings) for _ in prompts]
+    for _ in range(2):
+        assert speculate_batch(target, proposers, prompts, prompts, num_draft_tokens=4, max_new_tokens=24).token_ids == own
 
 
 @torch.inference_mode()

@@ -23,9 +23,9 @@ from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.acceptance import accepted_drafts, kl_divergence, rule_score, typical_score
 from feature_alignment.decoding.baseline_drafters import TableProposer, Template
+from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.plain import greedy
-from feature_alignment.decoding.proposers import ChainedProposer
 from feature_alignment.decoding.settings import DEFAULT_THRESHOLDS, DecodingConfig
 from feature_alignment.measurement.metrics import Rate
 from feature_alignment.measurement.records import read_record

@@ -18,9 +18,10 @@ from feature_alignment.adapters.tables import Answer, Counts, question_number
 from feature_alignment.decoding.attending_proposer import AttendingProposer
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, HybridProposer, Lookup, NGram, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
+from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.plain import greedy
-from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
+from feature_alignment.decoding.proposers import ModelProposer
 
 PER_TEST, FAST, ALL = 20, 4, 100  # cases of one test; tests by default, and with the slow ones
 D = 32

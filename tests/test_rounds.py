@@ -16,10 +16,11 @@ from feature_alignment.adapters.folded import FoldedChain
 from feature_alignment.decoding import engine
 from feature_alignment.decoding.baseline_drafters import HybridProposer, NGram, Previous, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
+from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.decoding.draft_length import DraftLengthController
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.plain import greedy
-from feature_alignment.decoding.proposers import ChainedProposer, Draft, ModelProposer, Proposer
+from feature_alignment.decoding.proposers import Draft, ModelProposer, Proposer
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector

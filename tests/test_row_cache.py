@@ -12,21 +12,28 @@ from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.folded import FoldedChain
 from feature_alignment.decoding.batch import speculate_batch
 from feature_alignment.decoding.batch_drafts import ChainedRows, SeparateRows, drafter_of_rows, start_rows
+from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.decoding.plain import greedy
-from feature_alignment.decoding.proposers import ChainedProposer
+from feature_alignment.decoding.proposers import Draft, Proposer
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
+from feature_alignment.models import fixed
 from feature_alignment.models.generation import GenerationRules
 from feature_alignment.models.row_cache import RowBatch, compacted
 
 READS = ("tolist", "item", "cpu", "numpy", "__int__", "__float__", "__bool__", "__index__", "__iter__", "__contains__")
+CLOSE = {"eager": {"rtol": 1e-9, "atol": 1e-9}, "graphs": {"rtol": 1e-5, "atol": 1e-5}}  # captured steps compute scores in float32
 PROMPTS = [prompt_of(1, 5, 9, 13), prompt_of(1, 40, 7, 7), prompt_of(1, 6, 8, 20)]
 
 
+@pytest.mark.parametrize("steps", ["eager", "graphs"])
+@pytest.mark.parametrize(("taps", "kv_heads"), [(None, 2), (None, 1), ([1, 2], 2)])
 @torch.inference_mode()
-def test_rows_of_different_lengths_read_what_each_reads_alone():
-    target = as_decoder(tiny_llama(0).double())
+def test_rows_of_different_lengths_read_what_each_reads_alone(steps, taps, kv_heads):
+    target = as_decoder(tiny_llama(0, kv_heads=kv_heads).double(), taps)
+    alone_target = as_decoder(tiny_llama(0, kv_heads=kv_heads).double(), taps)
+    target.use_steps(steps)
     batch = RowBatch(target, target.prefill(PROMPTS), [4, 4, 4], 20)
     texts, kept = torch.arange(3, 33).view(3, 10), (3, 1, 2)
     batch.step(texts[:, :3])
@@ -35,9 +42,9 @@ def test_rows_of_different_lengths_read_what_each_reads_alone():
     following = torch.tensor([[50, 51], [52, 53]])
     found = batch.step(following)
     for row, i in enumerate((0, 2)):
-        alone = target.prefill([PROMPTS[i]])
-        wanted = target.step(alone, torch.cat([texts[i, : kept[i]], following[row]])[None])[0, -2:]
-        torch.testing.assert_close(found[row], wanted, rtol=1e-9, atol=1e-9)
+        alone = alone_target.prefill([PROMPTS[i]])
+        wanted = alone_target.step(alone, torch.cat([texts[i, : kept[i]], following[row]])[None])[0, -2:]
+        torch.testing.assert_close(found[row], wanted, **CLOSE[steps])
 
 
 @pytest.mark.parametrize("remaining, order", [([0, 1, 3], [0, 1, 3]), ([1, 2, 3], [3, 1, 2]), ([3], [3]), ([0, 4, 5], [0, 5, 4]), ([], [])])
@@ -131,3 +138,95 @@ def test_a_round_of_a_batch_reads_the_device_once(monkeypatch):
     got = speculate_batch(target, proposers, PROMPTS, PROMPTS, num_draft_tokens=3, max_new_tokens=16)
     assert got.token_ids == wanted and got.passes == len(begin) > 3
     assert len(reads) - begin[0] == got.passes and {after - before for before, after in pairwise(begin)} == {1}
+
+
+@pytest.mark.parametrize("room", [192, 2])
+@torch.inference_mode()
+def test_captured_rows_make_room_as_they_go_on(monkeypatch, room):
+    """The cache grows within a text; a single prompt and another batch use it after that."""
+    monkeypatch.setattr(fixed, "ROOM", room)
+    target, alone = as_decoder(tiny_llama(0).double()), as_decoder(tiny_llama(0).double())
+    target.use_steps("graphs")
+    for prompts in (PROMPTS[:2], PROMPTS[:1], PROMPTS):
+        text = torch.arange(3, 93).view(1, 90) % 60 + 1
+        batch = RowBatch(target, target.prefill(prompts), [4] * len(prompts), 100)
+        for first in range(0, 90, 30):
+            found = batch.step(text[:, first : first + 30].expand(len(prompts), -1))
+            batch.lengths = [n + 30 for n in batch.lengths]
+        for row, prompt in enumerate(prompts):
+            wanted = alone.step(alone.prefill([prompt]), text)[0, -30:]
+            torch.testing.assert_close(found[row], wanted, **CLOSE["graphs"])
+        single = target.step(target.prefill([PROMPTS[2]]), text[:, :5])
+        torch.testing.assert_close(single, alone.step(alone.prefill([PROMPTS[2]]), text[:, :5]), **CLOSE["graphs"])
+
+
+@torch.inference_mode()
+def test_captured_rows_never_synchronize_with_the_device():
+    target, alone = as_decoder(tiny_llama(0).double()), as_decoder(tiny_llama(0).double())
+    target.use_steps("graphs")
+    batch = RowBatch(target, target.prefill(PROMPTS), [4, 4, 4], 20)
+    cache, ids = target.fixed_cache, torch.tensor([[5, 6], [7, 8], [9, 10]])
+    cache._step = torch.compile(cache._forward, fullgraph=True, dynamic=False, backend="eager")  # a read would break the graph
+    for row, found in enumerate(batch.step(ids)):
+        torch.testing.assert_close(found, alone.step(alone.prefill([PROMPTS[row]]), ids[row : row + 1])[0], **CLOSE["graphs"])
+
+
+def test_finished_rows_leave_at_once_or_in_halves_where_steps_are_captured():
+    for steps, wanted in (("eager", [False, True, True, True]), ("graphs", [False, False, True, True])):
+        target = as_decoder(tiny_llama(0))
+        target.use_steps(steps)
+        batch = RowBatch(target, target.prefill([*PROMPTS, PROMPTS[0]]), [4, 4, 4, 4], 20)
+        assert [batch.should_drop(finished) for finished in range(4)] == wanted
+
+
+@torch.inference_mode()
+def test_captured_graphs_are_dropped_only_for_more_rows_or_a_longer_text():
+    target = as_decoder(tiny_llama(0))
+    target.use_steps("graphs")
+    graphs = []
+    long = [prompt_of(1, *[5] * 400)]
+    for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[:2], long, PROMPTS, [*PROMPTS, PROMPTS[0]], long, PROMPTS[:2]):
+        state = target.prefill(prompts)
+        RowBatch(target, state, [state.length] * len(prompts), 20)
+        graphs.append(target.fixed_cache._step)
+    new = [i == 0 or graph is not graphs[i - 1] for i, graph in enumerate(graphs)]
+    assert new == [True, False, False, True, False, True, False, False]
+
+
+class WellKnown(Proposer):
+    """Drafts a text that it knows, until its end; if it is slow, every other token is wrong."""
+
+    def __init__(self, text: list[int], slow: bool) -> None:
+        self.text, self.slow = text, slow
+
+    def start(self, prompt, watch):
+        pass
+
+    def propose(self, emitted, states, num_tokens, watch, confidence_floor=0.0):
+        assert len(emitted) < len(self.text)
+        drafts = self.text[len(emitted) :][:num_tokens]
+        return Draft(torch.tensor([1 if self.slow and i % 2 else token for i, token in enumerate(drafts)], dtype=torch.long))
+
+
+@pytest.mark.parametrize("most", [3, 20])
+def test_texts_of_captured_batches_are_those_of_plain_decoding(most, monkeypatch):
+    """Rows that have ended stay for a while, and change nothing; the drafts are made as on a GPU."""
+    target, proposers = chained(6)
+    prompts = [*PROMPTS, prompt_of(1, 11, 12, 13), prompt_of(1, 14, 15, 16), prompt_of(1, 17, 18, 19)]
+    whole = [greedy(target, p, 20).token_ids for p in prompts]
+    target.eos_ids = frozenset({whole[0][3], whole[1][7], whole[2][15]})
+    wanted = [greedy(target, p, most).token_ids for p in prompts]
+    assert len({len(text) for text in wanted}) > 1 or most == 3
+    target.use_steps("graphs")
+    sizes, step = [], RowBatch.step
+    monkeypatch.setattr(RowBatch, "step", lambda self, ids: (sizes.append(len(ids)), step(self, ids))[1])
+    for proposer in proposers:
+        proposer._drafts_blocks = True
+    proposers[0].start(prompts[0], Stopwatch())
+    with torch.inference_mode():
+        context, memory = proposers[0].event_context, torch.zeros(1, 16).double()
+        assert proposers[0].draft_rows(memory, context, 5).tolist() == proposers[0].chain.draft(memory, context, 5).tokens.tolist()
+    for drafters in (proposers, [WellKnown(text, slow=i != 3) for i, text in enumerate(wanted)]):
+        got = speculate_batch(target, drafters, prompts, prompts, num_draft_tokens=3, max_new_tokens=most)
+        assert got.token_ids == wanted
+    assert set(sizes) <= {6, 3, 2, 1}

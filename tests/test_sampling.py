@@ -24,10 +24,11 @@ from feature_alignment.adapters.tables import Answer, Counts, question_number
 from feature_alignment.decoding import sampling
 from feature_alignment.decoding.attending_proposer import AttendingProposer
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, HybridProposer, NGram, TableProposer
+from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.decoding.draft_length import DraftLengthController
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.plain import decode_plainly
-from feature_alignment.decoding.proposers import ChainedProposer, Draft, ModelProposer, Proposer
+from feature_alignment.decoding.proposers import Draft, ModelProposer, Proposer
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector

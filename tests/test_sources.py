@@ -17,7 +17,8 @@ from feature_alignment.cli.config import Common
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.baseline_drafters import HybridProposer, Lookup, NGram, Previous, TableProposer, Template
 from feature_alignment.decoding.best_table import BestTable
-from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
+from feature_alignment.decoding.chained_proposer import ChainedProposer
+from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.models import pair
 from feature_alignment.models.pair import Pair

@@ -14,10 +14,11 @@ from conftest import as_decoder, main_of, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
+from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.overlap import _in_thread
 from feature_alignment.decoding.plain import greedy
-from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
+from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.models import fixed, fused
 from feature_alignment.models.fixed import FixedCache

@@ -12,11 +12,12 @@ from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.decoding.baseline_drafters import NGram, TableProposer
 from feature_alignment.decoding.batch import speculate_batch
+from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.decoding.draft_length import DraftLengthController
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.generation import Generation, Round
 from feature_alignment.decoding.plain import greedy
-from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer
+from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 
 PROMPT = (1, 5, 9, 13)

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from feature_alignment.benchmark.costs import DecodingCosts
+from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.decoding.generation import DRAFT_STAGES, Generation, Round
-from feature_alignment.decoding.proposers import ChainedProposer, Proposer
+from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 
 

@@ -73,7 +73,7 @@ def speculate_batch(
     num_draft_tokens: int = 5,
     max_new_tokens: int = 64,
 ) -> BatchGeneration:
-    """Decode several prompts under the token rule; each text equals greedy decoding of its prompt alone. Finished rows leave the batch.
+    """Decode several prompts under the token rule; each text equals greedy decoding of its prompt alone. Finished rows leave.
 
     Args:
         target: the model whose text is reproduced
@@ -97,20 +97,21 @@ def speculate_batch(
         selectors = [TokenSelector.of(target, prompt) for prompt in prompts]
         first = most_likely([s.rules for s in selectors], target.lm_head(state.last), [[] for _ in prompts])
         batch = RowBatch(target, state, lengths, max_new_tokens + num_draft_tokens)
-        states = state.last.new_empty(len(prompts), max_new_tokens + num_draft_tokens, target.hidden_size)
+        states = state.last.new_empty(len(prompts), max_new_tokens + num_draft_tokens + 1, target.hidden_size)
         states[:, 0] = state.last
     everyone = rows = [Row(s, [token], []) for s, token in zip(selectors, first, strict=True)]
     drafter = _start(proposers, selectors, prompts, draft_prompts, state, watch) if num_draft_tokens else None
     passes = 0
     while going := [i for i, row in enumerate(rows) if not row.has_ended and len(row.emitted) < max_new_tokens]:
-        if len(going) < len(rows):
+        if batch.should_drop(len(rows) - len(going)):
             with watch("rollback"):
                 order = compacted(going)
                 rows, states = [rows[i] for i in order], states[torch.tensor(order, device=target.device)]
                 batch.keep(order)
                 if drafter is not None:
                     drafter.keep(order)
-        room = [min(num_draft_tokens, max_new_tokens - len(row.emitted) - 1) for row in rows]
+            going = list(range(len(rows)))
+        room = [min(num_draft_tokens, max_new_tokens - len(row.emitted) - 1) if i in going else 0 for i, row in enumerate(rows)]
         drafts = torch.empty(len(rows), 0, dtype=torch.long, device=target.device)
         if max(room) > 0:
             assert drafter is not None  # there is no room without draft tokens
@@ -122,8 +123,8 @@ def speculate_batch(
             places = torch.tensor([[len(row.emitted)] for row in rows], device=target.device)
             places = places + torch.arange(hidden.shape[1], device=target.device)
             states[torch.arange(len(rows), device=target.device)[:, None], places] = hidden  # of rejected draft tokens until overwritten
-            for i, of_row in enumerate(zip(rows, drafted, choices, strict=True)):
-                batch.lengths[i] += _accept(*of_row)
+            for i in going:
+                batch.lengths[i] += _accept(rows[i], drafted[i], choices[i])
     if num_draft_tokens:
         for proposer, row in zip(proposers, everyone, strict=True):
             proposer.finish(row.emitted)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from feature_alignment.adapters.folded import EventContext
-from feature_alignment.decoding.proposers import ChainedProposer, Proposer
+from feature_alignment.decoding.chained_proposer import ChainedProposer
+from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.models.state import Prompt
 
@@ -63,7 +64,7 @@ class ChainedRows(RowDrafter):
     """
 
     def __init__(self, proposers: Sequence[ChainedProposer]) -> None:
-        self._chain, self._ends = proposers[0].chain, proposers[0].selector.eos_ids
+        self._first = proposers[0]
         self._context = EventContext(*(torch.cat(parts) for parts in zip(*(p.event_context for p in proposers), strict=True)))
         self._memory: Tensor | None = None  # [b, w], of the verified texts
         self._num_read = [0] * len(proposers)  # tokens of each
@@ -77,12 +78,11 @@ class ChainedRows(RowDrafter):
             tokens, first = padded.split([width, 1], 1)
             rows, positions = torch.arange(len(new), device=device), first + torch.arange(width, device=device)
             found = states[rows[:, None], positions.clamp(max=states.shape[1] - 1)]
-            memories = self._chain.read(found, tokens, self._memory)
+            memories = self._first.chain.read(found, tokens, self._memory)
             self._memory = memories[rows, torch.tensor([len(row) - 1 for row in new], device=device)]
             self._num_read = [len(text) for text in emitted]
         with watch("adapter"):
-            ends = self._ends if device.type == "cpu" else None
-            return self._chain.draft(self._memory, self._context, max(room), ends=ends).tokens
+            return self._first.draft_rows(self._memory, self._context, max(room))
 
     def keep(self, rows: Sequence[int]) -> None:
         """See `RowDrafter`."""

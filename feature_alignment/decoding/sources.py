@@ -21,7 +21,8 @@ from feature_alignment.cli.console import UserError, log
 from feature_alignment.decoding import draft_vocabulary
 from feature_alignment.decoding.attending_proposer import AttendingProposer
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, SEARCH_THE_QUESTION, HybridProposer, NGram, TableProposer
-from feature_alignment.decoding.proposers import ChainedProposer, ModelProposer, Proposer
+from feature_alignment.decoding.chained_proposer import ChainedProposer
+from feature_alignment.decoding.proposers import ModelProposer, Proposer
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import Pair
 from feature_alignment.storage.answers import read_token_pairs

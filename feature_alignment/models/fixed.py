@@ -3,10 +3,10 @@
     positions  | 0 … n-1 | n … n+k-1 | … size    one step reads k tokens at positions n … n+k-1; a causal mask hides all later positions
                  cached    new tokens   unused
 
-At batch 1 a GPU waits for Python between kernels. A CUDA graph launches a whole step at once, but it always reads and writes the same
-memory. So a decoder has one cache, which holds one prompt at a time. The number of tokens is padded to one of a few lengths, so that few
-graphs are captured; padding is masked and overwritten by the next step. A rollback only changes the length.
-On other devices the same steps run without capture.
+In small batches a GPU waits for Python between kernels. A CUDA graph launches a whole step at once, but it always reads and writes the
+same memory. So a decoder has one cache, which holds the prompts read last: one, or the rows of a batch, each with a length of its own. The
+number of tokens is padded to one of a few lengths, so that few graphs are captured; padding is masked and overwritten by the next step. A
+rollback only changes the length. On other devices the same steps run without capture.
 """
 
 from __future__ import annotations
@@ -227,4 +227,5 @@ class FixedCache:
             x = self._read_layer(x, layer.of_rows(b), inputs, self._llama.config.rms_norm_eps)
             if number in self._taps:
                 states.append(x)
-        return torch.cat([*states[:-1], self._llama.norm(x)], -1).unflatten(0, (b, k))  # after an early exit the norm is the identity
+        states[-1] = self._llama.norm(x)  # after an early exit the norm is the identity
+        return torch.cat(states, -1).view(b, k, -1)

@@ -134,10 +134,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
     """
     b, heads, size, d_head = keys.shape
     rows, columns = q.reshape(b * heads, -1, d_head), keys.flatten(0, 1).transpose(1, 2)
-    if q.device.type == "cuda":
-        scores = torch.bmm(rows, columns, out_dtype=torch.float32)
-    else:
-        scores = torch.bmm(rows.float(), columns.float())
+    on_gpu = q.device.type == "cuda"
+    scores = torch.bmm(rows, columns, out_dtype=torch.float32) if on_gpu else torch.bmm(rows.float(), columns.float())
     weights = (scores.view(b, heads, -1, size) * d_head**-0.5 + bias).softmax(-1).to(q.dtype)
     return torch.bmm(weights.flatten(0, 1), values.flatten(0, 1)).view(q.shape)
 

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from feature_alignment.models.decoder import Decoder
+from feature_alignment.models.fixed import FixedCache
 from feature_alignment.models.state import State
 
 
@@ -64,20 +65,20 @@ class RowBatch:
     """
 
     def __init__(self, target: Decoder, state: State, lengths: Sequence[int], room: int) -> None:
-        assert isinstance(state.cache, DynamicCache)  # prefilled as a batch
         self._target, self.lengths = target, list(lengths)
-        self._fixed = target.fixed_cache
+        self._fixed, self._owner = target.fixed_cache, state
+        if isinstance(state.cache, FixedCache):  # one prompt, which its prefill has loaded
+            return
         if self._fixed is not None:
-            self._fixed.load_prompts(state.cache, self)
+            self._fixed.load_prompts(state.cache, state)
             return
         cache = DynamicCache()
         cache.layers = self._layers = [_RowLayer(layer, max(lengths) + room) for layer in state.cache.layers]
         self._state = State(cache, state.last, 0)
 
-    @property
-    def captures_steps(self) -> bool:
-        """Whether a step is captured for each number of rows, so that a row which is not needed costs less than a new number."""
-        return self._fixed is not None
+    def should_drop(self, finished: int) -> bool:
+        """Whether to drop so many finished rows now. A step is captured once per number of rows, so there half of them leave at a time."""
+        return finished > 0 and (self._fixed is None or 2 * finished >= len(self.lengths))
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Read k tokens of each row after its `lengths` positions; `lengths` do not change.
@@ -89,7 +90,7 @@ class RowBatch:
             [b, k, d], hidden states on these tokens.
         """
         if self._fixed is not None:
-            return self._fixed.step(token_ids, self.lengths, self)
+            return self._fixed.step(token_ids, self.lengths, self._owner)
         k, device = token_ids.shape[1], token_ids.device
         end = max(self.lengths) + k
         positions = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(k, device=device)

@@ -92,25 +92,22 @@ def states_of(
         cfg: Settings.
         with_events: Whether event states are wanted.
     """
+    target, deep = ClipBatch(pair.target, samples), ClipBatch(full_depth_draft, samples)
+    draft = deep if full_depth_draft is pair.draft else ClipBatch(pair.draft, samples, deep)
     known = [answer for answer in answers if answer is not None]
-    generates = len(known) < len(samples)
-    target, has_one_depth = ClipBatch(pair.target, samples), full_depth_draft is pair.draft
-    writes = cfg.own_drafts or (generates and cfg.draft_answers)
-    deep = ClipBatch(full_depth_draft, samples) if has_one_depth or writes else None
-    draft = deep if deep is not None and has_one_depth else ClipBatch(pair.draft, samples, deep)
-    if not generates:
+    if len(known) == len(samples):
         vl, egpt = ([list(answer[model]) for answer in known] for model in (0, 1))
         if pair.target.device.type == "cpu":  # there `generate` keeps its states: known answers must give the same bits
             target.replay(vl)
-            if has_one_depth and cfg.draft_answers:
-                draft.replay(egpt)
+            if deep is draft and cfg.draft_answers:
+                deep.replay(egpt)
     else:
         vl = target.generate(cfg.max_new_tokens)
-        egpt = deep.generate(cfg.max_new_tokens) if deep is not None and cfg.draft_answers else [[] for _ in samples]
+        egpt = deep.generate(cfg.max_new_tokens) if cfg.draft_answers else [[] for _ in samples]
     texts = {"verifier": (vl, vl), "drafter": (egpt, egpt), "own": (vl, egpt)}[cfg.prefix]
     target_reads, draft_reads = ([answer[: cfg.max_positions] for answer in text] for text in texts)
     events = draft.vision_states() if with_events else None
-    own = deep.predict_tokens(draft_reads) if deep is not None and cfg.own_drafts else None
+    own = deep.predict_tokens(draft_reads) if cfg.own_drafts else None
     p = cfg.prompt_states
     prompt_ids, inputs = target.prompt_ids(p + 1), target.prompt_inputs(p)
     found = target.states(target_reads, p), draft.states(draft_reads)
