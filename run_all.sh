@@ -18,7 +18,7 @@ elif [ "$config" = configs/language.yaml ]; then
   step -m feature_alignment.demo.language_models
   step -m feature_alignment.demo.language_scenes
   extract=(-m torch.distributed.run --standalone --nproc_per_node 2 "${extract[@]}")
-  target_only=(--draft_answers false --own_drafts false --matmul_precision medium)       # training data: the target's answers, quickly
+  target_only=(--draft_answers false --own_drafts false --bfloat16_products true)       # training data: the target's answers, quickly
 fi
 for split in train validation test; do
   [ "$split" = test ] && target_only=()
@@ -29,7 +29,9 @@ step feature_alignment/hidden_adapter.py --config "$config"                     
 step feature_alignment/train_hidden_adapter.py --config "$config" & hidden=$!           # Task 1.3
 step feature_alignment/train_hidden_adapter.py --config "$config" --adapter chained
 wait $hidden
-if [ "$config" = configs/language.yaml ]; then step feature_alignment/train_hidden_adapter.py --config "$config" --adapter attending; fi
+if [ "$config" = configs/language.yaml ]; then
+  step -m torch.distributed.run --standalone --nproc_per_node 2 feature_alignment/train_hidden_adapter.py --config "$config" --adapter attending
+fi
 step feature_alignment/measure_feature_acceptance.py --config "$config"                 # Task 2.1
 step feature_alignment/compare_token_baseline.py --config "$config"                     # Task 2.2
 step feature_alignment/feature_sd_inference.py --config "$config" --draft chained       # Task 3.1

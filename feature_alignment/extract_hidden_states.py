@@ -58,8 +58,8 @@ class ExtractConfig(ClipsConfig):
         max_positions: store at most this many states of each answer (default: all)
         batch_size: rows per forward pass
         store_dtype: number format of the files
-        matmul_precision: of float32 products; `medium` multiplies in bfloat16 where the processor can: faster, and close enough for
-            training data, but texts may differ from those of decoding
+        bfloat16_products: multiply in bfloat16 in linear layers where the CPU can: faster, and close enough for training data, but
+            texts may differ from those of decoding
         separate_layers: store each of draft_layers in a separate file, egpt_hidden_states.layer02.pt, …, instead of concatenated
         event_states: store EventGPT's states over its event tokens as well, which the chained adapter reads (4.8 MB a clip at 7B)
         prompt_states: store Video-LLaVA's states on this many of the last prompt positions as well, which the attending adapter reads
@@ -78,7 +78,7 @@ class ExtractConfig(ClipsConfig):
     max_positions: int | None = None
     batch_size: int = 32
     store_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    matmul_precision: Literal["highest", "medium"] = "highest"
+    bfloat16_products: bool = False
     separate_layers: bool = False
     event_states: bool = False
     prompt_states: int = 0
@@ -170,7 +170,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from feature_alignment.inputs.row_identity import identify
     from feature_alignment.models.batches import plan_batches
     from feature_alignment.models.loading import fetch_checkpoints
-    from feature_alignment.models.packed import float32_products
     from feature_alignment.storage import earlier_rows, shards
     from feature_alignment.storage.processes import check_device, check_writable, exclusive_lock, process_group
 
@@ -192,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if cfg.resume and earlier_rows.find_complete_run(out, identity, rows, cfg.ignore_code):
         return report(cfg, out, reused=True, first=rank == 0)
     check_writable(cfg.out / "token_pairs" / f"{cfg.split}.json")
-    with exclusive_lock(out) if rank == 0 else nullcontext(), float32_products(cfg.matmul_precision):
+    with exclusive_lock(out) if rank == 0 else nullcontext():
         if cfg.merge:
             shards.merge_shards(out, identity, rows, cfg.out / "token_pairs" / f"{cfg.split}.json", cfg.resume, cfg.ignore_code)
         else:
@@ -240,7 +239,7 @@ def fill(
     if (cfg.own_drafts or (cfg.draft_answers and len(answers) < len(rows))) and not pair.draft.has_own_head:
         full_depth_draft = pair.draft_with(None, dataclasses.replace(cfg, device=device))
     for decoder in (pair.target, pair.draft, full_depth_draft):
-        decoder.pack_linear()  # Without a trial, so that every process and every resumed run writes the same bytes.
+        decoder.pack_linear(cfg.bfloat16_products)  # Without a trial, so that every process and every resumed run writes the same bytes.
     file_row = {row: i for i, row in enumerate(row for part in parts for row in part)}
     width, dtype = min(cfg.max_new_tokens, cfg.max_positions or cfg.max_new_tokens), getattr(torch, cfg.store_dtype)
     shapes = shapes_of(StateGeometry.of(pair), width, cfg.separate_layers, cfg.event_states, cfg.prompt_states)

@@ -22,6 +22,7 @@ from feature_alignment import compare_token_baseline, extract_hidden_states
 from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import read_samples
+from feature_alignment.models import packed
 from feature_alignment.models.batches import ClipBatch, plan_batches
 from feature_alignment.models.pair import load_pair
 from feature_alignment.storage.hidden_states import load_hidden_states
@@ -79,6 +80,39 @@ def test_a_batch_of_clips_says_and_thinks_what_each_question_alone_does(pair_and
         torch.testing.assert_close(states, model.teacher_force(state, torch.tensor([answer]))[0], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 12])
+def test_generated_texts_are_not_read_again_and_known_ones_give_the_same_bits(pair_and_samples, monkeypatch, max_new_tokens):
+    pair, samples = pair_and_samples
+    asked = samples[:6]
+    batch, other, forced = (ClipBatch(pair.target, asked) for _ in range(3))
+    answers = batch.generate(max_new_tokens)
+    other.replay(answers)
+    read, steps = pair.target.step, []
+    monkeypatch.setattr(pair.target, "step", lambda state, ids, **layout: (steps.append(ids.numel()), read(state, ids, **layout))[1])
+    for cut in (None, 1):
+        wanted = [answer[:cut] for answer in answers]
+        for found, again in zip(batch.states(wanted, 2), other.states(wanted, 2), strict=True):
+            assert torch.equal(found, again)
+        assert not steps
+    changed = [[*answers[0][:-1], answers[0][-1] ^ 1], *answers[1:]]  # the last token is not read, but it is another text
+    for texts in (changed, answers):
+        for found, wanted in zip(batch.states(texts, 2), forced.states(texts, 2), strict=True):
+            torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+    forced_steps = 2 * 3  # of `forced`: both times all texts, one of each clip at once
+    assert len(steps) == forced_steps + 1
+
+
+def test_on_a_gpu_a_text_is_read_by_one_pass_whether_it_was_generated_or_known(pair_and_samples):
+    """A step costs there about as much as a pass over a whole text."""
+    pair, samples = pair_and_samples
+    batch, known = (ClipBatch(pair.target, samples[:6]) for _ in range(2))
+    batch._keeps_states = known._keeps_states = False
+    answers = batch.generate(12)
+    known.replay(answers)
+    assert all(map(torch.equal, batch.states(answers), known.states(answers)))
+    assert batch._states_read == known._states_read == []
+
+
 @pytest.mark.parametrize("before", [1, 3, 1000])
 def test_states_of_a_prompts_end_are_those_of_its_prefill(pair_and_samples, before):
     """From any place on; where a prompt is shorter than what is asked for, zeros stand in front."""
@@ -121,8 +155,9 @@ def test_a_batch_of_one_sample_is_that_sample(pair_and_samples):
 def test_masks_of_our_own_go_past_flash_attention(pair_and_samples):
     """Which takes none: these passes are sdpa's."""
     pair, samples = pair_and_samples
-    batch, config = ClipBatch(pair.target, samples[:3]), pair.target.llama.config
-    answers = batch.generate(6)
+    config = pair.target.llama.config
+    answers = ClipBatch(pair.target, samples[:3]).generate(6)
+    batch = ClipBatch(pair.target, samples[:3])  # which has generated nothing, so it reads the answers
     wanted = batch.states(answers)
     config._attn_implementation = "flash_attention_2"  # as on a GPU; here it would fail
     try:
@@ -209,6 +244,22 @@ def test_known_answers_are_read_and_change_nothing(tiny_run, whole, tmp_path, mo
     assert hashes(tmp_path) == hashes(whole)
     with pytest.raises(UserError, match="max_new_tokens: 12 recorded, 9 now"):
         extract_hidden_states.main(flags(tiny_run, tmp_path / "b", *known, "--max_new_tokens", "9"))
+
+
+def test_training_data_with_bfloat16_products_is_a_run_of_its_own(tiny_run, whole, tmp_path, monkeypatch):
+    """Close to the usual states, and never taken for them."""
+    monkeypatch.setattr(packed, "SMALLEST", 1)  # layers of the tiny models count as large enough
+    known = str(whole / "token_pairs" / "train.json")
+    states = {}
+    for name, more in (("usual", ()), ("rounded", ("--bfloat16_products", "true"))):
+        rows = json.loads((whole / "token_pairs" / "train.json").read_text())["results"]
+        (tmp_path / "texts.json").write_text(json.dumps({"results": rows}))  # without meta: the same texts for both
+        extract_hidden_states.main(flags(tiny_run, tmp_path / name, "--answers", str(tmp_path / "texts.json"), *more))
+        states[name] = load_hidden_states(tmp_path / name / "hidden_states" / "train").target
+    error = (states["rounded"] - states["usual"]).norm() / states["usual"].norm()
+    assert 1e-4 < error < 3e-2 if packed.multiplies_bfloat16() else error == 0
+    with pytest.raises(UserError, match="bfloat16_products: False recorded, True now"):
+        extract_hidden_states.main(flags(tiny_run, tmp_path / "b", "--answers", known, "--bfloat16_products", "true"))
 
 
 def test_without_the_drafters_answers_the_states_are_the_same(tiny_run, whole, tmp_path):

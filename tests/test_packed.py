@@ -44,6 +44,22 @@ def test_a_packed_product_is_torchs_own(dtype, shape, bias):
     torch.testing.assert_close(found, wanted, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=1e-5 if dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.skipif(not CAN_PACK or not packed.multiplies_bfloat16(), reason="this CPU does not multiply bfloat16")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_in_bfloat16_is_that_of_rounded_numbers(bias):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(24, 40, bias=bias), torch.randn(2, 3, 24)
+    with torch.inference_mode():
+        found, rounded = PackedLinear(linear, in_bfloat16=True)(x), nn.Linear(24, 40, bias=bias)
+        rounded.weight.copy_(linear.weight.bfloat16())
+        if bias:
+            rounded.bias.copy_(linear.bias.bfloat16())
+        wanted = rounded(x.bfloat16().float())
+    assert found.dtype == torch.float32 and linear.weight.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1 / 128)  # the sum is rounded as well
+    assert not torch.allclose(found, linear(x), atol=1e-5)
+
+
 @needs_packing
 def test_an_input_that_is_a_slice_of_another_is_read_right():
     torch.manual_seed(0)
@@ -97,7 +113,7 @@ def test_the_faster_product_is_chosen_and_the_choice_says_why(small_layers, monk
 
 
 def test_a_torch_without_the_operators_keeps_its_own_product(small_layers, monkeypatch):
-    def missing(weight, bias=None):
+    def missing(weight, bias=None, in_bfloat16=False):
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
 
     monkeypatch.setattr(packed, "unsupported", lambda model: None)

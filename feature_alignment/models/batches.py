@@ -65,6 +65,7 @@ class ClipBatch:
         order = list(clips)
         self._clip_of = [order.index(_clip(s)) for s in samples]
         self._shared = prompts[0][:shared].expand(len(clips), -1)
+        self._keeps_states = model.device.type == "cpu"  # where every token costs; on a GPU a pass over whole texts costs about one step
         self._answers_read: Sequence[Sequence[int]] = []
         self._states_read: list[list[Tensor]] = []  # of each text: states [n, d] on its tail, then on each of its tokens but the last
         if deeper is None:  # each clip is encoded alone: its vision tokens do not depend on the batch, and little pixel memory is needed
@@ -89,7 +90,9 @@ class ClipBatch:
         return answers
 
     def replay(self, answers: Sequence[Sequence[int]]) -> None:
-        """Read answers that `generate` has written earlier in the same steps, so that `states` gives the same bits."""
+        """Read answers that `generate` has written earlier in the same steps, if it keeps their states: `states` gives the same bits."""
+        if not self._keeps_states:
+            return
         longest, length = max(map(len, answers)), count(1)
 
         def unfinished(rows: list[int], states: list[Tensor]) -> list[int]:
@@ -117,7 +120,7 @@ class ClipBatch:
             read, length = texts.read([[answers[row][length]] for row in rows], rows), length + 1
             for row, states in zip(rows, read, strict=True):
                 kept[row].append(states)
-        if self.model.device.type == "cpu":
+        if self._keeps_states:
             self._answers_read, self._states_read = answers, kept
 
     def _has_ended(self, row: int, answer: list[int]) -> bool:
@@ -127,9 +130,8 @@ class ClipBatch:
     def states(self, answers: Sequence[Sequence[int]], before: int = 0) -> list[Tensor]:
         """The hidden states [before + n, d] that emit the given answers of n tokens each.
 
-        On a CPU, where every token read costs as much, answers of `generate` or `replay` are not read again. Of all others, one forward
-        pass reads one question of every clip. With all questions of a clip in one row, most of the attention would be computed between
-        questions, where the mask discards it.
+        On a CPU, answers of `generate` or `replay` are not read again. Of all others, one forward pass reads one question of every clip.
+        With all questions of a clip in one row, most of the attention would be computed between questions, where the mask discards it.
 
         Args:
             answers: Token ids.

@@ -22,7 +22,7 @@ from feature_alignment.models import tree_attention
 from feature_alignment.models.fixed import FixedCache, note_eager_fallback
 from feature_alignment.models.fused import unsupported_reason
 from feature_alignment.models.generation import GenerationRules, eos_set, most_likely
-from feature_alignment.models.packed import LinearChoice, best_cpu_linear, pack, packed_product, unsupported
+from feature_alignment.models.packed import LinearChoice, best_cpu_linear, multiplies_bfloat16, pack, packed_product, unsupported
 from feature_alignment.models.state import Prompt, State, position_limit
 from feature_alignment.models.vision_cache import VisionCache
 
@@ -142,10 +142,14 @@ class Decoder:
             self._set_linear(best_cpu_linear(self.llama, self._lm_head if self.has_own_head else None))
         return self.linear
 
-    def pack_linear(self) -> None:
-        """Run the linear layers over packed weights wherever they can be packed, without a trial, so that every process does the same."""
+    def pack_linear(self, in_bfloat16: bool = False) -> None:
+        """Run the linear layers over packed weights wherever they can be packed, without a trial, so that every process does the same.
+
+        Args:
+            in_bfloat16: Multiply in bfloat16 where the CPU has instructions for it, the LM head excepted; numbers stay float32 between.
+        """
         if self.linear.kind == "torch" and unsupported(self.llama) is None:
-            pack(self.llama)
+            pack(self.llama, in_bfloat16 and multiplies_bfloat16())
             self._set_linear(LinearChoice("packed", "asked for", {}, {}))
 
     def _set_linear(self, choice: LinearChoice) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -53,23 +52,24 @@ class LinearChoice:
 class PackedLinear(nn.Module):
     """A linear layer over packed weights. `weight` and `bias` stay the original parameters, so checkpoints and ties are unchanged."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, in_bfloat16: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self._product = packed_product(linear.weight, linear.bias)
+        self._product = packed_product(linear.weight, linear.bias, in_bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [.., in] to [.., out]."""
         return self._product(x)
 
 
-def packed_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+def packed_product(weight: Tensor, bias: Tensor | None = None, in_bfloat16: bool = False) -> Callable[[Tensor], Tensor]:
     """The product x W^T + b over a packed copy of W.
 
     Args:
         weight: [out, in], on a CPU
         bias: [out]
+        in_bfloat16: round x, W and b to bfloat16 for the product
 
     Returns:
         A function from [..., in] to [..., out], in the weight's dtype.
@@ -77,24 +77,12 @@ def packed_product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tens
     Raises:
         RuntimeError, AttributeError, NotImplementedError: if this torch or this CPU cannot pack it.
     """
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), LAYOUT_TOKENS)
-    product = torch.ops.mkldnn._linear_pointwise
-    return lambda x: product(x, packed, bias, "none", [], "")
-
-
-@contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """Multiply float32 numbers with this precision for a while: "highest", or "medium", in bfloat16 where the processor can.
-
-    Both packed and plain products follow it. On one core with bfloat16 matrix instructions, the layers of a 135M model took 2.6 times less
-    for 96 tokens and 3.2 times less for 1,360, and more for one token.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    product, dtype = torch.ops.mkldnn._linear_pointwise, torch.bfloat16 if in_bfloat16 else weight.dtype
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), LAYOUT_TOKENS)
+    if dtype == weight.dtype:
+        return lambda x: product(x, packed, bias, "none", [], "")
+    rounded = None if bias is None else bias.detach().to(dtype)
+    return lambda x: product(x.to(dtype), packed, rounded, "none", [], "").to(x.dtype)
 
 
 def unsupported(model: nn.Module) -> str | None:
@@ -107,12 +95,17 @@ def unsupported(model: nn.Module) -> str | None:
         return f"weights of {', '.join(sorted(str(dtype)[6:] for dtype in dtypes))}"
     if not torch.backends.mkldnn.is_available():
         return "this torch has no oneDNN"
-    if dtypes == {torch.bfloat16} and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if dtypes == {torch.bfloat16} and not multiplies_bfloat16():
         return "this CPU does not multiply bfloat16"
     needed, free = sum(linear.weight.nbytes for _, _, linear in linear_layers(model)), psutil.virtual_memory().available
     if needed > FREE_MEMORY * free:
         return f"a packed copy takes {needed >> 20} MiB and {free >> 20} MiB are free"
     return None
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
@@ -123,10 +116,10 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]
                 yield module, name, child
 
 
-def pack(model: nn.Module) -> None:
+def pack(model: nn.Module, in_bfloat16: bool = False) -> None:
     """Replace the linear layers of a model, in place."""
     for module, name, linear in linear_layers(model):
-        setattr(module, name, PackedLinear(linear))
+        setattr(module, name, PackedLinear(linear, in_bfloat16))
 
 
 def best_cpu_linear(model: nn.Module, head: nn.Linear | None = None) -> LinearChoice:
