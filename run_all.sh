@@ -7,7 +7,7 @@ source ./setup.sh
 config=${1:-configs/demo.yaml}
 step() { printf '\n== %s\n' "$*" >&2; python "$@"; }
 
-extract=(feature_alignment/extract_hidden_states.py) target_only=()
+extract=(feature_alignment/extract_hidden_states.py) target_only=() drafters=()
 if [ "$config" = configs/demo.yaml ]; then
   step -m feature_alignment.demo.scenes
   extract=(-m torch.distributed.run --standalone --nproc_per_node 2 "${extract[@]}")   # two processes, the same bytes
@@ -19,6 +19,7 @@ elif [ "$config" = configs/language.yaml ]; then
   step -m feature_alignment.demo.language_scenes
   extract=(-m torch.distributed.run --standalone --nproc_per_node 2 "${extract[@]}")
   target_only=(--draft_answers false --own_drafts false --bfloat16_products true)       # training data: the target's answers, quickly
+  drafters=(--drafters attending tables)                                                # and chained; all of them take twice as long
 fi
 for split in train validation test; do
   [ "$split" = test ] && target_only=()
@@ -35,4 +36,4 @@ fi
 step feature_alignment/measure_feature_acceptance.py --config "$config"                 # Task 2.1
 step feature_alignment/compare_token_baseline.py --config "$config"                     # Task 2.2
 step feature_alignment/feature_sd_inference.py --config "$config" --draft chained       # Task 3.1
-step feature_alignment/benchmark_feature_sd.py --config "$config"                       # Tasks 3.2 and 3.3
+step feature_alignment/benchmark_feature_sd.py --config "$config" "${drafters[@]}"       # Tasks 3.2 and 3.3

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from feature_alignment.cli.advice import command_for
 from feature_alignment.cli.config import Common, DraftVocabulary, StepsSetting, parse_config
 from feature_alignment.cli.console import UserError, print_json_line, run
+from feature_alignment.decoding.settings import DrafterName
 
 if TYPE_CHECKING:
     from feature_alignment.benchmark.results import BenchmarkReport
@@ -43,6 +44,7 @@ class BenchmarkConfig(Common):
         split: manifest that the prompts are taken from
         train_split: split whose answers the baseline drafters are fitted on
         num_draft_tokens: draft tokens per verification, one row each
+        drafters: measure these drafters only, and the chained adapter (the aligned drafts if it is not trained); default: all
         most_draft_tokens: largest number of draft tokens per verification in the adaptive rows
         threshold: cosines above which the feature and relaxed rules accept a draft token, one row each
         exit_adapters: hidden adapters that read one other layer of EventGPT each, for one row of aligned drafts each
@@ -62,6 +64,7 @@ class BenchmarkConfig(Common):
     split: str = "test"
     train_split: str = "train"
     num_draft_tokens: list[int] = dataclasses.field(default_factory=lambda: [3, 5, 8])
+    drafters: list[DrafterName] = dataclasses.field(default_factory=list)
     most_draft_tokens: int = 24
     threshold: list[float] = dataclasses.field(default_factory=lambda: [0.9])
     exit_adapters: list[Path] = dataclasses.field(default_factory=list)
@@ -197,9 +200,9 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: Acceptan
         acceptance: content of acceptance.json, which must include the chained adapter if one is trained
 
     Raises:
-        UserError: acceptance.json lacks the chained adapter, or two exit adapters read the same layer
+        UserError: acceptance.json lacks a trained adapter, a drafter's adapter is not trained, or two exit adapters read the same layer
     """
-    from feature_alignment.benchmark.rows import attending_modes, modes
+    from feature_alignment.benchmark.rows import attending_modes, modes, of_drafters
     from feature_alignment.benchmark.run import Setup
     from feature_alignment.decoding.sources import Sources
     from feature_alignment.measurement.lexicon import Lexicon
@@ -211,6 +214,8 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: Acceptan
         if path.is_file() and name not in acceptance.chains:
             measure_again = command_for("measure_feature_acceptance")
             raise UserError(f"{acceptance_path(cfg)} was measured without {path}. Measure again:\n  {measure_again}")
+        if name in cfg.drafters and not path.is_file():
+            raise UserError(f"--drafters {name}: nothing at {path}. Type:\n  {command_for('train_hidden_adapter', adapter=name)}")
     pair = load_pair(cfg)
     pair.use_steps(cfg.steps)
     pair.choose_linear()
@@ -224,6 +229,7 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: Acceptan
         rows = [mode for mode in rows if mode.accept != "kl"]
     if attending_path(cfg).is_file():
         rows += attending_modes(cfg.num_draft_tokens, cfg.most_draft_tokens)
+    rows = of_drafters(rows, cfg.drafters)
     proposers = {name: sources.open(name) for name in {mode.draft for mode in rows}}
     prompts = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]
     return Setup(pair, sources, sources.chained_adapter if has_chain else None, exits, proposers, rows, samples, prompts, lexicon)

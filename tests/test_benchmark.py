@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -371,6 +372,20 @@ def test_two_runs_are_compared_or_refused(finished, tmp_path, capsys):
         compare([str(path), str(finished / "out" / "acceptance" / "acceptance.json")])
     with pytest.raises(UserError, match="wants two files"):
         compare([str(path)])
+
+
+def test_drafters_that_are_asked_for_have_the_rows_they_have_in_a_whole_benchmark(finished, tmp_path):
+    """And the chained adapter, which costs and pictures are about."""
+    shutil.copytree(finished / "out", tmp_path / "out")
+    argv = ["--config", str(finished / "tiny.yaml"), "--output_dir", str(tmp_path / "out"), "--limit", "1"]
+    found = main_of("benchmark_feature_sd")([*argv, "--drafters", "attending", "tables"])
+    whole = json.loads((finished / "out" / "benchmark" / "benchmark.json").read_text())["rows"]
+    keys = ("draft", "accept", "num_draft_tokens", "adaptive", "overlap", "threshold")
+    wanted = [[row[key] for key in keys] for row in whole if row["draft"] in ("chained", "attending", "tables")]
+    assert [[row[key] for key in keys] for row in found["rows"]] == wanted and len(wanted) < len(whole)
+    (tmp_path / "out" / "attending_adapter" / "adapter.pt").unlink()
+    with pytest.raises(UserError, match=r"--drafters attending: nothing at .*\n  .*train_hidden_adapter.py .*--adapter attending"):
+        main_of("benchmark_feature_sd")([*argv, "--drafters", "attending"])
 
 
 def test_several_data_sets_share_one_table_and_a_geometric_mean(finished, tmp_path, caplog):

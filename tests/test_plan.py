@@ -7,6 +7,7 @@ import functools
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +105,11 @@ def test_hours_grow_with_rows_epochs_and_prompts(finished):
     wanted = 6 + 2 + runs * (0.3 + 8 * 0.05) + (1 + lossy) * 4 * 0.3 + 600 * 0.05 + 3
     assert len(rows) > 10 and lossy >= 4 and one["benchmark_feature_sd"] == pytest.approx(wanted)
     assert "train_hidden_adapter, chained" not in plan_hours.hours(settings, splits, dataclasses.replace(RATES, chained=None), 1)
+    bench = SimpleNamespace(**{**vars(settings["benchmark_feature_sd"]), "drafters": ["tables"]})
+    few = plan_hours.hours({**settings, "benchmark_feature_sd": bench}, splits, RATES, 1)["benchmark_feature_sd"]
+    left_out = sum(mode.draft not in ("chained", "tables") for mode in rows)
+    lossy = sum(mode.accept != "token" and mode.draft != "chained" for mode in rows)
+    assert one["benchmark_feature_sd"] - few == pytest.approx(left_out * 6 * (0.3 + 8 * 0.05) + lossy * 4 * 0.3) and left_out > 5
 
 
 def test_the_attending_adapter_is_planned_where_it_is_asked_for(finished):

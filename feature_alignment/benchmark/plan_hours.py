@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from feature_alignment.adapters.attending_training import train_attending
 from feature_alignment.adapters.training import train_chained, train_hidden
 from feature_alignment.benchmark.plan_sizes import PlannedSplit, Settings
-from feature_alignment.benchmark.rows import attending_modes, modes
+from feature_alignment.benchmark.rows import attending_modes, modes, of_drafters
 from feature_alignment.benchmark.sweep import MOST_PROMPTS, THRESHOLDS
 from feature_alignment.cli.config import Common
 from feature_alignment.decoding.plain import greedy
@@ -122,6 +122,7 @@ def decoding_seconds(settings: Mapping[str, Settings], rows: int, rates: Rates, 
     methods = modes(bench.num_draft_tokens, bench.most_draft_tokens, bench.threshold, ("chained", "aligned"), bench.exit_adapters)
     if rates.attending is not None:
         methods += attending_modes(bench.num_draft_tokens, bench.most_draft_tokens)
+    methods = of_drafters(methods, bench.drafters)
     texts = 1 + sum(mode.accept != "token" for mode in methods)  # texts whose likelihood the target computes
     runs = (len(methods) + 1 + GENERATE_BASELINES) * (prompts * bench.repeats + 2 * min(bench.warmup, prompts))
     compiling = COMPILE_SECONDS if bench.steps == "compiled" or (bench.steps == "auto" and bench.device != "cpu") else 0.0

@@ -87,6 +87,12 @@ def attending_modes(gammas: Sequence[int], most: int) -> list[Mode]:
     return [*[Mode("attending", "token", g) for g in gammas], Mode("attending", "token", most, adaptive=True)]
 
 
+def of_drafters(rows: Sequence[Mode], drafters: Sequence[str]) -> list[Mode]:
+    """The modes of some drafters and those of the first mode's drafter, which costs and pictures are about; all without `drafters`."""
+    wanted = {rows[0].draft, *drafters}
+    return [mode for mode in rows if not drafters or mode.draft in wanted or mode.exit_layer is not None]
+
+
 def timed_row(mode: Mode, runs: Timed, plain: Timed, clips: Sequence[str]) -> TimedRow:
     """The measured part of a row. Every number is a ratio of sums over all prompts and repeats.
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from feature_alignment.cli.config import Common, DraftVocabulary, StepsSetting
 
+DrafterName = Literal["own", "aligned", "chained", "attending", "hybrid", "ngram", "template", "lookup", "previous", "tables"]
 RuleName = Literal["token", "feature", "relaxed", "typical", "kl"]  # acceptance rules; all but token are lossy
 COSINE_RULES: tuple[RuleName, ...] = ("feature", "relaxed")  # they compare hidden states
 DEFAULT_THRESHOLDS = {"feature": 0.9, "relaxed": 0.9, "typical": 0.09, "kl": 0.1}
@@ -45,7 +46,7 @@ class DecodingConfig(Common):
             other devices the fixed cache alone); compiled = also fused by torch.compile, which takes a minute
     """
 
-    draft: Literal["own", "aligned", "chained", "attending", "hybrid", "ngram", "template", "lookup", "previous", "tables"] = "aligned"
+    draft: DrafterName = "aligned"
     train_split: str = "train"
     accept: RuleName = "token"
     threshold: float | None = None
