@@ -147,7 +147,7 @@ def test_each_flag_is_known():
         (name, flag)
         for name, text in DOCUMENTS.items()
         for code in [*code_spans(text), *commands_in(text)]
-        for flag in re.findall(r"(?<![\w-])--([a-z][a-z_]*)", code)
+        for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9_]*)", code)
         if flag not in known | launchers
     }
     assert not unknown
