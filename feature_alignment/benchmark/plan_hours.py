@@ -226,7 +226,7 @@ def loaded(cfg: Common, extract: Settings) -> tuple[Pair, Decoder]:
     if (extract.own_drafts or extract.draft_answers) and not full.has_own_head:
         full = pair.draft_with(None, cfg)
     for decoder in (pair.target, pair.draft, full):
-        decoder.pack_linear()
+        decoder.pack_linear(extract.bfloat16_products)
     return pair, full
 
 
