@@ -209,7 +209,7 @@ def test_auto_steps_are_compiled_on_a_gpu_and_eager_on_a_cpu(device, steps, monk
     decoder = as_decoder(tiny_llama(0))
     monkeypatch.setattr(type(decoder), "device", property(lambda self: torch.device(device)))
     decoder.use_steps("auto")
-    assert decoder.steps == steps and (decoder._fixed is None) is (steps == "eager")
+    assert decoder.steps == steps and (decoder.fixed_cache is None) is (steps == "eager")
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ class Decoder:
             llama.config, "sliding_window", None
         )
         self.steps: Steps = "eager"
-        self._fixed: FixedCache | None = None
+        self.fixed_cache: FixedCache | None = None  # of captured steps
         self.vision_cache: VisionCache | None = None  # off: a timed run pays for its own vision
         if self.taps[-1] < self.num_layers:  # an early exit: later layers are neither run nor cached
             llama.layers = llama.layers[: self.taps[-1]]
@@ -132,7 +132,7 @@ class Decoder:
         if reason is not None:
             note_eager_fallback(f"{wanted} steps of {type(self.llama).__name__} run eagerly", f"{reason} are not supported")
         self.steps = wanted if reason is None else "eager"
-        self._fixed = None if self.steps == "eager" else FixedCache(self.llama, self.taps, self.steps)
+        self.fixed_cache = None if self.steps == "eager" else FixedCache(self.llama, self.taps, self.steps)
 
     def choose_linear(self) -> LinearChoice:
         """On a CPU, run the linear layers over packed weights from now on if a trial of about a second says that this is faster."""
@@ -230,11 +230,6 @@ class Decoder:
         return read() if self.vision_cache is None or len(ids) > 1 else self.vision_cache.states(vision, tuple(ids[0].tolist()), read)
 
     @property
-    def fixed_cache(self) -> FixedCache | None:
-        """The cache of captured steps; None for eager ones."""
-        return self._fixed
-
-    @property
     def embeddings(self) -> Tensor:
         """[v, d]: input embeddings of the shared ids."""
         weight: Tensor = self.llama.embed_tokens.weight
@@ -264,8 +259,8 @@ class Decoder:
         inputs = self._splice(ids, vision)
         state = State(cache, ids, 0, ids, inputs=inputs)
         state.prompt = self._read(state, {"inputs_embeds": inputs}, keep=1)
-        if self._fixed is not None and len(ids) == 1:
-            state.cache = self._fixed.load_prompts(cache, state)
+        if self.fixed_cache is not None and len(ids) == 1:
+            state.cache = self.fixed_cache.load_prompts(cache, state)
         return state
 
     @torch.inference_mode()
