@@ -87,7 +87,7 @@ def lossy_rules(sweep: LossySweep, path: Path) -> None:
 
 def acceptance_by_position(profiles: Sequence[SpeculationProfile], path: Path) -> None:
     """Draw marginal and conditional acceptance of each draft position, one line with intervals for each drafter."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
     for axis, key, title in zip(
         axes,
         ("marginal_acceptance", "conditional_acceptance"),
@@ -102,7 +102,7 @@ def acceptance_by_position(profiles: Sequence[SpeculationProfile], path: Path) -
         axis.set(xlabel="position of the draft token in its round", title=title, ylim=(0, 1.02))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share accepted (bars: 95 % intervals by clip)")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, fontsize=8, loc="outside lower center")
     save(figure, path)
 
 
