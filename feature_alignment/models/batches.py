@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from itertools import count
 from typing import Any
 
 import torch
@@ -79,7 +78,7 @@ class ClipBatch:
         """Greedy answers, each up to and including its EOS. Finished questions and clips leave the batch."""
         answers: list[list[int]] = [[] for _ in self._tails]
 
-        def extend(rows: list[int], states: list[Tensor]) -> list[int]:
+        def extend(rows: list[int], states: list[Tensor], _: int) -> list[int]:
             logits = self.model.lm_head(torch.cat(states))
             tokens = most_likely([self._rules[row] for row in rows], logits, [answers[row] for row in rows])
             for row, token in zip(rows, tokens, strict=True):
@@ -91,35 +90,30 @@ class ClipBatch:
 
     def replay(self, answers: Sequence[Sequence[int]]) -> None:
         """Read answers that `generate` has written earlier in the same steps, if it keeps their states: `states` gives the same bits."""
-        if not self._keeps_states:
-            return
-        longest, length = max(map(len, answers)), count(1)
-
-        def unfinished(rows: list[int], states: list[Tensor]) -> list[int]:
-            read = next(length)
-            return [row for row in rows if len(answers[row]) > read]
-
-        self._read_step_by_step(answers, longest, unfinished)
+        if self._keeps_states:
+            self._read_step_by_step(answers, max(map(len, answers)), lambda rows, _, length: [r for r in rows if len(answers[r]) > length])
 
     @torch.inference_mode()
     def _read_step_by_step(
-        self, answers: Sequence[Sequence[int]], most: int, remaining: Callable[[list[int], list[Tensor]], list[int]]
+        self, answers: Sequence[Sequence[int]], most: int, remaining: Callable[[list[int], list[Tensor], int], list[int]]
     ) -> None:
         """Read all tails, then answers of at most `most` tokens, one token of each unfinished text at a time.
 
         Args:
             answers: Token ids, which may grow meanwhile.
             most: Length of the longest answer.
-            remaining: Rows still in the batch and the states [1, d] on their last tokens -> the rows with another token to read.
+            remaining: Rows still in the batch, the states [1, d] on their last tokens, and the number of tokens that these states emit
+                -> the rows with another token to read.
         """
         together = max(self._clip_of.count(clip) for clip in set(self._clip_of))
         texts = _Texts(self.model, self._state, self._clip_of, self._max_tail_tokens(self._tails) + together * most)
-        rows, read, length = list(range(len(self._tails))), texts.read(self._tails), 0
+        rows, read, length = list(range(len(self._tails))), texts.read(self._tails), 1
         kept = [[states] for states in read]
-        while rows := remaining(rows, [states[-1:] for states in read]):
-            read, length = texts.read([[answers[row][length]] for row in rows], rows), length + 1
-            for row, states in zip(rows, read, strict=True):
-                kept[row].append(states)
+        while rows := remaining(rows, [states[-1:] for states in read], length):
+            read, length = texts.read([[answers[row][length - 1]] for row in rows], rows), length + 1
+            if self._keeps_states:
+                for row, states in zip(rows, read, strict=True):
+                    kept[row].append(states)
         if self._keeps_states:
             self._answers_read, self._states_read = answers, kept
 

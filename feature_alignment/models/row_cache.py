@@ -9,7 +9,8 @@ rollback costs nothing:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,31 @@ class _RowLayer(DynamicLayer):
         self._buffers = [buffer[: len(rows)] for buffer in self._buffers]
 
 
+class _RowCache:
+    """A copy of the cache of b prefilled prompts, with `size` positions for each; the counterpart of `FixedCache` for eager steps."""
+
+    def __init__(self, target: Decoder, state: State, size: int) -> None:
+        cache = DynamicCache()
+        assert isinstance(state.cache, DynamicCache)
+        cache.layers = self._layers = [_RowLayer(layer, size) for layer in state.cache.layers]
+        self._target, self._state = target, State(cache, state.last, 0)
+
+    def step(self, token_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Read k tokens [b, k] of each row after its cached positions; returns hidden states [b, k, d]."""
+        k, device = token_ids.shape[1], token_ids.device
+        end = max(lengths) + k
+        positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(k, device=device)
+        for layer in self._layers:
+            layer.positions, layer.end = positions, end
+        allowed = (torch.arange(end, device=device) <= positions[:, :, None])[:, None]  # boolean: the fused kernel is the faster one here
+        return self._target.step(self._state, token_ids, position_ids=positions, attention_mask=allowed)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """See `RowBatch.keep`."""
+        for layer in self._layers:
+            layer.keep_rows(rows)
+
+
 class RowBatch:
     """Prefilled prompts of one model that are read on row by row, by captured steps if the model has them.
 
@@ -65,20 +91,22 @@ class RowBatch:
     """
 
     def __init__(self, target: Decoder, state: State, lengths: Sequence[int], room: int) -> None:
-        self._target, self.lengths = target, list(lengths)
-        self._fixed, self._owner = target.fixed_cache, state
-        if isinstance(state.cache, FixedCache):  # one prompt, which its prefill has loaded
-            return
-        if self._fixed is not None:
-            self._fixed.load_prompts(state.cache, state)
-            return
-        cache = DynamicCache()
-        cache.layers = self._layers = [_RowLayer(layer, max(lengths) + room) for layer in state.cache.layers]
-        self._state = State(cache, state.last, 0)
+        self.lengths = list(lengths)
+        self._is_captured = target.fixed_cache is not None
+        self._cache: FixedCache | _RowCache
+        self._step: Callable[[Tensor, Sequence[int]], Tensor]
+        if target.fixed_cache is None:
+            self._cache = cache = _RowCache(target, state, max(lengths) + room)
+            self._step = cache.step
+        else:
+            self._cache = fixed = target.fixed_cache
+            self._step = partial(fixed.step, owner=state)
+            if isinstance(state.cache, DynamicCache):  # a single prompt was loaded by its prefill
+                fixed.load_prompts(state.cache, state)
 
     def should_drop(self, finished: int) -> bool:
         """Whether to drop so many finished rows now. A step is captured once per number of rows, so there half of them leave at a time."""
-        return finished > 0 and (self._fixed is None or 2 * finished >= len(self.lengths))
+        return finished > 0 and (not self._is_captured or 2 * finished >= len(self.lengths))
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Read k tokens of each row after its `lengths` positions; `lengths` do not change.
@@ -89,23 +117,11 @@ class RowBatch:
         Returns:
             [b, k, d], hidden states on these tokens.
         """
-        if self._fixed is not None:
-            return self._fixed.step(token_ids, self.lengths, self._owner)
-        k, device = token_ids.shape[1], token_ids.device
-        end = max(self.lengths) + k
-        positions = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(k, device=device)
-        for layer in self._layers:
-            layer.positions, layer.end = positions, end
-        allowed = (torch.arange(end, device=device) <= positions[:, :, None])[:, None]  # boolean: the fused kernel is the faster one here
-        return self._target.step(self._state, token_ids, position_ids=positions, attention_mask=allowed)
+        return self._step(token_ids, self.lengths)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order: `rows[i] >= i`, so that no row is overwritten before it has moved."""
-        if self._fixed is not None:
-            self._fixed.keep(rows)
-        else:
-            for layer in self._layers:
-                layer.keep_rows(rows)
+        self._cache.keep(rows)
         self.lengths = [self.lengths[row] for row in rows]
 
 
