@@ -1,7 +1,8 @@
 """Task 3.1. Answer questions: EventGPT drafts from the events, Video-LLaVA verifies on the frames.
 
 reads   both checkpoints, files of the drafter (adapter/adapter.pt, chained_adapter/adapter.pt, token_pairs/<train split>.json), and
-        one sample of a manifest, or --events, --video and --question; with --split all of a manifest, with --clips a folder of clips
+        one sample of a manifest, or --events, --video and --question; with --split all of a manifest, with --clips a folder of clips;
+        with --shared_adapter the drafter is a directory that somebody shared
 writes  sd/<sample id>.json: text, token ids, every round with its drafts, accepted tokens, cosine, extra token, milliseconds;
         with --split or --clips sd/<name>.jsonl: a row for each sample (docs/formats.md)
 
@@ -130,6 +131,7 @@ def answer_sample(cfg: InferenceConfig) -> dict[str, Any]:
     sample = choose_sample(cfg)
     out = cfg.out / "sd" / f"{sample.id}.json"
     check_writable(out)
+    from feature_alignment.decoding.sources import drafter_files
     from feature_alignment.decoding.speculative_pair import SpeculativePair
     from feature_alignment.decoding.trace import print_trace
     from feature_alignment.storage.artifacts import provenance
@@ -137,7 +139,7 @@ def answer_sample(cfg: InferenceConfig) -> dict[str, Any]:
 
     pair = SpeculativePair(cfg)
     generation, alone = decode_both_ways(pair, sample)
-    files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, **pair.sources.files(cfg.draft)}
+    files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, **drafter_files(cfg)}
     made_from = files | {"clip": [sample.events, sample.video]}
     result = {
         "meta": provenance("feature_sd_inference", cfg, made_from),
@@ -244,11 +246,13 @@ def answer_data_set(cfg: InferenceConfig) -> dict[str, Any]:
 
 def identity_of(cfg: InferenceConfig) -> tuple[RunIdentity, Sources]:
     """The identity of a run over a data set apart from its samples, which are compared row by row, and the files that it is made from."""
+    from feature_alignment.decoding.shared_adapter import check_shared_adapter
     from feature_alignment.decoding.sources import drafter_files
     from feature_alignment.storage.identity import identity_of
 
+    check_shared_adapter(cfg)
     sources: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id}
-    sources |= drafter_files(cfg, cfg.draft, cfg.train_split, cfg.draft_vocabulary)
+    sources |= drafter_files(cfg)
     if cfg.split is not None and cfg.clips is None:
         sources["manifest"] = cfg.manifests[cfg.split]
     of_samples = ("split", "sample", "events", "video", "question", "clips", "limit")

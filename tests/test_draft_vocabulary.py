@@ -65,7 +65,7 @@ def test_auto_trims_the_head_only_where_it_pays(tmp_path, monkeypatch, caplog, c
     save_adapter(sources.chained_path, ChainedAdapter(32, 32, 1, 16), [3], validation={"token_match": 0.9})
     found = sources.draft_ids
     assert (found if found is None else found.tolist()) == ids
-    assert ("auto: 4 of 64 ids, 75.00 %" if ids else "auto: all 64 ids") in caplog.text and "texts" in sources.files("chained")
+    assert ("auto: 4 of 64 ids, 75.00 %" if ids else "auto: all 64 ids") in caplog.text
     sources.use_adapter(sources.chained_adapter, {})  # of unknown acceptance
     assert sources._paying_vocabulary() == (4 if ids else 64)
     assert asked == [([Candidate(4, 0.75, 1.0), Candidate(64, 0.75, cost_of_all)], acceptance, 10.0) for acceptance in (0.9, 0.8)]

@@ -19,7 +19,8 @@ from feature_alignment.decoding.baseline_drafters import HybridProposer, Lookup,
 from feature_alignment.decoding.best_table import BestTable
 from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.decoding.proposers import ModelProposer
-from feature_alignment.decoding.sources import Sources
+from feature_alignment.decoding.settings import DecodingConfig
+from feature_alignment.decoding.sources import Sources, drafter_files
 from feature_alignment.models import pair
 from feature_alignment.models.pair import Pair
 from feature_alignment.storage.files import save_pt, write_json
@@ -49,7 +50,6 @@ def hidden(seed: int, d_draft: int = 32) -> HiddenAdapter:
 
 @pytest.mark.parametrize("chained", [False, True])
 def test_each_drafter_names_the_files_it_depends_on(tmp_path, chained):
-    sources = opened(tmp_path, train_split="other")
     texts, adapter = tmp_path / "token_pairs" / "other.json", tmp_path / "adapter" / "adapter.pt"
     chain = tmp_path / "chained_adapter" / "adapter.pt"
     if chained:
@@ -58,7 +58,12 @@ def test_each_drafter_names_the_files_it_depends_on(tmp_path, chained):
     wanted = {"own": {}, "aligned": {"adapter": adapter}, "chained": {"chained_adapter": chain}, "lookup": {}}
     wanted["attending"] = {"attending_adapter": tmp_path / "attending_adapter" / "adapter.pt"}
     wanted |= {name: {"texts": texts} for name in ("ngram", "template", "previous", "tables")} | {"hybrid": {**model, "texts": texts}}
-    assert {name: sources.files(name) for name in wanted} == wanted
+    found = {name: drafter_files(DecodingConfig(output_dir=tmp_path, draft=name, train_split="other")) for name in wanted}
+    assert found == wanted
+    trimmed = drafter_files(DecodingConfig(output_dir=tmp_path, draft="chained", draft_vocabulary=3))
+    assert trimmed == {"chained_adapter": chain, "texts": tmp_path / "token_pairs" / "train.json"}
+    shared = drafter_files(DecodingConfig(output_dir=tmp_path, draft="attending", shared_adapter=tmp_path / "shared"))
+    assert shared == {"attending_adapter": tmp_path / "shared" / "config.json"}
     assert opened(tmp_path).texts_path == tmp_path / "token_pairs" / "train.json"
 
 
@@ -152,7 +157,7 @@ def test_a_draft_vocabulary_holds_the_most_frequent_ids_and_those_that_end_a_tex
     assert f"{len(ids)} of 64 ids, which are {covered:.2f} % of the training answers" in caplog.text
     save_adapter(sources.chained_path, ChainedAdapter(32, 32, 1, 16), [3])
     chained = sources.open("chained")
-    assert chained._chain.head.shape == (len(ids), 16) and "texts" in sources.files("chained")
+    assert chained._chain.head.shape == (len(ids), 16)
     assert opened(tmp_path, draft_vocabulary=64).draft_ids is opened(tmp_path).draft_ids is None
 
 

@@ -12,6 +12,7 @@ from conftest import as_decoder, main_of, prompt_of, tiny_llama
 
 from feature_alignment import SpeculativePair
 from feature_alignment.adapters import share
+from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding import speculative_pair
@@ -148,7 +149,6 @@ def test_a_hub_checkpoint_is_named_with_its_revision(finished, tmp_path, monkeyp
 
 def test_a_shared_adapter_of_another_pair_is_refused(finished, tmp_path):
     from feature_alignment.adapters.attending import AttendingAdapter
-    from feature_alignment.adapters.chained import ChainedAdapter
 
     target, draft = finished / "pair" / "video_llava", finished / "pair" / "eventgpt"
     meta = {"draft_layers": [3]}
@@ -169,7 +169,6 @@ def test_a_shared_adapter_of_another_pair_is_refused(finished, tmp_path):
 
 
 def test_an_adapter_without_its_layers_needs_them_as_a_setting(finished, tmp_path):
-    from feature_alignment.adapters.chained import ChainedAdapter
     from feature_alignment.storage.pretrained import save_pretrained
 
     target, draft = finished / "pair" / "video_llava", finished / "pair" / "eventgpt"
@@ -184,6 +183,40 @@ def test_an_adapter_without_its_layers_needs_them_as_a_setting(finished, tmp_pat
     save_pretrained(adapter, "quantum", {}, tmp_path / "c")
     with pytest.raises(UserError, match="type 'quantum', expected hidden, chained, attending"):
         SpeculativePair.from_pretrained(target, draft, tmp_path / "c")
+
+
+def test_a_shared_adapter_drafts_in_the_script(finished, tmp_path, capfd):
+    """For one sample and for a data set, whose rows are reused for the same adapter only."""
+    directory, other = shared_chained(finished, tmp_path / "a"), tmp_path / "b"
+    flags = ["--config", str(finished / "tiny.yaml"), "--num_draft_tokens", "3", "--draft", "chained"]
+    script = main_of("feature_sd_inference")
+    trained, data_set = script(flags), [*flags, "--output_dir", str(tmp_path / "out"), "--split", "test"]  # nothing was trained there
+    shared = script([*data_set, "--shared_adapter", str(directory), "--sample", trained["sample"]["id"]])
+    assert [r["proposed"] for r in shared["rounds"]] == [r["proposed"] for r in trained["rounds"]] and shared["exact_match"]
+    assert shared["meta"]["made_from"]["chained_adapter"] != trained["meta"]["made_from"]["chained_adapter"]
+
+    script([*data_set, "--shared_adapter", str(directory)])
+    capfd.readouterr()
+    script([*data_set, "--shared_adapter", str(directory)])
+    assert '"tokens_per_s": null' in capfd.readouterr().out, "reused"
+    adapter = ChainedAdapter.from_pretrained(directory)
+    with torch.no_grad():
+        adapter.out.bias += 1
+    adapter.save_pretrained(other, json.loads((directory / "config.json").read_text())["meta"])
+    with pytest.raises(UserError, match="chained_adapter"):
+        script([*data_set, "--shared_adapter", str(other)])
+    with pytest.raises(UserError, match="chained_adapter"):
+        script(data_set)
+
+
+@pytest.mark.parametrize("data_set", [[], ["--split", "test"]])
+def test_a_shared_adapter_needs_the_drafter_that_reads_it(finished, tmp_path, data_set):
+    directory = shared_chained(finished, tmp_path / "a")
+    flags = ["--config", str(finished / "tiny.yaml"), *data_set, "--shared_adapter"]
+    with pytest.raises(UserError, match="with --draft aligned: this adapter needs --draft chained"):
+        main_of("feature_sd_inference")([*flags, str(directory)])
+    with pytest.raises(UserError, match="no adapter at"):
+        main_of("feature_sd_inference")([*flags, str(tmp_path / "none")])
 
 
 def shared_chained(finished, directory):

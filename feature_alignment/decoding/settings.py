@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from feature_alignment.cli.config import Common, DraftVocabulary, StepsSetting
@@ -22,6 +23,7 @@ class DecodingConfig(Common):
             from the target's last state; attending = the attending adapter, from there as well; ngram, template,
             lookup and previous read no image; hybrid = ngram where it is confident, else chained (aligned where no chained adapter has
             been trained)
+        shared_adapter: directory of a shared adapter, which drafts instead of one trained in this run (docs/sharing.md)
         train_split: split whose answers ngram, template and previous are built from
         accept: token is lossless; the others are lossy. feature and relaxed accept draft tokens by the cosine of hidden states, typical by
             their probability under Video-LLaVA, kl by the divergence of the drafter's distribution from Video-LLaVA's
@@ -47,6 +49,7 @@ class DecodingConfig(Common):
     """
 
     draft: DrafterName = "aligned"
+    shared_adapter: Path | None = None
     train_split: str = "train"
     accept: RuleName = "token"
     threshold: float | None = None

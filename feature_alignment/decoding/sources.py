@@ -23,10 +23,12 @@ from feature_alignment.decoding.attending_proposer import AttendingProposer
 from feature_alignment.decoding.baseline_drafters import BASELINE_DRAFTERS, SEARCH_THE_QUESTION, HybridProposer, NGram, TableProposer
 from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.decoding.proposers import ModelProposer, Proposer
+from feature_alignment.decoding.settings import DecodingConfig
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import Pair
 from feature_alignment.storage.answers import read_token_pairs
 from feature_alignment.storage.files import load_pt
+from feature_alignment.storage.pretrained import CONFIG
 
 SharedAdapter = HiddenAdapter | ChainedAdapter | AttendingAdapter
 DRAFTER_OF = {"hidden": "aligned", "chained": "chained", "attending": "attending"}  # kind of adapter -> drafter that reads it
@@ -271,27 +273,19 @@ class Sources:
         """The drafter that the n-gram table corrects: the chained adapter if one has been trained."""
         return "chained" if self.chained_path.is_file() else "aligned"
 
-    def files(self, name: str) -> dict[str, Path]:
-        """The files that a drafter's draft tokens depend on."""
-        return drafter_files(self._cfg, name, self._train_split, self._draft_vocabulary)
 
+def drafter_files(cfg: DecodingConfig) -> dict[str, Path]:
+    """The files that the draft tokens of a run depend on, found without loading a model."""
 
-def drafter_files(cfg: Common, name: str, train_split: str = "train", draft_vocabulary: DraftVocabulary = None) -> dict[str, Path]:
-    """The files that a drafter's draft tokens depend on, found without loading a model.
+    def adapter(folder: str) -> dict[str, Path]:
+        return {folder: trained_path(cfg, folder) if cfg.shared_adapter is None else cfg.shared_adapter / CONFIG}
 
-    Args:
-        cfg: settings
-        name: as in `--draft`
-        train_split: split whose answers the tables know
-        draft_vocabulary: as of `Sources`
-    """
-    texts = {"texts": texts_path(cfg, train_split)}
-    chained = {"chained_adapter": trained_path(cfg, "chained_adapter")} | ({} if draft_vocabulary is None else texts)
-    attending = {"attending_adapter": trained_path(cfg, "attending_adapter")}
-    aligned = {"adapter": trained_path(cfg, "adapter")}
-    if name == "hybrid":
-        return (chained if chained["chained_adapter"].is_file() else aligned) | texts
-    return {"own": {}, "aligned": aligned, "chained": chained, "attending": attending, "lookup": {}}.get(name, texts)
+    texts = {"texts": texts_path(cfg, cfg.train_split)}
+    chained = adapter("chained_adapter") | ({} if cfg.draft_vocabulary is None else texts)
+    if cfg.draft == "hybrid":
+        return (chained if chained["chained_adapter"].is_file() else adapter("adapter")) | texts
+    others = {"own": {}, "aligned": adapter("adapter"), "chained": chained, "attending": adapter("attending_adapter"), "lookup": {}}
+    return others.get(cfg.draft, texts)
 
 
 def texts_path(cfg: Common, train_split: str) -> Path:

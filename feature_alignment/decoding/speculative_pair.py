@@ -8,14 +8,12 @@ print(pair.answer(events="e.npy", video="v.mp4", question="What is happening?").
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from feature_alignment.adapters.attending import AttendingAdapter
-from feature_alignment.adapters.chained import ChainedAdapter
-from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.batch import BatchGeneration, speculate_batch
@@ -25,17 +23,16 @@ from feature_alignment.decoding.generation import Generation, Round
 from feature_alignment.decoding.plain import decode_plainly
 from feature_alignment.decoding.sampling import Sampler
 from feature_alignment.decoding.settings import COSINE_RULES, DecodingConfig
-from feature_alignment.decoding.sources import DRAFTER_OF, SharedAdapter, Sources
+from feature_alignment.decoding.shared_adapter import drafter_of, load_shared_adapter
+from feature_alignment.decoding.sources import SharedAdapter, Sources
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.models.generation import with_flags
 from feature_alignment.models.pair import load_pair
 from feature_alignment.models.state import Prompt
 from feature_alignment.models.vision_cache import VisionCache
-from feature_alignment.storage.pretrained import adapter_type, load_pretrained
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what tokenizers write for an incomplete UTF-8 sequence
 FIRST_BYTE = "<0xC3>"  # token of the first byte of a character of two bytes
-ADAPTERS: dict[str, type[SharedAdapter]] = {adapter.kind: adapter for adapter in (HiddenAdapter, ChainedAdapter, AttendingAdapter)}
 SETTINGS = ("top_p", "top_k", "min_p", "min_new_tokens", "repetition_penalty")
 
 
@@ -77,6 +74,9 @@ class SpeculativePair:
     """
 
     def __init__(self, cfg: DecodingConfig, trained: tuple[SharedAdapter, dict[str, Any]] | None = None, trial: bool = True) -> None:
+        if cfg.shared_adapter is not None and trained is None:
+            trained = load_shared_adapter(cfg)
+            cfg = dataclasses.replace(cfg, draft_layers=cfg.draft_layers or trained[1].get("draft_layers"))
         self.cfg = cfg
         pair = load_pair(cfg)
         pair.use_steps(cfg.steps)
@@ -125,17 +125,8 @@ class SpeculativePair:
         Raises:
             UserError: as the class; the adapter directory is altered or does not fit the pair
         """
-        kind = adapter_type(adapter)
-        if kind not in ADAPTERS:
-            raise UserError(f"{adapter} holds an adapter of type {kind!r}, expected {', '.join(ADAPTERS)}.")
-        module, meta = load_pretrained(ADAPTERS[kind], kind, adapter)
-        assert isinstance(module, HiddenAdapter | ChainedAdapter | AttendingAdapter)
-        recorded = meta.get("draft_layers")
-        layers = settings.setdefault("draft_layers", recorded)
-        if not layers or list(layers) != list(recorded or layers):
-            raise UserError(f"{adapter} records EventGPT's layers {recorded}, got draft_layers={layers}; expected these layers.")
-        words = _words({"target_id": target, "draft_id": draft, "draft": DRAFTER_OF[kind], **settings})
-        return cls(parse_config(DecodingConfig, words, "feature_sd_inference"), (module, meta))
+        words = _words({"target_id": target, "draft_id": draft, "draft": drafter_of(adapter), "shared_adapter": adapter, **settings})
+        return cls(parse_config(DecodingConfig, words, "feature_sd_inference"))
 
     def answer(self, *, events: Path | str, video: Path | str, question: str) -> Answer:
         """Answer a question about a clip speculatively.
