@@ -187,7 +187,8 @@ def test_the_hidden_adapter_has_the_parameters_that_readme_states(line):
 def adapted(words: list[str], root: Path) -> list[str]:
     """A command of a document as it is typed for the tiny pair: its config, its samples, its folder, one process."""
     words = [str(root / "tiny.yaml") if w == "configs/demo.yaml" else w for w in words]
-    for name, here in {"demo": root.parent / "as_it_was", "layers": root / "layers", "depth": root / "depth"}.items():
+    folders = {"demo": root.parent / "as_it_was"} | {name: root / name for name in ("layers", "depth", "shared")}
+    for name, here in folders.items():
         words = [w.replace(f"outputs/{name}", str(here)) for w in words]
     if "--draft_layers" in words:  # the tiny drafter has three layers
         at = end = words.index("--draft_layers") + 1
@@ -208,14 +209,18 @@ def adapted(words: list[str], root: Path) -> list[str]:
 
 
 def test_every_command_runs(finished, geometry, tmp_path):
-    """All fenced commands, in their order, on the tiny pair; those for machines or hours that are not here only to their message."""
+    """All fenced commands, in their order, on the tiny pair; those for machines or hours that are not here only to their message.
+
+    What modules do comes last, but for the sharing of an adapter, which a script then uses.
+    """
     root = tmp_path / "run"
     shutil.copytree(finished, root)
     shutil.copytree(finished / "out", tmp_path / "as_it_was")
     config = json.loads((root / "tiny.yaml").read_text().replace(str(finished / "out"), str(root / "out")))
     config["common"]["manifests"]["calibration"] = str(scenes.write_split(root / "scenes", "calibration", 3))
     (root / "tiny.yaml").write_text(json.dumps(config))
-    for line in RUN_HERE + [line for line in LINES if line.startswith("python -m feature_alignment.")]:
+    lines = RUN_HERE + [line for line in LINES if line.startswith("python -m feature_alignment.")]
+    for line in sorted(lines, key=lambda line: "adapters.share" not in line):
         words = words_of(line)
         if "--shard" in words or "--merge" in words or words[0] == "torchrun" or "feature_alignment.demo." in line:
             continue  # tests/test_extraction.py runs several shards and processes, tests/conftest.py the demo's scenes and pair
