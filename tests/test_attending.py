@@ -21,8 +21,9 @@ from feature_alignment.adapters.attending import AttendingAdapter, load_attendin
 from feature_alignment.adapters.attending_drafts import FoldedAttending
 from feature_alignment.adapters.attending_texts import PromptedTexts, answers_of, prompted_texts, proposals
 from feature_alignment.adapters.attending_training import Reader, losses, random_origins, train_attending
-from feature_alignment.adapters.fitting import Checkpoint, best_of
+from feature_alignment.adapters.fitting import Checkpoint, ProcessShare, best_of
 from feature_alignment.adapters.hidden import HiddenAdapter
+from feature_alignment.adapters.rounds import tokens_per_pass
 from feature_alignment.benchmark import targets
 from feature_alignment.cli.config import parse_config
 from feature_alignment.cli.console import UserError
@@ -597,6 +598,26 @@ def test_places_are_chosen_with_a_token_behind_them():
     lengths = torch.tensor([2, 9, 30])
     places = random_origins(lengths, 500, torch.Generator().manual_seed(0))
     assert (places >= 0).all() and (places < lengths[:, None] - 1).all() and [len(set(row.tolist())) for row in places] == [1, 8, 29]
+
+
+def test_processes_share_the_rows_of_a_validation(learnt):
+    """Together they score what one process scores, each on rows of its own."""
+    target, _, states, _ = learnt
+    given = states, states, target.head_weight.detach(), target.embeddings, TrainConfig(adapter="attending", bottleneck=16, num_epochs=0)
+    exchanged: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    class Recorded(ProcessShare):
+        def all_reduce(self, *tensors):
+            exchanged[self.rank] += [x.clone() for x in tensors]
+
+    alone = train_attending(*given)[1][0]
+    for rank in (0, 1):
+        train_attending(*given, share=Recorded(rank, 2))
+    (bits, sums), (other_bits, other_sums) = exchanged[0], exchanged[1]
+    assert bits[1].sum() == 0 == other_bits[[0, 2]].sum() and (bits + other_bits).max() <= 1
+    passes = tokens_per_pass(bits + other_bits > 0, states.mask, states.ended)
+    assert passes == alone["validation_tokens_per_pass"] and 0 < sums[0] < (sums + other_sums)[0]
+    assert float((sums + other_sums)[1] / (sums + other_sums)[0]) == pytest.approx(alone["validation_loss"], rel=1e-5)
 
 
 def test_the_same_seed_learns_the_same(learnt):

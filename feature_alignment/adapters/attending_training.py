@@ -225,15 +225,17 @@ def train_attending(
 
     @torch.inference_mode()
     def evaluate() -> dict[str, float]:
-        batches = torch.arange(len(validation.target)).split(16)
-        scores, bits = [], torch.zeros(*validation.mask.shape, ROUND_DRAFT_TOKENS, dtype=torch.bool)
+        batches = share.rows(torch.arange(len(validation.target))).split(16)
+        scores, bits = [], torch.zeros(*validation.mask.shape, ROUND_DRAFT_TOKENS, dtype=torch.uint8, device=cfg.device)
         for rows, texts in zip(batches, prompted_texts(validation, found[1], batches, cfg.device, cfg.reads_prompt), strict=True):
             origins = all_origins(texts)[:, :-1]
             with mixed_precision(str(cfg.device)):
                 _, parts, count, correct = losses(reader, texts, origins, variance, cfg, ROUND_DRAFT_TOKENS)
             scores.append((count, parts))
-            bits[rows, 1 : 1 + origins.shape[1]] = correct[..., :ROUND_DRAFT_TOKENS].cpu()  # a round at t follows position t - 1
-        return {**mean_over_positions(scores), "tokens_per_pass": tokens_per_pass(bits, validation.mask, validation.ended)}
+            bits[rows, 1 : 1 + origins.shape[1]] = correct[..., :ROUND_DRAFT_TOKENS].to(bits)  # a round at t follows position t - 1
+        share.all_reduce(bits)
+        passes = tokens_per_pass(bits.cpu() > 0, validation.mask, validation.ended)
+        return {**mean_over_positions(scores, share), "tokens_per_pass": passes}
 
     steps = math.ceil(len(states.target) / cfg.batch_size)
     return fit(adapter, epoch, steps, evaluate, adapter.folded, cfg, states.names, checkpoint, share)

@@ -307,15 +307,17 @@ def epoch_logger(enabled: bool, checkpoint: Checkpoint | None) -> Callable[[dict
     return log_scores
 
 
-def mean_over_positions(batches: Iterable[tuple[float, dict[str, Tensor]]]) -> dict[str, float]:
-    """Average scores over batches of (number of positions, scores), each weighted by its positions."""
+def mean_over_positions(batches: Iterable[tuple[float, dict[str, Tensor]]], share: ProcessShare | None = None) -> dict[str, float]:
+    """Average scores over batches of (number of positions, scores), each weighted by its positions, of all processes."""
     total: dict[str, float] = {}
-    number = 0.0
+    number, device = 0.0, torch.device("cpu")
     for n, parts in batches:
         number += n
         for name, value in parts.items():
-            total[name] = total.get(name, 0.0) + float(value) * n
-    return {name: value / number for name, value in total.items()}
+            total[name], device = total.get(name, 0.0) + float(value) * n, value.device
+    sums = torch.tensor([number, *total.values()], dtype=torch.float64, device=device)  # where the processes exchange tensors
+    (share or ProcessShare()).all_reduce(sums)
+    return dict(zip(total, (sums[1:] / sums[0]).tolist(), strict=True))
 
 
 def shuffled(n: int, size: int, seed: int, epoch: int) -> tuple[Tensor, ...]:
