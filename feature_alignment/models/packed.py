@@ -20,8 +20,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from feature_alignment.models.huge_pages import use_huge_pages
-
 TOKENS = (1, 6)  # tokens per forward in the trial: a step of plain decoding, a verification of five draft tokens
 TRIAL_BYTES = 256 << 20  # of weights in the trial, beyond what a CPU caches
 TRIAL_SECONDS, MIN_ROUNDS = 1.0, 3
@@ -81,7 +79,6 @@ def packed_product(weight: Tensor, bias: Tensor | None = None, in_bfloat16: bool
     """
     product, dtype = torch.ops.mkldnn._linear_pointwise, torch.bfloat16 if in_bfloat16 else weight.dtype
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), LAYOUT_TOKENS)
-    use_huge_pages(torch.ops.mkldnn.data_ptr(packed), weight.numel() * dtype.itemsize)
     if dtype == weight.dtype:
         return lambda x: product(x, packed, bias, "none", [], "")
     rounded = None if bias is None else bias.detach().to(dtype)
@@ -146,7 +143,6 @@ def best_cpu_linear(model: nn.Module, head: nn.Linear | None = None) -> LinearCh
         if size < TRIAL_BYTES:
             tried.append(linear)
             size += linear.weight.nbytes
-        use_huge_pages(linear.weight.data_ptr(), linear.weight.nbytes)  # of all layers: torch's own product may win
     try:
         packed = [PackedLinear(linear) for linear in tried]
         torch_ms, packed_ms = _milliseconds(tried, packed)

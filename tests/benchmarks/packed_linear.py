@@ -2,8 +2,7 @@
 
     python tests/benchmarks/packed_linear.py --config configs/language.yaml --split test --limit 40
 
-Torch's own products and packed ones in turn, one thread. Every difference of texts is counted and its logit gap is printed. Steps are
-timed with weights in small pages as well.
+Torch's own products and packed ones in turn, one thread. Every difference of texts is counted and its logit gap is printed.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import statistics
 import sys
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import torch
 
@@ -22,7 +20,6 @@ from feature_alignment.decoding.baseline_drafters import NGram, TableProposer
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.plain import greedy
 from feature_alignment.inputs.samples import read_samples
-from feature_alignment.models import packed
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.pair import load_target
 from feature_alignment.models.state import Prompt
@@ -39,12 +36,18 @@ class PackedConfig(Common):
     Args:
         split: whose prompts are answered
         max_new_tokens: longest answer
-        repeats: of each step
+        repeats: turns of three steps of each kind
     """
 
     split: str = "test"
     max_new_tokens: int = 64
-    repeats: int = 15
+    repeats: int = 5
+
+
+def steps_in_turns(models: dict[str, Decoder], prompt: Prompt, repeats: int) -> dict[str, dict[int, float]]:
+    """Median milliseconds of a step of each number of tokens. The models take turns, because the machine's pace changes."""
+    found = [{name: step_ms(model, prompt, NUMBERS, 3, with_head=True) for name, model in models.items()} for _ in range(repeats)]
+    return {name: {k: statistics.median(turn[name][k] for turn in found) for k in NUMBERS} for name in models}
 
 
 @torch.inference_mode()
@@ -63,15 +66,10 @@ def main() -> None:
     torch.set_num_threads(cfg.threads or 1)
     models = {"torch": load_target(cfg), "packed": load_target(cfg)}
     models["packed"].pack_linear()
-    small_pages = {f"{name}, small pages": load_target(cfg) for name in models}
-    with patch.object(packed, "use_huge_pages"):
-        small_pages["packed, small pages"].pack_linear()
-    for weight in (models["torch"].head_weight, *(linear.weight for _, _, linear in packed.linear_layers(models["torch"].llama))):
-        packed.use_huge_pages(weight.data_ptr(), weight.nbytes)  # a trial does it
     choice = load_target(cfg).choose_linear()
     samples = read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions, cfg.allow_outside)
     prompts = [models["torch"].prepare(sample) for sample in samples]
-    ms = {name: step_ms(model, prompts[0], NUMBERS, cfg.repeats, with_head=True) for name, model in (models | small_pages).items()}
+    ms = steps_in_turns(models, prompts[0], cfg.repeats)
     train = read_token_pairs(cfg.out / "token_pairs" / "train.json")
     table = TableProposer(NGram([(row["query"], row["vl_tokens"]) for row in train]))
     times: dict[str, list[float]] = {f"{name} {way}": [] for name in models for way in ("plain", "n-gram")}
