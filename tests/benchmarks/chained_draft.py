@@ -34,12 +34,13 @@ class Way:
     def __init__(self, adapter: ChainedAdapter, head: Tensor, embeddings: Tensor, dtype: torch.dtype, folded: bool) -> None:
         self.adapter, self.dtype, self.folded = adapter, dtype, folded
         self.head, self.embeddings = head.to(dtype), embeddings.to(dtype)
-        self.chain = FoldedChain(adapter, self.head, self.embeddings)
+        self.chain, self.tokens = FoldedChain(adapter, self.head, self.embeddings), adapter.tokens(self.embeddings)
 
     def draft(self, texts: Texts, n: int) -> tuple[Tensor, Tensor]:
         """Draft tokens [n, STEPS] from each of the first n positions of one text, and the gap of the two best logits at each."""
         seen = self.adapter.encode_events(texts.events.to(self.dtype))
-        memory = self.adapter.read(texts.states[:, :n].to(self.dtype), self.chain.tokens[texts.token_ids[:, :n]], None)[0]
+        states, ids = texts.states[:, :n].to(self.dtype), texts.token_ids[:, :n]
+        memory = self.chain.read(states, ids, None)[0] if self.folded else self.adapter.read(states, self.tokens[ids], None)[0]
         tokens: list[Tensor] = []
         gaps = []
         if self.folded:
