@@ -614,6 +614,7 @@ def test_processes_share_the_rows_of_a_validation(learnt):
     for rank in (0, 1):
         train_attending(*given, share=Recorded(rank, 2))
     (bits, sums), (other_bits, other_sums) = exchanged[0], exchanged[1]
+    assert bits.sum() > 0 < other_bits.sum(), "both have something to share"
     assert bits[1].sum() == 0 == other_bits[[0, 2]].sum() and (bits + other_bits).max() <= 1
     passes = tokens_per_pass(bits + other_bits > 0, states.mask, states.ended)
     assert passes == alone["validation_tokens_per_pass"] and 0 < sums[0] < (sums + other_sums)[0]

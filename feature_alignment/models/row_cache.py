@@ -92,7 +92,6 @@ class RowBatch:
 
     def __init__(self, target: Decoder, state: State, lengths: Sequence[int], room: int) -> None:
         self.lengths = list(lengths)
-        self._is_captured = target.fixed_cache is not None
         self._cache: FixedCache | _RowCache
         self._step: Callable[[Tensor, Sequence[int]], Tensor]
         if target.fixed_cache is None:
@@ -106,7 +105,7 @@ class RowBatch:
 
     def should_drop(self, finished: int) -> bool:
         """Whether to drop so many finished rows now. A step is captured once per number of rows, so there half of them leave at a time."""
-        return finished > 0 and (not self._is_captured or 2 * finished >= len(self.lengths))
+        return finished > 0 and (isinstance(self._cache, _RowCache) or 2 * finished >= len(self.lengths))
 
     def step(self, token_ids: Tensor) -> Tensor:
         """Read k tokens of each row after its `lengths` positions; `lengths` do not change.

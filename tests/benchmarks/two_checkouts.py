@@ -4,8 +4,8 @@
     python tests/benchmarks/two_checkouts.py ../before
 
 After `bash run_all.sh`. Each checkout answers in a process of its own, on one thread, with the adapters of this checkout's run and packed
-products. Both answer a prompt before the next one, the other first each time, and their texts must be equal. The other checkout must
-have `SpeculativePair`.
+products. Both answer a prompt before the next one, in changing order, and their texts must be equal. The other checkout must have
+`SpeculativePair`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Checkout:
         found: dict[str, Any] = json.loads(self._read_until(lambda line: line.startswith("{")))
         return found
 
-    def _read_until(self, is_wanted: Any) -> str:
+    def _read_until(self, is_wanted: Callable[[str], bool]) -> str:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if is_wanted(line):
