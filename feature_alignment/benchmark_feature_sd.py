@@ -104,9 +104,9 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     from feature_alignment.benchmark.results import BenchmarkReport
     from feature_alignment.benchmark.run import Measurements, part_costs, profiles, take_turns
     from feature_alignment.benchmark.sweep import sweep
+    from feature_alignment.benchmark.targets import TARGET_DRAFT_TOKENS
     from feature_alignment.decoding.plain import greedy
-    from feature_alignment.measurement.records import read_record
-    from feature_alignment.measurement.reports import AcceptanceReport
+    from feature_alignment.measurement.current_acceptance import ADAPTERS, current_acceptance
     from feature_alignment.models import fixed
     from feature_alignment.models.loading import fetch_checkpoints
     from feature_alignment.storage.artifacts import cached_result, provenance
@@ -118,7 +118,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
     if cfg.planted_acceptance:
         return planted_benchmark(cfg, samples)
     made_from = inputs_of(cfg, samples)
-    acceptance = read_record(acceptance_path(cfg), AcceptanceReport, command_for("measure_feature_acceptance"))
+    acceptance = current_acceptance(cfg.out, cfg.split, tuple(ADAPTERS), TARGET_DRAFT_TOKENS)
     out = cfg.out / "benchmark"
     identity = identity_of("benchmark_feature_sd", cfg, made_from, timed=True)
     cached = cached_result(out / "benchmark.json", cfg, identity)
@@ -126,7 +126,7 @@ def benchmark(cfg: BenchmarkConfig) -> dict[str, Any]:
         _show(BenchmarkReport.from_json(cached), out, reused=True)
         return cached
 
-    setup = open_setup(cfg, samples, acceptance)
+    setup = open_setup(cfg, samples)
     target, part_cost = setup.pair.target, part_costs(setup)
     ways: dict[str, Callable[[Prompt], Generation]] = {"plain": lambda prompt: greedy(target, prompt, cfg.max_new_tokens)}
     ways |= transformers_baselines.ways(target, cfg.max_new_tokens, cfg.num_draft_tokens[0], cfg.assistant_layers)
@@ -191,16 +191,15 @@ def inputs_of(cfg: BenchmarkConfig, samples: Sequence[Sample]) -> dict[str, Path
     }
 
 
-def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: AcceptanceReport) -> Setup:
+def open_setup(cfg: BenchmarkConfig, samples: list[Sample]) -> Setup:
     """Load both models and the adapters, open every drafter and prepare the prompts.
 
     Args:
         cfg: settings
         samples: samples to measure
-        acceptance: content of acceptance.json, which must include the chained adapter if one is trained
 
     Raises:
-        UserError: acceptance.json lacks a trained adapter, a drafter's adapter is not trained, or two exit adapters read the same layer
+        UserError: a drafter's adapter is not trained, or two exit adapters read the same layer
     """
     from feature_alignment.benchmark.rows import attending_modes, modes, of_drafters
     from feature_alignment.benchmark.run import Setup
@@ -211,9 +210,6 @@ def open_setup(cfg: BenchmarkConfig, samples: list[Sample], acceptance: Acceptan
     lexicon = Lexicon.load(cfg.lexicon) if cfg.lexicon else None
     has_chain = chained_path(cfg).is_file()
     for name, path in (("chained", chained_path(cfg)), ("attending", attending_path(cfg))):
-        if path.is_file() and name not in acceptance.chains:
-            measure_again = command_for("measure_feature_acceptance")
-            raise UserError(f"{acceptance_path(cfg)} was measured without {path}. Measure again:\n  {measure_again}")
         if name in cfg.drafters and not path.is_file():
             raise UserError(f"--drafters {name}: nothing at {path}. Type:\n  {command_for('train_hidden_adapter', adapter=name)}")
     pair = load_pair(cfg)
@@ -262,7 +258,7 @@ def results_of(
     cost = cost_of(measurements, rows)
     attending = setup.sources.attending_adapter if best_row.draft == "attending" else None
     adapters = setup.sources.adapter, setup.chained, acceptance, measurements.part_cost, setup.pair.draft.steps, attending
-    in_use = targets.adapter_in_use(best_row, *adapters)
+    in_use = targets.adapter_in_use(best_row, rows, *adapters)
     result = BenchmarkReport(
         meta=meta,
         plain=plain_baseline(measurements, fastest),
@@ -291,7 +287,7 @@ def planted_benchmark(cfg: BenchmarkConfig, samples: list[Sample]) -> dict[str, 
 
     out, clips = cfg.out / "benchmark", clips_of(samples)
     files: dict[str, Path | Sequence[Path]] = {"target": cfg.target_id, "draft": cfg.draft_id, "manifest": cfg.manifests[cfg.split]}
-    adapters = {name: cfg.out / f"{name}/adapter.pt" for name in ("adapter", "chained_adapter")}
+    adapters = {name: cfg.out / f"{name}/adapter.pt" for name in ("adapter", "chained_adapter", "attending_adapter")}
     made_from = files | {"clips": clips} | {name: path for name, path in adapters.items() if path.is_file()}
     profiles = [rate for rate in cfg.planted_acceptance if isinstance(rate, Path)]
     made_from |= {"profiles": profiles} if profiles else {}

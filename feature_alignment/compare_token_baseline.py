@@ -229,7 +229,7 @@ def compare(cfg: ComparisonConfig) -> dict[str, Any]:
     _refuse_silent_drafter(rows, made_from["token_pairs"], cfg.split)
     if cfg.train_token_adapter and not cfg.token_pairs:
         train_token_adapter(cfg, rows)
-    identity = identity_of("compare_token_baseline", cfg, made_from, timed=True, without=("train_token_adapter",))
+    identity = identity_of("compare_token_baseline", cfg, made_from, timed=True, without=("limit", "train_token_adapter"))
     cached = cached_result(path, cfg, identity)
     if cached:
         report = ComparisonReport.from_json(cached)
@@ -287,9 +287,9 @@ def comparison_report(cfg: ComparisonConfig, rows: Sequence[Row], out: Path) -> 
         out: directory of the picture
     """
     from feature_alignment.measurement import comparison, plots
+    from feature_alignment.measurement.current_acceptance import current_acceptance
     from feature_alignment.measurement.lexicon import Lexicon
-    from feature_alignment.measurement.records import read_record
-    from feature_alignment.measurement.reports import AcceptanceReport, ComparisonReport, FeatureLevel
+    from feature_alignment.measurement.reports import ComparisonReport, FeatureLevel
     from feature_alignment.models.loading import find_checkpoint
     from feature_alignment.models.preprocessing import load_tokenizer
     from feature_alignment.storage.answers import eos_ids, read_token_pairs
@@ -300,15 +300,10 @@ def comparison_report(cfg: ComparisonConfig, rows: Sequence[Row], out: Path) -> 
     if cfg.token_pairs:
         first, second = comparison.halves(rows)
         return replace(report, nulls=comparison.baseline_drafter_reports(first, second, g, ends)) if first else report
-    path = cfg.out / "acceptance" / "acceptance.json"
-    acceptance = read_record(path, AcceptanceReport, command_for("measure_feature_acceptance"))
+    acceptance = current_acceptance(cfg.out, cfg.split, ("adapter", "chained"), g)
     chained = acceptance.chained
     at = acceptance.thresholds["0.90"]
     states = load_hidden_states(cfg.out / "hidden_states" / cfg.split, cfg.draft_layers)
-    own = None
-    if "egpt_drafts" in states.rows[0]:
-        correct = comparison.correct_drafts([r["egpt_drafts"] for r in states.rows], states.rows)
-        own = comparison.verified(correct, states.rows, g, ends)
     tokenizer = load_tokenizer(find_checkpoint(cfg.target_id, "--target_id"))
     train_pairs = read_token_pairs(cfg.out / "token_pairs" / f"{cfg.train_split}.json")
     report = replace(
@@ -317,7 +312,7 @@ def comparison_report(cfg: ComparisonConfig, rows: Sequence[Row], out: Path) -> 
         aligned_token_level=token_level_of(acceptance),
         chained_token_level=token_level_of(chained) if chained else None,
         token_adapter=token_adapter_report(cfg, rows, ends),
-        own_drafts=own,
+        own_drafts=comparison.own_draft_report(states.rows, g, ends) if states.meta["prefix"] == "verifier" else None,
         feature_rules={"aligned": acceptance.thresholds} | ({"chained": chained.thresholds} if chained else {}),
         nulls=comparison.baseline_drafter_reports(
             train_pairs, rows, g, ends, lambda question: tokenizer.encode(question, add_special_tokens=False)

@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not cfg.draft_answers and cfg.prefix != "verifier":
         raise UserError(f"--prefix {cfg.prefix} needs EventGPT's answers; expected --draft_answers true, or --prefix verifier.")
     from feature_alignment.inputs.clip_folder import read_data_set
-    from feature_alignment.inputs.row_identity import identify
+    from feature_alignment.inputs.row_identity import identify, refuse_missing_clips
     from feature_alignment.models.batches import plan_batches
     from feature_alignment.models.loading import fetch_checkpoints
     from feature_alignment.storage import earlier_rows, shards
@@ -185,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if cfg.merge:  # works without the clips
         rows = [{"id": s.id, "sequence": s.sequence, "question": s.question, "facts": s.facts} for s in samples]
     else:
+        refuse_missing_clips(samples)
         rows = identify(samples, parts, cfg.clips or cfg.manifests[cfg.split], cfg.event_start_ms)
     out = cfg.out / "hidden_states" / (shards.shard_name(cfg.split, shard, of) if cfg.shard else cfg.split)
     rank = (process := process_group("cpu" if cfg.merge else cfg.device)).rank

@@ -81,6 +81,10 @@ def refuse_combinations(cfg: InferenceConfig) -> None:
     """Raise UserError for flags that do not go together."""
     if cfg.clips is not None and cfg.sample is not None:
         raise UserError(f"--clips {cfg.clips} and --sample {cfg.sample}: wanted all samples of a folder, or one of a manifest.")
+    if cfg.events is not None and (given := [f"--{name}" for name in ("sample", "split") if getattr(cfg, name) is not None]):
+        raise UserError(
+            f"--events {cfg.events} and {given[0]}: wanted files of your own, or a sample of a manifest. Leave one of them out."
+        )
     if not cfg.is_data_set:
         given = [name for name, value in (("shard", cfg.shard), ("merge", cfg.merge), ("fail_fast", cfg.fail_fast)) if value]
         given += ["batch_size"] if cfg.batch_size > 1 else []

@@ -222,7 +222,7 @@ def measure(cfg: AcceptanceConfig) -> dict[str, Any]:
                 f"splits {splits[a]!r} and {splits[b]!r} share clips; a split that is measured or certified on must hold unseen clips."
             )
     made_from = adapter_paths(cfg) | {name: folder / split / "meta.json" for name, split in splits.items()}
-    identity = identity_of("measure_feature_acceptance", cfg, made_from, timed=True)
+    identity = identity_of("measure_feature_acceptance", cfg, made_from, timed=True, without=("limit",))
     cached = cached_result(path, cfg, identity)
     report = AcceptanceReport.from_json(cached) if cached else measure_now(cfg, states, made_from, identity)
     for title, header, rows in tables(report):

@@ -20,7 +20,7 @@ from feature_alignment.benchmark.chain_loop import ChainLoop, DraftedRound
 from feature_alignment.benchmark.compare import compare
 from feature_alignment.benchmark.costs import LoopCosts
 from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, PlantedReport
-from feature_alignment.benchmark.rows import Mode, timed_row
+from feature_alignment.benchmark.rows import Mode, acceptance_of, timed_row
 from feature_alignment.benchmark.speed_model import Costs, RoundCost, drafter_of
 from feature_alignment.benchmark.timing import Timed, fastest
 from feature_alignment.cli.console import UserError
@@ -123,6 +123,15 @@ def test_without_a_second_run_nothing_is_predicted():
     assert costs_of((CHAINED, rows), plain=plain).corrected(DRAFTER, rows) is None
     assert costs_of((CHAINED, plain), plain=plain).corrected(DRAFTER, plain) is None
     assert costs_of((CHAINED, plain), plain=plain).all.round_cost(DRAFTER) is None
+
+
+def test_relaxed_reaches_draft_tokens_up_to_the_end_of_the_text():
+    """Five draft tokens of which the text ended at the third, which the target replaced; then five without an end."""
+    at_end = Round([5, 6, 7, 8, 9], [5, 6, 2, 8, 9], [True, True, False, False, False], None, None, True, {}, "length", num_before_end=3)
+    whole = Round([5, 6, 7, 8, 9], [5, 6, 4, 8, 1], [True, True, False, True, False], None, 3, True, {}, "length")
+    runs = Timed([[Generation([1] * 4, 1, 1.0, {}, [r])] for r in (at_end, whole)])
+    assert acceptance_of(runs, ["a", "b"], "relaxed").value == pytest.approx((2 + 3) / (3 + 5))
+    assert acceptance_of(runs, ["a", "b"], "feature").value == pytest.approx((2 + 3) / (3 + 4))
 
 
 def test_both_formulas_of_a_relaxed_row_with_one_recompute():
@@ -267,11 +276,28 @@ def test_the_wide_adapter_is_timed_stepping_as_the_run_does(draft, monkeypatch):
     monkeypatch.setattr(targets, "WIDTH", 16)
     monkeypatch.setattr(targets, "hidden_ms", lambda adapter, steps, repeats=0: asked.append((adapter.d_target, steps)) or 1.0)
     monkeypatch.setattr(targets, "chained_ms", lambda adapter, steps, repeats=0: asked.append((adapter.geometry["d_target"], steps)) or 1.0)
-    acceptance = SimpleNamespace(chained=SimpleNamespace(num_draft_tokens=5), cosine=SimpleNamespace(value=0.5))
-    row, cost = SimpleNamespace(adapter_ms_per_draft=0.1, draft=draft), SimpleNamespace(t_adapter_ms=0.1, t_chained_ms=0.2)
+    acceptance = SimpleNamespace(chained=SimpleNamespace(num_draft_tokens=5), cosine=SimpleNamespace(value=0.5), positions="here")
+    row = SimpleNamespace(adapter_ms_per_draft=0.1, draft=draft)
+    cost = SimpleNamespace(t_adapter_ms=0.1, loop=SimpleNamespace(c_chained=0.5, t_target_ms=4.0))
     adapters = HiddenAdapter(8, 8, 4), ChainedAdapter(8, 8, 3, 4)
-    targets.adapter_in_use(row, *adapters, acceptance, cost, "graphs")
-    assert asked == [(16, "graphs")]
+    found = targets.adapter_in_use(row, [], *adapters, acceptance, cost, "graphs")
+    assert asked == [(16, "graphs")] and found.where.startswith("here")
+    is_chained = draft == "chained"
+    assert (found.overhead_loop_ms, found.head) == ((2.0, "folded head included") if is_chained else (0.1, "without the head"))
+
+
+def test_the_overhead_of_hybrid_is_that_of_the_adapters_own_draft_tokens():
+    """A hybrid row also drafts from a table, which costs nothing: its time per draft token is not the adapter's."""
+
+    def row(draft, length, adaptive=False, **more):
+        usual = {"accept": "token", "exit_layer": None, "overlap": False}
+        return SimpleNamespace(draft=draft, num_draft_tokens=length, adaptive=adaptive, **{**usual, **more})
+
+    hybrid, best = row("hybrid", 24, True), row("chained", 24, True)
+    others = [row("chained", 24, True, overlap=True), row("aligned", 5), row("chained", 5), row("chained", 24, True, accept="feature")]
+    assert targets.overhead_row(hybrid, [hybrid, *others, best]) is best
+    assert targets.overhead_row(hybrid, [hybrid, *others]).draft == "chained" and targets.overhead_row(others[1], [best]) is others[1]
+    assert targets.overhead_row(hybrid, [hybrid]) is hybrid
 
 
 def test_one_draft_a_round_may_be_the_best():

@@ -252,6 +252,39 @@ def test_the_proposer_reads_only_what_is_new():
 
 
 @torch.inference_mode()
+def test_a_round_of_fixed_length_forgets_its_draft_tokens():
+    """As on a GPU: the text goes on with some of a round's tokens, as a hybrid's does, and with others than were drafted."""
+    used, anew = (proposer_of(tiny_llama(0), an_adapter())[1] for _ in "ab")
+    states, watch = torch.randn(2, D), Stopwatch()
+    for proposer in (used, anew):
+        proposer._drafts_blocks = True
+        proposer.start(prompt_of(*PROMPTS[0]), watch)
+    first = used.propose([4, 5, 6], states, 2, watch).token_ids.tolist()
+    for text in ([4, 5, first[0], 9], [4, 5, 6, 9], [4, 5, 6, *first]):
+        got, wanted = (p.propose(text, states, 3, watch) for p in (used, anew))
+        assert got.token_ids.tolist() == wanted.token_ids.tolist()
+        torch.testing.assert_close(got.predicted(), wanted.predicted())
+        anew.start(prompt_of(*PROMPTS[0]), watch)
+
+
+def test_texts_of_one_token_have_nothing_to_learn_or_to_score(learnt):
+    target, _, states, _ = learnt
+    head, embeddings = target.head_weight.detach(), target.embeddings
+    short = torch.arange(len(states.lengths)) % 2 == 0
+    lengths = states.lengths.masked_fill(short, 1)
+    mask = torch.arange(states.mask.shape[1]) < lengths[:, None]
+    some = dataclasses.replace(states, mask=mask, lengths=lengths)
+    _, valid = chain_scores(an_adapter(), some, head, embeddings, 3)
+    assert not valid[short].any() and valid[~short].any()
+    one = dataclasses.replace(
+        some, **{k: getattr(some, k)[:1] for k in ("draft", "target", "token_ids", "mask", "lengths")}, rows=some.rows[:1]
+    )
+    assert not chain_scores(an_adapter(), one, head, embeddings, 3)[1].any()
+    cfg = TrainConfig(adapter="chained", bottleneck=8, num_epochs=1, batch_size=1, roll_out_steps=2)
+    assert train_chained(some, some, head, embeddings, cfg)[1]
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("ids", [None, torch.tensor([2, 7, 40])])
 def test_a_floor_ends_a_draft_of_a_greedy_text_as_it_ends_any_other(ids):
     """Token by token, as for texts under generation rules: the same tokens, confidences and states; and again from where it stopped."""

@@ -53,6 +53,14 @@ def test_rounds_of_known_drafts():
     assert found.tokens_per_pass == pytest.approx((4 + 3 + 3 + 2) / 7)
 
 
+def test_own_draft_tokens_count_as_far_as_they_were_stored():
+    """With --max_positions a row's draft tokens end before its answer; later positions are not wrong, they are not measured."""
+    drafts = [row["vl_tokens"][:3] for row in ROWS]
+    found = comparison.own_draft_report([{**r, "egpt_drafts": d} for r, d in zip(ROWS, drafts, strict=True)], 2, [2])
+    check(found.token_match, [len(d) for d in drafts], [len(d) for d in drafts])
+    assert comparison.own_draft_report(ROWS, 2, [2]) is None
+
+
 def test_drafters_see_each_answer_after_they_drafted_it():
     """`previous` knows the training answer first, then each answer it has seen to the same question; `lookup` reads the question too."""
     train = [{"query": "q", "vl_tokens": [5, 6, 2]}, {"query": "r", "vl_tokens": [5, 6, 9, 2]}]

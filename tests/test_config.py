@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, main_of
 
-from feature_alignment.cli.config import SCRIPTS, Common, parse_config
+from feature_alignment.cli.config import Common, parse_config
+from feature_alignment.cli.config_file import SCRIPTS
 from feature_alignment.cli.console import TABLE_WIDTH, UserError, print_table
 from feature_alignment.cli.ranges import INPUT_FILES, RANGES, SPLITS
 
@@ -54,8 +55,50 @@ def test_both_spellings_lists_and_aliases():
     assert parse("--resume").resume is True and parse("--draft_layers", "null").draft_layers is None
 
 
+def test_a_text_in_a_list_keeps_its_commas_brackets_and_newlines():
+    cls = config_class("feature_sd_inference")
+
+    def stop(*words):
+        return parse_config(cls, ["--stop", *words], "feature_sd_inference").stop
+
+    assert stop("a, b") == ["a, b"] and stop("[END]") == ["[END]"] and stop("\n", "Human:") == ["\n", "Human:"]
+    assert stop('["x", "[y"]') == ["x", "[y"]
+    with pytest.raises(UserError, match="stop"):
+        stop("")
+
+
+def test_the_section_of_an_adapter_applies_wherever_the_adapter_is_chosen(tmp_path):
+    cls = config_class("train_hidden_adapter")
+    path = tmp_path / "a.yaml"
+    path.write_text("train_hidden_adapter: {adapter: chained, lr: 1}\ntrain_hidden_adapter.chained: {lr: 2}\n")
+    for argv, lr in (([], 2), (["--adapter", "hidden"], 1), (["--lr", "3"], 3)):
+        cfg = parse_config(cls, ["--config", str(path), *argv], "train_hidden_adapter", variant="adapter")
+        assert cfg.lr == lr
+
+
 @pytest.mark.parametrize(
-    "argv", [["--lrr", "1"], ["--lr", "fast"], ["--threads", "2.5"], ["--dtype", "float8"], ["--resume", "maybe"], ["stray"], ["--config"]]
+    "argv",
+    [["--lr", "1", "--lr", "1"], ["--gamma", "3", "--num-draft-tokens", "5"], ["--resume", "--no_resume"], ["--config=a", "--config=a"]],
+)
+def test_a_flag_given_twice_is_refused_under_all_its_names(argv):
+    with pytest.raises(UserError, match="was given 2 times"):
+        parse(*argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--conf", "a.yaml"],
+        ["--print"],
+        ["--thread", "1"],
+        ["--lrr", "1"],
+        ["--lr", "fast"],
+        ["--threads", "2.5"],
+        ["--dtype", "float8"],
+        ["--resume", "maybe"],
+        ["stray"],
+        ["--config"],
+    ],
 )
 def test_unknown_and_mistyped_flags_are_refused(argv):
     with pytest.raises(UserError):
@@ -71,6 +114,8 @@ def test_unknown_and_mistyped_flags_are_refused(argv):
         ("train_hidden_adapter: {lr: fast}", "lr"),
         ("a: [", "not valid YAML"),
         ("common: 5", "must hold settings"),
+        ("benchmark_feature_sd: {max_new_token: 64}", "benchmark_feature_sd.max_new_token"),  # although another script reads the file
+        ("common: {dtype: bf16}", "bad.yaml: .*dtype"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, text, message):
@@ -186,7 +231,7 @@ def test_a_number_outside_its_range_is_refused_with_its_name(script, name):
 
 @pytest.mark.parametrize(("script", "name"), settings("Path|str"))
 def test_an_empty_text_or_one_with_a_control_character_is_refused(script, name):
-    for value in ("", " ", "a\0b", "a\x1b[31m", "a\ud800"):
+    for value in ("", *([] if name == "stop" else [" "]), "a\0b", "a\x1b[31m", "a\ud800"):  # a text may end at a space
         assert name in refused(script, f"--{name}={value}")
 
 

@@ -92,6 +92,19 @@ def test_batches_give_the_answers_of_single_samples(tiny_run, whole, tmp_path, s
     assert [[row[key] for key in keys] for row in found] == [[row[key] for key in keys] for row in wanted]
 
 
+@pytest.mark.parametrize("draft", ["aligned", "own"])
+def test_batches_of_a_drafter_that_steps_need_no_cache_of_one_text(finished, tmp_path, draft):
+    """Captured steps hold one text at a time, and EventGPT drafts for every row of a batch."""
+    for size, steps in (("1", "eager"), ("3", "graphs")):
+        out = tmp_path / size
+        for folder in ("adapter", "token_pairs"):
+            shutil.copytree(finished / "out" / folder, out / folder)
+        answered(finished, out, "--draft", draft, "--batch_size", size, "--steps", steps, "--limit", "5")
+    keys = ("id", "token_ids", "accepted", "tokens_per_pass")
+    one, some = ([[row[key] for key in keys] for row in untimed(tmp_path / size / "sd" / "test.jsonl")] for size in ("1", "3"))
+    assert one == some and len(one) == 5
+
+
 def test_progress_shows_tokens_per_second_and_accepted_length_so_far(tiny_run, tmp_path, monkeypatch):
     shown: list[str] = []
     steps: list[int] = []
@@ -445,6 +458,7 @@ def test_a_clip_folder_is_answered_without_a_manifest(tiny_run, whole, tmp_path,
         (["--shard", "3/2"], "--shard wants i/n"),
         (["--shard", "1/2", "--merge"], "no --merge"),
         (["--shard", "17/17"], "leave none"),
+        (["--events", "CONFIG", "--video", "CONFIG", "--question", "?"], "--events .* and --split: wanted files of your own"),
         (["--verbose"], "--verbose prints the rounds of one sample"),
     ],
 )

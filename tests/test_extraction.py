@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -303,6 +304,16 @@ def test_fewer_positions_are_the_first_ones(tiny_run, whole, tmp_path):
 def test_changed_settings_are_named(tiny_run, whole):
     with pytest.raises(UserError, match=r"store_dtype: float32 → bfloat16"):
         extract_hidden_states.main(flags(tiny_run, whole, "--store_dtype", "bfloat16"))
+
+
+def test_a_missing_clip_is_named_before_anything_is_written(tiny_run, tmp_path):
+    shutil.copytree(tiny_run / "scenes", tmp_path / "scenes")
+    rows = [json.loads(line) for line in (tmp_path / "scenes" / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "scenes" / rows[-1]["events"]).unlink()
+    words = ["--manifests", json.dumps({"train": str(tmp_path / "scenes" / "train.jsonl")})]
+    with pytest.raises(UserError, match=rf"sample {rows[-3]['id']}: nothing at .*{rows[-1]['events']}, nor 2 other files\. Put the clips"):
+        extract_hidden_states.main(flags(tiny_run, tmp_path / "out", *words))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("words", [["--shard", "0/2"], ["--shard", "3/2"], ["--shard", "x"], ["--shard", "1/2", "--merge"]])

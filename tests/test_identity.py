@@ -115,6 +115,15 @@ def test_every_setting_that_can_change_a_result_is_compared_by_name(name):
     assert line.startswith(f"{name}: ") and line.endswith(str(OTHER[name]))
 
 
+def test_zero_is_another_setting_than_none():
+    """A threshold of 0 is not the rule's default; a setting that an earlier version did not have was off."""
+    recorded = identity_of("measurement.metrics", SomeConfig(event_window_ms=None), {}).as_dict()
+    now = identity_of("measurement.metrics", SomeConfig(event_window_ms=0.0), {})
+    assert now.changes(recorded) == ["event_window_ms: None → 0.0"]
+    del recorded["settings"]["event_window_ms"]
+    assert not now.changes(recorded) and identity_of("measurement.metrics", SomeConfig(event_window_ms=5.0), {}).changes(recorded)
+
+
 def test_places_and_manners_are_not_compared(tmp_path):
     here, there = tmp_path / "a" / "model", tmp_path / "b" / "model"
     for folder in (here, there):

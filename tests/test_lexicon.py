@@ -96,6 +96,9 @@ def test_a_draft_word_is_a_synonym_or_an_error(draft, target, expected):
         '{"facts": {}}',
         '{"facts": {"a": {"b": ["w"]}}, "ignored": [{"phrase": "(", "where": ""}]}',
         '{"facts": {"a": {"b": ["w"]}}, "ignored": ["x"]}',
+        '{"facts": {"a": {"b": ["w"]}}, "ignored": null}',
+        '{"facts": {"a": {}}}',
+        '{"facts": {"a": {"b": []}}}',
     ],
 )
 def test_a_malformed_lexicon_is_refused_by_name(tmp_path, content):

@@ -405,14 +405,17 @@ def test_bins_of_reliability_hold_equal_counts_and_say_their_means():
     cosine = torch.linspace(-0.9, 0.99, 100)[torch.randperm(100, generator=torch.Generator().manual_seed(0))].view(4, 25)
     match = cosine > 0.3
     valid = torch.ones(4, 25, dtype=torch.bool)
-    bins = scoring.reliability(Scores(cosine, cosine.long(), match), valid)
+    clips = ["a", "a", "b", "c"]
+    bins = scoring.reliability(Scores(cosine, cosine.long(), match), valid, clips)
     assert [b.n for b in bins] == [5] * 20
     ordered = cosine.flatten().sort().values
     for i, b in enumerate(bins):
         own, up = ordered[5 * i : 5 * i + 5], ordered[5 * i :]
         assert b.cosine == pytest.approx(float(own.mean())) and b.token_match == pytest.approx(float((own > 0.3).float().mean()))
         assert b.token_match_above == pytest.approx(float((up > 0.3).float().mean()))
-    few = scoring.reliability(Scores(cosine, cosine.long(), match), valid & (cosine > 0.9))
+        here = valid & (cosine >= own[0]) & (cosine <= own[-1])
+        assert b.ci95 == pytest.approx(metrics.counts(match, here).rate(clips).ci95, nan_ok=True)  # over clips, not over tokens
+    few = scoring.reliability(Scores(cosine, cosine.long(), match), valid & (cosine > 0.9), clips)
     assert [b.n for b in few] == [1] * int((cosine > 0.9).sum())
 
 
@@ -512,7 +515,9 @@ def test_what_controls_cost_and_when_there_is_no_identity(monkeypatch):
     some = next(closed_form.positions(test, number=10_000))
     shown = scoring.shuffled_pairs(test, "cpu")["shuffled"].predict(some)
     partner = scoring.other_clip(test)
-    assert torch.equal(shown, torch.stack([test.target[partner[i], t] for i, t in zip(some.rows.tolist(), some.at.tolist(), strict=True)]))
+    at = [(partner[i], min(t, int(test.lengths[partner[i]]) - 1)) for i, t in zip(some.rows.tolist(), some.at.tolist(), strict=True)]
+    assert any(t < here for (_, t), here in zip(at, some.at.tolist(), strict=True))  # no padding of a shorter text
+    assert torch.equal(shown, torch.stack([test.target[i, t] for i, t in at]))
     ticks = iter([0.0, 1.0, 2.0] * 3)
     wide = [
         HiddenStates(torch.cat([x.draft, -x.draft], 2), x.target, x.token_ids, x.mask, x.lengths, x.rows, {})

@@ -13,7 +13,7 @@ from feature_alignment.models.packed import PackedLinear, best_cpu_linear, pack,
 
 CAN_PACK = unsupported(nn.Linear(8, 8)) is None
 needs_packing = pytest.mark.skipif(not CAN_PACK, reason="this torch or this CPU packs no linear weights")
-TIMES = {"torch": {"1": 2.0, "6": 4.0}, "packed": {"1": 1.0, "6": 1.5}}
+TIMES = {"torch": {"1": 2.0, "6": 4.0}, "packed": {"1": 1.0, "6": 1.5}, "several": {"1": 3.0, "6": 3.0}}
 
 
 def timed(monkeypatch, torch_ms, packed_ms):
@@ -82,6 +82,31 @@ def test_a_packed_decoder_writes_the_same_texts(small_layers, monkeypatch):
 
 
 @needs_packing
+def test_one_token_through_torchs_product_where_that_is_faster(small_layers, monkeypatch):
+    """To the bit as without packed weights, in layers, head and `generate`; several tokens, also of several rows, over packed weights."""
+    timed(monkeypatch, TIMES["torch"], {"1": 2.5, "6": 1.5})
+    usual, other = as_decoder(tiny_llama(0)), as_decoder(tiny_llama(0))
+    other.full_model = tiny_llama(0)
+    assert other.choose_linear().kind == "mixed" and "torch's own product for one" in other.linear.reason
+    other.restrict_vocabulary(60)
+    linear, calls, product = other.llama.layers[0].mlp.up_proj, [], torch.ops.mkldnn._linear_pointwise
+    found = {n: linear(torch.ones(1, n, 32)) for n in (1, 6)} | {"rows": linear(torch.ones(3, 1, 32))}
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *given: calls.append(given[0].shape) or product(*given))
+    again = PackedLinear(usual.llama.layers[0].mlp.up_proj, is_mixed=True)
+    for n, wanted in found.items():
+        x = torch.ones(3, 1, 32) if n == "rows" else torch.ones(1, n, 32)
+        assert torch.equal(again(x), wanted)
+    assert calls == [(1, 6, 32), (3, 1, 32)]
+    for prompt in (prompt_of(1, 5, 9, 3), prompt_of(1, 7)):
+        a, b = usual.prefill([prompt]), other.prefill([prompt])
+        b.cache, b.last = a.cache, a.last  # the same keys and values, to compare one step to the bit
+        h = other.step(b, torch.tensor([[4]]))
+        usual.rollback(a, 0), a.cache.crop(-1)
+        assert torch.equal(usual.step(a, torch.tensor([[4]])), h) and torch.equal(usual.lm_head(h[0])[:, :60], other.lm_head(h[0]))
+    assert packed_layers(other.full_model) == 15
+
+
+@needs_packing
 def test_an_early_exit_has_no_head_to_pack(small_layers):
     decoder = as_decoder(tiny_llama(0), [1])
     decoder.pack_linear()
@@ -100,20 +125,27 @@ def test_a_smaller_vocabulary_packs_its_own_head(small_layers):
 
 @needs_packing
 @pytest.mark.parametrize(
-    ("torch_ms", "packed_ms", "kind"), [("torch", "packed", "packed"), ("packed", "torch", "torch"), ("torch", "torch", "torch")]
+    ("torch_ms", "packed_ms", "kind"),
+    [
+        ("torch", "packed", "packed"),
+        ("packed", "torch", "torch"),
+        ("torch", "torch", "torch"),
+        ("torch", "several", "mixed"),
+        ("several", "torch", "torch"),
+    ],
 )
 def test_the_faster_product_is_chosen_and_the_choice_says_why(small_layers, monkeypatch, torch_ms, packed_ms, kind):
     timed(monkeypatch, TIMES[torch_ms], TIMES[packed_ms])
     llama = tiny_llama(0).model
     choice = best_cpu_linear(llama)
-    assert choice.kind == kind and (packed_layers(llama) > 0) is (kind == "packed")
+    assert choice.kind == kind and (packed_layers(llama) > 0) is (kind != "torch")
     assert (
         choice.to_json()["torch_ms"] == TIMES[torch_ms] and choice.to_json()["packed_ms"] == TIMES[packed_ms] and "faster" in choice.reason
     )
 
 
 def test_a_torch_without_the_operators_keeps_its_own_product(small_layers, monkeypatch):
-    def missing(weight, bias=None, in_bfloat16=False):
+    def missing(weight, *settings):
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_linear_weight'")
 
     monkeypatch.setattr(packed, "unsupported", lambda model: None)

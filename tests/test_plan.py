@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 
 from feature_alignment.benchmark import plan, plan_hours
@@ -154,6 +155,24 @@ def test_stated_tokens_per_second_need_no_model(finished, monkeypatch):
     assert set(slow["hours"]) == {*(f"extract_hidden_states, {s}" for s in plan.SPLITS), "feature_sd_inference", "benchmark_feature_sd"}
     train = "extract_hidden_states, train"
     assert slow["hours"][train] == pytest.approx(2 * fast["hours"][train]) == pytest.approx(2 * shared["hours"][train])
+
+
+def test_a_plan_with_a_stated_speed_reads_no_weights(geometry, finished, tmp_path):
+    """Of both checkpoints only what describes them is there, as before a download."""
+    assert not list(geometry.rglob("*.safetensors"))
+    manifests = json.loads((finished / "tiny.yaml").read_text())["common"]["manifests"]
+    settings = yaml.safe_load((geometry / "random_7b.yaml").read_text())
+    del settings["common"]["random_weights"]
+    settings["common"] |= {"manifests": manifests, "device": "cuda", "dtype": "bfloat16", "output_dir": str(tmp_path / "out")}
+    (tmp_path / "a.yaml").write_text(json.dumps(settings))
+    found = plan.main(["--config", str(tmp_path / "a.yaml"), "--gpu_gib", "80", "--tokens_per_second", "33"])
+    assert found["memory_bytes"]["feature_sd_inference, benchmark_feature_sd"] > 20 * 2**30
+
+
+def test_the_plan_s_own_numbers_have_ranges(finished):
+    for words in (["--gpus", "0"], ["--tokens_per_second", "0"], ["--gpu_gib=-1"]):
+        with pytest.raises(UserError, match="wanted"):
+            planned(finished, *words)
 
 
 def test_a_run_that_does_not_fit_is_refused(finished, monkeypatch, capsys):

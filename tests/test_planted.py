@@ -115,7 +115,7 @@ def test_a_profile_that_cannot_be_planted_is_refused(tiny_run, tmp_path):
     assert not (tmp_path / "out" / "benchmark" / "planted.json").exists()
 
 
-def test_planted_rows_say_so_and_need_no_trained_adapter(tiny_run, tmp_path, capsys):
+def test_planted_rows_say_so_and_need_no_trained_adapter(tiny_run, finished, tmp_path, capsys):
     config = ["--config", str(tiny_run / "tiny.yaml"), "--output_dir", str(tmp_path), "--steps", "graphs"]
     argv = [*config, "--planted_acceptance", "0", "0.5", "1", "--num_draft_tokens", "3", "--limit", "3", "--repeats", "2"]
     main_of("benchmark_feature_sd")(argv)
@@ -137,9 +137,12 @@ def test_planted_rows_say_so_and_need_no_trained_adapter(tiny_run, tmp_path, cap
         assert found[draft, 1] == (1, pytest.approx(11 / 3))  # one token of the prefill, then 4, 4 and the last 3
         assert 0.2 < found[draft, 0.5][0] < 0.8
     assert {(b["draft"], b["planted_acceptance"]) for b in result["best"]} == set(found)
-    capsys.readouterr()
-    main_of("benchmark_feature_sd")(argv)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["reused"]
+    for reused in (True, False):  # until an adapter is trained that it would read
+        capsys.readouterr()
+        main_of("benchmark_feature_sd")(argv)
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["reused"] is reused
+        (tmp_path / "attending_adapter").mkdir(exist_ok=True)
+        shutil.copy(finished / "out" / "attending_adapter" / "adapter.pt", tmp_path / "attending_adapter")
 
 
 def test_steps_that_cannot_be_compiled_are_a_warning_and_a_row_of_the_report(tiny_run, tmp_path, monkeypatch, caplog):

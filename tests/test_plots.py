@@ -70,7 +70,7 @@ def test_histograms_of_cosines_are_split_by_whether_the_token_is_the_same(drawn,
         "one": (np.array([lowest, *rng.uniform(0.3, 1, 60)]), np.array([True, *(rng.random(60) < 0.5)])),
         "other": (rng.uniform(0.4, 1, 40), rng.random(40) < 0.9),
     }
-    plots.cosine_histograms(found, tmp_path)
+    plots.cosine_histograms(found, "test positions, same prefix", tmp_path)
     figure = drawn["cosine_histogram.png"]
     edges = np.linspace(min(-0.1, lowest), 1, 60)
     assert len(figure.axes) == 2 and figure.axes[0].get_position().x0 == pytest.approx(figure.axes[1].get_position().x0)
@@ -84,20 +84,20 @@ def test_histograms_of_cosines_are_split_by_whether_the_token_is_the_same(drawn,
     assert "61 test positions" in figure.get_suptitle() and legend_of(figure.axes[0]) == ["same token", "other token", "threshold 0.90"]
     assert figure.axes[1].get_legend() is None and "cosine" in figure.axes[1].get_xlabel() and not figure.axes[0].get_xlabel()
     assert figure.axes[0].get_xlim() == figure.axes[1].get_xlim()
-    plots.cosine_histograms({"alone": found["one"]}, tmp_path)
+    plots.cosine_histograms({"alone": found["one"]}, "positions", tmp_path)
     assert legend_of(drawn["cosine_histogram.png"].axes[0])[:2] == ["same token", "other token"]
 
 
 def reliability_rows(shift: float):
     return [
-        ReliabilityBin(cosine=0.5, n=10, token_match=0.2 + shift, token_match_above=0.4 + shift),
-        ReliabilityBin(cosine=0.8, n=40, token_match=0.7 + shift, token_match_above=0.8 + shift),
+        ReliabilityBin(cosine=0.5, n=10, token_match=0.2 + shift, token_match_above=0.4 + shift, ci95=(0.1, 0.35 + shift)),
+        ReliabilityBin(cosine=0.8, n=40, token_match=0.7 + shift, token_match_above=0.8 + shift, ci95=(0.6, 0.75 + shift)),
     ]
 
 
 def test_reliability_has_both_shares_and_the_interval_of_one(drawn, tmp_path):
     found = {"a": reliability_rows(0), "b": reliability_rows(0.1)}
-    plots.reliability(found, tmp_path)
+    plots.reliability(found, "test positions, same prefix", tmp_path)
     (axis,) = drawn["reliability.png"].axes
     lines = lines_of(axis)
     for (name, rows), bars in zip(found.items(), axis.containers, strict=True):
@@ -106,10 +106,9 @@ def test_reliability_has_both_shares_and_the_interval_of_one(drawn, tmp_path):
         data, _, (ends,) = bars
         assert (list(data.get_xdata()), list(data.get_ydata())) == (x, y)
         for r, ((x0, low), (x1, high)) in zip(rows, ends.get_segments(), strict=True):
-            half = 1.96 * math.sqrt(r.token_match * (1 - r.token_match) / r.n)
-            assert x0 == x1 == r.cosine and (low, high) == pytest.approx((r.token_match - half, r.token_match + half))
+            assert x0 == x1 == r.cosine and (low, high) == pytest.approx(r.ci95)
     assert {f"{name}: at this cosine, n = 50" for name in found} <= set(legend_of(axis)) and len(legend_of(axis)) == 4
-    assert axis.get_ylim() == (0, 1.02) and "cosine" in axis.get_xlabel() and axis.get_ylabel() and axis.get_title()
+    assert axis.get_ylim() == (0, 1.02) and "cosine" in axis.get_xlabel() and axis.get_ylabel() and "test positions" in axis.get_title()
     assert has_grid(axis)
 
 
@@ -162,7 +161,7 @@ def test_predictors_have_two_bars_with_intervals_and_their_tokens_per_pass(drawn
         "first": rates_of(rate(0.9, 0.8, 0.95), rate(0.5, 0.4, 0.7), 2.345),
         "second": rates_of(rate(lowest, lowest, lowest + 0.1), rate(0.3, math.nan, math.nan), 1.0),
     }
-    plots.predictors_by_match(found, 5, tmp_path)
+    plots.predictors_by_match(found, "test positions, same prefix", 5, tmp_path)
     (axis,) = drawn["predictors.png"].axes
     bars = [c for c in axis.containers if hasattr(c, "patches")]
     for container, key, shift in zip(bars, ("cosine", "token_match"), (0.2, -0.2), strict=True):
@@ -220,16 +219,17 @@ def test_every_picture_of_acceptance_gets_its_own_numbers(monkeypatch, tmp_path,
     }
     chain = SimpleNamespace(reliability="r2", accepted_lengths="l2")
     chains = {"chained": chain, "chained, blind": {"b": 1}} if chained else {}
-    report = SimpleNamespace(reliability="r", accepted_lengths="l", per_position="p", plain=plain, num_draft_tokens=5)
+    report = SimpleNamespace(reliability="r", accepted_lengths="l", per_position="p", plain=plain, num_draft_tokens=5, positions="here")
     report.nulls, report.chains, report.chained = {"ridge": {"n": 1}}, chains, chains.get("chained")
     plots.acceptance(report, scores, SimpleNamespace(mask=mask), tmp_path)
-    found, out = asked["cosine_histograms"]
+    found, where, out = asked["cosine_histograms"]
+    assert where == "here"
     assert list(found) == ["hidden adapter", "states of another clip (shuffled)"] and out == tmp_path
     for i, (cosine, match) in enumerate(found.values()):
         assert cosine == pytest.approx(np.array([0.1, 0.2, 0.3]) + i) and match.tolist() == [True, False, True]
     more = {"chained adapter": "2"} if chained else {}
-    assert asked["reliability"] == ({"hidden adapter": "r"} | {k: f"r{v}" for k, v in more.items()}, tmp_path)
+    assert asked["reliability"] == ({"hidden adapter": "r"} | {k: f"r{v}" for k, v in more.items()}, "here", tmp_path)
     assert asked["accepted_lengths"] == ({"hidden adapter": "l"} | {k: f"l{v}" for k, v in more.items()}, tmp_path)
     assert asked["acceptance_by_position"] == ("p", tmp_path)
     predictors = {"hidden adapter": report} | ({"TASKS.md's recipe": plain} if plain else {}) | report.nulls | chains
-    assert asked["predictors_by_match"] == (predictors, 5, tmp_path) and list(asked["predictors_by_match"][0]) == list(predictors)
+    assert asked["predictors_by_match"] == (predictors, "here", 5, tmp_path) and list(asked["predictors_by_match"][0]) == list(predictors)

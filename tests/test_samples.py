@@ -70,10 +70,11 @@ def test_the_dsec_layout(tmp_path):
         ([dsec_row("1", split="train"), dsec_row("2", split="test")], "is in split 'train' and in 'test'"),
         ([dsec_row("1", split="train")], r"no rows of split 'test'; it has train \(1 sequences\)"),
         ([dsec_row("1"), dsec_row("1")], "occurs twice"),
+        ([dsec_row("1", split=1), dsec_row("2", split="test")], "row 1: split: wanted a text, got a number"),
         ([dsec_row("1", conversations=[])], "row 1.*no human turn"),
         ([{"id": 1}], "row 1.*event_data"),
         ([5], "row 1"),
-        ([], "is empty"),
+        ([], "has no rows"),
     ],
 )
 def test_a_dsec_file_that_would_mislead_is_refused(tmp_path, rows, message):
@@ -88,7 +89,7 @@ def test_a_dsec_file_that_would_mislead_is_refused(tmp_path, rows, message):
         ([row(0), "{"], "line 2"),
         (['{"id": 1}'], "line 1.*sequence"),
         (["7"], "line 1"),
-        ([], "is empty"),
+        ([], "has no rows"),
         ([row(0, event_start_ms="soon")], "line 1"),
     ],
 )
@@ -193,6 +194,7 @@ def test_question_files_that_cannot_be_used_are_named(tmp_path, content, message
         (row(video=None), "line 1: video: wanted a text, got null"),
         (row(events=["a"]), "line 1: events: wanted a text, got a list"),
         (row(id=True), "line 1: id: wanted a text or a number, got true or false"),
+        (row(facts={"number": [2]}), "line 1: facts: number is a list; wanted a text or a number for every fact"),
         (row(event_start_ms=[1]), "line 1: event_start_ms: wanted a number, got a list"),
         (["a"], "line 2: wanted an object, got a list"),
         ({**dsec_row("1"), "conversations": None}, "line 1"),
@@ -272,3 +274,10 @@ def test_the_public_cases():
     assert [s.id for s in read("m2_bom.jsonl")] == ["a-0"]
     assert [s.answer for s in read("m3_u2028.jsonl")] == ["A car.\u2028A bus."]
     assert read_questions(CASES / "m2_bom_questions.txt") == ["What?", "Where?"]
+
+
+def test_without_a_config_the_message_names_one(tmp_path):
+    with pytest.raises(UserError, match=r"no manifests, which a config names\. Type --config FILE: configs/demo\.yaml"):
+        read_samples({}, "test")
+    with pytest.raises(UserError, match=r"(?s)absent\.jsonl, which the config names for split 'test'.*data/README.*language_scenes"):
+        read_samples({"test": tmp_path / "absent.jsonl"}, "test")

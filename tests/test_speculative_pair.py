@@ -342,8 +342,11 @@ def test_settings_by_name_are_those_of_flags(monkeypatch, tmp_path):
     found = []
     monkeypatch.setattr(SpeculativePair, "__init__", lambda self, cfg: found.append(cfg))
     config = tmp_path / "c.yaml"
-    config.write_text(json.dumps({"feature_sd_inference": {"max_new_tokens": 7, "top_k": 5}, "common": {"seed": 9}}))
+    config.write_text(json.dumps({"feature_sd_inference": {"max_new_tokens": 7, "top_k": 5, "batch_size": 8}, "common": {"seed": 9}}))
     given = {"overlap": True, "stop": ["a b", "c"], "top_p": 0.5, "temperature": 0.5, "draft": "own", "max_new_tokens": 8}
-    SpeculativePair.from_config(config, **given, draft_layers=(1, 2))
-    wanted = given | {"draft_layers": [1, 2], "top_k": 5, "seed": 9}
+    more = {"threshold": None, "manifests": {"test": tmp_path / "a.jsonl"}}
+    SpeculativePair.from_config(config, **given, **more, draft_layers=(1, 2))
+    wanted = given | more | {"draft_layers": [1, 2], "top_k": 5, "seed": 9}
     assert {name: getattr(found[0], name) for name in wanted} == wanted
+    with pytest.raises(UserError, match="batch_size"):  # a setting of the script alone, which a file may have
+        SpeculativePair.from_config(config, batch_size=2)

@@ -224,6 +224,8 @@ def chained_predictions(adapter: ChainedAdapter, texts: Texts, embeddings: Tenso
     """
     tokens = adapter.tokens(embeddings)[texts.token_ids]
     steps = min(steps, texts.states.shape[1] - 1)
+    if steps < 1:  # texts of one token have nothing to predict
+        return
     inputs = texts.states[:, :-1], tokens[:, :-1]  # no state follows the last token
     for k, expected in enumerate(adapter.roll_out(*inputs, adapter.encode_events(texts.events), steps)):
         yield expected, texts.states[:, 1 + k :], texts.mask[:, 1 + k :]

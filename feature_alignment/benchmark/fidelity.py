@@ -114,7 +114,7 @@ def true_facts(lexicon: Lexicon, target: Decoder, samples: Sequence[Sample], tex
             for slot, value in lexicon.facts_in(target.tokenizer.decode(g.token_ids, skip_special_tokens=True)).items():
                 is_hidden = int(slot in lexicon.hidden_from_events)
                 stated[is_hidden, i] += 1
-                true[is_hidden, i] += (sample.facts or {}).get(slot) == value
+                true[is_hidden, i] += str((sample.facts or {}).get(slot)) == value  # a manifest may hold numbers, a lexicon holds texts
     clips = [s.sequence for s in samples]
     return Counts(true[0], stated[0]).rate(clips), Counts(true[1], stated[1]).rate(clips)
 

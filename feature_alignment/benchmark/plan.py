@@ -3,7 +3,7 @@
     python -m feature_alignment.cli.plan --config configs/demo.yaml --gpus 2
 
 Geometry, tokenizers and manifests are read, results are not. The hours come from a calibration of about 30 seconds on this machine, after
-both models are loaded, or from `--tokens_per_second`, which needs no weights and no GPU.
+both models are loaded, or from `--tokens_per_second`, for which config.json and the tokenizer files are enough.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def plan(cfg: PlanConfig, settings: Mapping[str, Settings], start: float) -> Pla
         settings: Script -> its settings.
         start: Seconds that this process took to start.
     """
-    pair = check_pair(cfg)
+    pair = check_pair(cfg if cfg.tokens_per_second is None else replace(cfg, random_weights=True))
     draft, target = pair.models.values()
     settings = trained(cfg, settings)
     path = loading.find_checkpoint(cfg.draft_id, "--draft_id")

@@ -27,7 +27,7 @@ class Mode:
         accept: name of the acceptance rule
         num_draft_tokens: draft length; the largest one if `adaptive`
         adaptive: whether the draft length is adaptive
-        overlap: whether the next round is drafted during verification
+        overlap: whether EventGPT reads its prompt while the target reads its own
         threshold: of a lossy rule
         exit_layer: layer of EventGPT that an adapter of its own reads
     """
@@ -131,7 +131,7 @@ def layers_of(mode: Mode, taps: Sequence[int]) -> list[int] | str | None:
 
 
 def acceptance_of(timed: Timed, clips: Sequence[str], accept: RuleName) -> Rate:
-    """Accepted / reached draft tokens over all rounds; `relaxed` reaches every draft token.
+    """Accepted / reached draft tokens over all rounds; `relaxed` reaches every draft token up to the end of the text.
 
     Args:
         timed: runs of the method
@@ -142,7 +142,8 @@ def acceptance_of(timed: Timed, clips: Sequence[str], accept: RuleName) -> Rate:
     for runs in timed.generations:
         rounds = [r for g in runs for r in g.rounds]
         num_accepted.append(float(sum(r.num_accepted for r in rounds)))
-        reached = (len(r.proposed) if accept == "relaxed" else min(r.num_accepted + 1, len(r.proposed)) for r in rounds)
+        counted = [len(r.proposed) if r.num_before_end is None else r.num_before_end for r in rounds]
+        reached = counted if accept == "relaxed" else [min(r.num_accepted + 1, n) for r, n in zip(rounds, counted, strict=True)]
         num_reached.append(float(sum(reached)))
     return Counts(np.array(num_accepted), np.array(num_reached)).rate(clips)
 

@@ -11,6 +11,7 @@ import json
 import sys
 import typing
 from argparse import HelpFormatter
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,20 +19,9 @@ from typing import Any, Literal, TypeVar
 
 from feature_alignment.cli.advice import use_config
 from feature_alignment.cli.console import UserError, set_quiet
-from feature_alignment.cli.ranges import validate, validate_text
-from feature_alignment.cli.text_files import read_text
+from feature_alignment.cli.ranges import validate
 
-SCRIPTS = (
-    "extract_hidden_states",
-    "hidden_adapter",
-    "train_hidden_adapter",
-    "measure_feature_acceptance",
-    "compare_token_baseline",
-    "feature_sd_inference",
-    "benchmark_feature_sd",
-)
 _ALIASES = {"gamma": "num_draft_tokens", "gammas": "num_draft_tokens", "max_samples": "limit"}
-_LONGEST_CONFIG = 100_000
 T = TypeVar("T", bound="Common")
 Steps = Literal["eager", "graphs", "compiled"]
 StepsSetting = Literal["auto", "eager", "graphs", "compiled"]
@@ -64,7 +54,7 @@ class Common:
         seed: seed of all random numbers
         threads: CPU threads of torch; 0 leaves its own choice
         draft_layers: which of the drafter's layers the adapter reads; it runs no deeper than the last of them (default: all)
-        limit: at most this many samples
+        limit: at most this many samples, of a split that is extracted, answered or benchmarked
         resume: reuse cached results of the same inputs and continue interrupted runs; --no_resume starts over
         ignore_code: reuse hidden states, answers and adapters although the code that made them has changed since; never timings
         quiet: results and errors only, no logs and no progress bars
@@ -128,14 +118,17 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
         UserError: unknown, repeated or invalid settings
     """
     words = _normalise(cls, list(sys.argv[1:] if argv is None else argv))
-    config_path, words = _take_option(words, "--config")
+    _refuse_repeated(words)
+    config_path, words = _take_config(words)
     show = "--print_config" in words
     words = [w for w in words if w != "--print_config"]
     _refuse_empty(cls, words)
     chosen = next((w.partition("=")[2] for w in words if variant and w.startswith(f"--{variant}=")), None)
-    from_file = _file_settings(cls, Path(config_path), section, chosen) if config_path else {}
-
     from jsonargparse import ArgumentError, ArgumentParser
+
+    from feature_alignment.cli.config_file import file_settings
+
+    from_file = file_settings(cls, Path(config_path), section, variant, chosen) if config_path else {}
 
     parser = ArgumentParser(
         prog=f"python feature_alignment/{section}.py",
@@ -144,6 +137,7 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
         epilog=f"example: python feature_alignment/{section}.py --config configs/demo.yaml",
         formatter_class=HelpFormatter,
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with `common:` and one section per script")
     parser.add_argument("--print_config", help="show the merged settings and stop", action="store_true")
@@ -158,12 +152,15 @@ def parse_config(cls: type[T], argv: Sequence[str] | None, section: str, variant
         group = common if f.name in shared else own
         flag = group.add_argument(f"--{f.name}", type=hints[f.name], default=default, help=text)
         flag.option_strings = flag.option_strings[:1]  # not the library's `--name+` for lists
+    where = f"{config_path}: "
     try:
-        namespace = parser.parse_args(words, namespace=parser.parse_object(from_file))
+        namespace = parser.parse_object(from_file)
+        where = ""
+        namespace = parser.parse_args(words, namespace=namespace)
         values = {f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)}
     except (ArgumentError, ValueError, TypeError, RecursionError) as error:
         said = "too many brackets" if isinstance(error, RecursionError) else str(error)[:1000]
-        raise UserError(f"{said}\nSee: python feature_alignment/{section}.py --help") from None
+        raise UserError(f"{where}{said}\nSee: python feature_alignment/{section}.py --help") from None
     if values["output_dir"] is None:
         values["output_dir"] = Path("outputs") / (Path(config_path).stem if config_path else "default")
     cfg = cls(**values)
@@ -222,14 +219,36 @@ def _normalise(cls: type, argv: list[str]) -> list[str]:
                 break
         if has_value:
             following = [value]
-        if _is_list(hints.get(name)) and following and not following[0].strip():
-            raise UserError(f"--{name} is empty; expected at least one value, or leave the flag out.")
-        if _is_list(hints.get(name)) and following and not following[0].startswith(("[", "null")):
-            following = ["[" + ", ".join(following) + "]"]
+        if _is_list(hints.get(name)) and following:
+            following = [_as_list(name, following, hints[name])]
         if hints.get(name) is bool and not following:
             following = ["true"]
         words.append(f"--{name}" + "".join(f"={v}" for v in following))
     return words
+
+
+def _as_list(name: str, values: list[str], hint: Any) -> str:
+    """The values of a list as one JSON list; one value may already be such a list, or null. Texts keep their brackets and commas."""
+    if values == ["null"]:
+        return "null"
+    of_texts = list[str] in (hint, *typing.get_args(hint))
+    if not (values[0] if of_texts else values[0].strip()):
+        raise UserError(f"--{name} is empty; expected at least one value, or leave the flag out.")
+    if len(values) == 1 and values[0].startswith("["):
+        try:
+            is_list = isinstance(json.loads(values[0]), list)
+        except ValueError:
+            is_list = not of_texts  # a list of words without quotes
+        if is_list:
+            return values[0]
+    return json.dumps(values) if of_texts else "[" + ", ".join(values) + "]"
+
+
+def _refuse_repeated(words: Sequence[str]) -> None:
+    """Raise UserError for a flag given twice, under any of its names: only the last value would count."""
+    names = Counter(word.partition("=")[0] for word in words if word.startswith("--"))
+    if twice := [name for name, times in names.items() if times > 1]:
+        raise UserError(f"{twice[0]} was given {names[twice[0]]} times; wanted once.")
 
 
 def _refuse_empty(cls: type, words: Sequence[str]) -> None:
@@ -245,74 +264,9 @@ def _is_list(hint: Any) -> bool:
     return typing.get_origin(hint) is list or any(typing.get_origin(a) is list for a in typing.get_args(hint))
 
 
-def _take_option(words: list[str], name: str) -> tuple[str | None, list[str]]:
-    given = [w for w in words if w.startswith(name + "=")]
-    if len(given) > 1:
-        raise UserError(f"{name} was given {len(given)} times; wanted once.")
-    if name in words:
-        raise UserError(f"{name} has no value; expected {name} FILE.")
+def _take_config(words: list[str]) -> tuple[str | None, list[str]]:
+    """The value of --config, and the other words."""
+    if "--config" in words:
+        raise UserError("--config has no value; expected --config FILE.")
+    given = [w for w in words if w.startswith("--config=")]
     return (given[0].partition("=")[2] if given else None), [w for w in words if w not in given]
-
-
-def _file_settings(cls: type, path: Path, section: str, chosen: str | None) -> dict[str, Any]:
-    """The settings of a YAML file that apply to one script. Scalars stay strings, so `1e-3` means the same as on the command line."""
-    validate_text("config", path)
-    if not path.is_file():
-        found = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none here"
-        raise UserError(f"no config file at {path} (configs/*.yaml: {found}).")
-    import yaml
-
-    try:
-        text = read_text(path)
-        _refuse_endless(path, text)
-        _refuse_duplicates(path, yaml.compose(text, Loader=yaml.BaseLoader))
-        content = yaml.load(text, Loader=yaml.BaseLoader) or {}
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    known = {"common", *SCRIPTS, "train_hidden_adapter.plain", "train_hidden_adapter.chained", "train_hidden_adapter.attending"}
-    if not isinstance(content, dict) or not set(content) <= known:
-        extra = sorted(set(content) - known) if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path}: unknown section {extra}; wanted `common` and script names: {', '.join(SCRIPTS)}.")
-    names = {f.name for f in dataclasses.fields(cls)}
-    shared = {f.name for f in dataclasses.fields(Common)}
-    merged: dict[str, Any] = {}
-    for part, allowed in (("common", shared), (section, names), *([(f"{section}.{chosen}", names)] if chosen else [])):
-        settings = content.get(part) or {}
-        if not isinstance(settings, dict):
-            raise UserError(f"{path}: section `{part}` must hold settings, got {settings!r}.")
-        for key, value in settings.items():
-            if key not in allowed:
-                raise UserError(f"{path}: unknown key `{part}.{key}`; known here: {', '.join(sorted(allowed))}.")
-            if value is None or value == "":
-                raise UserError(f"{path}: `{part}.{key}` is empty; wanted a value, or `null` for none.")
-            merged[key] = value
-    return merged
-
-
-def _refuse_endless(path: Path, text: str) -> None:
-    """Raise UserError for YAML that takes very long to read: large, deeply nested, or with aliases, which can multiply its size."""
-    import yaml
-
-    depth = 0
-    for event in yaml.parse(text[: _LONGEST_CONFIG + 1], Loader=yaml.BaseLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent) or depth > 10 or len(text) > _LONGEST_CONFIG:
-            raise UserError(f"{path}: wanted at most {_LONGEST_CONFIG:,} characters, 10 levels of nesting and no aliases (*name).")
-
-
-def _refuse_duplicates(path: Path, node: Any, prefix: str = "") -> None:
-    """Raise UserError for a key given twice in one mapping: YAML readers silently keep the last value."""
-    import yaml
-
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_duplicates(path, item, prefix)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    lines: dict[str, int] = {}
-    for key, value in node.value:
-        name, line = str(key.value), key.start_mark.line + 1
-        if name in lines:
-            raise UserError(f"{path}: `{prefix}{name}` is given in line {lines[name]} and again in line {line}. Remove one of them.")
-        lines[name] = line
-        _refuse_duplicates(path, value, f"{prefix}{name}.")

@@ -58,6 +58,8 @@ RANGES = {
     "epsilon": Range(0, 1, is_open=True),
     "event_start_ms": Range(0, 1e12),
     "event_window_ms": Range(0.001, 100),  # events are timed in microseconds
+    "gpu_gib": Range(0.001, 1e6),
+    "gpus": Range(1, 65536),
     "hidden_size": _WIDTH,
     "kl_weight": _WEIGHT,
     "limit": Range(1, _LARGEST),
@@ -87,6 +89,7 @@ RANGES = {
     "threads": Range(0, 1024),
     "threshold": Range(-1, 1),
     "tokens": Range(1, 2**16),
+    "tokens_per_second": Range(1e-6, 1e9),
     "top_k": Range(1, 2**22),
     "top_p": Range(0.000001, 1),
     "warmup": Range(0, 10**6),
@@ -94,6 +97,7 @@ RANGES = {
 }
 SPLITS = ("split", "train_split", "validation_split", "calibration_split")  # each names a folder
 VARIANTS = ("variant", "variants")
+TEXTS = ("question", "stop")  # may hold newlines and tabs
 INPUT_FILES = ("questions", "lexicon", "answers", "token_pairs", "events", "exit_adapters", "planted_acceptance")
 _DEVICE = re.compile(r"cpu|cuda(:(0|[1-9]\d{0,3}))?")
 
@@ -135,9 +139,9 @@ def validate_text(name: str, value: str | Path) -> None:
     """Check one text or path: not empty, no control characters, encodable, and a path that the file system accepts."""
     text = str(value)
     shown = repr(text[:300])
-    if not text.strip():
+    if not (text if name == "stop" else text.strip()):
         raise UserError(f"--{name} {shown}: wanted a {'path' if isinstance(value, Path) else 'text'}, got an empty one.")
-    if bad := re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]" if name == "question" else r"[\x00-\x1f\x7f\ud800-\udfff]", text):
+    if bad := re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]" if name in TEXTS else r"[\x00-\x1f\x7f\ud800-\udfff]", text):
         raise UserError(f"--{name} {shown}: the character {bad[0]!r} is not allowed here.")
     if name == "device" and not _DEVICE.fullmatch(text):
         raise UserError(f"--device {shown}: wanted cpu, cuda or cuda:<number>.")

@@ -85,7 +85,8 @@ def _decode(pair: SpeculativePair, prompts: Sequence[Prompts], together: bool) -
         n = len(prompts)
         ms = {stage: value / n for stage, value in batch.ms.items()}
         decoded = [
-            (ids, accepted, len(accepted), batch.total_ms / n, ms) for ids, accepted in zip(batch.token_ids, batch.accepted, strict=True)
+            (ids, _of_rounds(accepted, pair.cfg.max_new_tokens), len(accepted), batch.total_ms / n, ms)
+            for ids, accepted in zip(batch.token_ids, batch.accepted, strict=True)
         ]
     else:
         decoded = [(g.token_ids, [r.num_accepted for r in g.rounds], g.passes, g.total_ms, dict(g.ms)) for g in map(pair.decode, prompts)]
@@ -100,6 +101,12 @@ def _decode(pair: SpeculativePair, prompts: Sequence[Prompts], together: bool) -
             "ms": ms,
             "settings": settings,
         }
+
+
+def _of_rounds(accepted: list[int], max_new_tokens: int) -> list[int]:
+    """Of a text's passes, the accepted draft tokens of those that had room for draft tokens, which the very last may not have had."""
+    emitted_before = 1 + sum(n + 1 for n in accepted[:-1])
+    return accepted[:-1] if emitted_before == max_new_tokens - 1 else accepted
 
 
 def recorded_settings(cfg: DecodingConfig) -> dict[str, Any]:

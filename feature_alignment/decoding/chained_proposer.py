@@ -94,7 +94,7 @@ class ChainedProposer(Proposer):
                 buffer.copy_(new)  # a CUDA graph reads the buffers of the first prompt
         self._memory: Tensor | None = None  # [1, w], of the verified text
         self._num_read = 0  # tokens of that text
-        self._ahead: list[int] | Tensor = []  # draft tokens read after it
+        self._ahead: list[int] = []  # draft tokens read after it
         self._tip: Tensor  # [1, w], the memory after them
 
     @torch.inference_mode()
@@ -140,15 +140,13 @@ class ChainedProposer(Proposer):
     def _propose_until(self, num_tokens: int, confidence_floor: float) -> Draft:
         """Draft tokens of a greedy text on a CPU, where reading one is free: up to the floor, or to one that ends the text."""
         found = self._chain.draft(self._tip, self.event_context, num_tokens, confidence_floor > 0, self.selector.eos_ids, confidence_floor)
-        assert isinstance(self._ahead, list)
         self._tip = found.memory
         self._ahead += found.tokens[0, :-1].tolist()
         return self._drafted(found.tokens[0], found.hidden[0], found.confidence[0].tolist())
 
     def _propose_fixed(self, num_tokens: int) -> Draft:
         """Draft tokens of a greedy text, as many as asked for."""
-        token_ids, hidden, self._tip, _ = self._block(self._tip, self._zeros(num_tokens))
-        self._ahead = token_ids[:-1]
+        token_ids, hidden, _, _ = self._block(self._tip, self._zeros(num_tokens))  # the next round reads again what it follows
         return self._drafted(token_ids, hidden, [])
 
     def _propose_block(self, num_tokens: int, confidence_floor: float) -> Draft:
@@ -171,7 +169,6 @@ class ChainedProposer(Proposer):
 
     def _propose_one_by_one(self, emitted: Sequence[int], num_tokens: int, watch: Stopwatch, confidence_floor: float) -> Draft:
         """Draft tokens whose selection depends on the text, on random numbers or on the confidence so far."""
-        assert isinstance(self._ahead, list)
         text: list[int] = []
         selected: list[Selected] = []
         hidden: list[Tensor] = []
@@ -197,8 +194,7 @@ class ChainedProposer(Proposer):
             new = torch.tensor([emitted[self._num_read : n]], device=states.device)
             self._memory = self._tip = self._chain.read(states[None, self._num_read :], new, self._memory)[:, -1]
             self._num_read, self._ahead = n, []
-        following = list(emitted[n:])
-        ahead = self._ahead if isinstance(self._ahead, list) else self._ahead.tolist()
+        following, ahead = list(emitted[n:]), self._ahead
         if following[: len(ahead)] != ahead:
             assert self._memory is not None  # the target's prefill has emitted a token
             ahead, self._tip = [], self._memory

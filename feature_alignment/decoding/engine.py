@@ -288,6 +288,7 @@ class Speculation:
                 stop_reason=stop_reason,
                 confidence=None if confidence is None else list(confidence),
                 score=None if verification.score is None else verification.score.tolist(),
+                num_before_end=end if end < g else None,
             )
         )
 

@@ -25,6 +25,7 @@ class Round:
         stop_reason: why no more was drafted: "length", "EOS", "low confidence", "no candidate", or "off" for a step of plain decoding
         confidence: chance of each draft token to be accepted if all before it are, where the drafter computed it
         score: [g] what a lossy rule compared with its threshold; None for `token`
+        num_before_end: draft positions up to the end of the text, if it ended within them; None otherwise
     """
 
     proposed: list[int]
@@ -37,6 +38,7 @@ class Round:
     stop_reason: str
     confidence: list[float] | None = None
     score: list[float] | None = None
+    num_before_end: int | None = None
 
     @property
     def num_accepted(self) -> int:

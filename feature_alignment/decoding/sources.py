@@ -238,6 +238,13 @@ class Sources:
             return TableProposer(SEARCH_THE_QUESTION[name](texts, encode))
         return TableProposer(BASELINE_DRAFTERS[name](self.texts))
 
+    def stepping_drafter(self, name: str) -> Decoder | None:
+        """EventGPT where a drafter runs it for every draft token, so that each text needs a cache of its own; None for other drafters."""
+        name = self._hybrid_model if name == "hybrid" else name
+        if name == "own":
+            return self.full_draft
+        return self._pair.draft if name == "aligned" else None
+
     def _check_distribution(self, name: str) -> None:
         """Raise UserError for a drafter without a distribution over all token ids, which the rule `kl` compares."""
         if name not in ("own", "aligned", "chained"):

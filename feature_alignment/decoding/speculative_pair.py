@@ -9,6 +9,7 @@ print(pair.answer(events="e.npy", video="v.mp4", question="What is happening?").
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +201,9 @@ class SpeculativePair:
             raise ValueError(
                 f"a batch is decoded greedily, by tokens, at a fixed length; got {cfg.accept}, {cfg.temperature}, {cfg.adaptive}"
             )
+        stepping = self.sources.stepping_drafter(cfg.draft)
+        if stepping is not None and len(prompts) > 1:
+            stepping.use_steps("eager")  # captured steps hold one text at a time
         while len(self._proposers) < len(prompts):
             self._proposers.append(self.sources.open(cfg.draft))
         return speculate_batch(
@@ -269,11 +273,6 @@ def sample_of(events: Path | str, video: Path | str, question: str) -> Sample:
 
 
 def _words(settings: dict[str, Any]) -> list[str]:
-    """Settings as flags."""
-    words: list[str] = []
-    for name, value in settings.items():
-        if isinstance(value, list | tuple):
-            words += [f"--{name}", *map(str, value)]
-        else:
-            words.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
-    return words
+    """Settings as flags: texts and paths as they are, anything else as JSON."""
+    shown = {name: value if isinstance(value, str | Path) else json.dumps(value, default=str) for name, value in settings.items()}
+    return [f"--{name}={value}" for name, value in shown.items()]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from feature_alignment.cli.console import UserError
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.storage.files import config_hash, file_hash
 
@@ -46,6 +47,15 @@ def identify(samples: Sequence[Sample], parts: Sequence[Sequence[int]], manifest
             about = {"id": sample.id, "sequence": sample.sequence, "question": sample.question, "facts": sample.facts, "clip": files}
             entries.append({**about, "identity": {"row": row, "batch": f"{batch_hash}:{index}"}, "events": events})
     return entries
+
+
+def refuse_missing_clips(samples: Sequence[Sample]) -> None:
+    """Raise UserError if a sample's event file or video does not exist, before hours of work on the others."""
+    missing = [(s.id, path) for s in samples for path in (s.events, s.video) if not path.exists()]
+    if missing:
+        (name, path), others = missing[0], len(missing) - 1
+        more = f", nor {others} other files" if others else ""
+        raise UserError(f"sample {name}: nothing at {path}{more}. Put the clips there, or correct the manifest.")
 
 
 def _hash_of_readable(path: Path) -> str | None:

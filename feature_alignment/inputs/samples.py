@@ -67,6 +67,9 @@ class Sample:
             raise UserError(f"question {self.question[:60]!r}: {found[0]} is a special token; remove it from the question.")
         if not isinstance(self.answer, str | None) or not isinstance(self.facts, dict | None):
             raise UserError("wanted a text as answer and an object as facts, or null.")
+        for slot, value in (self.facts or {}).items():
+            if not isinstance(value, str | int | float):
+                raise UserError(f"facts: {slot} is {kind_of(value)}; wanted a text or a number for every fact.")
         if self.event_start_ms is not None and not 0 <= self.event_start_ms < math.inf:
             raise UserError(f"event_start_ms {self.event_start_ms}: wanted 0 or more.")
         if self.event_time_unit not in (None, *UNITS):
@@ -93,16 +96,21 @@ def read_samples(
     Raises:
         UserError: For anything missing or malformed.
     """
+    if not manifests:
+        raise UserError("no manifests, which a config names. Type --config FILE: configs/demo.yaml, or one of your own.")
     if split not in manifests:
-        raise UserError(f"no manifest for split {split!r}; the config's `manifests` has: {', '.join(sorted(manifests)) or 'none'}.")
+        raise UserError(f"no manifest for split {split!r}; the config's `manifests` has: {', '.join(sorted(manifests))}.")
     path = Path(manifests[split])
     if not path.is_file():
-        raise UserError(f"no manifest at {path}. For the embedded pair, create it with:\n  python -m feature_alignment.demo.scenes")
+        raise UserError(
+            f"no manifest at {path}, which the config names for split {split!r}. data/README.md describes one; for an embedded pair type\n"
+            "  python -m feature_alignment.demo.scenes\n  python -m feature_alignment.demo.language_scenes"
+        )
     if limit is not None and limit < 1:
         raise UserError(f"--limit wants a number of samples of at least 1, got {limit}.")
     samples = _from_rows(path, _numbered_rows(path), split)
     if not samples:
-        raise UserError(f"{path} is empty.")
+        raise UserError(f"{path} has no rows; wanted one JSON object a line with id, sequence, question, events and video.")
     if not allow_outside:
         _stay_inside(path, samples)
     if questions is not None:
@@ -157,7 +165,8 @@ def _from_rows(path: Path, rows: Sequence[tuple[str, Any]], split: str) -> list[
                 continue
             wanted = "id, event_data, mp4_data or video_data, conversations"
             sequence = _sequence_of(_text(row, "event_data"))
-            row_split = _SPLITS.get(row.get("split"), row.get("split") or split)
+            row_split = split if row.get("split") is None else _text(row, "split")
+            row_split = _SPLITS.get(row_split, row_split)
             if split_of.setdefault(sequence, row_split) != row_split:
                 raise UserError(
                     f"sequence {sequence!r} is in split {split_of[sequence]!r} and in {row_split!r}. Its clips "

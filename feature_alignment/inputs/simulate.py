@@ -8,7 +8,7 @@ frames; each time it has changed by the threshold C, the pixel fires an event an
                      level ──── before           after
                                 t0 ──────────────> t1
 
-    python -m feature_alignment.inputs.simulate video.mp4 events.npy --duration_ms 100
+    python -m feature_alignment.inputs.simulate video.mp4 events.npy --duration_ms 50
 
 There is no noise and no refractory time, and the video's gamma is kept, so the stream is cleaner than a camera's. Motion of more than about
 one pixel per frame leaves gaps between edges; use slow-motion video (100 frames per second or more).

@@ -90,6 +90,21 @@ def correct_drafts(drafts: Sequence[Sequence[int | None]], rows: Sequence[Row]) 
     return correct
 
 
+def own_draft_report(rows: Sequence[Row], num_draft_tokens: int, eos_ids: Collection[int]) -> DraftReport | None:
+    """Rates of EventGPT's own draft tokens on the target's text; None if they were not extracted.
+
+    Args:
+        rows: of a split; `egpt_drafts` ends at the last stored position, and no position after it counts
+        num_draft_tokens: draft length
+        eos_ids: token ids that end a text
+    """
+    if "egpt_drafts" not in rows[0]:
+        return None
+    drafts = [r["egpt_drafts"] for r in rows]
+    read = [{**r, "vl_tokens": r["vl_tokens"][: len(draft)]} for r, draft in zip(rows, drafts, strict=True)]
+    return verified(correct_drafts(drafts, read), read, num_draft_tokens, eos_ids)
+
+
 def baseline_drafter_reports(
     train: Sequence[Row],
     rows: Sequence[Row],

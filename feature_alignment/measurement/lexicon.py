@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from feature_alignment.cli.console import UserError
 
 Fact = tuple[str, str]  # (slot, value)
 Verdict = Literal["same", "synonym", "other_fact", "other_word"]
+Filled = TypeVar("Filled", bound=Sized)
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -73,8 +74,8 @@ class Lexicon:
             raise ValueError(f"unknown keys: {', '.join(unknown)}")
         phrases: dict[tuple[str, ...], Fact] = {}
         for slot, values in content["facts"].items():
-            for value, spelled in _mapping(values, f"facts.{slot}").items():
-                for phrase in _strings(spelled, f"facts.{slot}.{value}"):
+            for value, spelled in _filled(_mapping(values, f"facts.{slot}"), f"facts.{slot}").items():
+                for phrase in _filled(_strings(spelled, f"facts.{slot}.{value}"), f"facts.{slot}.{value}"):
                     words = tuple(_WORD.findall(phrase.lower()))
                     if not words or phrases.get(words, (slot, value)) != (slot, value):
                         raise ValueError(f"{phrase!r} of facts.{slot}.{value} has no word, or already states {phrases.get(words)}")
@@ -88,7 +89,10 @@ class Lexicon:
         if foreign := sorted((hidden | set(implied) | {s for others in implied.values() for s in others}) - slots):
             raise ValueError(f"slots without facts: {', '.join(foreign)}")
         ignored = []
-        for rule in content.get("ignored", []):
+        rules = content.get("ignored", [])
+        if not isinstance(rules, list):
+            raise ValueError(f"ignored is {type(rules).__name__}, expected a list")
+        for rule in rules:
             if not isinstance(rule, dict) or set(rule) != {"phrase", "where"}:
                 raise ValueError("each entry of `ignored` must have the keys phrase and where")
             try:
@@ -142,6 +146,12 @@ class Lexicon:
 def _mapping(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name} is {type(value).__name__}, expected an object")
+    return value
+
+
+def _filled(value: Filled, name: str) -> Filled:
+    if not value:
+        raise ValueError(f"{name} is empty")
     return value
 
 

@@ -52,24 +52,26 @@ def acceptance(report: AcceptanceReport, scores: Mapping[str, Scores], states: H
     """
     titles = {"adapter": "hidden adapter", "identity": "no adapter (identity)", "shuffled": "states of another clip (shuffled)"}
     shown = {title: scores[name] for name, title in titles.items() if name in scores}
-    cosine_histograms({k: (s.cosine[states.mask].numpy(), s.match[states.mask].numpy()) for k, s in shown.items()}, out)
+    of_positions = {k: (s.cosine[states.mask].numpy(), s.match[states.mask].numpy()) for k, s in shown.items()}
+    cosine_histograms(of_positions, report.positions, out)
     adapters: dict[str, AcceptanceReport | ChainReport] = {"hidden adapter": report}
     if report.chained:
         adapters["chained adapter"] = report.chained
-    reliability({name: r.reliability for name, r in adapters.items()}, out)
+    reliability({name: r.reliability for name, r in adapters.items()}, report.positions, out)
     accepted_lengths({name: r.accepted_lengths for name, r in adapters.items()}, out)
     acceptance_by_position(report.per_position, out)
     predictors: dict[str, Predictor] = {"hidden adapter": report}
     if report.plain:
         predictors["TASKS.md's recipe"] = report.plain
-    predictors_by_match({**predictors, **report.nulls, **report.chains}, report.num_draft_tokens, out)
+    predictors_by_match({**predictors, **report.nulls, **report.chains}, report.positions, report.num_draft_tokens, out)
 
 
-def cosine_histograms(found: Mapping[str, tuple[NDArray[np.float32], NDArray[np.bool_]]], out: Path) -> None:
+def cosine_histograms(found: Mapping[str, tuple[NDArray[np.float32], NDArray[np.bool_]]], positions: str, out: Path) -> None:
     """Draw a histogram of cosines for each predictor, split by token match.
 
     Args:
         found: predictor -> cosine [p] float32 and token match [p] bool
+        positions: what was measured, for the title
         out: directory
     """
     figure, axes = plt.subplots(len(found), 1, figsize=(8, 2.4 * len(found) + 0.6), layout="constrained", sharex=True, squeeze=False)
@@ -81,29 +83,32 @@ def cosine_histograms(found: Mapping[str, tuple[NDArray[np.float32], NDArray[np.
     axes[0, 0].legend()
     axes[-1, 0].set(xlabel="cosine with Video-LLaVA's hidden state")
     n = len(next(iter(found.values()))[0])
-    figure.suptitle(f"Does a high cosine mean the same token? {n:,} test positions, same prefix", fontsize=11)
+    figure.suptitle(f"Does a high cosine mean the same token? {n:,} {positions}", fontsize=11)
     save(figure, out / "cosine_histogram.png")
 
 
-def reliability(found: Mapping[str, Sequence[ReliabilityBin]], out: Path) -> None:
+def reliability(found: Mapping[str, Sequence[ReliabilityBin]], positions: str, out: Path) -> None:
     """Draw token match by cosine.
 
     Args:
         found: adapter -> bins
+        positions: what was measured, for the title
         out: directory
     """
     figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
     for (name, rows), color in zip(found.items(), (BLUE, GREEN), strict=False):
         n = np.array([r.n for r in rows])
         x, y = np.array([r.cosine for r in rows]), np.array([r.token_match for r in rows])
-        half = 1.96 * np.sqrt(y * (1 - y) / n)
-        axis.errorbar(x, y, half, color=color, marker="o", markersize=3, linewidth=1, label=f"{name}: at this cosine, n = {n.sum():,}")
+        error = np.abs(np.array([r.ci95 or (r.token_match,) * 2 for r in rows]) - y[:, None]).T
+        axis.errorbar(
+            x, y, np.nan_to_num(error), color=color, marker="o", markersize=3, linewidth=1, label=f"{name}: at this cosine, n = {n.sum():,}"
+        )
         axis.plot(x, [r.token_match_above for r in rows], "--", color=color, label=f"{name}: at this cosine and above")
     axis.set(
         xlabel="cosine with Video-LLaVA's hidden state",
         ylabel="share with Video-LLaVA's token",
         ylim=(0, 1.02),
-        title="Token match by cosine: test positions, same prefix, 20 bins of equal count",
+        title=f"Token match by cosine: {positions}, 20 bins of equal count",
     )
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
@@ -153,11 +158,12 @@ def acceptance_by_position(rows: Sequence[PositionRates], out: Path) -> None:
     save(figure, out / "acceptance_by_position.png")
 
 
-def predictors_by_match(found: Mapping[str, Predictor], num_draft_tokens: int, out: Path) -> None:
+def predictors_by_match(found: Mapping[str, Predictor], positions: str, num_draft_tokens: int, out: Path) -> None:
     """Draw cosine, token match and tokens per pass of every predictor.
 
     Args:
         found: predictor -> its report
+        positions: what was measured
         num_draft_tokens: draft length of the tokens per pass
         out: directory
     """
@@ -175,7 +181,7 @@ def predictors_by_match(found: Mapping[str, Predictor], num_draft_tokens: int, o
     n = next(iter(found.values())).cosine.total
     axis.set(
         xlim=(min(0, axis.get_xlim()[0]), 1.14),
-        xlabel=f"{n:,.0f} test positions, bars: 95 % intervals by clip; right: tokens per pass at draft length {num_draft_tokens}",
+        xlabel=f"{n:,.0f} {positions}; bars: 95 % intervals by clip; right: tokens per pass at draft length {num_draft_tokens}",
     )
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     save(figure, out / "predictors.png")
@@ -206,7 +212,5 @@ def threshold_sweep(found: Mapping[str, Sequence[ThresholdCounts]], out: Path) -
         )
     axes[0, 0].set_ylabel("accepted share of draft tokens")
     axes[0, -1].legend(loc="upper right", fontsize=8)
-    figure.suptitle(
-        "Draft tokens accepted by a cosine threshold: test positions, target's own text as prefix, judged by the lexicon", fontsize=11
-    )
+    figure.suptitle("Draft tokens accepted by a cosine threshold, target's own text as prefix, judged by the lexicon", fontsize=11)
     save(figure, out / "threshold_sweep.png")

@@ -69,12 +69,14 @@ class ReliabilityBin(Record):
         n: number of positions
         token_match: share of positions in this range with the target's token
         token_match_above: share of positions in this range and above with the target's token
+        ci95: interval of `token_match`; files of earlier versions have none
     """
 
     cosine: float
     n: int
     token_match: float
     token_match_above: float
+    ci95: tuple[float, float] | None = field(default=None, metadata=OMIT_IF_NONE)
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,12 @@ class AcceptanceReport(Record):
     num_draft_tokens: int
     calibration: Certificate | None
     chains: dict[str, ChainReport]
+
+    @property
+    def positions(self) -> str:
+        """The measured positions in words, e.g. "test positions, same prefix"."""
+        prefix = "same prefix" if self.meta["prefix"] == "verifier" else f"prefix: {self.meta['prefix']}"
+        return f"{self.meta['split']} positions, {prefix}"
 
     @property
     def chained(self) -> ChainReport | None:

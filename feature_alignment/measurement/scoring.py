@@ -137,12 +137,20 @@ def null_predictors(train: HiddenStates, validation: HiddenStates, test: HiddenS
 
 
 def shuffled_pairs(test: HiddenStates, device: str) -> dict[str, Fitted]:
-    """The control that predicts the target's state at the same position of another clip; empty if the split has one clip only."""
+    """The control that predicts the target's state at the same position of another clip, or its last one where that text is shorter.
+
+    Empty if the split has one clip only.
+    """
     partners = other_clip(test)
     if partners is None:
         return {}
     partner = torch.tensor(partners)
-    return {"shuffled": Fitted(lambda some: test.target[partner[some.rows], some.at].float().to(device))}
+
+    def predict(some: Positions) -> Tensor:
+        rows = partner[some.rows]
+        return test.target[rows, torch.minimum(some.at, test.lengths[rows] - 1)].float().to(device)
+
+    return {"shuffled": Fitted(predict)}
 
 
 def other_clip(states: HiddenStates) -> list[int] | None:
@@ -268,23 +276,25 @@ def accepted_lengths(match: Tensor, states: HiddenStates, num_draft_tokens: int)
     return lengths
 
 
-def reliability(scores: Scores, valid: Tensor, bins: int = 20) -> list[ReliabilityBin]:
+def reliability(scores: Scores, valid: Tensor, clips: Sequence[str], bins: int = 20) -> list[ReliabilityBin]:
     """Token match in ranges of the cosine that hold the same number of positions.
 
     Args:
         scores: of one predictor
         valid: bool, same shape
+        clips: clip of each row
         bins: number of ranges; fewer if there are fewer positions
     """
-    cosine, match = scores.cosine[valid], scores.match[valid].double()
+    cosine, match, row = scores.cosine[valid], scores.match[valid].double(), valid.nonzero()[:, 0]
     order = cosine.argsort()
-    cosine, match = cosine[order], match[order]
+    cosine, match, row = cosine[order], match[order], row[order]
     above = match.flip(0).cumsum(0).flip(0) / torch.arange(len(match), 0, -1)
-    edges = torch.linspace(0, len(order), bins + 1).long().unique()
-    return [
-        ReliabilityBin(float(cosine[a:b].mean()), int(b - a), float(match[a:b].mean()), float(above[a]))
-        for a, b in pairwise(edges.tolist())
-    ]
+    found = []
+    for a, b in pairwise(torch.linspace(0, len(order), bins + 1).long().unique().tolist()):
+        hits, total = (torch.bincount(row[a:b], x, len(clips)).numpy() for x in (match[a:b], torch.ones(b - a, dtype=torch.float64)))
+        rate = metrics.Counts(hits, total).rate(clips)
+        found.append(ReliabilityBin(float(cosine[a:b].mean()), b - a, rate.value, float(above[a]), rate.ci95))
+    return found
 
 
 def per_position(scores: Scores, states: HiddenStates) -> list[PositionRates]:

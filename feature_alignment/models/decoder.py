@@ -115,7 +115,7 @@ class Decoder:
         """Use only the first `rows` ids of the head, so that no mode emits ids for which the drafter has no embedding."""
         self.vocab_size = rows
         if self._packed_head is not None:
-            self._packed_head = packed_product(self.head_weight)
+            self._packed_head = packed_product(self.head_weight, is_mixed=self.linear.kind == "mixed")
 
     def use_steps(self, steps: StepsSetting) -> None:
         """Choose how steps run from the next prompt on.
@@ -142,22 +142,23 @@ class Decoder:
             self._set_linear(best_cpu_linear(self.llama, self._lm_head if self.has_own_head else None))
         return self.linear
 
-    def pack_linear(self, in_bfloat16: bool = False) -> None:
+    def pack_linear(self, in_bfloat16: bool = False, is_mixed: bool = False) -> None:
         """Run the linear layers over packed weights wherever they can be packed, without a trial, so that every process does the same.
 
         Args:
             in_bfloat16: Multiply in bfloat16 where the CPU has instructions for it, the LM head excepted; numbers stay float32 between.
+            is_mixed: One token goes through torch's own product.
         """
         if self.linear.kind == "torch" and unsupported(self.llama) is None:
-            pack(self.llama, in_bfloat16 and multiplies_bfloat16())
-            self._set_linear(LinearChoice("packed", "asked for", {}, {}))
+            pack(self.llama, in_bfloat16 and multiplies_bfloat16(), is_mixed)
+            self._set_linear(LinearChoice("mixed" if is_mixed else "packed", "asked for", {}, {}))
 
     def _set_linear(self, choice: LinearChoice) -> None:
         self.linear = choice
-        if choice.kind == "packed" and self.has_own_head:
-            self._packed_head = packed_product(self.head_weight)
+        if choice.kind != "torch" and self.has_own_head:
+            self._packed_head = packed_product(self.head_weight, is_mixed=choice.kind == "mixed")
             if self.full_model is not None:  # so that transformers' own `generate` runs the same products
-                pack(self.full_model)
+                pack(self.full_model, is_mixed=choice.kind == "mixed")
 
     @property
     def head_weight(self) -> Tensor:

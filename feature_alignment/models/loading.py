@@ -168,7 +168,8 @@ def load_model(
             raise UserError(
                 "--random_weights and --quantize cannot be combined: random weights are not quantized. Remove one of the two flags."
             )
-        log.warning("%s has RANDOM WEIGHTS at the geometry of %s: only its speed and memory are meaningful.", model_name, path)
+        if device != "meta":
+            log.warning("%s has RANDOM WEIGHTS at the geometry of %s: only its speed and memory are meaningful.", model_name, path)
         torch.manual_seed(seed)
         try:
             config = config or cls.config_class.from_pretrained(str(path))

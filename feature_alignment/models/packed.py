@@ -1,12 +1,13 @@
 """Linear layers whose weights are packed once for oneDNN: on a CPU, verifying several tokens then costs about as much as one step.
 
 torch's own float32 product reads a weight in the layout of its file, whatever the number of tokens. oneDNN reads a copy in blocks
-that fit its kernels. The operators that make and use this copy are internal to torch (inductor's freezing uses them); the public
+that fit its kernels. Where memory is slow, its product of one token may take longer than torch's; then torch's stays for one token, and
+the copy is for several. The operators that make and use this copy are internal to torch (inductor's freezing uses them); the public
 `torch.utils.mkldnn.to_mkldnn` keeps the layout of the file and is slower. Where the operators are missing or do not pay, torch's
 own product stays.
 
-A product of packed weights may differ from torch's in the last bit, so a model is packed as a whole and before anything is decoded:
-plain decoding, verification and all drafters then run the same products.
+A product of packed weights may differ from torch's in the last bit, as torch's own products of one and of several tokens may. A model is
+packed as a whole and before anything is decoded: plain decoding, verification and all drafters then choose among the same products.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ class LinearChoice:
     """Which product a model's linear layers run, and the trial that decided it.
 
     Attributes:
-        kind: torch = torch's own product; packed = oneDNN's, over packed weights
+        kind: torch = torch's own product; packed = oneDNN's, over packed weights; mixed = torch's for one token, oneDNN's for several
         reason: why it was chosen
         torch_ms, packed_ms: number of tokens -> milliseconds of the linear layers of the trial; empty without a trial
     """
 
-    kind: Literal["torch", "packed"]
+    kind: Literal["torch", "packed", "mixed"]
     reason: str
     torch_ms: dict[str, float]
     packed_ms: dict[str, float]
@@ -52,24 +53,27 @@ class LinearChoice:
 class PackedLinear(nn.Module):
     """A linear layer over packed weights. `weight` and `bias` stay the original parameters, so checkpoints and ties are unchanged."""
 
-    def __init__(self, linear: nn.Linear, in_bfloat16: bool = False) -> None:
+    def __init__(self, linear: nn.Linear, in_bfloat16: bool = False, is_mixed: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self._product = packed_product(linear.weight, linear.bias, in_bfloat16)
+        self._product = packed_product(linear.weight, linear.bias, in_bfloat16, is_mixed)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [.., in] to [.., out]."""
         return self._product(x)
 
 
-def packed_product(weight: Tensor, bias: Tensor | None = None, in_bfloat16: bool = False) -> Callable[[Tensor], Tensor]:
+def packed_product(
+    weight: Tensor, bias: Tensor | None = None, in_bfloat16: bool = False, is_mixed: bool = False
+) -> Callable[[Tensor], Tensor]:
     """The product x W^T + b over a packed copy of W.
 
     Args:
         weight: [out, in], on a CPU
         bias: [out]
         in_bfloat16: round x, W and b to bfloat16 for the product
+        is_mixed: one token goes through torch's own product
 
     Returns:
         A function from [..., in] to [..., out], in the weight's dtype.
@@ -79,6 +83,9 @@ def packed_product(weight: Tensor, bias: Tensor | None = None, in_bfloat16: bool
     """
     product, dtype = torch.ops.mkldnn._linear_pointwise, torch.bfloat16 if in_bfloat16 else weight.dtype
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), LAYOUT_TOKENS)
+    if is_mixed:
+        one, own = weight.shape[1], nn.functional.linear
+        return lambda x: own(x, weight, bias) if x.numel() == one else product(x, packed, bias, "none", [], "")
     if dtype == weight.dtype:
         return lambda x: product(x, packed, bias, "none", [], "")
     rounded = None if bias is None else bias.detach().to(dtype)
@@ -116,14 +123,14 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]
                 yield module, name, child
 
 
-def pack(model: nn.Module, in_bfloat16: bool = False) -> None:
-    """Replace the linear layers of a model, in place."""
+def pack(model: nn.Module, in_bfloat16: bool = False, is_mixed: bool = False) -> None:
+    """Replace the linear layers of a model, in place; arguments as in `packed_product`."""
     for module, name, linear in linear_layers(model):
-        setattr(module, name, PackedLinear(linear, in_bfloat16))
+        setattr(module, name, PackedLinear(linear, in_bfloat16, is_mixed))
 
 
 def best_cpu_linear(model: nn.Module, head: nn.Linear | None = None) -> LinearChoice:
-    """Pack a model's linear layers if that is faster on this machine, by a trial of about a second.
+    """Pack a model's linear layers if that is clearly faster on this machine, by a trial of about a second.
 
     Args:
         model: the text decoder; its layers are replaced in place if packing wins
@@ -148,9 +155,14 @@ def best_cpu_linear(model: nn.Module, head: nn.Linear | None = None) -> LinearCh
         torch_ms, packed_ms = _milliseconds(tried, packed)
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         return LinearChoice("torch", f"packing failed: {str(error).splitlines()[0][:200]}", {}, {})
-    if sum(packed_ms.values()) > WORTHWHILE * sum(torch_ms.values()):
-        return LinearChoice("torch", "packed weights are not faster here", torch_ms, packed_ms)
-    pack(model)
+    one, several = map(str, TOKENS)
+    is_faster = packed_ms[several] <= WORTHWHILE * torch_ms[several] or sum(packed_ms.values()) <= WORTHWHILE * sum(torch_ms.values())
+    is_mixed = torch_ms[one] < packed_ms[one]
+    if not is_faster:
+        return LinearChoice("torch", "packed weights are not clearly faster here", torch_ms, packed_ms)
+    pack(model, is_mixed=is_mixed)
+    if is_mixed:
+        return LinearChoice("mixed", "packed weights are faster here for several tokens, torch's own product for one", torch_ms, packed_ms)
     return LinearChoice("packed", "packed weights are faster here", torch_ms, packed_ms)
 
 

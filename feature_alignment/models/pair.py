@@ -74,8 +74,8 @@ class Pair:
     def _adapted(self, draft: Decoder) -> Decoder:
         draft.restrict_vocabulary(self.target.vocab_size)
         draft.use_steps(self.draft.steps)
-        if self.draft.linear.kind == "packed":
-            draft.pack_linear()
+        if self.draft.linear.kind != "torch":
+            draft.pack_linear(is_mixed=self.draft.linear.kind == "mixed")
         return draft
 
 

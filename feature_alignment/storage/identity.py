@@ -41,7 +41,7 @@ SCHEMA = 5  # version of the recorded identity; files of older versions are not 
 RECORDED_AND_CURRENT = "{}: {} recorded, {} now"
 PACKAGE = "feature_alignment"
 RECORDS_ONLY = {
-    *("cli.advice", "cli.config", "cli.console", "cli.ranges"),
+    *("cli.advice", "cli.config", "cli.config_file", "cli.console", "cli.ranges"),
     *("storage.artifacts", "storage.identity", "storage.processes", "storage.verification"),
 }
 # Settings that name paths, whose contents are hashed instead, and settings that change how a script runs but not its result
@@ -119,8 +119,10 @@ class RunIdentity:
 def _differing(old: Any, new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     old = old if isinstance(old, Mapping) else {}
     for key in sorted({*old, *new}):
-        if (old.get(key) or None) != (new.get(key) or None):  # a setting that an earlier version did not have was off
-            yield key, old.get(key), new.get(key)
+        before, now = old.get(key), new.get(key)
+        is_in_both = key in old and key in new  # otherwise an earlier version did not have this setting, which was off
+        if before != now and (is_in_both or before or now):
+            yield key, before, now
 
 
 def identity_of(stage: str, cfg: Common, made_from: Sources, *, timed: bool = False, without: Sequence[str] = ()) -> RunIdentity:

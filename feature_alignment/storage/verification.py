@@ -60,7 +60,7 @@ def verify(out: Path) -> tuple[list[Finding], Counter[str]]:
     run.follow()
     for path in sorted(out.rglob("*")):
         if path.is_dir() and path.name.endswith(".unfinished"):
-            run.find("unfinished", path, "the command that made it goes on")
+            run.find("unfinished", path, "type the command that made it again")
         elif path.name.startswith(".") and ".tmp" in path.name:
             run.find("left over", path, "of a run that was killed")
     if not records and not run.findings:
@@ -92,7 +92,7 @@ class _Run:
             self.find("altered", path, "no JSON, or not what its own hash is of (an older version wrote none)")
             return
         if path.name.endswith(".meta.json") and not content.get("files"):  # of a file of answers
-            self.find("unfinished", path, "the command that made it goes on")
+            self.find("unfinished", path, "type the command that made it again")
         for name, wanted in content.get("files", {}).items():
             self.compare(path.parent / name, wanted, f"not the file that {path.name} describes")
         meta = content.get("meta", content)
