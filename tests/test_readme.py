@@ -138,7 +138,7 @@ def test_each_flag_is_known():
     for name in (*SCRIPTS, "models.pair", "adapters.share", "benchmark.plan"):
         import_module(f"feature_alignment.{name}")
     kinds, known = [Common], {"help", "print_config", "config", "no_resume", "splits"}
-    known |= {"modules", "sample", "language"}  # of tests.mutate and of tests/benchmarks/readme.py
+    known |= {"modules", "sample", "language", "duration_ms"}  # of tests.mutate, tests/benchmarks/readme.py and inputs.simulate
     while kinds:
         kind = kinds.pop()
         kinds += kind.__subclasses__()

@@ -95,10 +95,10 @@ def agreement(outputs: Path) -> dict[str, object]:
             tokens, gap = way.draft(texts, n)
             drafted[name].append(tokens)
             gaps += [gap] if name == REFERENCE else []
-    tokens = {name: torch.cat(found) for name, found in drafted.items()}
+    every = {name: torch.cat(found) for name, found in drafted.items()}
     wanted, gap = torch.cat(real), torch.cat(gaps)
-    pairs = {f"{a} | {b}": same_tokens(tokens[a], tokens[b], gap) for a, b in itertools.combinations(ways, 2)}
-    accepted = {name: same_tokens(found, wanted, gap)["share"] for name, found in tokens.items()}
+    pairs = {f"{a} | {b}": same_tokens(every[a], every[b], gap) for a, b in itertools.combinations(ways, 2)}
+    accepted = {name: same_tokens(found, wanted, gap)["share"] for name, found in every.items()}
     return {"positions": len(wanted), "draft_tokens_per_position": STEPS, "pairs": pairs, "acceptance_rate": accepted}
 
 

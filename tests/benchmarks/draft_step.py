@@ -20,6 +20,7 @@ from torch import Tensor
 from feature_alignment.adapters.chained import ChainedAdapter, EventKeyValues, load_chained_adapter, text_batches
 from feature_alignment.adapters.folded import FoldedChain
 from feature_alignment.cli.console import print_json_line, print_table, run
+from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.storage.files import load_pt
 from feature_alignment.storage.hidden_states import load_hidden_states
 
@@ -148,6 +149,7 @@ def live(outputs: Path, config: Path, prompts: int) -> dict[str, float]:
     cfg = parse_config(BenchmarkConfig, argv, "benchmark_feature_sd")
     pair = load_pair(cfg)
     proposer = Sources(pair, cfg).open("chained")
+    assert isinstance(proposer, ChainedProposer)
     samples = read_samples(cfg.manifests, "test")[:: max(1, 64 // prompts)][:prompts]
     ready = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]
     spent = drafted = own = own_drafted = 0.0

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/packed_linear.py --config configs/language.yaml --split test --limit 40
 
-Torch's own products and packed ones in turn, one thread. Every difference of texts is counted and its logit gap is printed.
+Torch's own products, packed ones, and torch's for one token with packed ones for several, in turn, one thread. Every difference of texts
+is counted and its logit gap is printed.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ def first_difference(model: Decoder, prompt: Prompt, a: list[int], b: list[int])
 def main() -> None:
     cfg = parse_config(PackedConfig, sys.argv[1:], "packed_linear")
     torch.set_num_threads(cfg.threads or 1)
-    models = {"torch": load_target(cfg), "packed": load_target(cfg)}
+    models = {kind: load_target(cfg) for kind in ("torch", "packed", "mixed")}
     models["packed"].pack_linear()
+    models["mixed"].pack_linear(is_mixed=True)
     choice = load_target(cfg).choose_linear()
     samples = read_samples(cfg.manifests, cfg.split, cfg.limit, cfg.questions, cfg.allow_outside)
     prompts = [models["torch"].prepare(sample) for sample in samples]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,18 +25,20 @@ from feature_alignment.decoding.sources import Sources
 from feature_alignment.feature_sd_inference import InferenceConfig
 from feature_alignment.inputs.samples import read_samples
 from feature_alignment.measurement import scoring
+from feature_alignment.measurement.reports import PredictorRates
 from feature_alignment.models.pair import load_pair
 from feature_alignment.storage.files import load_pt
 from feature_alignment.storage.hidden_states import load_hidden_states
 
 
-def offline(folder: Path, sources: Sources, drafts: int, ids: set[str] | None = None) -> dict[str, dict[str, Any]]:
+def offline(folder: Path, sources: Sources, drafts: int, ids: set[str] | None = None) -> dict[str, PredictorRates]:
     """Rates of the hidden and the chained adapter on one folder of states; ids: of these samples only."""
     states = load_hidden_states(folder, events=True)
     if ids is not None:
         rows = [i for i, r in enumerate(states.rows) if r["id"] in ids]
-        tensors = ("draft", "target", "token_ids", "mask", "lengths", "events")
-        states = dataclasses.replace(states, rows=[states.rows[i] for i in rows], **{k: getattr(states, k)[rows] for k in tensors})
+        some = {k: getattr(states, k)[rows] for k in ("draft", "target", "token_ids", "mask", "lengths")}
+        some |= {"events": states.events_of(torch.tensor(rows)), "clip_index": None}
+        states = dataclasses.replace(states, rows=[states.rows[i] for i in rows], **some)
     head, embeddings = (load_pt(folder.parent / f"{name}.pt", "extraction").float() for name in ("vl_lm_head", "vl_embeddings"))
     hidden = scoring.score({"hidden": lambda some: sources.adapter(some.draft)}, states, head)["hidden"]
     chained, valid = scoring.chain_scores(sources.chained_adapter, states, head, embeddings, drafts)

@@ -67,7 +67,8 @@ def write_states(folder: Path, rows: int, longest: int, ragged: bool) -> HiddenS
     mask = torch.arange(longest) < lengths[:, None]
     loaded = [torch.load(folder / name, mmap=True, weights_only=True) for name in files]
     about = [{"id": str(i), "sequence": str(i // 10), "question": f"q{i % 10}"} for i in range(rows)]
-    return HiddenStates(*loaded, torch.zeros(rows, longest, dtype=torch.int64), mask, lengths, about, {})
+    draft, target = loaded
+    return HiddenStates(draft, target, torch.zeros(rows, longest, dtype=torch.int64), mask, lengths, about, {})
 
 
 def matmul_rate(size: int = 2048) -> float:
