@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from feature_alignment.cli.config_file import SCRIPTS
+from feature_alignment.cli.config import SCRIPTS
 from feature_alignment.models import packed
 from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.preprocessing import load_tokenizer

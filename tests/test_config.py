@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, main_of
 
-from feature_alignment.cli.config import Common, parse_config
-from feature_alignment.cli.config_file import SCRIPTS
+from feature_alignment.cli.config import SCRIPTS, Common, parse_config
 from feature_alignment.cli.console import TABLE_WIDTH, UserError, print_table
 from feature_alignment.cli.ranges import INPUT_FILES, RANGES, SPLITS
 

@@ -23,7 +23,7 @@ from conftest import ROOT, fork, main_of
 from test_mutations import numbers, tree
 
 from feature_alignment.cli import console
-from feature_alignment.cli.config_file import SCRIPTS
+from feature_alignment.cli.config import SCRIPTS
 from feature_alignment.cli.console import UserError
 from feature_alignment.storage import files, hidden_states, verification
 from feature_alignment.storage.files import atomic_write

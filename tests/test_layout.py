@@ -8,7 +8,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from feature_alignment.cli.config_file import SCRIPTS
+from feature_alignment.cli.config import SCRIPTS
 
 PACKAGE = ROOT / "feature_alignment"
 # A wing may import from itself and from those before it. The scripts, and the demo, are imported by nobody.

@@ -17,8 +17,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import VideoLlavaForConditionalGeneration
 
-from feature_alignment.cli.config import Common, parse_config
-from feature_alignment.cli.config_file import SCRIPTS
+from feature_alignment.cli.config import SCRIPTS, Common, parse_config
 from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.sources import Sources
 from feature_alignment.inputs.samples import read_samples

@@ -23,8 +23,7 @@ import torch
 from conftest import ROOT
 
 from feature_alignment.cli import ranges
-from feature_alignment.cli.config import Common
-from feature_alignment.cli.config_file import SCRIPTS
+from feature_alignment.cli.config import SCRIPTS, Common
 from feature_alignment.cli.console import UserError
 from feature_alignment.demo import scenes
 

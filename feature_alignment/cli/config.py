@@ -21,6 +21,15 @@ from feature_alignment.cli.advice import use_config
 from feature_alignment.cli.console import UserError, set_quiet
 from feature_alignment.cli.ranges import validate
 
+SCRIPTS = (
+    "extract_hidden_states",
+    "hidden_adapter",
+    "train_hidden_adapter",
+    "measure_feature_acceptance",
+    "compare_token_baseline",
+    "feature_sd_inference",
+    "benchmark_feature_sd",
+)
 _ALIASES = {"gamma": "num_draft_tokens", "gammas": "num_draft_tokens", "max_samples": "limit"}
 T = TypeVar("T", bound="Common")
 Steps = Literal["eager", "graphs", "compiled"]

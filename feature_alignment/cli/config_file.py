@@ -7,20 +7,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from feature_alignment.cli.config import Common
+from feature_alignment.cli.config import SCRIPTS, Common
 from feature_alignment.cli.console import UserError
 from feature_alignment.cli.ranges import validate_text
 from feature_alignment.cli.text_files import read_text
 
-SCRIPTS = (
-    "extract_hidden_states",
-    "hidden_adapter",
-    "train_hidden_adapter",
-    "measure_feature_acceptance",
-    "compare_token_baseline",
-    "feature_sd_inference",
-    "benchmark_feature_sd",
-)
 _LONGEST = 100_000  # characters
 
 
