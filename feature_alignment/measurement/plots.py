@@ -181,7 +181,7 @@ def predictors_by_match(found: Mapping[str, Predictor], positions: str, num_draf
     n = next(iter(found.values())).cosine.total
     axis.set(
         xlim=(min(0, axis.get_xlim()[0]), 1.14),
-        xlabel=f"{n:,.0f} {positions}; bars: 95 % intervals by clip; right: tokens per pass at draft length {num_draft_tokens}",
+        xlabel=f"{n:,.0f} {positions}\nbars: 95 % intervals by clip; right: tokens per pass at draft length {num_draft_tokens}",
     )
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     save(figure, out / "predictors.png")
