@@ -96,11 +96,11 @@ def refuse_combinations(cfg: InferenceConfig) -> None:
     if cfg.draft == "previous" and (cfg.shard or cfg.batch_size > 1):
         raise UserError("--draft previous drafts from the answer before, so samples are answered in order: no --shard, no --batch_size.")
     if cfg.batch_size > 1:
-        modes = {"--accept": cfg.accept != "token", "--temperature": cfg.temperature, "--adaptive": cfg.adaptive, "--overlap": cfg.overlap}
+        modes = {"--accept": cfg.accept != "token", "--temperature": cfg.temperature, "--adaptive": cfg.adaptive}
         if given := [flag for flag, value in modes.items() if value]:
             raise UserError(
                 f"--batch_size {cfg.batch_size} and {', '.join(given)}: batches are decoded greedily by the token rule, at a fixed draft "
-                f"length and without overlap. Leave out {', '.join(given)}, or pass --batch_size 1."
+                f"length. Leave out {', '.join(given)}, or pass --batch_size 1."
             )
 
 

@@ -16,7 +16,7 @@ from conftest import ROOT, as_decoder, main_of, noisy_copy, prompt_of, tiny_llam
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
 from feature_alignment.benchmark import fidelity, planted_report, report, speed_model, targets, timing
-from feature_alignment.benchmark.chain_loop import ChainLoop, DraftedRound
+from feature_alignment.benchmark.chain_loop import ChainLoop, DraftedRound, tokens_read
 from feature_alignment.benchmark.compare import compare
 from feature_alignment.benchmark.costs import LoopCosts
 from feature_alignment.benchmark.results import BenchmarkReport, BenchmarkRow, PlantedReport
@@ -199,34 +199,49 @@ def chained_proposer(target):
 def test_the_cost_of_a_draft_beyond_that_of_its_loop_has_a_part_per_round_and_a_part_per_draft():
     """0.2 ms a draft alone; live 0.5 ms a round and 0.01 ms a draft more; the last round counts two of its eight drafts."""
     loop, lengths = ChainLoop(), [3, 3, 5, 8, 8]
-    loop.rounds = [DraftedRound(n, n, 0.5 + 0.21 * n, 0.2 * n) for n in lengths[:-1]] + [DraftedRound(8, 2, 0.5 + 0.21 * 8, 1.6)]
+    loop.rounds = [DraftedRound(n, n, 0.5 + 0.21 * n, 0.2 * n, 0.3) for n in lengths[:-1]] + [DraftedRound(8, 2, 0.5 + 0.21 * 8, 1.6, 0.3)]
     found = loop.costs(4.0)
     assert found.alone == pytest.approx(0.2 * 27 / 21 / 4)
     assert found.live == pytest.approx((5 * 0.5 + 0.21 * 27) / 21 / 4)
+    assert found.reading == pytest.approx(5 * 0.3 / 21 / 4)
     assert found.once == pytest.approx(5 * 0.5 / 21 / 4)
     loop.rounds = loop.rounds[:2]
     assert loop.costs(4.0).once is None, "one draft length does not tell the two parts apart"
-    assert ChainLoop().costs(4.0) == (None, None, None)
+    assert ChainLoop().costs(4.0) == (None,) * 4
 
 
-def test_the_loop_repeats_the_draft_lengths_of_the_run_and_leaves_the_run_as_it_is():
+def test_the_loop_repeats_the_rounds_of_the_run_and_leaves_the_run_as_it_is():
     target, prompt = as_decoder(tiny_llama(0)), prompt_of(1, 5, 9)
-    proposer, loop, asked = chained_proposer(target), ChainLoop(), []
+    proposer, loop, asked, found = chained_proposer(target), ChainLoop(), [], []
 
     def answer(i):
         return speculate(target, proposer, prompt, prompt, num_draft_tokens=4, max_new_tokens=12)
 
-    alone, redraft = answer(0), proposer.redraft
+    read, counted = proposer._chain.read, []
+    proposer._chain.read = lambda states, *more: counted.append(states.shape[1]) or read(states, *more)
+    alone, redraft, reread = answer(0), proposer.redraft, proposer.reread
     proposer.redraft = lambda length: asked.append(length) or redraft(length)
+    proposer.reread = lambda number: found.append(number) or reread(number)
+    live = counted.copy()
     got = loop.after(answer, proposer, 4)(0)
     assert got.token_ids == alone.token_ids and [r.proposed for r in got.rounds] == [r.proposed for r in alone.rounds]
     assert len(redraft(3)) == 3
     drafted = [r for r in got.rounds if r.proposed]
     lengths = [len(r.proposed) for r in drafted]
     assert asked == [lengths[0], *lengths] and [r.length for r in loop.rounds] == lengths
+    assert found == [live[0], *live] and counted == [*live, *live, *found] and reread(3).shape == (1, 8)
+    assert min(r.reading_ms for r in loop.rounds) > 0
     assert [r.live_ms for r in loop.rounds] == [sum(r.ms.get(stage, 0) for stage in DRAFT_STAGES) for r in drafted]
     assert min(r.alone_ms for r in loop.rounds) > 0
     assert loop.after(answer, ModelProposer(as_decoder(tiny_llama(1)), None, None), 4) is answer
+
+
+def test_what_a_round_reads_is_what_was_emitted_since_the_last_one_that_drafted():
+    def of(proposed, accepted, recomputed=False):
+        return Round([5] * proposed, [5] * proposed, [True] * accepted + [False] * (proposed - accepted), None, 7, recomputed, {}, "length")
+
+    assert tokens_read([of(4, 2), of(0, 0), of(0, 0), of(3, 3), of(4, 1, recomputed=True), of(2, 0)]) == [1, 5, 4, 5]
+    assert tokens_read([]) == tokens_read([of(0, 0)]) == []
 
 
 def test_the_report_says_how_far_live_and_alone_are_apart_and_why(finished):
@@ -234,15 +249,17 @@ def test_the_report_says_how_far_live_and_alone_are_apart_and_why(finished):
     (fixed,) = (d for d in result.cost.rounds.drafters if (d.draft, d.adaptive) == ("chained", False))
     assert result.cost.c_chained_live == pytest.approx(fixed.c) and result.cost.c_chained_alone > 0
     assert result.cost.c_chained_once is not None, "two draft lengths"
-    cost = dataclasses.replace(result.cost, c_chained_live=0.03, c_chained_alone=0.02, c_chained_once=0.004)
+    assert result.cost.c_chained_reading > 0
+    cost = dataclasses.replace(result.cost, c_chained_live=0.03, c_chained_alone=0.02, c_chained_once=0.004, c_chained_reading=0.005)
     for rows in (report.decoding_cost_table(cost)[2], planted_report.chained_rows(cost)):
         cells = dict(row for row in rows if "live" in row[0] or "alone" in row[0])
         assert [*cells.values()][:2] == ["0.0300", "0.0200"]
         assert cells["live / alone"].startswith("1.50 times; the difference is 0.0100: 0.0040 is spent once a round")
-        assert cells["live / alone"].endswith("0.0060 with each draft token")
+        assert "0.0060 with each draft token. That loop reads as many tokens in 0.0050; with it" in cells["live / alone"]
+        assert cells["live / alone"].endswith("live is 1.20 times alone")
     text = (finished / "out" / "benchmark" / "report.md").read_text()
     assert "| live / alone |" in text and "live / alone" in (finished / "out" / "benchmark" / "report.html").read_text()
-    earlier = dataclasses.replace(cost, c_chained_live=None, c_chained_alone=None, c_chained_once=None)
+    earlier = dataclasses.replace(cost, c_chained_live=None, c_chained_alone=None)
     labels = [row[0] for row in report.decoding_cost_table(earlier)[2]]
     assert planted_report.chained_rows(earlier) == [] and "c of a chained draft token, in a loop of nothing else" in labels
 

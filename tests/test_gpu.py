@@ -76,8 +76,9 @@ def test_texts_of_a_batch_are_those_of_plain_decoding(steps):
     target.eos_ids = frozenset({own[0][5], own[1][11]})
     own = [greedy(target, prompt, 24).token_ids for prompt in prompts]
     proposers = [ChainedProposer(draft, chained, target.head_weight, target.embeddings) for _ in prompts]
-    for _ in range(2):
-        assert speculate_batch(target, proposers, prompts, prompts, num_draft_tokens=4, max_new_tokens=24).token_ids == own
+    for overlap in (False, True, True):
+        found = speculate_batch(target, proposers, prompts, prompts, num_draft_tokens=4, max_new_tokens=24, overlap=overlap)
+        assert found.token_ids == own
 
 
 @torch.inference_mode()

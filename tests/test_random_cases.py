@@ -164,7 +164,7 @@ def test_random_batches(number):
         rule = {"num_draft_tokens": first.gamma, "max_new_tokens": first.limit}
         prompts, draft_prompts = [prompt_of(*c.prompt) for c in cases], [c.draft_prompt for c in cases]
         alone = [speculate(c.target, c.proposer, p, c.draft_prompt, **rule) for c, p in zip(cases, prompts, strict=True)]
-        got = speculate_batch(first.target, [c.proposer for c in cases], prompts, draft_prompts, **rule)
+        got = speculate_batch(first.target, [c.proposer for c in cases], prompts, draft_prompts, overlap=seed % 2 == 0, **rule)
         assert got.token_ids == [g.token_ids for g in alone], cases
         for case, accepted, g in zip(cases, got.accepted, alone, strict=True):
             rounds = [r.num_accepted for r in g.rounds]

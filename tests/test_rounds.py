@@ -355,47 +355,57 @@ class Stuck(Proposer):
             raise ArithmeticError("no events")
 
 
-def test_an_overlapping_drafter_reads_while_the_target_does_with_as_many_torch_threads():
+def decode_batch(target, proposer, prompt, draft_prompt, **settings):
+    return speculate_batch(target, [proposer], [prompt], [draft_prompt], **settings)
+
+
+BOTH_LOOPS = pytest.mark.parametrize(("decode", "prefill"), [(speculate, "prefill"), (decode_batch, "prefill_encoded")])
+
+
+@BOTH_LOOPS
+def test_an_overlapping_drafter_reads_while_the_target_does_with_as_many_torch_threads(decode, prefill):
     target, prompt, begun, found = as_decoder(tiny_llama(0)), prompt_of(*PROMPT), threading.Event(), []
-    prefill, number = target.prefill, torch.get_num_threads()
+    original, number = getattr(target, prefill), torch.get_num_threads()
 
     class Reading(Scripted):
         def start(self, prompt, watch):
             found.append((begun.wait(5), torch.get_num_threads(), threading.current_thread() is threading.main_thread()))
 
-    target.prefill = lambda prompts: begun.set() or prefill(prompts)
+    setattr(target, prefill, lambda *given: begun.set() or original(*given))
     try:
         for threads in (1, 2):
             begun.clear()
             torch.set_num_threads(threads)
-            speculate(target, Reading(), prompt, prompt, overlap=True, max_new_tokens=2)
+            decode(target, Reading(), prompt, prompt, overlap=True, max_new_tokens=2)
     finally:
         torch.set_num_threads(number)
     assert found == [(True, 1, False), (True, 2, False)]
 
 
+@BOTH_LOOPS
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_target_that_fails_waits_for_its_drafter_and_both_are_heard(fails):
+def test_a_target_that_fails_waits_for_its_drafter_and_both_are_heard(decode, prefill, fails):
     target, prompt, proposer = as_decoder(tiny_llama(0)), prompt_of(*PROMPT), Stuck(fails)
 
-    def prefill(prompts):
+    def fail(*given):
         raise MemoryError("the target's prompt")
 
-    target.prefill = prefill
+    setattr(target, prefill, fail)
     threads = threading.active_count()
     with pytest.raises(MemoryError, match="the target's prompt") as found:
-        speculate(target, proposer, prompt, prompt, overlap=True)
+        decode(target, proposer, prompt, prompt, overlap=True)
     assert proposer.done and threading.active_count() == threads
     assert any("ArithmeticError: no events" in note for note in getattr(found.value, "__notes__", [])) is fails
     with pytest.raises(MemoryError, match="the target's prompt") as found:
-        speculate(target, proposer, prompt, prompt)
+        decode(target, proposer, prompt, prompt)
     assert not hasattr(found.value, "__notes__")
 
 
-def test_a_failing_drafter_is_raised_once_and_as_itself():
+@BOTH_LOOPS
+def test_a_failing_drafter_is_raised_once_and_as_itself(decode, prefill):
     target, prompt, proposer = as_decoder(tiny_llama(0)), prompt_of(*PROMPT), Stuck(True)
     with pytest.raises(ArithmeticError, match="no events") as found:
-        speculate(target, proposer, prompt, prompt, overlap=True)
+        decode(target, proposer, prompt, prompt, overlap=True)
     assert not getattr(found.value, "__notes__", [])
 
 

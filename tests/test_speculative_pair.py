@@ -306,14 +306,14 @@ def test_linear_layers_are_chosen_by_a_trial_or_packed_without_one(opened, monke
 def test_a_batch_has_a_drafter_for_each_row_and_the_settings_of_the_pair(opened, monkeypatch):
     calls = []
     monkeypatch.setattr(speculative_pair, "speculate_batch", lambda *given, **named: calls.append((*given, named)))
-    pair = opened(draft="lookup", num_draft_tokens=4, max_new_tokens=9)
+    pair = opened(draft="lookup", num_draft_tokens=4, max_new_tokens=9, overlap=True)
     prompts = [speculative_pair.Prompts(prompt_of(1, n), prompt_of(1, 9, n)) for n in range(3)]
     for n in (2, 3, 1):
         pair.decode_batch(prompts[:n])
         target, proposers, own, drafters, named = calls.pop()
         assert target is pair.target and proposers[0] is pair.proposer and len({*proposers}) == n == len(proposers)
         assert own == [p.target for p in prompts[:n]] and drafters == [p.draft for p in prompts[:n]]
-        assert named == {"num_draft_tokens": 4, "max_new_tokens": 9}
+        assert named == {"num_draft_tokens": 4, "max_new_tokens": 9, "overlap": True}
     for settings in ({"accept": "typical"}, {"temperature": 0.5}, {"adaptive": True}):
         with pytest.raises(ValueError, match="greedily, by tokens, at a fixed length"):
             opened(draft="lookup", **settings).decode_batch(prompts)

@@ -1,10 +1,11 @@
 """A chained draft token during decoding, next to the same chain in a loop of nothing else.
 
-After every run of a chained row the drafter repeats the run's draft lengths in such a loop, so both times come from the same prompts,
-turns and machine. Their difference per round, as a line over the draft length, has two parts:
+After every run of a chained row the drafter repeats the run's rounds in such a loop: it reads as many tokens as were accepted, then
+drafts as many as were drafted. So both times come from the same prompts, turns and machine. `alone` is drafting, `reading` the rest. The
+difference of a round, as a line over the draft length, has two parts:
 
-    live - alone = once + length * more     once: a round reads its accepted tokens into the adapter's memory before it drafts, and the
-                                            pass of the target before it has evicted the adapter's weights from the processor's caches
+    live - alone = once + length * more     once: reading, and the adapter's weights, which the pass of the target before the round has
+                                            evicted from the processor's caches
                                             more: per draft token, for example where the device waits for the host
 
 `tests/benchmarks/chained_draft.py gap` measures what the caches contribute.
@@ -12,7 +13,7 @@ turns and machine. Their difference per round, as a line over the draft length, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -31,21 +32,24 @@ class DraftedRound(NamedTuple):
     Args:
         length: number of tokens that were drafted
         counted: number of them that the round records: none after one that ends the text
-        live_ms: milliseconds of drafting during decoding
+        live_ms: milliseconds of reading and drafting during decoding
         alone_ms: milliseconds of drafting as many tokens in a loop of nothing else
+        reading_ms: milliseconds of reading as many tokens in that loop
     """
 
     length: int
     counted: int
     live_ms: float
     alone_ms: float
+    reading_ms: float
 
 
 class ChainedCosts(NamedTuple):
-    """`c_chained_live`, `c_chained_alone` and `c_chained_once` of `DecodingCosts`."""
+    """`c_chained_live`, `c_chained_alone`, `c_chained_reading` and `c_chained_once` of `DecodingCosts`."""
 
     live: float | None = None
     alone: float | None = None
+    reading: float | None = None
     once: float | None = None
 
 
@@ -71,8 +75,9 @@ class ChainLoop:
             rounds = [r for r in generation.rounds if r.proposed]
             drafts_on = proposer.device.type != "cpu"  # after a token that ends the text; a CPU stops there
             lengths = [num_draft_tokens if drafts_on and r.stop_reason == "EOS" else len(r.proposed) for r in rounds]
-            for r, length, ms in zip(rounds, lengths, alone_ms(proposer, lengths), strict=True):
-                self.rounds.append(DraftedRound(length, len(r.proposed), drafting_ms(r), ms))
+            repeated = repeat_alone(proposer, tokens_read(generation.rounds), lengths)
+            for r, length, (reading_ms, alone_ms) in zip(rounds, lengths, repeated, strict=True):
+                self.rounds.append(DraftedRound(length, len(r.proposed), drafting_ms(r), alone_ms, reading_ms))
             return generation
 
         return answer_and_redraft
@@ -86,17 +91,18 @@ class ChainLoop:
         drafts = sum(r.counted for r in self.rounds)
         if not drafts:
             return ChainedCosts()
-        live, alone = (sum(ms) / drafts / step_ms for ms in ([r.live_ms for r in self.rounds], [r.alone_ms for r in self.rounds]))
+        of_rounds = zip(*((r.live_ms, r.alone_ms, r.reading_ms) for r in self.rounds), strict=True)
+        live, alone, reading = (sum(ms) / drafts / step_ms for ms in of_rounds)
         lengths, gaps = np.array([r.length for r in self.rounds]), np.array([r.live_ms - r.alone_ms for r in self.rounds])
         if len(set(lengths)) == 1:
-            return ChainedCosts(live, alone)
+            return ChainedCosts(live, alone, reading)
         once = float(np.polyfit(lengths, gaps, 1)[1])
-        return ChainedCosts(live, alone, once * len(self.rounds) / drafts / step_ms)
+        return ChainedCosts(live, alone, reading, once * len(self.rounds) / drafts / step_ms)
 
     def added_to(self, cost: DecodingCosts) -> DecodingCosts:
         """These costs next to the others that were measured during decoding."""
-        found = self.costs(cost.t_target_ms)
-        return replace(cost, c_chained_live=found.live, c_chained_alone=found.alone, c_chained_once=found.once)
+        live, alone, reading, once = self.costs(cost.t_target_ms)
+        return replace(cost, c_chained_live=live, c_chained_alone=alone, c_chained_reading=reading, c_chained_once=once)
 
 
 def drafting_ms(r: Round) -> float:
@@ -104,18 +110,33 @@ def drafting_ms(r: Round) -> float:
     return sum(r.ms.get(stage, 0.0) for stage in DRAFT_STAGES)
 
 
-def alone_ms(proposer: ChainedProposer, lengths: list[int], warm: bool = True) -> list[float]:
-    """Milliseconds of each block of draft tokens in a loop of nothing else.
+def tokens_read(rounds: Sequence[Round]) -> list[int]:
+    """Number of verified tokens that the drafter reads before each round in which it drafts."""
+    read, waiting = [], 1  # the first token
+    for r in rounds:
+        if r.proposed:
+            read.append(waiting)
+            waiting = 0
+        waiting += 1 + (len(r.proposed) if r.recomputed else r.num_accepted)
+    return read
+
+
+def repeat_alone(proposer: ChainedProposer, reads: Sequence[int], lengths: Sequence[int], warm: bool = True) -> list[tuple[float, float]]:
+    """Milliseconds of reading and of drafting in each round of a loop of nothing else.
 
     Args:
         proposer: after a finished text
-        lengths: number of draft tokens of each block
-        warm: draft one more block first, which is not timed
+        reads: number of tokens to read in each round; 0 for none
+        lengths: number of draft tokens of each round
+        warm: repeat the first round before, untimed
     """
     watch = Stopwatch(proposer.device)
-    for length in lengths[:warm]:
-        proposer.redraft(length)
-    for length in lengths:
+    rounds = list(zip(reads, lengths, strict=True))
+    for number, length in [*rounds[:warm], *rounds]:
+        with watch("read"):
+            if number:
+                proposer.reread(number)
         with watch("adapter"):
             proposer.redraft(length)
-    return [end - begin for _, begin, end in watch.spans]
+    ms = [end - begin for _, begin, end in watch.spans]
+    return list(zip(ms[::2], ms[1::2], strict=True))[len(rounds[:warm]) :]

@@ -124,7 +124,8 @@ class DecodingCosts(Record):
         rounds: the measurements that these costs are computed from
         c_chained_live: one chained draft token at a fixed draft length; None without such rows
         c_chained_alone: the same draft tokens in a loop of nothing else, which takes turns with those rows
-        c_chained_once: the part of their difference that a round spends once, however many tokens it drafts; None at one draft length
+        c_chained_reading: what that loop takes in addition to read as many tokens as were accepted, per draft token
+        c_chained_once: the part of live - alone that a round spends once, however many tokens it drafts; None at one draft length
     """
 
     t_target_ms: float
@@ -134,6 +135,7 @@ class DecodingCosts(Record):
     rounds: RoundCosts
     c_chained_live: float | None = field(default=None, metadata=OMIT_IF_NONE)
     c_chained_alone: float | None = field(default=None, metadata=OMIT_IF_NONE)
+    c_chained_reading: float | None = field(default=None, metadata=OMIT_IF_NONE)
     c_chained_once: float | None = field(default=None, metadata=OMIT_IF_NONE)
 
 
@@ -154,7 +156,7 @@ class Cost(Record):
 
     Args:
         t_draft_ms, t_adapter_ms, t_chained_ms, t_head_ms, loop, exit_layers, bandwidth: as in `PartCosts`
-        t_target_ms, c, c_chained, c_chained_live, c_chained_alone, c_chained_once, v, rounds: as in `DecodingCosts`
+        t_target_ms, c, c_chained, c_chained_live, c_chained_alone, c_chained_reading, c_chained_once, v, rounds: as in `DecodingCosts`
         bound: drafter -> the best speed-up that the costs allow
     """
 
@@ -168,8 +170,9 @@ class Cost(Record):
     t_target_ms: float
     c: float
     c_chained: float | None
-    c_chained_live: float | None = field(default=None, metadata=OMIT_IF_NONE)  # nor this, nor the next two
+    c_chained_live: float | None = field(default=None, metadata=OMIT_IF_NONE)  # nor this, nor the next three
     c_chained_alone: float | None = field(default=None, metadata=OMIT_IF_NONE)
+    c_chained_reading: float | None = field(default=None, metadata=OMIT_IF_NONE)
     c_chained_once: float | None = field(default=None, metadata=OMIT_IF_NONE)
     v: dict[str, float]
     rounds: RoundCosts | None = field(default=None, metadata=OMIT_IF_NONE)  # not in results of earlier versions

@@ -76,7 +76,7 @@ def machine_rows(cost: Cost) -> list[list[str]]:
 
 def chained_rows(cost: Cost) -> list[list[str]]:
     """Rows of a cost table: a chained draft token during decoding and in a loop of nothing else, and what their difference consists of."""
-    live, alone, once = cost.c_chained_live, cost.c_chained_alone, cost.c_chained_once
+    live, alone, reading, once = cost.c_chained_live, cost.c_chained_alone, cost.c_chained_reading, cost.c_chained_once
     if live is None or alone is None:
         return []
     rows = [
@@ -89,6 +89,8 @@ def chained_rows(cost: Cost) -> list[list[str]]:
             f": {once:.4f} is spent once a round (reading its accepted tokens, and the adapter's weights, which the target's pass evicts "
             f"from the caches), {live - alone - once:.4f} with each draft token"
         )
+    if reading is not None:
+        parts += f". That loop reads as many tokens in {reading:.4f}; with it, live is {live / (alone + reading):.2f} times alone"
     return [*rows, ["live / alone", parts]]
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from feature_alignment.decoding.batch_drafts import NO_TOKEN, RowDrafter, drafter_of_rows, start_rows
+from feature_alignment.decoding.overlap import drafter_reading
 from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.decoding.token_selection import TokenSelector
@@ -72,6 +74,7 @@ def speculate_batch(
     *,
     num_draft_tokens: int = 5,
     max_new_tokens: int = 64,
+    overlap: bool = False,
 ) -> BatchGeneration:
     """Decode several prompts under the token rule; each text equals greedy decoding of its prompt alone. Finished rows leave.
 
@@ -82,6 +85,8 @@ def speculate_batch(
         draft_prompts: the drafters', of the same samples
         num_draft_tokens: draft length; 0 is plain decoding of a batch
         max_new_tokens: longest answer, EOS included
+        overlap: the drafters read their prompts in a second thread while the target reads its own; the stage "draft_prefill" is then the
+            time spent waiting for them
 
     Raises:
         ValueError: unequal numbers of prompts and drafters
@@ -92,15 +97,9 @@ def speculate_batch(
         )
     watch = Stopwatch(target.device)
     start = watch.now()
-    with watch("target_prefill"):
-        state, lengths = _prefill(target, prompts)
-        selectors = [TokenSelector.of(target, prompt) for prompt in prompts]
-        first = most_likely([s.rules for s in selectors], target.lm_head(state.last), [[] for _ in prompts])
-        batch = RowBatch(target, state, lengths, max_new_tokens + num_draft_tokens)
-        states = state.last.new_empty(len(prompts), max_new_tokens + num_draft_tokens + 1, target.hidden_size)
-        states[:, 0] = state.last
-    everyone = rows = [Row(s, [token], []) for s, token in zip(selectors, first, strict=True)]
-    drafter = _start(proposers, selectors, prompts, draft_prompts, state, watch) if num_draft_tokens else None
+    started = _read_prompts(target, proposers, prompts, draft_prompts, num_draft_tokens, max_new_tokens, overlap, watch)
+    everyone = rows = started.rows
+    batch, states, drafter = started.batch, started.states, started.drafter
     passes = 0
     while going := [i for i, row in enumerate(rows) if not row.has_ended and len(row.emitted) < max_new_tokens]:
         if batch.should_drop(len(rows) - len(going)):
@@ -131,21 +130,55 @@ def speculate_batch(
     return BatchGeneration([r.emitted for r in everyone], [r.accepted for r in everyone], passes, watch.now() - start, watch.ms)
 
 
-def _start(
+class Started(NamedTuple):
+    """A batch whose prompts were read.
+
+    Args:
+        rows: each with its first token
+        batch: the target's cache
+        states: [b, n, d], the target's hidden states that emitted the tokens of each row; those of the first tokens so far
+        drafter: for all rows; None without draft tokens
+    """
+
+    rows: list[Row]
+    batch: RowBatch
+    states: Tensor
+    drafter: RowDrafter | None
+
+
+def _read_prompts(
+    target: Decoder,
     proposers: Sequence[Proposer],
-    selectors: Sequence[TokenSelector],
     prompts: Sequence[Prompt],
     draft_prompts: Sequence[Prompt],
-    state: State,
+    num_draft_tokens: int,
+    max_new_tokens: int,
+    overlap: bool,
     watch: Stopwatch,
-) -> RowDrafter:
-    """Let the drafters read their prompts; arguments as in `speculate_batch`, and the target's state after its prefill."""
+) -> Started:
+    """Let the target and the drafters read their prompts; arguments as in `speculate_batch`."""
+    selectors = [TokenSelector.of(target, prompt) for prompt in prompts]
     for proposer, selector in zip(proposers, selectors, strict=True):
         proposer.selector = selector
-    start_rows(proposers, draft_prompts, watch)
+    overlap, most = overlap and num_draft_tokens > 0, max_new_tokens + num_draft_tokens
+    with drafter_reading(lambda: start_rows(proposers, draft_prompts, Stopwatch(target.device)), target.device, overlap) as reading:
+        with watch("target_prefill"):
+            state, lengths = _prefill(target, prompts)
+            first = most_likely([s.rules for s in selectors], target.lm_head(state.last), [[] for _ in prompts])
+            batch = RowBatch(target, state, lengths, most)
+            states = state.last.new_empty(len(prompts), most + 1, target.hidden_size)
+            states[:, 0] = state.last
+        if reading is not None:
+            with watch("draft_prefill"):
+                reading.result()
+    rows = [Row(s, [token], []) for s, token in zip(selectors, first, strict=True)]
+    if not num_draft_tokens:
+        return Started(rows, batch, states, None)
+    if reading is None:
+        start_rows(proposers, draft_prompts, watch)
     for i, (proposer, prompt) in enumerate(zip(proposers, prompts, strict=True)):
         proposer.read_target_prompt(prompt, state.read_prompt(i, len(prompt.ids)), watch)
-    return drafter_of_rows(proposers)
+    return Started(rows, batch, states, drafter_of_rows(proposers))
 
 
 def _verify(

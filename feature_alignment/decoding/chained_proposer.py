@@ -124,6 +124,12 @@ class ChainedProposer(Proposer):
             return token_ids
         return self._chain.draft(self._tip, self.event_context, num_tokens).tokens[0]
 
+    @torch.inference_mode()
+    def reread(self, num_tokens: int) -> Tensor:
+        """The memory [1, w] after as many verified tokens as a round reads, of any values: reading alone, to time it."""
+        states = self._tip.new_zeros(1, num_tokens, self._adapter.geometry["d_target"])
+        return self._chain.read(states, torch.zeros(1, num_tokens, dtype=torch.long, device=states.device), self._tip)[:, -1]
+
     def draft_rows(self, memory: Tensor, context: EventContext, num_tokens: int) -> Tensor:
         """Greedy draft tokens [b, g] of the rows of a batch, at most `num_tokens`; a CPU stops when every row's text has ended.
 

@@ -144,7 +144,7 @@ class Speculation:
         target, watch, controller = self._target, self._watch, self._controller
         reads_now = controller is None or not self._proposer.reads_prompt or controller.needs_prefill
         self._draft_prompt = draft_prompt
-        with drafter_reading(self._proposer, draft_prompt, self._overlapped, target.device, overlap and reads_now) as reading:
+        with drafter_reading(lambda: self._proposer.start(draft_prompt, self._overlapped), target.device, overlap and reads_now) as reading:
             with watch("target_prefill"):
                 self._state: State = target.prefill([self._prompt])
                 token = int(self._selector.select(target.lm_head(self._state.last), []).token)

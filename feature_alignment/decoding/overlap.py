@@ -1,4 +1,4 @@
-"""Reading the drafter's prompt in a second thread while the target reads its own."""
+"""Reading the drafter's prompts in a second thread while the target reads its own."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from contextlib import contextmanager
 
 import torch
 
-from feature_alignment.decoding.proposers import Proposer
-from feature_alignment.decoding.stopwatch import Stopwatch
-from feature_alignment.models.state import Prompt
-
 
 @contextmanager
-def drafter_reading(
-    proposer: Proposer, prompt: Prompt, watch: Stopwatch, device: torch.device, overlap: bool
-) -> Iterator[Future[None] | None]:
-    """With `overlap`, the drafter reads its prompt in a second thread while the block runs.
+def drafter_reading(read: Callable[[], None], device: torch.device, overlap: bool) -> Iterator[Future[None] | None]:
+    """With `overlap`, the drafter reads in a second thread while the block runs, which awaits the yielded future before it drafts.
 
     The thread has ended when the block has. An error of the block is raised after that, with a note if the drafter failed as well.
+
+    Args:
+        read: reads the drafter's prompts
+        device: of the drafter
+        overlap: otherwise nothing is read, and None is yielded
     """
-    reading = _in_thread(device, lambda: proposer.start(prompt, watch)) if overlap else None
+    reading = _in_thread(device, read) if overlap else None
     try:
         yield reading
     except BaseException as error:

@@ -213,6 +213,7 @@ class SpeculativePair:
             [p.draft for p in prompts],
             num_draft_tokens=cfg.num_draft_tokens,
             max_new_tokens=cfg.max_new_tokens,
+            overlap=cfg.overlap,
         )
 
     def decode_plainly(self, prompts: Prompts) -> Generation:

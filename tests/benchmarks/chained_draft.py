@@ -126,7 +126,7 @@ def gap(outputs: Path, config: Path, prompts: int) -> dict[str, dict[str, float]
         config: its config
         prompts: number of prompts
     """
-    from feature_alignment.benchmark.chain_loop import ChainLoop, alone_ms
+    from feature_alignment.benchmark.chain_loop import ChainLoop, repeat_alone
     from feature_alignment.benchmark_feature_sd import BenchmarkConfig
     from feature_alignment.cli.config import parse_config
     from feature_alignment.decoding.engine import speculate
@@ -154,7 +154,7 @@ def gap(outputs: Path, config: Path, prompts: int) -> dict[str, dict[str, float]
                 for _ in range(8):
                     pair.target.lm_head(pair.target.step(state, torch.full((1, length + 1), 5)))
                     pair.target.rollback(state, length + 1)
-                    after_pass[length] += alone_ms(proposer, [length], warm=False)
+                    after_pass[length] += [ms for _, ms in repeat_alone(proposer, [0], [length], warm=False)]
         if not repeat:  # a warm-up
             for length in LENGTHS:
                 chains[length].rounds.clear()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,9 @@ from feature_alignment.adapters.chained import ChainedAdapter, EventKeyValues, l
 from feature_alignment.adapters.folded import FoldedChain
 from feature_alignment.cli.console import print_json_line, print_table, run
 from feature_alignment.decoding.chained_proposer import ChainedProposer
+from feature_alignment.decoding.proposers import Draft, Proposer
+from feature_alignment.decoding.stopwatch import Stopwatch
+from feature_alignment.models.state import Prompt
 from feature_alignment.storage.files import load_pt
 from feature_alignment.storage.hidden_states import load_hidden_states
 
@@ -136,8 +139,28 @@ def differences(outputs: Path, steps: int = 5) -> dict[str, object]:
     return {"compared": compared, "different": len(gaps), "logit_gaps": gaps, "only_ties": all(gap < TIES for gap in gaps)}
 
 
+class Recorder(Proposer):
+    """A chained drafter that keeps what each round asked of it."""
+
+    def __init__(self, proposer: ChainedProposer) -> None:
+        self._proposer, self.calls = proposer, list[tuple[list[int], Tensor, int]]()
+
+    def start(self, prompt: Prompt, watch: Stopwatch) -> None:
+        self._proposer.selector = self.selector
+        self._proposer.start(prompt, watch)
+
+    def propose(self, emitted: Sequence[int], states: Tensor, num_tokens: int, watch: Stopwatch, confidence_floor: float = 0.0) -> Draft:
+        self.calls.append((list(emitted), states.clone(), num_tokens))
+        return self._proposer.propose(emitted, states, num_tokens, watch, confidence_floor)
+
+
+@torch.inference_mode()
 def live(outputs: Path, config: Path, prompts: int) -> dict[str, float]:
-    """Milliseconds of a draft token in the decoding loop of a finished run, and in a loop of its own, in turns."""
+    """Milliseconds of a draft token while a finished run's pair decodes, and in loops of their own, in turns.
+
+    Each loop repeats the rounds of one answer: `same work` reads the round's accepted tokens and drafts, as decoding does, without the
+    target's pass in between; `drafting only` drafts as many tokens from one memory.
+    """
     from feature_alignment.benchmark_feature_sd import BenchmarkConfig
     from feature_alignment.cli.config import parse_config
     from feature_alignment.decoding.engine import speculate
@@ -152,18 +175,26 @@ def live(outputs: Path, config: Path, prompts: int) -> dict[str, float]:
     assert isinstance(proposer, ChainedProposer)
     samples = read_samples(cfg.manifests, "test")[:: max(1, 64 // prompts)][:prompts]
     ready = [(pair.target.prepare(s), pair.draft.prepare(s)) for s in samples]
-    spent = drafted = own = own_drafted = 0.0
-    for repeat in range(3):
+    ms: dict[str, list[float]] = {"live": [], "same work": [], "drafting only": []}
+    drafted = 0
+    for repeat in range(6):
         for prompt, draft_prompt in ready:
-            got = speculate(pair.target, proposer, prompt, draft_prompt, num_draft_tokens=BLOCK, cosines=False)
+            recorder = Recorder(proposer)
+            got = speculate(pair.target, recorder, prompt, draft_prompt, num_draft_tokens=BLOCK, cosines=False)
+            again = Stopwatch(pair.target.device)
+            proposer._begin(proposer.event_context)
+            drafts = [proposer.propose(*call, again).token_ids for call in recorder.calls]
+            assert [d.tolist() for d in drafts] == [r.proposed for r in got.rounds if r.proposed]
             start = time.perf_counter()
-            with torch.inference_mode():
-                for _ in range(20):
-                    proposer._block(proposer._tip, proposer._zeros(BLOCK))[0].tolist()
-            if repeat:
-                own, own_drafted = own + (time.perf_counter() - start) * 1e3, own_drafted + 20 * BLOCK
-                spent, drafted = spent + got.ms["read"] + got.ms["adapter"], drafted + sum(len(r.proposed) for r in got.rounds)
-    return {"live": spent / drafted, "alone": own / own_drafted, "ratio": spent / drafted / (own / own_drafted)}
+            for draft in drafts:
+                proposer.redraft(len(draft))
+            if repeat:  # the first turn warms up
+                drafted += sum(map(len, drafts))
+                ms["drafting only"].append((time.perf_counter() - start) * 1e3)
+                ms["same work"].append(sum(again.ms.values()))
+                ms["live"].append(got.ms["read"] + got.ms["adapter"])
+    found = {name: sum(times) / drafted for name, times in ms.items()}
+    return found | {f"live / {name}": found["live"] / found[name] for name in ("same work", "drafting only")}
 
 
 def main() -> None:
