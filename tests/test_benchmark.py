@@ -331,8 +331,13 @@ def test_the_bound_is_the_best_length_and_warns_when_nothing_can_win():
     assert speed_model.warnings(cost_with(V, best)) == []
     hopeless = speed_model.bound(0.5, RoundCost(0.6, 0.0), V)
     assert hopeless.speedup < 1
-    found = speed_model.warnings(cost_with({"1": 1.0, "8": 4.5}, hopeless))
-    assert len(found) == 2 and "no length can win" in found[0] and "4.50 passes" in found[1]
+    (found,) = speed_model.warnings(cost_with(V, hopeless))
+    assert found.startswith("aligned: a draft token costs 0.600 passes and is accepted at a rate of 0.500: no draft length can be faster")
+    dear = {"1": 1.0, "2": 3.0, "32": 93.0}  # verifying costs so much that good draft tokens do not help
+    (found,) = speed_model.warnings(cost_with(dear, speed_model.bound(0.9, RoundCost(0.05, 0.25), dear)))
+    assert "0.900; the rest of a round with 1 of them takes 3.25 passes: no draft length" in found and "(0.58x at best)" in found
+    costly = {"1": 1.0, "8": 1.6, "32": 2.5}  # eight tokens at 1.6 passes still pay
+    assert speed_model.warnings(cost_with(costly, speed_model.bound(0.9, RoundCost(0.05, 0.0), costly))) == []
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -268,14 +268,17 @@ def bound(acceptance_rate: float, round_cost: RoundCost, v: Mapping[str, float])
 
 
 def warnings(cost: Cost) -> list[str]:
-    """Reasons why no draft length can be faster than plain decoding, if there are any."""
-    found = [
-        f"{draft}: the acceptance rate {b.acceptance_rate:.3f} is not above the cost of a draft token, {b.c:.3f} passes: no length can win"
-        for draft, b in (cost.bound or {}).items()
-        if b.acceptance_rate <= b.c
-    ]
-    eight = verification_cost(cost.v, 8)
-    return found + ([f"verifying 8 tokens costs {eight:.2f} passes: long drafts cannot win"] if eight > 1.5 else [])
+    """Drafters that no fixed draft length makes faster than plain decoding, by the corrected formula, with the reason."""
+    found = []
+    for draft, b in (cost.bound or {}).items():
+        if b.speedup > 1:
+            continue
+        reason = f"a draft token costs {b.c:.3f} passes and is accepted at a rate of {b.acceptance_rate:.3f}"
+        if b.acceptance_rate > b.c:
+            others = verification_cost(cost.v, b.num_draft_tokens + 1) + b.r
+            reason += f"; the rest of a round with {b.num_draft_tokens} of them takes {others:.2f} passes"
+        found.append(f"{draft}: {reason}: no draft length can be faster than plain decoding ({b.speedup:.2f}x at best)")
+    return found
 
 
 def modelled(row: TimedRow, timed: Timed, c: float, step_ms: float) -> float:
