@@ -576,8 +576,10 @@ def test_event_states_of_another_row_change_the_scores(learnt):
 
 def test_the_targets_report_the_attending_adapter_of_the_fastest_row(monkeypatch):
     monkeypatch.setattr(targets, "WIDTH", 16)
-    adapter, row = an_adapter(), SimpleNamespace(adapter_ms_per_draft=0.1, draft="attending")
-    acceptance = SimpleNamespace(chains={"attending": SimpleNamespace(num_draft_tokens=5)}, chained=None, positions="here")
+    adapter, row = an_adapter(), SimpleNamespace(adapter_ms_per_draft=0.1, adapter_ms_ci95=None, draft="attending")
+    acceptance = SimpleNamespace(
+        chains={"attending": SimpleNamespace(num_draft_tokens=5)}, chained=None, positions="here", cosine=SimpleNamespace(value=0.5)
+    )
     cost = SimpleNamespace(t_adapter_ms=0.2, loop=SimpleNamespace(c_chained=None))
     found = targets.adapter_in_use(row, [], HiddenAdapter(8, 8, 4), None, acceptance, cost, "eager", adapter)
     wide = AttendingAdapter(16, 16, targets.EVENT_TOKENS, targets.MOST_IDS, width=16)

@@ -294,7 +294,7 @@ def test_the_wide_adapter_is_timed_stepping_as_the_run_does(draft, monkeypatch):
     monkeypatch.setattr(targets, "hidden_ms", lambda adapter, steps, repeats=0: asked.append((adapter.d_target, steps)) or 1.0)
     monkeypatch.setattr(targets, "chained_ms", lambda adapter, steps, repeats=0: asked.append((adapter.geometry["d_target"], steps)) or 1.0)
     acceptance = SimpleNamespace(chained=SimpleNamespace(num_draft_tokens=5), cosine=SimpleNamespace(value=0.5), positions="here")
-    row = SimpleNamespace(adapter_ms_per_draft=0.1, draft=draft)
+    row = SimpleNamespace(adapter_ms_per_draft=0.1, adapter_ms_ci95=(0.08, 0.12), draft=draft)
     cost = SimpleNamespace(t_adapter_ms=0.1, loop=SimpleNamespace(c_chained=0.5, t_target_ms=4.0))
     adapters = HiddenAdapter(8, 8, 4), ChainedAdapter(8, 8, 3, 4)
     found = targets.adapter_in_use(row, [], *adapters, acceptance, cost, "graphs")

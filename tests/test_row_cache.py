@@ -10,8 +10,9 @@ from conftest import as_decoder, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.folded import FoldedChain
+from feature_alignment.cli.console import UserError
 from feature_alignment.decoding.batch import speculate_batch
-from feature_alignment.decoding.batch_drafts import ChainedRows, SeparateRows, drafter_of_rows, start_rows
+from feature_alignment.decoding.batch_drafts import ChainedRows, SeparateRows, drafter_of_rows, show_clips_alike, start_rows
 from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import Draft, Proposer
@@ -122,6 +123,25 @@ def test_drafters_of_several_models_read_their_clips_one_by_one():
     assert isinstance(drafter_of_rows(proposers), ChainedRows)
     proposers[1].selector = TokenSelector(sampler=Sampler(1.0))
     assert isinstance(drafter_of_rows(proposers), SeparateRows)
+
+
+def test_prompts_that_ask_before_they_show_the_clip_are_no_batch():
+    """Unless all show it at the same positions before the shortest ends; drafters then read their clips one by one."""
+    at = -200
+    a, b, c = (torch.tensor(ids) for ids in ([1, at, 5, 6], [1, at, 7], [1, 5, 6, at]))
+    assert show_clips_alike([a, b], at) and show_clips_alike([a, b], at, 2) and show_clips_alike([a, b, c], -1)
+    assert not show_clips_alike([a, c], at) and not show_clips_alike([a, b], at, 1) and not show_clips_alike([c, c], at, 3)
+    target, proposers = chained(2)
+    target.placeholder = 5
+    prompts = [prompt_of(1, 5, 9), prompt_of(1, 9, 9, 5)]
+    with pytest.raises(UserError, match="wanted --batch_size 1"):
+        speculate_batch(target, proposers, prompts, prompts)
+    draft = proposers[0].draft
+    draft.placeholder, read = 5, []
+    for proposer in proposers:
+        proposer.start = lambda prompt, watch: read.append(prompt)
+    start_rows(proposers, prompts, Stopwatch())
+    assert read == prompts
 
 
 def test_a_round_of_a_batch_reads_the_device_once(monkeypatch):

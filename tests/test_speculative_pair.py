@@ -94,9 +94,32 @@ def test_a_stream_is_not_continued_after_another_answer_was_begun(pair, clip, mo
     stream = pair.stream(**clip)
     next(stream)
     answer = pair.answer(**clip)
-    with pytest.raises(ValueError, match="another answer of this pair was begun"):
+    with pytest.raises(UserError, match="another answer of this pair was begun"):
         next(stream)
     assert pair.answer(**clip).token_ids == answer.token_ids
+
+
+def test_a_stream_is_not_continued_after_a_batch_was_decoded(pair, clip, monkeypatch):
+    monkeypatch.setattr(pair, "text_of", lambda ids: "".join(f"<{i}>" for i in ids))
+    stream = pair.stream(**clip)
+    next(stream)
+    pair.decode_batch([pair.prepare(speculative_pair.sample_of(**clip))])
+    with pytest.raises(UserError, match="another answer of this pair was begun"):
+        next(stream)
+
+
+@pytest.mark.parametrize("draft", ["aligned", "own"])
+def test_a_batch_leaves_the_steps_of_the_drafter_as_they_are(opened, draft):
+    pair = opened(draft=draft, steps="graphs", max_new_tokens=6)
+    stepping = pair.sources.stepping_drafter(draft)
+    before = stepping.steps, stepping.fixed_cache
+    prompts = [speculative_pair.Prompts(prompt_of(1, 5, n), prompt_of(1, 5, n)) for n in (7, 9)]
+    alone = [pair.decode(p).token_ids for p in prompts]
+    assert pair.decode_batch(prompts).token_ids == alone
+    assert (stepping.steps, stepping.fixed_cache) == before and before[0] == "graphs"
+    assert [pair.decode(p).token_ids for p in prompts] == alone
+    with pytest.raises(UserError, match="a batch of no prompts"):
+        pair.decode_batch([])
 
 
 SHARED = {"max_new_tokens": 12, "num_draft_tokens": 3, "threads": 1}
@@ -315,7 +338,7 @@ def test_a_batch_has_a_drafter_for_each_row_and_the_settings_of_the_pair(opened,
         assert own == [p.target for p in prompts[:n]] and drafters == [p.draft for p in prompts[:n]]
         assert named == {"num_draft_tokens": 4, "max_new_tokens": 9, "overlap": True}
     for settings in ({"accept": "typical"}, {"temperature": 0.5}, {"adaptive": True}):
-        with pytest.raises(ValueError, match="greedily, by tokens, at a fixed length"):
+        with pytest.raises(UserError, match="greedily, by tokens, at a fixed length"):
             opened(draft="lookup", **settings).decode_batch(prompts)
     assert not calls
 

@@ -14,6 +14,7 @@ from conftest import as_decoder, main_of, noisy_copy, prompt_of, tiny_llama
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
+from feature_alignment.decoding import overlap
 from feature_alignment.decoding.chained_proposer import ChainedProposer
 from feature_alignment.decoding.engine import speculate
 from feature_alignment.decoding.overlap import _in_thread
@@ -410,7 +411,12 @@ class FakeGpu:
 
         usual = Stream()
         usual.name = "usual"
-        fakes = {"Stream": Stream, "current_stream": lambda: usual, "stream": inside, "CUDAGraph": lambda: SimpleNamespace(name="graph")}
+        fakes = {
+            "Stream": Stream,
+            "current_stream": lambda device=None: usual,
+            "stream": inside,
+            "CUDAGraph": lambda: SimpleNamespace(name="graph"),
+        }
         fakes["graph"] = lambda graph, **options: (self.capture.update(options), inside(graph))[1]
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
@@ -431,10 +437,29 @@ def test_a_step_is_warmed_up_aside_and_captured_once(monkeypatch):
     assert inputs[0].tolist() == [1, 1] and outputs.tolist() == [2, 2] and gc.isenabled()
 
 
-def test_a_thread_of_its_own_has_a_stream_of_its_own_on_a_gpu(monkeypatch):
-    gpu = FakeGpu(monkeypatch)
-    _in_thread(torch.device("cuda:1"), lambda: gpu.done.append("call")).result()
-    assert gpu.done == ["begin side of cuda:1", "call", "all of side of cuda:1", "end side of cuda:1"]
+def test_all_threads_have_the_same_stream_of_their_own_on_a_gpu(monkeypatch):
+    """Memory is kept per stream: with one for each prompt it would grow."""
+    gpu, made = FakeGpu(monkeypatch), []
+    stream = torch.cuda.Stream
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or stream(device))
+    overlap._stream_of.cache_clear()
+    try:
+        for _ in range(2):
+            gpu.done.clear()
+            _in_thread(torch.device("cuda:1"), lambda: gpu.done.append("call")).result()
+            side = "side of cuda:1"
+            assert gpu.done == [f"{side} waits for usual", f"begin {side}", "call", f"all of {side}", f"end {side}"]
+    finally:
+        overlap._stream_of.cache_clear()
+    assert made == [torch.device("cuda:1")]
+
+
+def test_weights_are_joined_before_any_prompt_is_read():
+    """A drafter reads its prompt in a second thread, where memory that is freed may be used again too early."""
+    decoder = as_decoder(tiny_llama(0))
+    decoder.use_steps("graphs")
+    q, k = (getattr(decoder.llama.layers[0].self_attn, name).weight for name in ("q_proj", "k_proj"))
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
 
 
 def test_garbage_stays_uncollected_where_it_was():

@@ -99,6 +99,7 @@ class TimedRow(Record):
         acceptance_rate: accepted / reached draft tokens
         ms: stage -> mean milliseconds per prompt
         adapter_ms_per_draft: milliseconds in the adapter per draft token; None without an adapter
+        adapter_ms_ci95: its interval
     """
 
     draft: str
@@ -115,6 +116,7 @@ class TimedRow(Record):
     acceptance_rate: Rate
     ms: dict[str, float]
     adapter_ms_per_draft: float | None
+    adapter_ms_ci95: tuple[float, float] | None = field(default=None, metadata=OMIT_IF_NONE, kw_only=True)  # not in earlier results
 
     @property
     def name(self) -> str:

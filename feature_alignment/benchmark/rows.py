@@ -104,8 +104,9 @@ def timed_row(mode: Mode, runs: Timed, plain: Timed, clips: Sequence[str]) -> Ti
     """
     every = runs.every
     num_emitted = sum(len(g.token_ids) - 1 for g in every)
-    num_drafted = sum(len(r.proposed) for g in every for r in g.rounds)
-    adapter_ms = sum(g.ms.get("read", 0.0) + g.ms.get("adapter", 0.0) for g in every)
+    num_drafted = runs.per_prompt(lambda g: sum(len(r.proposed) for r in g.rounds))
+    adapter_ms = runs.per_prompt(lambda g: g.ms.get("read", 0.0) + g.ms.get("adapter", 0.0))
+    overhead = Counts(adapter_ms, num_drafted).rate(clips) if adapter_ms.sum() and num_drafted.sum() else None
     return TimedRow(
         **dataclasses.asdict(mode),
         drafts_per_round=mode.drafts_per_round,
@@ -114,7 +115,8 @@ def timed_row(mode: Mode, runs: Timed, plain: Timed, clips: Sequence[str]) -> Ti
         tokens_per_pass=num_emitted / max(1, sum(g.passes for g in every)),
         acceptance_rate=acceptance_of(runs, clips, mode.accept),
         ms=stages_of(runs),
-        adapter_ms_per_draft=adapter_ms / num_drafted if adapter_ms else None,
+        adapter_ms_per_draft=None if overhead is None else overhead.value,
+        adapter_ms_ci95=None if overhead is None else overhead.ci95,
     )
 
 

@@ -7,6 +7,7 @@ message; 130 Ctrl-C; 143 SIGTERM. Outputs are published atomically: a file under
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import math
@@ -60,6 +61,9 @@ def run(main: Callable[[], object]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("transformers", "httpx", "matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without a letter of an answer shows its number
+        sys.stdout.reconfigure(errors="backslashreplace")
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

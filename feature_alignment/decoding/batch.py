@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from feature_alignment.decoding.batch_drafts import NO_TOKEN, RowDrafter, drafter_of_rows, start_rows
+from feature_alignment.cli.console import UserError
+from feature_alignment.decoding.batch_drafts import NO_TOKEN, RowDrafter, drafter_of_rows, show_clips_alike, start_rows
 from feature_alignment.decoding.overlap import drafter_reading
 from feature_alignment.decoding.proposers import Proposer
 from feature_alignment.decoding.stopwatch import Stopwatch
@@ -161,7 +162,8 @@ def _read_prompts(
     for proposer, selector in zip(proposers, selectors, strict=True):
         proposer.selector = selector
     overlap, most = overlap and num_draft_tokens > 0, max_new_tokens + num_draft_tokens
-    with drafter_reading(lambda: start_rows(proposers, draft_prompts, Stopwatch(target.device)), target.device, overlap) as reading:
+    overlapped = Stopwatch(target.device)  # made in this thread, because it waits for the device
+    with drafter_reading(lambda: start_rows(proposers, draft_prompts, overlapped), target.device, overlap) as reading:
         with watch("target_prefill"):
             state, lengths = _prefill(target, prompts)
             first = most_likely([s.rules for s in selectors], target.lm_head(state.last), [[] for _ in prompts])
@@ -237,9 +239,14 @@ def _prefill(target: Decoder, prompts: Sequence[Prompt]) -> tuple[State, list[in
 
     Returns:
         the state, whose `last` is at the end of each prompt, and the number of positions of each
+
+    Raises:
+        UserError: the clips are not at the same positions
     """
     lengths = [len(p.ids) for p in prompts]
     longest, shared = max(lengths), min(lengths) - 1
+    if not show_clips_alike([p.ids for p in prompts], target.placeholder, shared):
+        raise UserError("a batch of prompts that ask before they show the clip, as this checkpoint's do; wanted --batch_size 1.")
     ids = torch.stack([torch.cat([p.ids, p.ids.new_zeros(longest - len(p.ids))]) for p in prompts]).to(target.device)
     state = target.prefill_encoded(ids[:, :shared], target.encode_vision(torch.stack([p.pixels for p in prompts])))
     begin, tails = state.prompt, target.step(state, ids[:, shared:])

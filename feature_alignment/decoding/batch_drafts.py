@@ -109,11 +109,25 @@ def start_rows(proposers: Sequence[Proposer], prompts: Sequence[Prompt], watch: 
         watch: books the time
     """
     chained = _of_one_chain(proposers)
-    if chained is not None and all(p.draft is chained[0].draft for p in chained):
+    same = chained is not None and all(p.draft is chained[0].draft for p in chained)
+    if chained is not None and same and show_clips_alike([p.ids for p in prompts], chained[0].draft.placeholder):
         chained[0].start_rows(chained[1:], prompts, watch)
         return
     for proposer, prompt in zip(proposers, prompts, strict=True):
         proposer.start(prompt, watch)
+
+
+def show_clips_alike(ids: Sequence[Tensor], placeholder: int, within: int | None = None) -> bool:
+    """Whether all prompts show their clip at the same positions, so that one pass reads all of them up to there.
+
+    Args:
+        ids: [s] int64 of each prompt, whose lengths may differ
+        placeholder: token id that stands for vision
+        within: the clips must end before this position; default the length of the shortest prompt
+    """
+    places = [(row == placeholder).nonzero()[:, 0] for row in ids]
+    end = min(map(len, ids)) if within is None else within
+    return all(torch.equal(at, places[0]) for at in places) and (not len(places[0]) or int(places[0][-1]) < end)
 
 
 def _of_one_chain(proposers: Sequence[Proposer]) -> list[ChainedProposer] | None:

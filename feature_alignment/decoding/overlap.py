@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -34,7 +35,9 @@ def _in_thread(device: torch.device, call: Callable[[], None]) -> Future[None]:
 
     The thread uses as many torch threads as this one.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = _stream_of(device) if device.type == "cuda" else None
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(device))  # what the drafter read last may still be in use
 
     def run() -> None:
         with torch.cuda.stream(stream):  # None changes nothing
@@ -46,3 +49,9 @@ def _in_thread(device: torch.device, call: Callable[[], None]) -> Future[None]:
     future = pool.submit(run)
     pool.shutdown(wait=False)
     return future
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One stream per device: memory is kept per stream, and with a new one for each prompt it would grow."""
+    return torch.cuda.Stream(device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from feature_alignment.decoding.settings import COSINE_RULES, DecodingConfig
 from feature_alignment.decoding.shared_adapter import drafter_of, load_shared_adapter
 from feature_alignment.decoding.sources import SharedAdapter, Sources
 from feature_alignment.inputs.samples import Sample
+from feature_alignment.models.decoder import Decoder
 from feature_alignment.models.generation import with_flags
 from feature_alignment.models.pair import load_pair
 from feature_alignment.models.state import Prompt
@@ -92,6 +94,7 @@ class SpeculativePair:
         self.sources = Sources(pair, cfg, cfg.train_split, draft_vocabulary=cfg.draft_vocabulary)
         if trained is not None:
             self.sources.use_adapter(*trained)
+        self._speculating: Speculation | None = None  # the answer that was begun last
         self.proposer = self.sources.open(cfg.draft, cfg.accept in COSINE_RULES, cfg.accept == "kl")
         self._proposers = [self.proposer]  # of the rows of a batch
         self._controller = DraftLengthController(self.sources.known_acceptance(cfg.draft)) if cfg.adaptive else None
@@ -150,7 +153,7 @@ class SpeculativePair:
         """Answer a question and yield pieces of the text as rounds end; only whole characters. Arguments as in `answer`.
 
         Raises:
-            ValueError: another answer was begun before the last piece was read
+            UserError: another answer was begun before the last piece was read
         """
         speculation = self._speculation(prompts := self.prepare(sample_of(events, video, question)))
         speculation.prefill(prompts.draft, self.cfg.overlap)
@@ -161,7 +164,7 @@ class SpeculativePair:
                 yield text[len(shown) :]
                 shown = text
             if speculation is not self._speculating:
-                raise ValueError("another answer of this pair was begun; read a stream to its end first, or open a second pair")
+                raise UserError("another answer of this pair was begun; read a stream to its end first, or open a second pair")
             speculation.advance()
         if (text := self.text_of(speculation.finish().token_ids)) != shown:
             yield text[len(shown) :]
@@ -194,27 +197,30 @@ class SpeculativePair:
             prompts: at least one
 
         Raises:
-            ValueError: other settings than that, or sampling
+            UserError: no prompts, other settings than that, or a prompt that asks before it shows its clip
         """
         cfg = self.cfg
         if cfg.accept != "token" or cfg.temperature or cfg.adaptive:
-            raise ValueError(
-                f"a batch is decoded greedily, by tokens, at a fixed length; got {cfg.accept}, {cfg.temperature}, {cfg.adaptive}"
+            raise UserError(
+                "a batch is decoded greedily, by tokens, at a fixed length; "
+                f"got accept={cfg.accept}, temperature={cfg.temperature}, adaptive={cfg.adaptive}. Decode one prompt at a time."
             )
+        if not prompts:
+            raise UserError("a batch of no prompts; wanted at least one.")
+        self._speculating = None  # of a stream, which cannot go on after this
         stepping = self.sources.stepping_drafter(cfg.draft)
-        if stepping is not None and len(prompts) > 1:
-            stepping.use_steps("eager")  # captured steps hold one text at a time
-        while len(self._proposers) < len(prompts):
-            self._proposers.append(self.sources.open(cfg.draft))
-        return speculate_batch(
-            self.target,
-            self._proposers[: len(prompts)],
-            [p.target for p in prompts],
-            [p.draft for p in prompts],
-            num_draft_tokens=cfg.num_draft_tokens,
-            max_new_tokens=cfg.max_new_tokens,
-            overlap=cfg.overlap,
-        )
+        with _eager_steps(stepping) if stepping is not None and len(prompts) > 1 else nullcontext():
+            while len(self._proposers) < len(prompts):
+                self._proposers.append(self.sources.open(cfg.draft))
+            return speculate_batch(
+                self.target,
+                self._proposers[: len(prompts)],
+                [p.target for p in prompts],
+                [p.draft for p in prompts],
+                num_draft_tokens=cfg.num_draft_tokens,
+                max_new_tokens=cfg.max_new_tokens,
+                overlap=cfg.overlap,
+            )
 
     def decode_plainly(self, prompts: Prompts) -> Generation:
         """Decode by the target alone."""
@@ -232,7 +238,7 @@ class SpeculativePair:
 
     def _speculation(self, prompts: Prompts) -> Speculation:
         cfg = self.cfg
-        self._speculating = Speculation(
+        self._speculating = speculation = Speculation(
             self.target,
             self.proposer,
             prompts.target,
@@ -244,7 +250,7 @@ class SpeculativePair:
             self._controller,
             cosines=True,
         )
-        return self._speculating
+        return speculation
 
     def _sampler(self) -> Sampler | None:
         """A sampler that starts with the seed, so that every answer is reproducible; None for greedy decoding."""
@@ -262,6 +268,17 @@ class SpeculativePair:
         stats |= {"decode_ms": generation.decode_ms, "ms": dict(generation.ms)}
         stats["vision_reused"] = sum(cache.hits for cache in self._vision_caches) - hits
         return Answer(self.text_of(generation.token_ids), generation.token_ids, generation.rounds, stats)
+
+
+@contextmanager
+def _eager_steps(draft: Decoder) -> Iterator[None]:
+    """Eager steps within the block, for several texts at once: captured steps hold one."""
+    before = draft.steps, draft.fixed_cache
+    draft.steps, draft.fixed_cache = "eager", None
+    try:
+        yield
+    finally:
+        draft.steps, draft.fixed_cache = before
 
 
 def sample_of(events: Path | str, video: Path | str, question: str) -> Sample:

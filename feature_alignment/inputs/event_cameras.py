@@ -13,6 +13,7 @@ from feature_alignment.cli.console import UserError, record_repair
 from feature_alignment.inputs.event_evt import decode_evt2, decode_evt3, decode_evt21, halves_swapped
 from feature_alignment.inputs.event_h5 import INSTALL
 from feature_alignment.inputs.event_index import CHUNK_BYTES, Index, Word, chunk_words, open_index
+from feature_alignment.inputs.event_units import refuse_wrapped
 from feature_alignment.inputs.event_windows import EventBlocks, EventTable, StoredArray, refuse_long
 
 _LONGEST_HEADER = 1 << 20
@@ -68,15 +69,18 @@ def read_prophesee(path: Path, start_us: int, window_us: int | None) -> EventTab
     return EventBlocks(_decoded(path, body, kind, dtype, swapped, index, pieces), _sensor(header), "us", first_us)
 
 
+_HEADER_LINE = re.compile(rb"%(?:[ \t][\t -~\x80-\xff]{0,1000})?\r?")  # printable: the first words of the data may begin with "%" too
+
+
 def _header(path: Path) -> tuple[str, int]:
-    """Header lines, which start with "%", and the offset after them. Binary data may start with "%" too; "% end" ends the header."""
+    """Header lines, which start with "%", and the offset after them. "% end" ends the header, or else the first line that is no text."""
     with open(path, "rb") as file:
         raw = file.read(_LONGEST_HEADER)
     at = 0
     lines: list[str] = []
     while raw[at : at + 1] == b"%" and not (lines and lines[-1] == "% end"):
         end = raw.find(b"\n", at)
-        if end < 0:
+        if end < 0 or not _HEADER_LINE.fullmatch(raw[at:end]):
             break
         lines.append(raw[at:end].decode("latin-1").strip())
         at = end + 1
@@ -114,8 +118,7 @@ def _dat(path: Path, header: str, body: int) -> EventTable:
     with open(path, "rb") as file:
         pairs = StoredArray(file, pair, body + 2, count)
     sampled = np.array([pairs[slice(int(i), int(i) + 1)]["t"][0] for i in np.linspace(0, count - 1, 256)] if count else [], np.int64)
-    if (np.diff(sampled) < -(2**31)).any():
-        raise UserError(f"{path} is longer than 71 minutes: its 32-bit times wrap around. Cut it into shorter files.")
+    refuse_wrapped(sampled, str(path))
 
     def rows(part: slice) -> dict[str, np.ndarray]:
         read = pairs[part]

@@ -15,7 +15,7 @@ _NO_EVENTS = {k: np.zeros(0, np.int64) for k in ("x", "y", "t", "p")}
 
 @dataclass(frozen=True)
 class State:
-    """Decoder state; all fields but `high` are used by EVT3 alone.
+    """Decoder state; all fields but `high` and `epoch` are used by EVT3 alone.
 
     Args:
         high: High part of the time, -1 before the first TIME_HIGH.
@@ -59,17 +59,20 @@ def _fill(values: np.ndarray, index: np.ndarray, before: int) -> np.ndarray:
 
 
 def decode_evt2(words: np.ndarray, state: State) -> Decoded:
-    """Decode words [n] uint32: kind 0 or 1 is a darker or brighter event with the low 6 bits of the time, kind 8 its high 28 bits."""
+    """Decode words [n] uint32: kind 0 or 1 is a darker or brighter event with the low 6 bits of the time, kind 8 its high 28 bits.
+
+    The high part wraps around every 4.8 hours.
+    """
     if not len(words):
         return Decoded(_NO_EVENTS, state, 0)
     words = words.astype(np.int64)
     kind = words >> 28
-    high = _fill(words & 0xFFFFFFF, last_index(kind == 8), state.high)
+    high, end_high, end_epoch = times_evt2(kind, words & 0xFFFFFFF, state)
     event = kind <= 1
     keep = event & (high >= 0)
     t = (high << 6 | words >> 22 & 0x3F)[keep]
     events = {"x": (words >> 11 & 0x7FF)[keep], "y": (words & 0x7FF)[keep], "t": t, "p": kind[keep]}
-    return Decoded(events, replace(state, high=int(high[-1])), int(event.sum() - keep.sum()))
+    return Decoded(events, replace(state, high=end_high, epoch=end_epoch), int(event.sum() - keep.sum()))
 
 
 def decode_evt21(words: np.ndarray, state: State) -> Decoded:
@@ -78,7 +81,7 @@ def decode_evt21(words: np.ndarray, state: State) -> Decoded:
         return Decoded(_NO_EVENTS, state, 0)
     upper, mask = (words >> 32).astype(np.int64), (words & 0xFFFFFFFF).astype(np.int64)
     kind = upper >> 28
-    high = _fill(upper & 0xFFFFFFF, last_index(kind == 8), state.high)
+    high, end_high, end_epoch = times_evt2(kind, upper & 0xFFFFFFF, state)
     vector = np.flatnonzero(kind <= 1)
     which, bit = np.nonzero(mask[vector, None] >> np.arange(32) & 1)
     word = vector[which]
@@ -87,7 +90,26 @@ def decode_evt21(words: np.ndarray, state: State) -> Decoded:
     word, bit = word[keep], bit[keep]
     t = high[word] << 6 | upper[word] >> 22 & 0x3F
     events = {"x": (upper[word] >> 11 & 0x7FF) + bit, "y": upper[word] & 0x7FF, "t": t, "p": kind[word]}
-    return Decoded(events, replace(state, high=int(high[-1])), early)
+    return Decoded(events, replace(state, high=end_high, epoch=end_epoch), early)
+
+
+def times_evt2(kind: np.ndarray, value: np.ndarray, state: State) -> tuple[np.ndarray, int, int]:
+    """High parts of the times of EVT2 or EVT2.1 words.
+
+    Args:
+        kind: [n] int64, kinds of the words.
+        value: [n] int64, their low 28 bits.
+        state: Before the words.
+
+    Returns:
+        The high part [n] in effect at every word, wraps included, -1 before the first TIME_HIGH; high part and wraps after the last word.
+    """
+    is_high = kind == 8
+    highs = np.concatenate([[state.high], value[is_high]])
+    steps = np.diff(highs) * (highs[:-1] >= 0)
+    epochs = np.concatenate([[state.epoch], state.epoch + np.cumsum(steps < -(2**27))])
+    whole = np.where(highs >= 0, highs + (epochs << 28), -1)
+    return whole[np.cumsum(is_high)], int(highs[-1]), int(epochs[-1])
 
 
 def halves_swapped(words: np.ndarray) -> bool | None:

@@ -72,7 +72,7 @@ def read_event_file(path: Path, start_us: int = 0, window_us: int | None = None,
 
 def _reader(path: Path, head: bytes) -> Reader:
     for first_bytes, read in READERS.items():
-        if head.startswith(first_bytes) and not head.startswith(b"%geometry"):
+        if head.startswith(first_bytes) and not (first_bytes == b"%" and is_text(head)):  # comments of a text may begin with "%"
             return read
     if is_h5(path, head):
         return read_h5

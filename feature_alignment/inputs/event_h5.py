@@ -133,9 +133,17 @@ def _group(group: Any, file: Any, path: Path, h5py: Any) -> EventTable | None:
         rows=lambda rows: {k: c[rows] for k, c in columns.items()},
         sensor_hw=_sensor(group, file, h5py),
         unit=unit,
-        offset=int(_own(file, "t_offset", (h5py.Dataset,))[()]) if has_offset else 0,
+        offset=_offset(file, h5py) if has_offset else 0,
         row_bytes=sum(c.dtype.itemsize for c in columns.values()),
     )
+
+
+def _offset(file: Any, h5py: Any) -> int:
+    """DSEC's `t_offset`: one number, in whatever shape."""
+    value = np.asarray(_own(file, "t_offset", (h5py.Dataset,))[()])
+    if value.size != 1 or value.dtype.kind not in "iuf" or not np.isfinite(value).all():
+        raise ValueError(f"t_offset holds {value.size} values of type {value.dtype}; wanted one number")
+    return int(value.item())
 
 
 def _dataset(dataset: Any, group_path: str, path: Path) -> EventTable | None:
@@ -205,7 +213,7 @@ def _sensor_of_attributes(*nodes: Any) -> tuple[int, int] | None:
         if "width" in node.attrs and "height" in node.attrs:
             return _sides(*(np.asarray(node.attrs[side]).ravel() for side in ("height", "width")))
         geometry = node.attrs.get("geometry")  # of Metavision: 1280x720
-        text = geometry.decode("latin-1") if isinstance(geometry, bytes) else str(geometry or "")
+        text = geometry.decode("latin-1") if isinstance(geometry, bytes) else str("" if geometry is None else geometry)
         width, _, height = text.partition("x")
         if width.isdigit() and height.isdigit() and len(text) < 12:
             return int(height), int(width)
@@ -213,5 +221,5 @@ def _sensor_of_attributes(*nodes: Any) -> tuple[int, int] | None:
 
 
 def _sides(height: np.ndarray, width: np.ndarray) -> tuple[int, int] | None:
-    numbers = [side[0].item() for side in (height, width) if side.size == 1 and side.dtype.kind in "iuf"]
+    numbers = [side[0].item() for side in (height, width) if side.size == 1 and side.dtype.kind in "iuf" and np.isfinite(side).all()]
     return (int(numbers[0]), int(numbers[1])) if len(numbers) == 2 and min(numbers) > 0 else None

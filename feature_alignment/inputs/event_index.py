@@ -18,11 +18,11 @@ from typing import Literal
 import numpy as np
 
 from feature_alignment.cli.console import log
-from feature_alignment.inputs.event_evt import State
+from feature_alignment.inputs.event_evt import State, times_evt2
 
 CHUNK_BYTES = 1 << 20
 CACHED_FROM_BYTES = 1 << 24  # smaller files are scanned each time, which takes milliseconds
-_VERSION = 1
+_VERSION = 2
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
@@ -178,10 +178,12 @@ def _pass(words: np.ndarray, state: State, kind: Word) -> tuple[int, int, State]
     if kind != "EVT3":
         upper = (words >> np.uint64(32)).astype(np.uint32) if kind == "EVT2.1" else words
         set_high = (upper[upper >> 28 == 8] & 0xFFFFFFF).astype(np.int64)
-        high = np.concatenate([[state.high] if state.high >= 0 else [], set_high]).astype(np.int64)
+        before = state.high + (state.epoch << 28) if state.high >= 0 else None
+        whole, end_high, end_epoch = times_evt2(np.full(len(set_high), 8), set_high, state)
+        high = np.concatenate([[before] if before is not None else [], whole]).astype(np.int64)
         if not len(high):
             return 0, -1, state
-        return int(high.min()) << 6, int(high.max()) << 6 | 63, replace(state, high=int(high[-1]))
+        return int(high.min()) << 6, int(high.max()) << 6 | 63, replace(state, high=end_high, epoch=end_epoch)
     return _pass_evt3(words, state)
 
 

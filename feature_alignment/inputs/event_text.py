@@ -100,6 +100,8 @@ def _names(text: str) -> list[str] | None:
         return None
     plain = re.sub(r"[\"'#%]", " ", re.sub(r" ?[\[(](\w{1,20})[\])]", r"_\1", text))
     words = [w for w in re.split(r"[,;\s]+", plain) if w]
+    if text.startswith(("#", "%")) and ":" in text:  # of "# columns: t x y p" the names come after the colon
+        words = words[1 + max((i for i, word in enumerate(words) if word.endswith(":")), default=-1) :]
     return words if columns_by_name(words) else None
 
 
@@ -167,10 +169,11 @@ def _types(path: Path, text: bytes, separator: bytes, names: list[str] | None) -
     """Row type: int64 for columns without fractions in the first lines, because floats cannot hold nanoseconds since 1970."""
     between = rb"\s*" + separator + rb"\s*" if separator else rb"\s+"
     rows = [re.split(between, line.strip().rstrip(b",")) for line in text[:100_000].split(b"\n")[:500]]
-    rows = [row for row in rows if row != [b""] and not row[0].startswith(b"#")]
+    rows = [row for row in rows if row != [b""] and not row[0].startswith((b"#", b"%"))]
     width = len(rows[0])
-    if width != 4 and (names is None or len(names) != width):
-        raise UserError(f"{path} holds {width} columns; wanted t, x, y, p in some order, or a first line that names the columns.")
+    if len(names) != width if names else width != 4:
+        named = f", its header names {len(names)} ({' '.join(names)[:80]})" if names else ""
+        raise UserError(f"{path} holds {width} columns{named}; wanted t, x, y, p in some order, or a first line that names the columns.")
     whole = [all(re.fullmatch(rb"[+-]?\d{1,18}|[+-]?[1-8]\d{18}", row[i]) for row in rows if len(row) == width) for i in range(width)]
     return np.dtype([(f"f{i}", np.int64 if whole[i] else np.float64) for i in range(width)])
 

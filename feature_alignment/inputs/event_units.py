@@ -217,3 +217,27 @@ def _from_integers(sample: TimeSample) -> TimeUnit | None:
     ):  # bursts within one microsecond are typical of a camera's clock
         return "us"
     return None
+
+
+def refuse_wrapped(t: np.ndarray, name: str) -> None:
+    """Refuse whole times of 32 bits that wrap around, where sorting would move the recording's end before its begin.
+
+    Sorted times step back by nearly 2**32 there and nowhere forward by half of that, which times in no order do as well.
+
+    Args:
+        t: [n], as stored, all or a sample in the order of the file.
+        name: For the message.
+
+    Raises:
+        UserError: If they wrap around.
+    """
+    if t.dtype.kind not in "iu" or len(t) < 2 or int(t.max()) - int(t.min()) >= 2**32:
+        return
+    values = t.astype(np.int64) if t.dtype != np.uint64 else (t - t.min()).astype(np.int64)
+    steps = np.diff(values)
+    if steps.min() < -(2**31) and steps.max() < 2**31:
+        at = int(steps.argmin())
+        raise UserError(
+            f"{name}: its 32-bit times wrap around, from {t[at]:,} back to {t[at + 1]:,}. Cut it there, or add 2**32 to the times after it "
+            "and write it again with 64-bit times, for example np.savez('events.npz', x=x, y=y, t=t, p=p)."
+        )

@@ -17,7 +17,7 @@ from typing import IO
 import numpy as np
 
 from feature_alignment.cli.console import UserError, log, record_repair
-from feature_alignment.inputs.event_units import TimeSample, TimeUnit, choose_unit, to_us
+from feature_alignment.inputs.event_units import TimeSample, TimeUnit, choose_unit, refuse_wrapped, to_us
 
 EVENT_FIELDS = ("x", "y", "t", "p")
 MAX_UNPACKED_BYTES = 1 << 30  # of one compressed file, or of one window
@@ -184,10 +184,12 @@ def read_table(table: EventTable, name: str, start_us: int, window_us: int | Non
         return RawEvents(table.rows(slice(0, 0)), table.sensor_hw)
     if table.count <= _SMALL:
         events = table.rows(slice(0, table.count))
+        refuse_wrapped(events["t"], name)
         sample = _sample_of(events["t"], table)
         unit = choose_unit(sample, name, asked, table.unit)
         return RawEvents(_converted(events, unit, name, table.offset), table.sensor_hw)
     sample = _sample_of(None, table)
+    refuse_wrapped(sample.values, name)
     unit = choose_unit(sample, name, asked, table.unit)
 
     def times(rows: slice) -> np.ndarray:
@@ -295,6 +297,7 @@ def read_blocks(source: EventBlocks, name: str, start_us: int, window_us: int | 
     for block in source.blocks:
         if not len(block["t"]):
             continue
+        refuse_wrapped(block["t"], name)
         unit = unit or choose_unit(_block_sample(block["t"]), name, asked, source.unit)
         t = to_us(block["t"], unit, name)
         first = int(t.min()) if first is None else first

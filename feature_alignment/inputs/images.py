@@ -21,7 +21,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".p
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")  # regardless of the suffix; some other formats of Pillow start programs
 MAX_PIXELS = 1 << 25  # of a frame: 8K
 _MAX_MEMBER = 1 << 27  # bytes of one image in a zip
-_ORIENTATION, _BITS_PER_SAMPLE, _SAMPLE_FORMAT = 0x0112, 258, 339  # tags of Exif and TIFF
+_ORIENTATION, _BITS_PER_SAMPLE, _SAMPLE_FORMAT, _PHOTOMETRIC = 0x0112, 258, 339, 262  # tags of Exif and TIFF
+_WHITE_IS_ZERO = 0
 
 
 class Orientation(NamedTuple):
@@ -173,6 +174,8 @@ def _pixels(image: Image.Image, name: Any) -> np.ndarray:
             values = values.view(np.uint32)
         if values.min() < 0:
             raise UserError(f"{name} holds values below 0; wanted 0 to {largest:,}.")
+        if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts images of up to 8 bits only
+            values = (largest - values.astype(np.int64)).astype(values.dtype)
         return np.repeat(np.rint(values * (255.0 / largest)).astype(np.uint8)[..., None], 3, axis=2)
     return np.asarray(image.convert("RGB"))
 
@@ -227,7 +230,7 @@ def refuse_large(name: Any, picture: Any) -> None:
 
 _RUN = r"\d+(?:\.\d+)*"
 _SIGN = r"(?:(?<![^\W_])(?<![.)\]])[-+])?"  # a hyphen after a letter or a digit separates: frame-1, 2024-01-05
-_EXPONENT = r"(?:[eE][-+]?\d+(?![^\W_]))?"
+_EXPONENT = r"(?:[eE][-+]?\d{1,4}(?![^\W_]))?"  # a longer one is part of a hash
 _GRAMMARS = (  # patterns of a number, tried in this order
     re.compile(rf"{_SIGN}(?<![^\W\d_]){_RUN}{_EXPONENT}|{_SIGN}{_RUN}"),  # -1, 2.5, 1e3; in s1e2 the e is a letter
     re.compile(r"\d+"),

@@ -28,7 +28,9 @@ from feature_alignment.inputs.event_units import UNITS, TimeUnit
 _LONGEST_QUESTION = 2000  # characters
 _SPLITS = {"val": "validation", "valid": "validation", "dev": "validation"}
 _ROLES = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer"}
-_FOLDERS_OF_A_KIND = ("event_npy", "event_data", "events", "event", "npy")  # folders of all recordings, not names of a sequence
+_LONGEST_ID = 200  # bytes; file systems allow 255 for a name with its ending
+# folders of all recordings or of one camera, not names of a sequence
+_FOLDERS_OF_A_KIND = ("event_npy", "event_data", "events", "event", "npy", "data", "left", "right", "", ".", "..", "/")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Sample:
         """Validate all fields; UserError for values that would only fail later, such as an id that cannot be a file name."""
         if not re.fullmatch(r"[^/\\\0]{1,150}", self.id) or self.id.startswith("."):
             raise UserError(f"id {self.id[:60]!r}: files are named after it; wanted 1 to 150 characters, no slash, no dot in front.")
+        if self.id.lower().endswith(".meta"):
+            raise UserError(f"id {self.id[:60]!r}: files are named after it, and names ending in .meta are those of whole data sets.")
         if not isinstance(self.question, str) or not 1 <= len(self.question.strip()) <= _LONGEST_QUESTION:
             raise UserError(f"question {str(self.question)[:60]!r}: wanted a text of 1 to {_LONGEST_QUESTION} characters.")
         if found := re.search(r"<(event|video|image|ev_start|ev_end|/?s|unk|pad)>", self.question):
@@ -75,9 +79,12 @@ class Sample:
         if self.event_time_unit not in (None, *UNITS):
             raise UserError(f"event_time_unit {str(self.event_time_unit)[:20]!r}: wanted one of {', '.join(UNITS)}.")
         try:
-            "".join((self.id, self.sequence, self.question, self.answer or "")).encode()
+            "".join((self.sequence, self.question, self.answer or "")).encode()
+            num_bytes = len(self.id.encode())
         except UnicodeEncodeError as error:  # half of a surrogate pair
             raise UserError(f"{error.object[error.start : error.end]!r} is no character of a text.") from None
+        if num_bytes > _LONGEST_ID:
+            raise UserError(f"id {self.id[:60]!r}: files are named after it; wanted at most {_LONGEST_ID} bytes, got {num_bytes}.")
 
 
 def read_samples(
@@ -157,26 +164,28 @@ def _from_rows(path: Path, rows: Sequence[tuple[str, Any]], split: str) -> list[
     """The samples of a split; rows without a split belong to every split."""
     samples: list[Sample] = []
     split_of: dict[str, str] = {}
+    split = _SPLITS.get(split, split)
     for name, row in rows:
         wanted = "id, sequence, question, events, video; or id, event_data, mp4_data or video_data, conversations"
         try:
-            if "event_data" not in as_object(row):
-                samples += _own_samples(path, row)
-                continue
-            wanted = "id, event_data, mp4_data or video_data, conversations"
-            sequence = _sequence_of(_text(row, "event_data"))
+            of_eventgpt = "event_data" in as_object(row)
+            if of_eventgpt:
+                wanted = "id, event_data, mp4_data or video_data, conversations"
+            sequence = _sequence_of(_text(row, "event_data")) if of_eventgpt and row.get("sequence") is None else _name(row, "sequence")
             row_split = split if row.get("split") is None else _text(row, "split")
             row_split = _SPLITS.get(row_split, row_split)
             if split_of.setdefault(sequence, row_split) != row_split:
                 raise UserError(
                     f"sequence {sequence!r} is in split {split_of[sequence]!r} and in {row_split!r}. Its clips "
-                    "overlap, so a test on it would not be independent; give every sequence one split."
+                    "overlap, so a test on it would not be independent; give every sequence one split, or, if these are "
+                    'different recordings, each row its "sequence".'
                 )
             if row_split == split:
-                samples += _eventgpt_samples(path, row, sequence)
+                clip = {"sequence": sequence, **_options(row)}
+                samples += _eventgpt_samples(path, row, clip) if of_eventgpt else _own_samples(path, row, clip)
         except UserError as error:
             raise UserError(f"{path}, {name}: {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}, {name}: {reason(error)}; wanted {wanted}.") from None
     if rows and not samples:
         found = ", ".join(f"{s} ({n} sequences)" for s, n in sorted(Counter(split_of.values()).items()))
@@ -184,33 +193,30 @@ def _from_rows(path: Path, rows: Sequence[tuple[str, Any]], split: str) -> list[
     return samples
 
 
-def _own_samples(path: Path, row: dict[str, Any]) -> list[Sample]:
-    """Samples of a row of this project, which has one question or conversation turns."""
+def _options(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row of either kind may state of its clip."""
     start_ms = row.get("event_start_ms")
     if not isinstance(start_ms, int | float | str | None) or isinstance(start_ms, bool):
         raise ValueError(f"event_start_ms: wanted a number, got {kind_of(start_ms)}")
-    clip: dict[str, Any] = {
-        "sequence": _name(row, "sequence"),
-        "events": path.parent / _text(row, "events"),
-        "video": path.parent / _text(row, "video"),
+    return {
         "facts": row.get("facts"),
         "event_start_ms": None if start_ms is None else float(start_ms),
         "event_time_unit": row.get("event_time_unit"),
     }
+
+
+def _own_samples(path: Path, row: dict[str, Any], clip: dict[str, Any]) -> list[Sample]:
+    """Samples of a row of this project, which has one question or conversation turns."""
+    clip = clip | {"events": path.parent / _text(row, "events"), "video": path.parent / _text(row, "video")}
     if "question" not in row and ("conversations" in row or "messages" in row):
         return _samples_of_turns(row, clip)
     return [Sample(id=_name(row, "id"), question=row["question"], answer=row.get("answer"), **clip)]
 
 
-def _eventgpt_samples(path: Path, row: dict[str, Any], sequence: str) -> list[Sample]:
+def _eventgpt_samples(path: Path, row: dict[str, Any], clip: dict[str, Any]) -> list[Sample]:
     video = "mp4_data" if row.get("mp4_data") else "video_data"
-    clip: dict[str, Any] = {
-        "sequence": sequence,
-        "events": _data_file(path, row["event_data"], "event_npy"),
-        "video": _data_file(path, _text(row, video), video.removesuffix("_data")),
-        "event_time_unit": row.get("event_time_unit"),
-    }
-    return _samples_of_turns(row, clip)
+    events = _data_file(path, _text(row, "event_data"), "event_npy")
+    return _samples_of_turns(row, clip | {"events": events, "video": _data_file(path, _text(row, video), video.removesuffix("_data"))})
 
 
 def _samples_of_turns(row: dict[str, Any], clip: dict[str, Any]) -> list[Sample]:
@@ -239,10 +245,9 @@ def _turn(turn: Any) -> tuple[str | None, str]:
 
 
 def _sequence_of(event_data: str) -> str:
-    """The recording of a clip: the name of its folder, or the clip's own name if the folder holds all recordings."""
+    """The recording of a clip: the nearest folder that is named after one, or the clip's own name."""
     clip = Path(event_data)
-    folder = clip.parent.name
-    return clip.stem if not folder or folder in (*_FOLDERS_OF_A_KIND, "..") else folder
+    return next((folder.name for folder in clip.parents if folder.name not in _FOLDERS_OF_A_KIND), clip.stem)
 
 
 def _text(row: dict[str, Any], key: str) -> str:
@@ -312,11 +317,11 @@ def _ask(samples: list[Sample], questions: list[str]) -> list[Sample]:
         clip = (s.events, s.video, s.event_start_ms, s.event_time_unit)
         clips.setdefault(clip, s)
         answers[clip, s.question] = s.answer
-    asked = []
-    for key, s in clips.items():
-        name = re.sub(r"-q\d+$", "", s.id)
-        asked += [
-            dataclasses.replace(s, id=f"{name}-q{k}", question=question, answer=answers.get((key, question)))
-            for k, question in enumerate(questions)
-        ]
-    return asked
+    names = {key: re.sub(r"-q\d+$", "", s.id) for key, s in clips.items()}
+    if len(set(names.values())) < len(names):  # of different clips named a-q1 and a-q2
+        names = {key: s.id for key, s in clips.items()}
+    return [
+        dataclasses.replace(s, id=f"{names[key]}-q{k}", question=question, answer=answers.get((key, question)))
+        for key, s in clips.items()
+        for k, question in enumerate(questions)
+    ]

@@ -132,6 +132,8 @@ def read_log_intensity(path: Path, start_ms: float = 0.0, duration_ms: float | N
                     times.append(t_us)
     except av.error.FFmpegError as error:
         raise UserError(f"{path} could not be decoded: {error}") from None
+    if len({image.shape for image in images}) > 1:
+        raise UserError(f"{path}: its frames differ in size ({sorted({i.shape for i in images})}); wanted one size.")
     if len(images) < 2:
         raise UserError(f"{path}: {len(images)} frames in the window; events need at least two. Lengthen --duration_ms.")
     return np.stack(images), np.array(times, np.int64)

@@ -126,15 +126,20 @@ def baseline_drafter_reports(
     """
     reports = {}
     for name, fit in BASELINE_DRAFTERS.items():
-        texts = [(r["query"], r["vl_tokens"]) for r in train]
+        texts = [(_question(r), r["vl_tokens"]) for r in train]
         table = SEARCH_THE_QUESTION[name](texts, cache(encode)) if encode and name in SEARCH_THE_QUESTION else fit(texts)
         drafts = []
         for row in rows:
             tokens = row["vl_tokens"]
-            drafts.append([table.next_token(row["query"], tokens[:t]) for t in range(len(tokens))])
-            table.finished(row["query"], tokens)
+            drafts.append([table.next_token(_question(row), tokens[:t]) for t in range(len(tokens))])
+            table.finished(_question(row), tokens)
         reports[name] = verified(correct_drafts(drafts, rows), rows, num_draft_tokens, eos_ids)
     return reports
+
+
+def _question(row: Row) -> str:
+    """The question of an answer; files of others may not state it, and all their answers count as of one question."""
+    return str(row.get("query", ""))
 
 
 def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:

@@ -143,12 +143,16 @@ class FixedCache:
     def __init__(self, llama: PreTrainedModel, taps: Sequence[int], steps: Steps) -> None:
         """Prepare a cache without memory; `load_prompts` allocates it.
 
+        Weights are joined here, not at the first prompt: a drafter reads that in a second thread, on a stream of its own, where the freed
+        memory of single weights could be used again before they were copied.
+
         Args:
             llama: Model whose layers are read.
             taps: Layers whose outputs make up a hidden state; see `Decoder`.
             steps: "graphs" or "compiled".
         """
         self._llama, self._taps = llama, tuple(taps)
+        fused.join_layers(llama, self._taps[-1])
         self._read_layer: fused.ReadLayer = compiled(fused.read_layer) if steps == "compiled" else fused.read_layer
         self._layers: list[fused.Layer] = []
         self._rows = self._size = 0

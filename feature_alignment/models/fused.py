@@ -84,6 +84,12 @@ def join_weights(modules: list[nn.Linear]) -> Tensor:
     return joined
 
 
+def join_layers(llama: PreTrainedModel, number: int) -> list[tuple[Tensor, Tensor]]:
+    """The joined weights q, k, v and gate, up of the first decoder layers of a model, which are joined in place if they are not yet."""
+    parts = [(layer.self_attn, layer.mlp) for layer in llama.layers[:number]]
+    return [(join_weights([a.q_proj, a.k_proj, a.v_proj]), join_weights([m.gate_proj, m.up_proj])) for a, m in parts]
+
+
 def fused_layers(llama: PreTrainedModel, number: int, rows: int, size: int) -> list[Layer]:
     """The first decoder layers of a model, each with an empty cache.
 
@@ -94,9 +100,8 @@ def fused_layers(llama: PreTrainedModel, number: int, rows: int, size: int) -> l
         size: Positions of each row.
     """
     layers, heads = [], llama.config.num_key_value_heads
-    for layer in llama.layers[:number]:
+    for layer, joined in zip(llama.layers, join_layers(llama, number), strict=False):
         attention, mlp = layer.self_attn, layer.mlp
-        joined = join_weights([attention.q_proj, attention.k_proj, attention.v_proj]), join_weights([mlp.gate_proj, mlp.up_proj])
         keys, values = (joined[0].new_zeros(rows, heads, size, attention.head_dim) for _ in range(2))
         norms = layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data
         layers.append(
