@@ -15,7 +15,7 @@ from conftest import ROOT, as_decoder, main_of, noisy_copy, prompt_of, tiny_llam
 
 from feature_alignment.adapters.chained import ChainedAdapter
 from feature_alignment.adapters.hidden import HiddenAdapter
-from feature_alignment.benchmark import fidelity, planted_report, report, speed_model, targets, timing
+from feature_alignment.benchmark import chain_loop, fidelity, planted_report, report, speed_model, targets, timing
 from feature_alignment.benchmark.chain_loop import ChainLoop, DraftedRound, tokens_read
 from feature_alignment.benchmark.compare import compare
 from feature_alignment.benchmark.costs import LoopCosts
@@ -31,6 +31,7 @@ from feature_alignment.decoding.generation import DRAFT_STAGES, Generation, Roun
 from feature_alignment.decoding.plain import greedy
 from feature_alignment.decoding.proposers import ModelProposer
 from feature_alignment.decoding.settings import DEFAULT_THRESHOLDS
+from feature_alignment.decoding.stopwatch import Stopwatch
 from feature_alignment.inputs.samples import Sample
 from feature_alignment.storage.files import content_hash
 
@@ -223,7 +224,7 @@ def test_the_loop_repeats_the_rounds_of_the_run_and_leaves_the_run_as_it_is():
     proposer.redraft = lambda length: asked.append(length) or redraft(length)
     proposer.reread = lambda number: found.append(number) or reread(number)
     live = counted.copy()
-    got = loop.after(answer, proposer, 4)(0)
+    got = loop.after(answer, proposer, 4, 12)(0)
     assert got.token_ids == alone.token_ids and [r.proposed for r in got.rounds] == [r.proposed for r in alone.rounds]
     assert len(redraft(3)) == 3
     drafted = [r for r in got.rounds if r.proposed]
@@ -233,7 +234,26 @@ def test_the_loop_repeats_the_rounds_of_the_run_and_leaves_the_run_as_it_is():
     assert min(r.reading_ms for r in loop.rounds) > 0
     assert [r.live_ms for r in loop.rounds] == [sum(r.ms.get(stage, 0) for stage in DRAFT_STAGES) for r in drafted]
     assert min(r.alone_ms for r in loop.rounds) > 0
-    assert loop.after(answer, ModelProposer(as_decoder(tiny_llama(1)), None, None), 4) is answer
+    assert loop.after(answer, ModelProposer(as_decoder(tiny_llama(1)), None, None), 4, 12) is answer
+
+
+def test_on_a_gpu_the_loop_drafts_on_after_the_end_of_the_text_as_far_as_the_run_did():
+    """Up to the draft length, or to the longest answer: 1 + 5 + 2 tokens before the last round leave room for three of twelve."""
+    loop, lengths = ChainLoop(), []
+    proposer = chained_proposer(as_decoder(tiny_llama(0)))
+    proposer.redraft, proposer.reread = lambda length: lengths.append(length), lambda number: None
+    rounds = [
+        Round([5] * 4, [5] * 4, [True] * 4, None, 7, False, {}, "length"),
+        Round([5] * 4, [6] * 4, [True, *[False] * 3], None, 7, False, {}, "length"),
+    ]
+    rounds += [Round([5, 2], [5, 2], [True, True], None, None, False, {}, "EOS")]
+    for device, last in (("cuda", 3), ("cpu", 2)):
+        lengths.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(proposer), "device", torch.device(device))
+            patch.setattr(chain_loop, "Stopwatch", lambda _: Stopwatch())
+            loop.after(lambda i: Generation([5] * 10, 3, 1.0, {}, rounds), proposer, 4, 12)(0)
+        assert lengths == [4, 4, 4, last]
 
 
 def test_what_a_round_reads_is_what_was_emitted_since_the_last_one_that_drafted():

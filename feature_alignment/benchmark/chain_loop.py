@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -59,13 +60,16 @@ class ChainLoop:
     def __init__(self) -> None:
         self.rounds: list[DraftedRound] = []
 
-    def after(self, answer: Callable[[int], Generation], proposer: Proposer, num_draft_tokens: int) -> Callable[[int], Generation]:
+    def after(
+        self, answer: Callable[[int], Generation], proposer: Proposer, num_draft_tokens: int, max_new_tokens: int
+    ) -> Callable[[int], Generation]:
         """A function that answers like `answer` and then drafts the answer's rounds again, outside the answer's time.
 
         Args:
             answer: decodes the i-th prompt with `proposer` at a fixed draft length
             proposer: the drafter; any but a chained one leaves `answer` as it is
             num_draft_tokens: the draft length
+            max_new_tokens: longest answer, near which rounds draft less
         """
         if not isinstance(proposer, ChainedProposer):
             return answer
@@ -74,8 +78,10 @@ class ChainLoop:
             generation = answer(i)
             rounds = [r for r in generation.rounds if r.proposed]
             drafts_on = proposer.device.type != "cpu"  # after a token that ends the text; a CPU stops there
-            lengths = [num_draft_tokens if drafts_on and r.stop_reason == "EOS" else len(r.proposed) for r in rounds]
-            repeated = repeat_alone(proposer, tokens_read(generation.rounds), lengths)
+            reads = tokens_read(generation.rounds)
+            room = [min(num_draft_tokens, max_new_tokens - emitted - 1) for emitted in accumulate(reads)]
+            lengths = [most if drafts_on and r.stop_reason == "EOS" else len(r.proposed) for r, most in zip(rounds, room, strict=True)]
+            repeated = repeat_alone(proposer, reads, lengths)
             for r, length, (reading_ms, alone_ms) in zip(rounds, lengths, repeated, strict=True):
                 self.rounds.append(DraftedRound(length, len(r.proposed), drafting_ms(r), alone_ms, reading_ms))
             return generation

@@ -185,7 +185,8 @@ def measure(cfg: Common, settings: PlantedSettings, samples: Sequence[Sample], m
 
     chain = ChainLoop()
     methods: dict[str | Planted, Callable[[int], Generation]] = {
-        (mode, rate): chain.after(speculative(mode, rate), proposers[mode.draft], mode.num_draft_tokens) for mode, rate in planted
+        (mode, rate): chain.after(speculative(mode, rate), proposers[mode.draft], mode.num_draft_tokens, settings.max_new_tokens)
+        for mode, rate in planted
     }
     methods["plain"] = answering(lambda prompt: greedy(target, prompt, settings.max_new_tokens), prompts)
     for _ in range(2):

@@ -227,6 +227,7 @@ def note_of(result: BenchmarkReport) -> str:
         f"{meta['created']}. Speed-up is the sum of baseline seconds over the sum of method seconds, end to end: vision, prefill and "
         "decoding of everything that ran. Brackets are 95 % intervals that resample clips. A target is met only if its whole interval is "
         "on the right side."
+        + (" Rows that say `overlapped` read EventGPT's prompt in a second thread." if any(r.overlap for r in result.rows) else "")
         + (f" The fastest lossless row is {fastest.how}, so that its interval has no selection bias." if fastest else "")
     )
 

@@ -183,7 +183,7 @@ def take_turns(
     for mode in setup.modes:
         methods[mode] = speculative(setup, mode, max_new_tokens)
         if mode.draft == "chained" and not mode.adaptive:
-            methods[mode] = chain.after(methods[mode], setup.proposers["chained"], mode.num_draft_tokens)
+            methods[mode] = chain.after(methods[mode], setup.proposers["chained"], mode.num_draft_tokens, max_new_tokens)
     for _ in range(2):  # The second warm-up runs on warm caches.
         timing.run_in_turns(methods, min(warmup, len(setup.samples)), 1, iter)
     chain.rounds.clear()

@@ -148,7 +148,7 @@ def gap(outputs: Path, config: Path, prompts: int) -> dict[str, dict[str, float]
             state = pair.target.prefill([prompt])
             for length in LENGTHS:
                 run_once = chains[length].after(
-                    lambda i, g=length: speculate(pair.target, proposer, *ready[i], num_draft_tokens=g, cosines=False), proposer, length
+                    lambda i, g=length: speculate(pair.target, proposer, *ready[i], num_draft_tokens=g, cosines=False), proposer, length, 64
                 )
                 run_once(i)
                 for _ in range(8):
