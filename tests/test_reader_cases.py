@@ -215,12 +215,12 @@ def test_questions_for_clips_whose_ids_look_like_questions(tmp_path):
 def test_token_pairs_need_no_question_but_if_there_is_one_it_is_a_text(tmp_path):
     path = tmp_path / "pairs.json"
     row = {"egpt_tokens": [1, 5, 2], "vl_tokens": [1, 6, 2]}
-    path.write_text(json.dumps({"results": [row, row]}))
+    path.write_text(json.dumps({"results": [row, row | {"query": None, "sample_id": 7}]}))
     rows = read_token_pairs(path)
     assert baseline_drafter_reports(rows, rows, 3, {2})["ngram"].tokens_per_pass == 2
     for key, value in (("query", ["a"]), ("sample_id", {"a": 1})):
         path.write_text(json.dumps({"results": [row | {key: value}]}))
-        with pytest.raises(UserError, match=f"row 0: {key} must be a text"):
+        with pytest.raises(UserError, match=f"row 0: {key} must be a text, a number or null"):
             read_token_pairs(path)
 
 

@@ -139,7 +139,8 @@ def baseline_drafter_reports(
 
 def _question(row: Row) -> str:
     """The question of an answer; files of others may not state it, and all their answers count as of one question."""
-    return str(row.get("query", ""))
+    question = row.get("query")
+    return "" if question is None else str(question)
 
 
 def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:

@@ -66,11 +66,11 @@ def _read(path: Path, remake_command: str) -> dict[str, Any]:
             tokens = row.get(key) if isinstance(row, dict) else None
             if not isinstance(tokens, list) or not all(type(t) is int and 0 <= t < 2**31 for t in tokens):
                 raise UserError(f"{path}, row {i}: {key} must be a list of token ids.")
-        if "content_hash" in content and not {"query", "sample_id"} <= row.keys():
+        if "content_hash" in content and not (isinstance(row.get("query"), str) and isinstance(row.get("sample_id"), str)):
             raise UserError(f"{path}, row {i}: wanted sample_id and query.")
         for key in ("query", "sample_id"):
-            if not isinstance(row.get(key, ""), str):
-                raise UserError(f"{path}, row {i}: {key} must be a text.")
+            if not isinstance(row.get(key), str | int | None):
+                raise UserError(f"{path}, row {i}: {key} must be a text, a number or null.")
     return content
 
 
