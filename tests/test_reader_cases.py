@@ -98,7 +98,7 @@ def test_a_header_of_another_number_of_columns_is_refused(tmp_path):
 
 
 def test_the_offset_of_dsec_may_be_an_array_of_one_number(tmp_path):
-    h5py = pytest.importorskip("h5py")
+    h5py, _ = pytest.importorskip("h5py"), pytest.importorskip("hdf5plugin")
     for shape, value in (((), 7), ((1,), 7)):
         with h5py.File(tmp_path / "a.h5", "w") as file:
             for k, v in COLUMNS.items():
