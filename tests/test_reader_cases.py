@@ -1,5 +1,6 @@
 """Inputs that were misread without a word, or stopped with a traceback."""
 
+import io
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from feature_alignment.inputs.event_evt import State, decode_evt2
 from feature_alignment.inputs.event_index import _pass
 from feature_alignment.inputs.events import load_events
 from feature_alignment.inputs.samples import Sample, read_questions, read_samples
+from feature_alignment.inputs.simulate import read_log_intensity
 from feature_alignment.inputs.video import read_frames
 from feature_alignment.measurement.comparison import baseline_drafter_reports
 from feature_alignment.storage.answers import read_token_pairs
@@ -121,6 +123,15 @@ def test_white_may_be_zero_in_a_tiff_of_16_bits(tmp_path):
     for white_is_zero, value in ((False, 60), (True, 195)):
         Image.fromarray(pixels).save(tmp_path / "a.tif", tiffinfo={262: 0 if white_is_zero else 1})
         assert (read_frames(tmp_path / "a.tif")[0] == value).all()
+
+
+def test_frames_that_change_in_size_are_refused_by_the_simulator_too(tmp_path):
+    path, stream = tmp_path / "two.mjpeg", io.BytesIO()
+    for number in range(8):
+        Image.new("RGB", (64 if number < 4 else 48, 48), (30 * number,) * 3).save(stream, "JPEG")
+    path.write_bytes(stream.getvalue())
+    with pytest.raises(UserError, match="its frames differ in size"):
+        read_log_intensity(path)
 
 
 # ---- manifests

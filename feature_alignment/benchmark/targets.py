@@ -67,7 +67,8 @@ def targets_of(adapter: AdapterInUse, rows: Sequence[BenchmarkRow], fastest: Fas
     at = adapter.measured.thresholds["0.90"]
     hidden = None if adapter.hidden is None else adapter.hidden.thresholds["0.90"]
     baseline = max((r.speedup.value for r in rows if r.draft in BASELINE_DRAFTERS), default=float("nan"))
-    alone = [r.speedup.value for r in rows if not r.overlap and r.exit_layer is None and is_lossless_draft(r)]
+    of_the_run = [r for r in rows if r.accept == "token" and r.draft not in BASELINE_DRAFTERS and r.exit_layer is None]
+    alone = [r.speedup.value for r in of_the_run if not r.overlap]
     overlaps = any(r.overlap for r in rows if r.name in fastest.chosen)
     on_one_thread = f"; overlapped rows use a second thread, without it {max(alone):.2f}" if overlaps and alone else ""
 
@@ -114,11 +115,6 @@ def targets_of(adapter: AdapterInUse, rows: Sequence[BenchmarkRow], fastest: Fas
             f"decoding alone {fastest.decode_speedup.value:.2f}; best baseline drafter end to end {baseline:.2f}{on_one_thread}",
         ),
     ]
-
-
-def is_lossless_draft(row: BenchmarkRow) -> bool:
-    """Whether a row's draft tokens come from EventGPT under the token rule."""
-    return row.accept == "token" and row.draft not in BASELINE_DRAFTERS
 
 
 def is_candidate(mode: Mode) -> bool:

@@ -30,7 +30,7 @@ _SPLITS = {"val": "validation", "valid": "validation", "dev": "validation"}
 _ROLES = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer"}
 _LONGEST_ID = 200  # bytes; file systems allow 255 for a name with its ending
 # folders of all recordings or of one camera, not names of a sequence
-_FOLDERS_OF_A_KIND = ("event_npy", "event_data", "events", "event", "npy", "data", "left", "right", "", ".", "..", "/")
+_FOLDERS_OF_A_KIND = ("event_npy", "event_data", "events", "event", "npy", "data", "left", "right", "", "..")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ import numpy as np
 from feature_alignment.cli.console import UserError, print_json_line
 from feature_alignment.cli.ranges import number_argument, path_argument
 from feature_alignment.inputs.event_files import save_events
-from feature_alignment.inputs.video import open_video, upright_frames
+from feature_alignment.inputs.video import open_video, stacked, upright_frames
 from feature_alignment.storage.processes import check_writable
 
 log = logging.getLogger(__name__)
@@ -132,11 +132,9 @@ def read_log_intensity(path: Path, start_ms: float = 0.0, duration_ms: float | N
                     times.append(t_us)
     except av.error.FFmpegError as error:
         raise UserError(f"{path} could not be decoded: {error}") from None
-    if len({image.shape for image in images}) > 1:
-        raise UserError(f"{path}: its frames differ in size ({sorted({i.shape for i in images})}); wanted one size.")
     if len(images) < 2:
         raise UserError(f"{path}: {len(images)} frames in the window; events need at least two. Lengthen --duration_ms.")
-    return np.stack(images), np.array(times, np.int64)
+    return stacked(images, path), np.array(times, np.int64)
 
 
 def main() -> None:

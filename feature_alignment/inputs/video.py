@@ -66,11 +66,11 @@ def read_frames(path: str | Path, wanted: int = NUM_FRAMES, sampling: str = "lin
         raise UserError(f"no video at {path}; --video wants a video file, an image, or a folder or a zip of frames.")
     stored = open_images(path)
     if stored is None:
-        return _stack(_read_video(path, wanted, sampling), path)
+        return stacked(_read_video(path, wanted, sampling), path)
     _report_few_frames(path, stored.count, wanted)
     indices = sample_indices(stored.count, wanted, sampling)
     read = {i: stored.read(i) for i in sorted(set(indices))}
-    return _stack(to_8_bits([read[i] for i in indices], path), path)
+    return stacked(to_8_bits([read[i] for i in indices], path), path)
 
 
 def open_video(path: Path) -> Any:
@@ -241,7 +241,8 @@ def _orientation_of_image(file: Any) -> Orientation:
         return UPRIGHT
 
 
-def _stack(images: list[np.ndarray], path: Path) -> np.ndarray:
+def stacked(images: list[np.ndarray], path: Path) -> np.ndarray:
+    """The frames of a clip as one array; UserError if they differ in size."""
     if len({image.shape for image in images}) > 1:
         raise UserError(f"{path}: its frames differ in size ({sorted({i.shape[:2] for i in images})}); wanted one size.")
     return np.stack(images)
